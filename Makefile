@@ -1,0 +1,30 @@
+# make demo   set up, then watch a Visformer learn handwritten digits
+# make test   set up, then run the tests
+# make lint   set up, then check the style
+#
+# VENV is the virtual environment to create and use, PYTHON what creates it.
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m tools.demo
+
+test: $(VENV)/.installed-tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(VENV)/.installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+$(VENV)/.installed-tests: $(VENV)/.installed tests/requirements.txt
+	$(BIN)/python -m pip install --quiet --requirement tests/requirements.txt
+	touch $@

@@ -1,0 +1,229 @@
+"""The flags of ``main.py``: DeiT's and Visformer's spellings and defaults, then our own."""
+
+import argparse
+import os
+import sys
+from argparse import BooleanOptionalAction as OnOff
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from datasets import DATA_SETS
+
+
+class ConfigError(ValueError):
+    """A recipe file cannot be read, or flags contradict each other."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Accepts every long flag with dashes and with underscores."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        known = {option.replace("_", "-"): option for option in self._option_string_actions}
+        words = []
+        for word in sys.argv[1:] if args is None else args:
+            flag, equals, value = word.partition("=")
+            if flag.startswith("--"):
+                flag = known.get(flag.replace("_", "-"), flag)
+            words.append(flag + equals + value)
+        return super().parse_known_args(words, namespace)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The parser of all flags."""
+    parser = _Parser(
+        "main.py",
+        description="Train and evaluate image classifiers.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("-c", "--config", help="YAML file of flags; the command line wins")
+    _add_run(parser.add_argument_group("run"))
+    _add_model(parser.add_argument_group("model"))
+    _add_optimisation(parser.add_argument_group("optimisation"))
+    _add_augmentation(parser.add_argument_group("augmentation"))
+    _add_data(parser.add_argument_group("data"))
+    _add_processes(parser.add_argument_group("processes"))
+    return parser
+
+
+def _group(group: argparse._ArgumentGroup) -> Callable[..., None]:
+    """``add_argument`` of a group; a flag that its name explains needs no help text."""
+
+    def add(*names: str, **options: Any) -> None:
+        options.setdefault("help", "default: %(default)s")
+        group.add_argument(*names, **options)
+
+    return add
+
+
+def usable_cpus() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _add_run(group: argparse._ArgumentGroup) -> None:
+    add = _group(group)
+    add("--batch-size", type=int, default=64, help="images per process and step")
+    add("--epochs", type=int, default=300)
+    add("--output_dir", default="", help="folder of checkpoints and logs; empty for none")
+    add("--resume", default="", help="checkpoint (file or address), or auto: of --output_dir")
+    add("--start_epoch", type=int, default=0)
+    add("--stop-epoch", type=int, help="stop before this epoch, the schedule being for --epochs")
+    add("--eval", action="store_true", help="evaluate the checkpoint of --resume and leave")
+    add("--seed", type=int, default=0)
+    add("--log-interval", type=int, default=50, help="steps between readings of the loss")
+
+
+def _add_model(group: argparse._ArgumentGroup) -> None:
+    add = _group(group)
+    add("--model", default="visformer_small", help="any name that timm knows")
+    add("--input-size", type=int, help="pixels; 224, or 32 for DIGITS, if not given")
+    add("--drop", type=float, default=0.0, metavar="RATE", help="dropout")
+    add("--drop-path", type=float, default=0.1, metavar="RATE", help="stochastic depth")
+    add(
+        "--qk-scale-factor",
+        type=float,
+        metavar="EXPONENT",
+        help="queries and keys are each scaled by head_dim ** EXPONENT (models: -0.25)",
+    )
+    add("--model-ema", action=OnOff, default=True, help="keep a moving average of the weights")
+    add("--model-ema-decay", type=float, default=0.99996)
+    add("--model-ema-warmup", action=OnOff, default=False, help="let the decay grow to its value")
+    add("--model-ema-force-cpu", action="store_true")
+    add("--train-mode", action=OnOff, default=True, help="off: BatchNorm and dropout as in eval")
+
+
+def _add_optimisation(group: argparse._ArgumentGroup) -> None:
+    add = _group(group)
+    add("--opt", default="adamw", help="any optimizer that timm knows")
+    add("--opt-eps", type=float, default=1e-8)
+    add("--opt-betas", type=float, nargs="+")
+    add("--clip-grad", type=float, metavar="NORM", help="largest norm of the gradient")
+    add("--momentum", type=float, default=0.9)
+    add("--weight-decay", type=float, default=0.05)
+    add("--accum-iter", type=int, default=1, help="batches per optimizer step")
+    add("--amp", action=OnOff, default=False, help="automatic mixed precision")
+    add("--amp-dtype", choices=["float16", "bfloat16"], default="float16")
+    add("--bce-loss", action="store_true", help="binary cross-entropy per class")
+    add("--smoothing", type=float, default=0.1, help="label smoothing")
+    add("--sched", default="cosine", help="any schedule that timm knows")
+    add("--sched-on-updates", action=OnOff, default=False, help="step per update, not per epoch")
+    add("--lr", type=float, default=5e-4, help="for 512 images per step, scaled linearly")
+    add("--unscale-lr", action="store_true", help="take --lr as it is")
+    add("--lr-noise", type=float, nargs="+", metavar="PART")
+    add("--lr-noise-pct", type=float, default=0.67)
+    add("--lr-noise-std", type=float, default=1.0)
+    add("--warmup-lr", type=float, default=1e-6)
+    add("--min-lr", type=float, default=1e-5)
+    add("--decay-epochs", type=float, default=30)
+    add("--warmup-epochs", type=int, default=5)
+    add("--cooldown-epochs", type=int, default=10)
+    add("--patience-epochs", type=int, default=10)
+    add("--decay-rate", "--dr", type=float, default=0.1)
+
+
+def _add_augmentation(group: argparse._ArgumentGroup) -> None:
+    add = _group(group)
+    add("--color-jitter", type=float, default=0.4, help="used without --aa")
+    add("--aa", default="rand-m9-mstd0.5-inc1", help="timm's auto-augment policy; empty for none")
+    add("--std-aug", action="store_true", help="random resized crop and mirroring only")
+    add("--ThreeAugment", action="store_true", help="grey, solarise or blur (DeiT III)")
+    add("--src", action="store_true", help="resize and padded crop instead of random resized crop")
+    add("--train-interpolation", default="bicubic", choices=["random", "bilinear", "bicubic"])
+    add("--repeated-aug", action=OnOff, default=True, help="three copies of a third of the images")
+    add("--reprob", type=float, default=0.25, help="probability of random erasing")
+    add("--remode", default="pixel", choices=["const", "rand", "pixel"])
+    add("--recount", type=int, default=1)
+    add("--resplit", action="store_true", help="accepted for old command lines; has no effect")
+    add("--mixup", type=float, default=0.8, metavar="ALPHA")
+    add("--cutmix", type=float, default=1.0, metavar="ALPHA")
+    add("--cutmix-minmax", type=float, nargs="+", metavar="RATIO")
+    add("--mixup-prob", type=float, default=1.0)
+    add("--mixup-switch-prob", type=float, default=0.5)
+    add("--mixup-mode", default="batch", choices=["batch", "pair", "elem"])
+
+
+def _add_data(group: argparse._ArgumentGroup) -> None:
+    add = _group(group)
+    add("--data-set", choices=list(DATA_SETS), help="IMNET with --data-path, else DIGITS")
+    add("--data-path", help="folder of the dataset")
+    add("--download", action="store_true", help="fetch CIFAR into --data-path")
+    add("--on-corrupt", choices=["error", "skip"], default="error", help="unreadable images")
+    add("--eval-crop-ratio", type=float, default=0.875)
+    add("--dist-eval", action=OnOff, default=True, help="share evaluation among the processes")
+    workers = min(10, usable_cpus())
+    add("--num_workers", type=int, default=workers, help="loader processes per process")
+    add("--pin-mem", action=OnOff, default=True)
+
+
+def _add_processes(group: argparse._ArgumentGroup) -> None:
+    add = _group(group)
+    add("--device", help="cuda if present, else cpu, if not given")
+    add("--world_size", type=int, default=1, help="set by the launcher")
+    add("--dist_url", default="env://")
+    add("--dist-timeout", type=float, default=600.0, help="seconds to wait for other processes")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)
+
+
+def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
+    """Parse a command line, with the flags of ``--config FILE`` put before it.
+
+    Returns:
+        The flags, and the names of those that were given rather than left at their default.
+
+    Raises:
+        ConfigError: The file cannot be read, has unknown keys, or flags contradict each other.
+    """
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
+    argv = _recipe_argv(parser, args.config) + list(argv) if args.config else list(argv)
+    args = parser.parse_args(argv)
+    silent = get_args_parser()
+    for action in silent._actions:
+        action.default = argparse.SUPPRESS
+    given = set(vars(silent.parse_args(argv)))
+    _check(args)
+    return args, given
+
+
+def _recipe_argv(parser: argparse.ArgumentParser, path: str) -> list[str]:
+    """The flags of a recipe file as command-line words."""
+    try:
+        recipe = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read recipe {path}: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ConfigError(f"recipe {path} must be a mapping of flags to values")
+    actions = {action.dest: action for action in parser._actions}
+    argv: list[str] = []
+    for key, value in recipe.items():
+        name = str(key).replace("-", "_")
+        if name not in actions or name in ("help", "config"):
+            raise ConfigError(f"recipe {path}: {key!r} is no flag of main.py")
+        flag = actions[name].option_strings[0]
+        if isinstance(actions[name], OnOff):
+            argv.append(flag if value else "--no-" + flag.removeprefix("--"))
+        elif actions[name].nargs == 0:
+            argv += [flag] if value else []
+        elif isinstance(value, list):
+            argv += [flag, *map(str, value)]
+        elif value is not None:
+            argv.append(f"{flag}={value}")
+    return argv
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("batch_size", "epochs", "accum_iter", "log_interval"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} must be positive")
+    if args.input_size is not None and args.input_size < 1:
+        raise ConfigError(f"--input-size {args.input_size} must be positive")
+    if args.resume == "auto" and not args.output_dir:
+        raise ConfigError("--resume auto looks into --output_dir, which is not given")
+    if args.eval and not args.resume:
+        raise ConfigError("--eval needs --resume CHECKPOINT")

@@ -1,0 +1,27 @@
+"""Models of this repository, registered with timm.
+
+After ``import models``, ``timm.create_model("visformer_small")`` builds the model of this
+repository, also where timm has one of that name.
+"""
+
+from models import visformer
+from models.checkpoint import (
+    CheckpointError,
+    LoadReport,
+    load_checkpoint,
+    load_weights,
+    read_checkpoint,
+)
+from models.factory import ModelError, build_model, check_input_size
+
+__all__ = [
+    "CheckpointError",
+    "LoadReport",
+    "ModelError",
+    "build_model",
+    "check_input_size",
+    "load_checkpoint",
+    "load_weights",
+    "read_checkpoint",
+    "visformer",
+]

@@ -1,0 +1,202 @@
+"""Reading checkpoint files, safely, and loading weights into a model, strictly."""
+
+import argparse
+import importlib
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import safetensors.torch
+import torch
+from torch import nn
+
+WEIGHT_KEYS = ("model", "state_dict")
+EMA_KEYS = ("model_ema", "state_dict_ema")
+SHOWN = 4
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be read, or does not fit the model."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What :func:`load_checkpoint` did.
+
+    Attributes:
+        source: The file.
+        loaded: Keys of the model that were filled.
+        renamed: Keys of the checkpoint that have another name in the model.
+        resampled: Keys of the model whose value was resampled to the model's size.
+    """
+
+    source: str
+    loaded: tuple[str, ...]
+    renamed: tuple[str, ...]
+    resampled: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.source}: {len(self.loaded)} tensors loaded, "
+            f"{len(self.renamed)} renamed, {len(self.resampled)} resampled"
+        )
+
+
+def fetch(url: str) -> Path:
+    """Download a checkpoint into torch.hub's folder, once.
+
+    A name such as ``visformer_small-839e1f5b.pth`` holds the first digits of the file's
+    SHA-256, which are then verified.
+    """
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(url).path).name)
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        digits = re.search(r"-([0-9a-f]{8,})\.", path.name)
+        try:
+            torch.hub.download_url_to_file(
+                url, str(path), hash_prefix=digits and digits[1], progress=False
+            )
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"cannot download {url}: {error}") from error
+    return path
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint file onto the CPU without executing anything it holds.
+
+    Accepted are PyTorch files of tensors and plain values, with an ``argparse.Namespace``
+    as DeiT's and Visformer's files hold, and safetensors. The content decides, not the name.
+
+    Args:
+        path: File, or http(s) address of one.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, of another kind, or a pickle that
+            asks for more than plain values.
+    """
+    path = fetch(str(path)) if str(path).startswith(("http://", "https://")) else Path(path)
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror}") from error
+    if not start:
+        raise CheckpointError(f"{path} is empty, not a checkpoint")
+    try:
+        if start[8:] == b"{":
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # bytes of any kind make the readers raise errors of any kind
+        raise CheckpointError(f"{path} {_why_unreadable(error)}") from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+    return dict(content)
+
+
+def _why_unreadable(error: Exception) -> str:
+    wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if wanted and "nsupported" in str(error):
+        return (
+            f"is refused: it asks for {wanted[1]}, and a checkpoint may hold tensors and plain "
+            f"values only"
+        )
+    if isinstance(error, pickle.UnpicklingError | IndexError | KeyError):
+        return "is not a checkpoint, or damaged"
+    return f"is damaged or cut short ({str(error).splitlines()[0][:200]})"
+
+
+def state_dict_of(checkpoint: Mapping[str, Any], ema: bool = False) -> dict[str, torch.Tensor]:
+    """The weights within a checkpoint, whatever they are filed under.
+
+    Args:
+        checkpoint: What :func:`read_checkpoint` returns.
+        ema: Take the moving average instead of the raw weights.
+
+    Raises:
+        CheckpointError: There are none.
+    """
+    keys = EMA_KEYS if ema else WEIGHT_KEYS
+    state = next((checkpoint[key] for key in keys if checkpoint.get(key)), None)
+    if state is None and not ema:
+        state = checkpoint
+    if not isinstance(state, Mapping) or not any(torch.is_tensor(v) for v in state.values()):
+        found = ", ".join(map(str, list(checkpoint)[:SHOWN])) or "nothing"
+        raise CheckpointError(
+            f"no weights under {' or '.join(map(repr, keys))}; the checkpoint has {found}"
+        )
+    return {
+        key.removeprefix("module."): value for key, value in state.items() if torch.is_tensor(value)
+    }
+
+
+def load_weights(
+    model: nn.Module, checkpoint: Mapping[str, Any], source: str, ema: bool = False
+) -> LoadReport:
+    """Load the weights of a checkpoint that has been read; see :func:`load_checkpoint`."""
+    state = state_dict_of(checkpoint, ema)
+    own = model.state_dict()
+    # what has the right keys and shapes needs no filter (timm's may rename on suspicion)
+    if {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in own.items()}:
+        converted = state
+    else:
+        module = importlib.import_module(type(model).__module__)
+        convert = getattr(module, "checkpoint_filter_fn", lambda state, model: state)
+        converted = convert(dict(state), model)
+    _check_fit(converted, own, source)
+    model.load_state_dict(converted)
+    resampled = (k for k, v in converted.items() if k in state and v.shape != state[k].shape)
+    return LoadReport(
+        source=source,
+        loaded=tuple(own),
+        renamed=tuple(key for key in state if key not in own),
+        resampled=tuple(resampled),
+    )
+
+
+def load_checkpoint(model: nn.Module, path: str | Path, ema: bool = False) -> LoadReport:
+    """Load a checkpoint file into ``model``, strictly.
+
+    Layouts that the model's file knows are converted (for Visformer the original's and
+    timm's); position embeddings are resampled to the model's size.
+
+    Args:
+        model: Receives the weights.
+        path: File in any form that :func:`read_checkpoint` takes.
+        ema: Load the moving average instead of the raw weights.
+
+    Returns:
+        What was loaded, renamed and resampled.
+
+    Raises:
+        CheckpointError: The file cannot be read, or keys or shapes differ from the model's;
+            the message names the first few, and the model is unchanged.
+    """
+    return load_weights(model, read_checkpoint(path), str(path), ema)
+
+
+def _check_fit(
+    state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], source: str
+) -> None:
+    missing = [key for key in own if key not in state]
+    unknown = [key for key in state if key not in own]
+    shapes = [
+        f"{key} ({tuple(state[key].shape)} for {tuple(own[key].shape)})"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    parts = [
+        f"{len(keys)} {what}: {', '.join(keys[:SHOWN])}{', ...' if len(keys) > SHOWN else ''}"
+        for what, keys in (
+            ("missing", missing),
+            ("not in the model", unknown),
+            ("of another shape", shapes),
+        )
+        if keys
+    ]
+    if parts:
+        raise CheckpointError(f"{source} does not fit the model: {'; '.join(parts)}")

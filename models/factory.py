@@ -1,0 +1,64 @@
+"""Building a model by name, with errors that say what would be right."""
+
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+
+class ModelError(ValueError):
+    """There is no such model, or it cannot be built or run as asked."""
+
+
+def build_model(
+    name: str, required: Mapping[str, Any], optional: Mapping[str, Any]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Build the model that timm has under ``name``.
+
+    Args:
+        name: Any name of ``timm.list_models()``.
+        required: Keyword arguments that the model must take.
+        optional: Keyword arguments that are left out if the model does not know them.
+
+    Returns:
+        The model, and the keyword arguments that it was built with.
+
+    Raises:
+        ModelError: The name is unknown (the nearest are named), or an argument is refused.
+    """
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
+        hint = f"the nearest are {', '.join(near)}" if near else "timm.list_models() lists them"
+        raise ModelError(f"there is no model {name!r}; {hint}")
+    optional = dict(optional)
+    while True:
+        kwargs = {key: value for key, value in (optional | required).items() if value is not None}
+        try:
+            return timm.create_model(name, **kwargs), kwargs
+        except TypeError as error:
+            refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if refused is None or refused[1] not in kwargs:
+                raise
+            if refused[1] in required:
+                raise ModelError(f"model {name} takes no {refused[1]}") from error
+            del optional[refused[1]]
+        except (ValueError, AssertionError) as error:
+            raise ModelError(f"cannot build {name} with {kwargs}: {error}") from error
+
+
+@torch.no_grad()
+def check_input_size(model: nn.Module, name: str, size: int, in_chans: int = 3) -> None:
+    """Raise ModelError if ``model`` cannot take square images of ``size`` pixels."""
+    training = model.training
+    device = next(model.parameters()).device
+    try:
+        model.eval()(torch.zeros(1, in_chans, size, size, device=device))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{name} cannot take --input-size {size}: {reason}") from error
+    finally:
+        model.train(training)

@@ -1,0 +1,23 @@
+"""Layers that the model families share: one implementation of each."""
+
+from models.layers.attention import (
+    Attention2d,
+    attention,
+    attention_weights,
+    set_fused_attention,
+)
+from models.layers.block import Block2d
+from models.layers.drop_path import drop_path_rates
+from models.layers.mlp import Mlp2d
+from models.layers.position import resample_position_map
+
+__all__ = [
+    "Attention2d",
+    "Block2d",
+    "Mlp2d",
+    "attention",
+    "attention_weights",
+    "drop_path_rates",
+    "resample_position_map",
+    "set_fused_attention",
+]

@@ -1,0 +1,131 @@
+"""Attention as one function on tokens, and the module that applies it to maps."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.layers import use_fused_attn
+from torch import nn
+
+
+def attention_weights(
+    q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention maps ``softmax(q k^T + bias)``, for inspection and for the explicit path.
+
+    Args:
+        q: Queries, already scaled, ``B h N d``.
+        k: Keys, already scaled, ``B h M d``.
+        bias: Additive term that broadcasts to ``B h N M``.
+
+    Returns:
+        ``B h N M``; every row sums to one.
+    """
+    scores = q @ k.transpose(-2, -1)
+    if bias is not None:
+        scores = scores + bias
+    return scores.softmax(dim=-1)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    fused: bool = True,
+) -> torch.Tensor:
+    """Scaled dot-product attention, the scale having been applied by the caller.
+
+    Scaling queries and keys before their product keeps float16 from overflowing
+    (Visformer, arXiv 2104.12533, and its V2 recipes), so that none is left to do here.
+
+    Args:
+        q, k: Queries ``B h N d`` and keys ``B h M d``, already scaled.
+        v: Values, ``B h M d``.
+        bias: Additive term that broadcasts to ``B h N M``.
+        dropout_p: Probability of dropping an attention weight (0 in evaluation).
+        fused: Use PyTorch's fused kernels; otherwise the product is written out.
+
+    Returns:
+        ``B h N d``.
+    """
+    if fused:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=1.0
+        )
+    weights = attention_weights(q, k, bias)
+    if dropout_p > 0.0:
+        weights = F.dropout(weights, dropout_p)
+    return weights @ v
+
+
+class Attention2d(nn.Module):
+    """Global multi-head self-attention over a map, with 1x1 convolutions as projections.
+
+    Queries and keys are each multiplied by ``head_dim ** qk_scale_factor`` before their
+    product, so that the softmax sees ``head_dim ** (2 * qk_scale_factor)`` overall: the
+    default -0.25 gives the usual ``head_dim ** -0.5``.
+
+    Args:
+        dim: Channels of the input and the output.
+        num_heads: Heads.
+        head_dim: Channels per head; ``dim // num_heads`` if not given.
+        qk_scale_factor: Exponent of the pre-scale.
+        qkv_bias: Learn a bias for queries, keys and values.
+        attn_drop: Dropout probability of the attention weights.
+        proj_drop: Dropout probability of the output.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        head_dim: int | None = None,
+        qk_scale_factor: float = -0.25,
+        qkv_bias: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ):
+        super().__init__()
+        if head_dim is None:
+            if dim % num_heads:
+                raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")
+            head_dim = dim // num_heads
+        self.num_heads = num_heads
+        self.scale = head_dim**qk_scale_factor
+        self.attn_drop = attn_drop
+        self.fused_attn = use_fused_attn()
+        self.qkv = nn.Conv2d(dim, 3 * num_heads * head_dim, 1, bias=qkv_bias)
+        self.proj = nn.Conv2d(num_heads * head_dim, dim, 1, bias=False)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Scaled queries, scaled keys and values of a map ``B C H W``, each ``B h N d``."""
+        q, k, v = rearrange(
+            self.qkv(x), "b (three h d) y x -> three b h (y x) d", three=3, h=self.num_heads
+        )
+        return q * self.scale, k * self.scale, v
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``B C H W -> B C H W``."""
+        height, width = x.shape[-2:]
+        q, k, v = self.heads(x)
+        dropout_p = self.attn_drop if self.training else 0.0
+        x = attention(q, k, v, dropout_p=dropout_p, fused=self.fused_attn)
+        x = rearrange(x, "b h (y x) d -> b (h d) y x", y=height, x=width)
+        return self.proj_drop(self.proj(x))
+
+    def attention_maps(self, x: torch.Tensor) -> torch.Tensor:
+        """The attention weights of a map ``B C H W`` as ``B h N N``, N = H * W in row order."""
+        q, k, _ = self.heads(x)
+        return attention_weights(q, k)
+
+
+def set_fused_attention(model: nn.Module, fused: bool) -> None:
+    """Switch every attention layer of ``model`` between fused kernels and the written-out product.
+
+    The two are the same function; the written-out one is for export and inspection.
+    """
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = fused

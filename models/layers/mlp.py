@@ -1,0 +1,48 @@
+"""The feed-forward part of a block, on maps."""
+
+import torch
+from torch import nn
+
+
+class Mlp2d(nn.Module):
+    """1x1 convolution, an optional 3x3 group convolution, 1x1 convolution; no biases.
+
+    With ``spatial_groups`` this is Visformer's bottleneck of early stages (arXiv
+    2104.12533, section 3.3), without it the transformer's MLP.
+
+    Args:
+        dim: Channels of the input and the output.
+        hidden_dim: Channels in between.
+        spatial_groups: Groups of the 3x3 convolution; ``None`` leaves it out.
+        drop: Dropout probability after the activation and at the output.
+        act_layer: Activation.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        spatial_groups: int | None = None,
+        drop: float = 0.0,
+        act_layer: type[nn.Module] = nn.GELU,
+    ):
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, hidden_dim, 1, bias=False)
+        self.act1 = act_layer()
+        self.drop1 = nn.Dropout(drop)
+        if spatial_groups is None:
+            self.conv2 = None
+        else:
+            self.conv2 = nn.Conv2d(
+                hidden_dim, hidden_dim, 3, padding=1, groups=spatial_groups, bias=False
+            )
+            self.act2 = act_layer()
+        self.conv3 = nn.Conv2d(hidden_dim, dim, 1, bias=False)
+        self.drop3 = nn.Dropout(drop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``B C H W -> B C H W``."""
+        x = self.drop1(self.act1(self.conv1(x)))
+        if self.conv2 is not None:
+            x = self.act2(self.conv2(x))
+        return self.drop3(self.conv3(x))

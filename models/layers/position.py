@@ -1,0 +1,25 @@
+"""Position embeddings kept as maps."""
+
+import torch
+import torch.nn.functional as F
+
+
+def resample_position_map(embedding: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Resample a position embedding to another map size.
+
+    Bicubic with antialiasing, computed in float32 at least; the embedding itself where the
+    size is already right.
+
+    Args:
+        embedding: ``1 C H W``.
+        size: Target height and width.
+
+    Returns:
+        ``1 C height width`` in the dtype of ``embedding``.
+    """
+    if embedding.shape[-2:] == size:
+        return embedding
+    dtype = embedding.dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        embedding = embedding.float()
+    return F.interpolate(embedding, size=size, mode="bicubic", antialias=True).to(dtype)

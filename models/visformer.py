@@ -1,0 +1,377 @@
+"""Visformer, "The Vision-friendly Transformer" (arXiv 2104.12533).
+
+Convolutional bottlenecks on the large maps, self-attention on the small ones, BatchNorm
+throughout. Weights use timm's key layout; the original's (``stage1.0.norm2.bn.weight``)
+converts by :func:`checkpoint_filter_fn`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import PatchEmbed, create_classifier, to_2tuple, trunc_normal_
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs
+from timm.models._features import feature_take_indices as take_indices
+from torch import nn
+
+from models.layers import Block2d, drop_path_rates, resample_position_map
+from models.registry import register_model
+
+__all__ = ["Stage", "Visformer"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: a patch embedding, a position embedding, and blocks of one kind.
+
+    Attributes:
+        depth: Number of blocks.
+        dim: Channels.
+        patch_size: Kernel and stride of the embedding before the blocks.
+        num_heads: Attention heads, ``None`` for blocks without attention.
+        mlp_ratio: Hidden channels of the feed-forward part, in multiples of ``dim``.
+        spatial_groups: Groups of its 3x3 convolution, ``None`` for none.
+    """
+
+    depth: int
+    dim: int
+    patch_size: int = 2
+    num_heads: int | None = None
+    mlp_ratio: float = 4.0
+    spatial_groups: int | None = None
+
+
+def _init_layer(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    elif isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+class Visformer(nn.Module):
+    """Visformer classifier and backbone.
+
+    Args:
+        stages: Description of the stages; the last is named ``stage3``.
+        init_channels: Channels of the 7x7 stride-2 stem.
+        img_size: Height and width for which position embeddings are built. Other sizes
+            resample them in every forward.
+        in_chans: Channels of the image.
+        num_classes: Classes; 0 leaves the head out, and the pooled features come back.
+        global_pool: timm's name of the pooling before the head.
+        qk_scale_factor: Exponent of the query/key pre-scale (see :class:`Attention2d`).
+        strict_img_size: Raise for sizes that are no multiple of the total stride; otherwise
+            patch embeddings leave out the remainder at the right and bottom.
+        drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate: Dropout before the head,
+            after position embeddings, after projections, of attention weights.
+        drop_path_rate: Stochastic depth of the last block, growing linearly from 0.
+        norm_layer: Normalisation over the channels of a map.
+
+    Raises:
+        ValueError: ``img_size``, or in the forward the input's size, does not fit the strides.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        init_channels: int,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        qk_scale_factor: float = -0.25,
+        strict_img_size: bool = True,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_layer: type[nn.Module] = nn.BatchNorm2d,
+    ):
+        super().__init__()
+        self.stages = tuple(stages)
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.num_features = self.head_hidden_size = stages[-1].dim
+        self.qk_scale_factor = qk_scale_factor
+        self.strict_img_size = strict_img_size
+        self.grad_checkpointing = False
+        self.total_stride = 2 * math.prod(stage.patch_size for stage in stages)
+        self.check_size(*to_2tuple(img_size))
+
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_chans, init_channels, 7, stride=2, padding=3, bias=False),
+            nn.BatchNorm2d(init_channels),
+            nn.ReLU(inplace=True),
+        )
+        size = [math.ceil(s / 2) for s in to_2tuple(img_size)]
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+        self.stage_numbers = tuple(range(4 - len(stages), 4))
+        self.feature_info = []
+        rates = drop_path_rates(drop_path_rate, [stage.depth for stage in stages])
+        dim, reduction = init_channels, 2
+        for number, stage, stage_rates in zip(self.stage_numbers, stages, rates, strict=True):
+            embed = PatchEmbed(
+                img_size=None,
+                patch_size=stage.patch_size,
+                in_chans=dim,
+                embed_dim=stage.dim,
+                norm_layer=norm_layer,
+                flatten=False,
+            )
+            size = [s // stage.patch_size for s in size]
+            blocks = [
+                Block2d(
+                    stage.dim,
+                    stage.num_heads,
+                    stage.mlp_ratio,
+                    stage.spatial_groups,
+                    qk_scale_factor=qk_scale_factor,
+                    proj_drop=proj_drop_rate,
+                    attn_drop=attn_drop_rate,
+                    drop_path=rate,
+                    norm_layer=norm_layer,
+                )
+                for rate in stage_rates
+            ]
+            self.add_module(f"patch_embed{number}", embed)
+            self.register_parameter(
+                f"pos_embed{number}", nn.Parameter(torch.empty(1, stage.dim, *size))
+            )
+            self.add_module(f"stage{number}", nn.Sequential(*blocks))
+            dim, reduction = stage.dim, reduction * stage.patch_size
+            self.feature_info.append(
+                {"num_chs": dim, "reduction": reduction, "module": f"stage{number}"}
+            )
+
+        self.norm = norm_layer(dim)
+        self.global_pool, self.head = create_classifier(dim, num_classes, pool_type=global_pool)
+        self.head_hidden_size = dim * self.global_pool.feat_mult()
+        self.head_drop = nn.Dropout(drop_rate)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """He initialisation of convolutions, normal of deviation 0.02 for the rest."""
+        for number in self.stage_numbers:
+            trunc_normal_(getattr(self, f"pos_embed{number}"), std=0.02)
+        self.apply(_init_layer)
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise ValueError if an image of this size does not fit the strides."""
+        stride = self.total_stride
+        remainder = (height % stride or width % stride) and self.strict_img_size
+        if remainder or height < stride or width < stride:
+            near = "x".join(str(max(round(s / stride), 1) * stride) for s in (height, width))
+            raise ValueError(
+                f"image size {height}x{width} does not fit: height and width must be multiples "
+                f"of {stride}, such as {near}"
+            )
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters without weight decay besides biases and norms."""
+        return {f"pos_embed{number}" for number in self.stage_numbers}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Groups of parameters in the order of depth, for layer-wise learning-rate decay."""
+        first = self.stage_numbers[0]
+        stem = rf"^stem|^patch_embed{first}|^pos_embed{first}"
+        if coarse:
+            return {"stem": stem, "blocks": r"^(?:stage|patch_embed|pos_embed)(\d+)"}
+        return {
+            "stem": stem,
+            "blocks": [
+                (r"^(?:patch_embed|pos_embed)(\d+)", (-1,)),
+                (r"^stage(\d+)\.(\d+)", None),
+                (r"^norm", (99999,)),
+            ],
+        }
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass instead of keeping their activations."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The linear classifier."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a new classifier (none if ``num_classes`` is 0) in place of the present one."""
+        self.num_classes = num_classes
+        if global_pool is None:
+            global_pool = self.global_pool.pool_type
+        pool, head = create_classifier(self.num_features, num_classes, pool_type=global_pool)
+        head.apply(_init_layer)
+        reference = self.stem[0].weight
+        self.global_pool, self.head = pool, head.to(reference.device, reference.dtype)
+        self.head_hidden_size = self.num_features * pool.feat_mult()
+
+    def forward_stage(self, x: torch.Tensor, number: int) -> torch.Tensor:
+        """Patch embedding, position embedding and blocks: ``B C H W -> B D H/p W/p``."""
+        x = getattr(self, f"patch_embed{number}")(x)
+        position = getattr(self, f"pos_embed{number}")
+        x = self.pos_drop(x + resample_position_map(position, x.shape[-2:]))
+        blocks = getattr(self, f"stage{number}")
+        if self.grad_checkpointing and self.training and not torch.jit.is_scripting():
+            return checkpoint_seq(blocks, x)
+        return blocks(x)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Image ``B 3 H W`` to the normalised last map ``B D H/32 W/32``."""
+        self.check_size(*x.shape[-2:])
+        x = self.stem(x)
+        for number in self.stage_numbers:
+            x = self.forward_stage(x, number)
+        return self.norm(x)
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """Maps after the stages.
+
+        Args:
+            x: Image, ``B 3 H W``.
+            indices: Stages to return: the last n, those of a sequence, or all.
+            norm: Apply the final norm to the last stage's map (the others have none).
+            stop_early: Leave out stages after the last one asked for.
+            output_fmt: Only ``NCHW``.
+            intermediates_only: Return the list alone.
+
+        Returns:
+            The maps, or the final features and the maps.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt {output_fmt!r} is not supported, only 'NCHW'")
+        wanted, last = take_indices(len(self.stage_numbers), indices)
+        self.check_size(*x.shape[-2:])
+        x = self.stem(x)
+        numbers = self.stage_numbers[: last + 1] if stop_early else self.stage_numbers
+        maps = []
+        for index, number in enumerate(numbers):
+            x = self.forward_stage(x, number)
+            if index in wanted:
+                final = norm and number == self.stage_numbers[-1]
+                maps.append(self.norm(x) if final else x)
+        if intermediates_only:
+            return maps
+        if len(numbers) == len(self.stage_numbers):
+            x = self.norm(x)
+        return x, maps
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | Sequence[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Remove what the given intermediates do not need; returns their positive indices."""
+        wanted, last = take_indices(len(self.stage_numbers), indices)
+        for number in self.stage_numbers[last + 1 :]:
+            for name in ("patch_embed", "pos_embed", "stage"):
+                delattr(self, f"{name}{number}")
+        self.stage_numbers = self.stage_numbers[: last + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return wanted
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Last map ``B D H W`` to logits ``B num_classes``, or to pooled features ``B D``."""
+        x = self.head_drop(self.global_pool(x))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Image ``B 3 H W`` to logits ``B num_classes``."""
+        return self.forward_head(self.forward_features(x))
+
+
+def checkpoint_filter_fn(
+    state_dict: dict[str, torch.Tensor], model: Visformer
+) -> dict[str, torch.Tensor]:
+    """Weights in the original's or timm's layout -> weights in the layout of ``model``.
+
+    The original wraps BatchNorm (``norm1.bn.weight``), timm does not. Position embeddings
+    of another size are resampled.
+    """
+    own = model.state_dict()
+    converted = {}
+    for key, value in state_dict.items():
+        key = key.replace(".bn.", ".")
+        if key.startswith("pos_embed") and key in own and value.ndim == 4:
+            value = resample_position_map(value, tuple(own[key].shape[-2:]))
+        converted[key] = value
+    return converted
+
+
+def _create_visformer(name: str, pretrained: bool, **kwargs) -> Visformer:
+    out_indices = kwargs.pop("out_indices", tuple(range(len(kwargs["stages"]))))
+    return build_model_with_cfg(
+        Visformer,
+        name,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        **kwargs,
+    )
+
+
+def _cfg(**kwargs) -> dict:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "fixed_input_size": True,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.0",
+        "classifier": "head",
+        "license": "apache-2.0",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "visformer_tiny.in1k": _cfg(hf_hub_id="timm/"),
+        "visformer_small.in1k": _cfg(hf_hub_id="timm/"),
+    }
+)
+
+
+def _v1_stages(dim: int, num_heads: int) -> tuple[Stage, ...]:
+    """Bottlenecks, then twice attention; ``dim`` is the width of the middle stage."""
+    return (
+        Stage(depth=7, dim=dim // 2, patch_size=4, mlp_ratio=2.0, spatial_groups=8),
+        Stage(depth=4, dim=dim, num_heads=num_heads),
+        Stage(depth=4, dim=dim * 2, num_heads=num_heads),
+    )
+
+
+@register_model
+def visformer_tiny(pretrained: bool = False, **kwargs) -> Visformer:
+    """Visformer-Ti: 10.3 M parameters, 1.3 GMACs, 78.6 % on ImageNet (paper, table 5)."""
+    defaults = {"stages": _v1_stages(192, 3), "init_channels": 16}
+    return _create_visformer("visformer_tiny", pretrained, **defaults | kwargs)
+
+
+@register_model
+def visformer_small(pretrained: bool = False, **kwargs) -> Visformer:
+    """Visformer-S: 40.2 M parameters, 4.9 GMACs, 82.2 % on ImageNet (paper, table 5)."""
+    defaults = {"stages": _v1_stages(384, 6), "init_channels": 32}
+    return _create_visformer("visformer_small", pretrained, **defaults | kwargs)

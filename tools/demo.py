@@ -1,0 +1,55 @@
+"""Watch a Visformer learn: train, stop, resume, evaluate. ``python -m tools.demo``.
+
+Runs the very commands it prints, each in a process of its own.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+STOP_EPOCH = "8"
+
+
+def run_main(*flags: str) -> list[str]:
+    """Run ``main.py`` with ``flags``, show its output, and return its lines."""
+    print("\n$ python main.py", shlex.join(flags), flush=True)
+    command = [sys.executable, str(ROOT / "main.py"), *flags]
+    lines = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line.rstrip("\n"))
+    if process.returncode:
+        raise SystemExit(process.returncode)
+    return lines
+
+
+def accuracies(lines: list[str]) -> list[str]:
+    """The last lines that report an accuracy: of the raw weights and of their average."""
+    return [line for line in lines if "* Acc@1" in line][-2:]
+
+
+def main() -> int:
+    """Train, stop, resume and evaluate; 1 if the evaluation differs from training's last."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", default="output/demo")
+    output = parser.parse_args().output_dir
+    train = ["-c", "configs/digits.yaml", "--output_dir", output]
+    checkpoint = f"{output}/checkpoint.pth"
+    run_main(*train, "--stop-epoch", STOP_EPOCH)
+    trained = accuracies(run_main(*train, "--resume", "auto"))
+    evaluated = accuracies(run_main("--eval", "--resume", checkpoint))
+    print("\nat the end of training:", *trained, sep="\n  ")
+    print(f"evaluating {checkpoint}:", *evaluated, sep="\n  ")
+    print(f"curves and pictures: tensorboard --logdir {output}")
+    if trained != evaluated:
+        print("error: the two differ", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
