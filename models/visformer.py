@@ -12,11 +12,16 @@ from dataclasses import dataclass
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import PatchEmbed, create_classifier, to_2tuple, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs
+from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models._features import feature_take_indices as take_indices
 from torch import nn
 
-from models.layers import Block2d, drop_path_rates, resample_position_map
+from models.layers import (
+    Block2d,
+    checkpoint_blocks,
+    drop_path_rates,
+    resample_position_map,
+)
 from models.registry import register_model
 
 __all__ = ["Stage", "Visformer"]
@@ -219,8 +224,8 @@ class Visformer(nn.Module):
         position = getattr(self, f"pos_embed{number}")
         x = self.pos_drop(x + resample_position_map(position, x.shape[-2:]))
         blocks = getattr(self, f"stage{number}")
-        if self.grad_checkpointing and self.training and not torch.jit.is_scripting():
-            return checkpoint_seq(blocks, x)
+        if self.grad_checkpointing and self.training:
+            return checkpoint_blocks(blocks, x)
         return blocks(x)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:

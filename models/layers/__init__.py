@@ -7,6 +7,7 @@ from models.layers.attention import (
     set_fused_attention,
 )
 from models.layers.block import Block2d
+from models.layers.checkpointing import checkpoint_blocks
 from models.layers.drop_path import drop_path_rates
 from models.layers.mlp import Mlp2d
 from models.layers.position import resample_position_map
@@ -17,6 +18,7 @@ __all__ = [
     "Mlp2d",
     "attention",
     "attention_weights",
+    "checkpoint_blocks",
     "drop_path_rates",
     "resample_position_map",
     "set_fused_attention",

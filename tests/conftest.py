@@ -1,0 +1,116 @@
+"""Shared data and helpers of the tests."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_threads():
+    """Two cores: leave no thread to contend with the processes that tests start."""
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder of goldens and real images."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} with goldens and real images is not here")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def golden(shared):
+    """``golden(name) -> (description, weights, input)`` of an original implementation."""
+    spec = importlib.util.spec_from_file_location("fill", shared / "goldens" / "fill.py")
+    fill = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fill)
+
+    def load(name):
+        description = json.loads((shared / "goldens" / f"{name}.json").read_text())
+        arrays, _ = fill.fill(description["keys"])
+        weights = {key: torch.from_numpy(np.asarray(value)) for key, value in arrays.items()}
+        batch, _, height, width = description["input"]["shape"]
+        return description, weights, torch.from_numpy(fill.make_input(batch, height, width))
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def cifar(shared, tmp_path_factory):
+    """2,000 training and 500 validation images of CIFAR-10 as folders of JPEG files."""
+    folder = tmp_path_factory.mktemp("cifar")
+    with tarfile.open(shared / "data" / "cifar10_small.tar.gz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "cifar10"
+
+
+def write_images(root, train=8, val=3, classes=("cat", "dog"), size=32):
+    """An image folder of random JPEG files, ``train`` and ``val`` of each class."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for name in classes:
+            (root / split / name).mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                pixels = generator.integers(0, 256, (size, size, 3), np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.jpg")
+    return root
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """8 training and 3 validation images of each of two classes."""
+    return write_images(tmp_path / "images")
+
+
+def clean_env(**extra):
+    """This process's environment without a launcher's variables."""
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "SLURM_", "OMPI_", "PMI_", "MPI_")
+    env = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
+    return env | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | extra
+
+
+def run_python(*words, timeout=300, **env):
+    """Run Python with ``words`` in the project's folder; returns the completed process."""
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        env=clean_env(**env),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def read_log(folder):
+    """The lines of a run's ``log.txt``."""
+    return [json.loads(line) for line in (Path(folder) / "log.txt").read_text().splitlines()]
+
+
+@pytest.fixture
+def main(capsys, monkeypatch):
+    """``main(*flags) -> (status, output, errors)``: main.py in this process."""
+    import main as module
+
+    for key in set(os.environ) - set(clean_env()):
+        monkeypatch.delenv(key)
+
+    def call(*flags):
+        capsys.readouterr()
+        status = module.main([str(flag) for flag in flags])
+        output, errors = capsys.readouterr()
+        return status, output, errors
+
+    return call
