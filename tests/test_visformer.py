@@ -228,6 +228,8 @@ def test_gradient_checkpointing_changes_no_gradient():
         torch.testing.assert_close(ours.grad, theirs.grad)
     for ours, theirs in zip(saving.buffers(), plain.buffers(), strict=True):
         assert torch.equal(ours, theirs)  # statistics are counted once
+    compiled = torch.compile(saving, fullgraph=True, backend="aot_eager")
+    assert torch.isfinite(compiled(x)).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

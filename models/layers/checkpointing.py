@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 
 
 @contextlib.contextmanager
@@ -36,6 +36,9 @@ def checkpoint_blocks(blocks: Iterable[nn.Module], x: torch.Tensor) -> torch.Ten
     does).
     """
     for block in blocks:
-        contexts = noop_context_fn if torch.compiler.is_compiling() else partial(_contexts, block)
-        x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+        if torch.compiler.is_compiling():
+            x = checkpoint(block, x, use_reentrant=False)
+        else:
+            contexts = partial(_contexts, block)
+            x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
     return x
