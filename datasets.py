@@ -365,6 +365,8 @@ def _loader_options(args: Namespace) -> dict:
         "pin_memory": args.pin_mem and torch.cuda.is_available(),
         "persistent_workers": args.num_workers > 0,
         "collate_fn": collate,
+        # of its own, so that the number of workers does not change the run's random numbers
+        "generator": torch.Generator(),
     }
 
 

@@ -26,6 +26,10 @@ class NonFiniteLossError(RuntimeError):
     """The loss became infinite or not a number."""
 
 
+class NoImagesError(RuntimeError):
+    """An evaluation set has not a single image that can be decoded."""
+
+
 class SettingError(ValueError):
     """Flags of the training do not go together."""
 
@@ -317,7 +321,7 @@ def evaluate(
         ``corrupt`` files left out.
 
     Raises:
-        ZeroDivisionError: There was not a single image.
+        NoImagesError: There was not a single sound image.
     """
     precision = precision or Precision(device)
     model.eval()
@@ -346,6 +350,8 @@ def evaluate(
     if shared:
         totals = all_reduce_sum(totals.to(device)).cpu()
     hits1, hits5, images_seen, corrupt_seen, loss_sum = totals.tolist()
+    if not images_seen:
+        raise NoImagesError(f"nothing to evaluate: {corrupt_seen:.0f} corrupt images, no sound one")
     return {
         "acc1": 100 * hits1 / images_seen,
         "acc5": 100 * hits5 / images_seen,

@@ -26,6 +26,7 @@ from utils import log
 EXPECTED_ERRORS = (
     ConfigError,
     datasets.DataError,
+    engine.NoImagesError,
     engine.NonFiniteLossError,
     engine.SettingError,
     models.CheckpointError,
@@ -153,7 +154,8 @@ class Run:
             log(f"{source} holds no optimizer: its weights start a new run")
         else:
             utils.restore_optimizer(self.optimizer, checkpoint["optimizer"], source)
-            self.precision.scaler.load_state_dict(checkpoint.get("scaler") or {})
+            if checkpoint.get("scaler"):  # empty unless the run used float16
+                self.precision.scaler.load_state_dict(checkpoint["scaler"])
             self.best_acc1 = checkpoint.get("best_acc1", 0.0)
             self.epoch = checkpoint["epoch"]
             if self.args.sched == "plateau":
@@ -250,6 +252,9 @@ def train(
         wrapped = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
     criterion = engine.build_criterion(args, mixup_fn, num_classes).to(precision.device)
     stop = min(args.epochs, args.stop_epoch or args.epochs)
+    if state.epoch + 1 >= stop:
+        log(f"nothing left to train: {state.epoch + 1} of {stop} epochs are done")
+        return
     log(f"training epochs {state.epoch + 1} to {stop - 1} of {args.epochs}")
     started = time.time()
     for epoch in range(state.epoch + 1, stop):

@@ -37,7 +37,8 @@ class RASampler(Sampler[Draw]):
 
     The copies of an image fall, as a rule, into one optimizer step: on different ranks where
     there are at least ``num_repeats`` of them; on fewer ranks into one batch, where they are
-    spread out and never follow each other directly (unless the epoch has a single image).
+    spread out and never follow each other directly (unless the epoch has fewer than two
+    distinct images per rank).
 
     Every rank gets the same number of samples. With ``num_repeats=1`` this is the usual
     shuffled distributed sampler.
@@ -77,7 +78,7 @@ class RASampler(Sampler[Draw]):
         if num_replicas >= num_repeats:
             self.block_size = 1
         else:
-            self.block_size = max(2, batch_size * num_replicas // num_repeats)
+            self.block_size = max(2 * num_replicas, batch_size * num_replicas // num_repeats)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the images and the order of ``epoch``."""

@@ -180,9 +180,10 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
         ConfigError: The file cannot be read, has unknown keys, or flags contradict each other.
     """
     parser = get_args_parser()
+    recipe = parser.parse_args(argv).config
+    argv = _recipe_argv(parser, recipe) + list(argv) if recipe else list(argv)
     args = parser.parse_args(argv)
-    argv = _recipe_argv(parser, args.config) + list(argv) if args.config else list(argv)
-    args = parser.parse_args(argv)
+    del args.config  # its flags are in
     silent = get_args_parser()
     for action in silent._actions:
         action.default = argparse.SUPPRESS

@@ -110,11 +110,14 @@ def _why_unreadable(error: Exception) -> str:
     return f"is damaged or cut short ({str(error).splitlines()[0][:200]})"
 
 
-def state_dict_of(checkpoint: Mapping[str, Any], ema: bool = False) -> dict[str, torch.Tensor]:
+def state_dict_of(
+    checkpoint: Mapping[str, Any], source: str, ema: bool = False
+) -> dict[str, torch.Tensor]:
     """The weights within a checkpoint, whatever they are filed under.
 
     Args:
         checkpoint: What :func:`read_checkpoint` returns.
+        source: Its name in error messages.
         ema: Take the moving average instead of the raw weights.
 
     Raises:
@@ -127,7 +130,7 @@ def state_dict_of(checkpoint: Mapping[str, Any], ema: bool = False) -> dict[str,
     if not isinstance(state, Mapping) or not any(torch.is_tensor(v) for v in state.values()):
         found = ", ".join(map(str, list(checkpoint)[:SHOWN])) or "nothing"
         raise CheckpointError(
-            f"no weights under {' or '.join(map(repr, keys))}; the checkpoint has {found}"
+            f"{source} has no weights under {' or '.join(map(repr, keys))}, but {found}"
         )
     return {
         key.removeprefix("module."): value for key, value in state.items() if torch.is_tensor(value)
@@ -138,7 +141,7 @@ def load_weights(
     model: nn.Module, checkpoint: Mapping[str, Any], source: str, ema: bool = False
 ) -> LoadReport:
     """Load the weights of a checkpoint that has been read; see :func:`load_checkpoint`."""
-    state = state_dict_of(checkpoint, ema)
+    state = state_dict_of(checkpoint, source, ema)
     own = model.state_dict()
     # what has the right keys and shapes needs no filter (timm's may rename on suspicion)
     if {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in own.items()}:

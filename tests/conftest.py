@@ -101,7 +101,10 @@ def read_log(folder):
 
 @pytest.fixture
 def main(capsys, monkeypatch):
-    """``main(*flags) -> (status, output, errors)``: main.py in this process."""
+    """``main(*flags) -> (status, output, errors)``: main.py in this process.
+
+    With one thread, as :func:`run_python` has: sums depend on the number of threads.
+    """
     import main as module
 
     for key in set(os.environ) - set(clean_env()):
@@ -109,7 +112,9 @@ def main(capsys, monkeypatch):
 
     def call(*flags):
         capsys.readouterr()
+        torch.set_num_threads(1)
         status = module.main([str(flag) for flag in flags])
+        torch.set_num_threads(2)
         output, errors = capsys.readouterr()
         return status, output, errors
 

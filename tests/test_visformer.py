@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT, clean_env
 from timm.optim import create_optimizer_v2
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import models
 from models import load_checkpoint
@@ -48,6 +49,10 @@ def test_equals_the_original(golden, tmp_path, name):
     assert sum(p.numel() for p in model.parameters()) == description["n_params"]
     reference = torch.tensor(description["logits_f64"], dtype=torch.float64)
     std = description["stats"]["logits_std"]
+    set_fused_attention(model, False)  # the counter does not know every fused kernel
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x[:1])
+    assert counter.get_total_flops() / 2e9 == pytest.approx(description["gmacs"], rel=1e-5)
     for fused in (True, False):
         set_fused_attention(model, fused)
         with torch.no_grad():

@@ -1,0 +1,239 @@
+"""Datasets, augmentation, loaders, and images that cannot be decoded."""
+
+import random
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_images
+from PIL import Image, ImageOps
+from torchvision import transforms
+
+import datasets
+from configs import parse_args
+from samplers import Draw
+
+
+def flags(*words):
+    return parse_args([str(word) for word in words])[0]
+
+
+def folder_args(folder, *words):
+    return flags("--data-path", folder, "--input-size", 32, "--num_workers", 0, *words)
+
+
+def test_digits_are_split_by_class_without_overlap():
+    train, val = datasets.Digits(True), datasets.Digits(False)
+    assert (len(train), len(val)) == (1442, 355)
+    parts = Counter(val.targets)
+    whole = parts + Counter(train.targets)
+    assert all(abs(parts[c] / whole[c] - 0.2) < 0.01 for c in range(10))
+    image, target = train[0]
+    assert (image.size, image.mode, target) == ((8, 8), "RGB", 0)
+    assert max(np.asarray(train[i][0]).max() for i in range(10)) == 255
+
+
+def test_defaults_follow_the_dataset(image_folder):
+    assert datasets.data_set_name(flags()) == "DIGITS"
+    assert datasets.input_size_of(flags()) == 32
+    assert datasets.input_size_of(flags("--data-path", image_folder)) == 224
+    dataset, classes = datasets.build_dataset(True, flags())
+    assert (len(dataset), classes) == (1442, 10)
+    steps = [type(step).__name__ for step in dataset.transform.transforms]
+    assert "RandomHorizontalFlip" not in steps  # a mirrored digit is another sign
+
+
+def test_image_folder(image_folder):
+    for is_train, count in ((True, 16), (False, 6)):
+        dataset, classes = datasets.build_dataset(is_train, folder_args(image_folder))
+        assert (len(dataset), classes) == (count, 2)
+        assert dataset[0].image.shape == (3, 32, 32)
+    (image_folder / "val").rename(image_folder / "validation")
+    assert len(datasets.build_dataset(False, folder_args(image_folder))[0]) == 6
+
+
+def test_missing_folders_are_named(image_folder, tmp_path):
+    with pytest.raises(datasets.DataError, match=f"{tmp_path}/none does not exist"):
+        datasets.build_dataset(True, folder_args(tmp_path / "none"))
+    with pytest.raises(datasets.DataError, match="IMNET needs --data-path"):
+        datasets.build_dataset(True, flags("--data-set", "IMNET"))
+    shutil.rmtree(image_folder / "val")
+    with pytest.raises(datasets.DataError, match="no folder val/ or validation/"):
+        datasets.build_dataset(False, folder_args(image_folder))
+    with pytest.raises(datasets.DataError, match=r"no CIFAR10 in .*--download fetches it"):
+        datasets.build_dataset(True, flags("--data-set", "CIFAR10", "--data-path", tmp_path))
+
+
+def test_class_without_images_is_named(image_folder):
+    (image_folder / "train" / "emu").mkdir()
+    (image_folder / "val" / "emu").mkdir()
+    with pytest.raises(datasets.DataError, match="emu"):
+        datasets.build_dataset(True, folder_args(image_folder))
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+def test_splits_must_have_the_same_classes(image_folder, is_train):
+    shutil.copytree(image_folder / "val" / "cat", image_folder / "val" / "lynx")
+    with pytest.raises(datasets.DataError, match="different classes: lynx in only one"):
+        datasets.build_dataset(is_train, folder_args(image_folder))
+
+
+def test_evaluation_sees_the_whole_small_image_and_the_centre_of_a_large_one():
+    ramp = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8)[:, None, None] * 4, (1, 64, 3)))
+    small = datasets.build_transform(False, flags("--input-size", 32))(ramp)
+    large = datasets.build_transform(False, flags("--input-size", 56, "--eval-crop-ratio", 0.875))(
+        ramp
+    )
+    rows = datasets.denormalize(torch.stack([small]))[0, 0, :, 0] * 255 / 4
+    torch.testing.assert_close(rows[[0, -1]], torch.tensor([0.5, 62.5]), atol=0.5, rtol=0)
+    rows = datasets.denormalize(torch.stack([large]))[0, 0, :, 0] * 255 / 4
+    torch.testing.assert_close(rows, torch.arange(4, 60.0), atol=0.01, rtol=0)
+
+
+def names_of(transform):
+    return [type(step).__name__ for step in transform.transforms]
+
+
+def test_training_transforms():
+    deit = names_of(datasets.build_transform(True, flags("--data-path", "x")))
+    assert deit[0] == "RandomResizedCropAndInterpolation"
+    assert {"RandAugment", "RandomErasing", "RandomHorizontalFlip"} <= set(deit)
+    plain = names_of(datasets.build_transform(True, flags("--data-path", "x", "--std-aug")))
+    assert plain[:2] == ["RandomResizedCropAndInterpolation", "RandomHorizontalFlip"]
+    assert len(plain) == 4  # to tensor, normalise
+    small = datasets.build_transform(True, flags("--data-path", "x", "--input-size", 32))
+    assert names_of(small)[:2] == ["Resize", "RandomCrop"]
+    assert small.transforms[1].padding == 4
+    three = datasets.build_transform(True, flags("--data-path", "x", "--ThreeAugment", "--src"))
+    assert names_of(three)[:2] == ["Resize", "RandomCrop"]
+    assert "ColorJitter" in names_of(three)
+
+
+def test_posterize_keeps_a_bit():
+    with pytest.raises(Exception, match=r".*"):
+        ImageOps.posterize(Image.new("RGB", (4, 4)), 0)  # what training must survive
+    transform = datasets.build_transform(True, flags("--aa", "rand-m10-inc1", "--input-size", 64))
+    (augment,) = (step for step in transform.transforms if hasattr(step, "ops"))
+    (posterize,) = (op for op in augment.ops if op.name.startswith("Posterize"))
+    posterize.prob = 1.0
+    image = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+    assert set(np.unique(posterize(image))) == {0, 128}
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_augmentation_depends_on_the_draw_alone(image_folder, workers):
+    def epoch(number, workers):
+        args = folder_args(image_folder, "--batch-size", 4, "--num_workers", workers)
+        dataset, _ = datasets.build_dataset(True, args)
+        loader = datasets.build_train_loader(dataset, args, 1, 0)
+        loader.sampler.set_epoch(number)
+        random.seed(workers), np.random.seed(workers), torch.manual_seed(workers)
+        return torch.cat([batch.images for batch in loader])
+
+    first = epoch(1, workers)
+    assert torch.equal(first, epoch(1, 0))
+    assert not torch.equal(first, epoch(2, workers))
+    assert len({image.numpy().tobytes() for image in first}) == 16  # copies differ too
+
+
+def test_loading_leaves_the_process_s_random_numbers_alone(image_folder):
+    dataset, _ = datasets.build_dataset(True, folder_args(image_folder))
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = random.random(), np.random.rand(), torch.rand(1)
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    dataset[Draw(3)]
+    assert (random.random(), np.random.rand(), torch.rand(1)) == expected
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:200])
+    return path
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "missing"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_corrupt_image_is_named(image_folder, damage, workers):
+    args = folder_args(
+        image_folder, "--batch-size", 16, "--num_workers", workers, "--no-repeated-aug"
+    )
+    dataset, _ = datasets.build_dataset(True, args)
+    path = image_folder / "train" / "dog" / "3.jpg"
+    if damage == "truncated":
+        truncate(path)
+    elif damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(b"" if damage == "empty" else b"not an image" * 99)
+    with pytest.raises(datasets.CorruptImageError, match=str(path)):
+        list(datasets.build_train_loader(dataset, args, 1, 0))
+
+
+def test_skipping_replaces_in_training_and_counts_in_evaluation(image_folder):
+    args = folder_args(image_folder, "--on-corrupt", "skip", "--batch-size", 4, "--no-repeated-aug")
+    train, _ = datasets.build_dataset(True, args)
+    for name in ("3", "4"):
+        truncate(image_folder / "train" / "dog" / f"{name}.jpg")
+    damaged = 8 + 3
+    assert train.images.samples[damaged][0].endswith("dog/3.jpg")
+    sample = train[damaged]
+    assert (sample.target, sample.corrupt) == (1, 2)
+    plain = transforms.ToTensor()
+    train.transform = plain
+    assert torch.equal(train[damaged].image, train[8 + 5].image)
+    batches = list(datasets.build_train_loader(train, args, 1, 0))
+    assert [len(batch.images) for batch in batches] == [4] * 4
+    assert sum(batch.corrupt for batch in batches) == 3  # 3 -> 4 -> 5, and 4 -> 5
+
+    val, _ = datasets.build_dataset(False, args)
+    for name in ("cat/0", "cat/1", "cat/2", "dog/0"):
+        truncate(image_folder / "val" / f"{name}.jpg")
+    args.batch_size = 2  # three images per evaluation batch: the first batch has none left
+    batches = list(datasets.build_eval_loader(val, args, 1, 0))
+    assert [(len(batch.images), batch.corrupt) for batch in batches] == [(0, 3), (2, 1)]
+
+
+def test_class_of_corrupt_images_only(image_folder):
+    dataset, _ = datasets.build_dataset(True, folder_args(image_folder, "--on-corrupt", "skip"))
+    for path in (image_folder / "train" / "dog").iterdir():
+        truncate(path)
+    with pytest.raises(datasets.DataError, match="class dog has no image that can be decoded"):
+        dataset[15]
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "P", "LA", "RGBA", "1", "I;16"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    path = tmp_path / ("image.tiff" if mode == "CMYK" else "image.png")
+    source = Image.new("L", (5, 4), 99)
+    source = source.convert("I").convert(mode) if mode == "I;16" else source.convert(mode)
+    source.save(path)
+    assert (datasets.load_image(path).mode, datasets.load_image(path).size) == ("RGB", (5, 4))
+
+
+def test_batch_larger_than_the_training_set(image_folder):
+    args = folder_args(image_folder, "--batch-size", 9)
+    dataset, _ = datasets.build_dataset(True, args)
+    assert len(datasets.build_train_loader(dataset, args, 1, 0)) == 1
+    with pytest.raises(datasets.DataError, match=r"--batch-size 9 is larger.*leave 8 each"):
+        datasets.build_train_loader(dataset, args, 2, 0)
+
+
+def test_real_jpegs_of_any_kind(shared, tmp_path):
+    import tarfile
+
+    with tarfile.open(shared / "data" / "imagenet_sample.tar") as archive:
+        archive.extractall(tmp_path, filter="data")
+    grey = next((tmp_path / "imagenet_sample" / "val").glob("*/n02096051_Airedale*"))
+    assert datasets.load_image(grey).mode == "RGB"
+    root = tmp_path / "imagenet_sample"
+    (root / "train").symlink_to(root / "val")
+    args = flags("--data-path", root, "--num_workers", 2, "--batch-size", 32, "--src")
+    dataset, classes = datasets.build_dataset(True, args)
+    assert classes == 256
+    images = next(iter(datasets.build_train_loader(dataset, args, 8, 0))).images
+    assert images.shape == (32, 3, 224, 224)
+
+
+def test_helper_writes_what_it_says(tmp_path):
+    assert len(list(write_images(tmp_path).rglob("*.jpg"))) == 22

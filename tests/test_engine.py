@@ -1,0 +1,283 @@
+"""One epoch of training and evaluation, against the formulas."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import engine
+from configs import parse_args
+from datasets import Batch
+from engine import Precision
+
+CPU = torch.device("cpu")
+
+
+def flags(*words):
+    return parse_args([str(word) for word in words])[0]
+
+
+def batches(count, size=4, classes=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        Batch(
+            torch.randn(size, 3, 2, 2, generator=generator),
+            torch.randint(classes, (size,), generator=generator),
+            0,
+        )
+        for _ in range(count)
+    ]
+
+
+def linear(classes=3):
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, classes)).double().float()
+
+
+def train(model, data, opt=None, precision=None, criterion=None, **options):
+    return engine.train_one_epoch(
+        model,
+        criterion or nn.CrossEntropyLoss(),
+        data,
+        opt or torch.optim.SGD(model.parameters(), lr=0.1),
+        CPU,
+        options.pop("epoch", 0),
+        precision or Precision(CPU),
+        **options,
+    )
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_learning_rate_is_scaled_by_the_global_batch():
+    args = flags("--lr", 1e-3, "--batch-size", 64, "--accum-iter", 2)
+    assert engine.scaled_lr(args, 8) == pytest.approx(1e-3 * 64 * 2 * 8 / 512)
+    assert engine.scaled_lr(flags("--lr", 1e-3, "--unscale-lr"), 8) == 1e-3
+
+
+def learning_rates(args, epochs):
+    optimizer = torch.optim.SGD(linear().parameters(), lr=args.lr)
+    scheduler = engine.build_scheduler(args, optimizer, updates_per_epoch=10)
+    rates = []
+    for epoch in range(epochs):
+        scheduler.step(epoch)
+        rates.append(optimizer.param_groups[0]["lr"])
+    return rates
+
+
+def test_warm_up_ends_where_it_says_and_the_cosine_takes_over():
+    args = flags("--epochs", 30, "--warmup-epochs", 5, "--lr", 1e-3, "--min-lr", 1e-5)
+    rates = learning_rates(args, 30)
+    warm = [1e-6 + (1e-3 - 1e-6) * epoch / 5 for epoch in range(5)]
+    cosine = [1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * t / 30)) / 2 for t in range(5, 30)]
+    assert rates == pytest.approx(warm + cosine, rel=1e-9)
+    assert rates[0] != rates[1]
+
+
+def test_schedule_on_updates():
+    args = flags(
+        "--epochs", 2, "--warmup-epochs", 1, "--lr", 1, "--warmup-lr", 0, "--sched-on-updates"
+    )
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr)
+    scheduler = engine.build_scheduler(args, optimizer, updates_per_epoch=10)
+    stats = train(model, batches(10), optimizer, lr_scheduler=scheduler)
+    assert stats["lr"] == pytest.approx(0.9)  # of the last step, the tenth of the warm-up
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(
+        0.5 + 0.5 * math.cos(math.pi / 2), abs=1e-4
+    )
+
+
+def test_plateau_sees_the_metric():
+    args = flags("--sched", "plateau", "--patience-epochs", 0, "--warmup-epochs", 0, "--lr", 1)
+    optimizer = torch.optim.SGD(linear().parameters(), lr=1.0)
+    scheduler = engine.build_scheduler(args, optimizer, updates_per_epoch=1)
+    for epoch, metric in enumerate([50.0, 40.0, 30.0], start=1):
+        scheduler.step(epoch, metric)
+    assert optimizer.param_groups[0]["lr"] < 0.2
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 8])
+def test_accumulated_batches_equal_large_ones(count):
+    data = batches(count, size=4)
+    small, large = linear(), linear()
+    train(small, data, accum_iter=3)
+    groups = [data[i : i + 3] for i in range(0, count, 3)]
+    joined = [
+        Batch(torch.cat([b.images for b in g]), torch.cat([b.targets for b in g]), 0)
+        for g in groups
+    ]
+    train(large, joined)
+    torch.testing.assert_close(weights(small), weights(large), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
+def test_gradients_are_clipped_after_unscaling(dtype):
+    model = linear()
+    before = weights(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    precision = Precision(CPU, dtype)
+    assert precision.scaler.is_enabled() == (dtype is torch.float16)
+    train(model, batches(1), optimizer, precision, max_norm=1e-3)
+    step = (weights(model) - before).norm().item()
+    assert step == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_moving_average_follows_every_update():
+    model = linear()
+    ema = ModelEmaV3(model, decay=0.9)
+    expected = weights(model)
+    reference, history = linear(), []
+    for batch in batches(4):
+        train(reference, [batch])
+        history.append(weights(reference))
+    train(model, batches(4), model_ema=ema)
+    expected = history[0]  # the first update starts the average
+    for value in history[1:]:
+        expected = 0.9 * expected + 0.1 * value
+    torch.testing.assert_close(weights(ema.module), expected)
+
+
+def test_the_device_is_read_at_log_intervals_only(monkeypatch):
+    reads = []
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
+        original = getattr(torch.Tensor, name)
+
+        def counted(self, *args, original=original):
+            reads.append(self.shape)
+            return original(self, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+
+    def count(steps, interval):
+        model = linear()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        del reads[:]
+        reports = []
+        ema = ModelEmaV3(model)
+        train(
+            model,
+            batches(steps),
+            optimizer,
+            max_norm=1.0,
+            model_ema=ema,
+            log_interval=interval,
+            report=lambda *values: reports.append(values),
+        )
+        return len(reads), len(reports)
+
+    few, many = count(4, 100), count(40, 100)
+    assert few == many
+    assert count(40, 10)[1] == 4
+    assert count(40, 10)[0] > many[0]
+
+
+def test_reports_and_statistics():
+    reports = []
+    model = linear()
+    stats = train(model, batches(5), log_interval=2, report=lambda *values: reports.append(values))
+    assert [step for step, *_ in reports] == [2, 4, 5]
+    assert stats["loss"] == pytest.approx(reports[-1][1])
+    assert stats["lr"] == 0.1
+    assert stats["images_per_second"] > 0
+    data = [batch._replace(corrupt=i) for i, batch in enumerate(batches(3))]
+    assert train(model, data)["corrupt"] == 3
+
+
+@pytest.mark.parametrize("interval", [2, 100])
+def test_a_loss_that_is_not_finite_stops_and_says_where(interval):
+    model = linear()
+    model.qk_scale_factor = -0.25
+    data = batches(6)
+    data[3].images[0] = math.inf
+    with pytest.raises(engine.NonFiniteLossError) as caught:
+        train(model, data, precision=Precision(CPU, torch.bfloat16), epoch=7, log_interval=interval)
+    message = str(caught.value)
+    for part in ("epoch 7, step 3", "learning rate 0.1", "bfloat16", "exponent -0.25"):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        ((), "SoftTargetCrossEntropy"),
+        (("--mixup", 0), "SoftTargetCrossEntropy"),
+        (("--cutmix", 0), "SoftTargetCrossEntropy"),
+        (("--mixup", 0, "--cutmix", 0), "LabelSmoothingCrossEntropy"),
+        (("--mixup", 0, "--cutmix", 0, "--smoothing", 0), "CrossEntropyLoss"),
+        (("--mixup", 0, "--cutmix", 0, "--cutmix-minmax", 0.2, 0.8), "SoftTargetCrossEntropy"),
+        (("--bce-loss",), "BinaryCrossEntropy"),
+        (("--bce-loss", "--mixup", 0, "--cutmix", 0), "BinaryCrossEntropy"),
+    ],
+)
+def test_every_mix_of_losses_trains(words, kind):
+    args = flags(*words)
+    mixup_fn = engine.build_mixup(args, 3)
+    criterion = engine.build_criterion(args, mixup_fn, 3)
+    assert type(criterion).__name__ == kind
+    model = linear()
+    first = train(model, batches(4), criterion=criterion, mixup_fn=mixup_fn)["loss"]
+    assert math.isfinite(first)
+
+
+def test_binary_cross_entropy_makes_every_mixed_class_a_full_target():
+    args = flags("--bce-loss", "--mixup", 0, "--cutmix", 1)
+    criterion = engine.build_criterion(args, engine.build_mixup(args, 4), 4)
+    off = 0.1 / 4
+    soft = torch.tensor([[0.3 * 0.9 + off, 0.7 * 0.9 + off, off, off]])
+    logits = torch.randn(1, 4)
+    expected = F.binary_cross_entropy_with_logits(logits, torch.tensor([[1.0, 1.0, 0.0, 0.0]]))
+    torch.testing.assert_close(criterion(logits, soft), expected)
+
+
+def test_odd_batches_cannot_be_mixed():
+    with pytest.raises(engine.SettingError, match="--batch-size 7 must be even"):
+        engine.build_mixup(flags("--batch-size", 7), 3)
+    assert engine.build_mixup(flags("--batch-size", 7, "--mixup", 0, "--cutmix", 0), 3) is None
+
+
+def test_train_mode_off_leaves_statistics_alone():
+    model = nn.Sequential(nn.BatchNorm2d(3), linear())
+    before = copy.deepcopy(model[0].running_mean)
+    train(model, batches(2), set_training_mode=False)
+    assert torch.equal(model[0].running_mean, before)
+    train(model, batches(2))
+    assert not torch.equal(model[0].running_mean, before)
+
+
+@pytest.mark.parametrize("classes", [3, 10])
+def test_evaluation_counts(classes):
+    model = linear(classes)
+    data = batches(5, size=7, classes=classes)
+    data.insert(2, Batch(torch.empty(0), torch.empty(0, dtype=torch.long), 4))
+    stats = engine.evaluate(data, model, CPU)
+    images = torch.cat([b.images for b in data if len(b.images)])
+    targets = torch.cat([b.targets for b in data])
+    logits = model(images)
+    ranks = (logits > logits.gather(1, targets[:, None])).sum(1)
+    assert stats["acc1"] == 100 * (ranks < 1).sum().item() / 35
+    assert stats["acc5"] == 100 * (ranks < 5).sum().item() / 35
+    assert stats["loss"] == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-5)
+    assert (stats["images"], stats["corrupt"]) == (35, 4)
+
+
+def test_evaluation_of_nothing_is_an_error():
+    data = [Batch(torch.empty(0), torch.empty(0, dtype=torch.long), 4)]
+    with pytest.raises(engine.NoImagesError, match="4 corrupt images"):
+        engine.evaluate(data, linear(), CPU)
+
+
+def test_weight_decay_spares_biases():
+    args = flags("--opt-betas", 0.8, 0.9, "--opt-eps", 1e-6, "--weight-decay", 0.3)
+    optimizer = engine.build_optimizer(args, linear(), 1e-3)
+    assert {g["weight_decay"] for g in optimizer.param_groups} == {0.0, 0.3}
+    assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+    assert optimizer.param_groups[0]["eps"] == 1e-6
+    sgd = engine.build_optimizer(flags("--opt", "momentum", "--momentum", 0.7), linear(), 1e-3)
+    assert sgd.param_groups[0]["momentum"] == 0.7

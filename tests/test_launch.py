@@ -1,0 +1,96 @@
+"""The environments of torchrun, srun and mpirun."""
+
+import pytest
+import torch
+
+from configs import LaunchError, Place, find_place, rendezvous
+from configs.launch import first_node
+from utils import select_device
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+SLURM = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "5"}
+OPENMPI = {
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}
+HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1"}
+
+
+@pytest.mark.parametrize(
+    ("env", "place"),
+    [
+        ({}, Place()),
+        (TORCHRUN, Place(3, 8, 1, "torchrun")),
+        (TORCHRUN | SLURM, Place(3, 8, 1, "torchrun")),
+        (SLURM, Place(5, 16, 5, "srun")),
+        (SLURM | {"PMI_RANK": "5", "PMI_SIZE": "16"}, Place(5, 16, 5, "srun")),
+        (OPENMPI | SLURM, Place(1, 2, 1, "mpirun")),
+        (HYDRA | SLURM, Place(1, 4, 1, "mpirun")),
+        # a script that sbatch runs directly, and a shell of srun --pty
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, Place()),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}, Place()),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, Place()),
+    ],
+)
+def test_places(env, place):
+    assert find_place(env) == place
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE and LOCAL_RANK not set although RANK is"),
+        ({"WORLD_SIZE": "2"}, "RANK and LOCAL_RANK not set although WORLD_SIZE is"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "LOCAL_RANK not set"),
+        (TORCHRUN | {"RANK": "8"}, r"RANK=8 and LOCAL_RANK=1 must lie within 0\.\.7"),
+        (TORCHRUN | {"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1"),
+        (TORCHRUN | {"WORLD_SIZE": "many"}, "WORLD_SIZE='many' is not a number"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_PROCID and SLURM_LOCALID not set"),
+    ],
+)
+def test_inconsistent_environments_are_named(env, message):
+    with pytest.raises(LaunchError, match=message):
+        find_place(env)
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        (TORCHRUN | {"MASTER_ADDR": "n1", "MASTER_PORT": "123"}, ("n1", 123)),
+        (SLURM | {"SLURM_STEP_NODELIST": "gpu[03-05]", "SLURM_JOB_ID": "7"}, ("gpu03", 20007)),
+        (SLURM | {"SLURM_JOB_NODELIST": "a,b", "SLURM_JOB_ID": "45000"}, ("a", 25000)),
+        (SLURM | {"SLURM_STEP_NODELIST": "a", "MASTER_ADDR": "b"}, ("b", 20000)),
+        (OPENMPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, ("127.0.0.1", 29500)),
+    ],
+)
+def test_rendezvous(env, expected):
+    assert rendezvous(find_place(env), env) == expected
+
+
+@pytest.mark.parametrize("env", [TORCHRUN, OPENMPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}])
+def test_unknown_rendezvous_is_an_error(env):
+    with pytest.raises(LaunchError, match="set MASTER_ADDR and MASTER_PORT"):
+        rendezvous(find_place(env), env)
+
+
+def test_first_node():
+    assert first_node("gpu[03-05,9],x") == "gpu03"
+    assert first_node("node7,node8") == "node7"
+    assert first_node("") is None
+
+
+def test_devices(monkeypatch):
+    assert select_device("cpu", Place()) == torch.device("cpu")
+    with pytest.raises(LaunchError, match="'gpu' is not a device"):
+        select_device("gpu", Place())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert select_device(None, Place()) == torch.device("cuda", 0)
+    assert select_device("cuda:1", Place()) == torch.device("cuda", 1)
+    assert select_device("cuda", Place(3, 4, 1, "torchrun")) == torch.device("cuda", 1)
+    with pytest.raises(LaunchError, match="local rank 2 has no GPU: 2 here"):
+        select_device("cuda", Place(2, 4, 2, "torchrun"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(LaunchError, match="no CUDA device here; use --device cpu"):
+        select_device("cuda", Place())

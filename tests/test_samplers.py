@@ -1,0 +1,107 @@
+"""Repeated augmentation and exact evaluation, over any number of images and ranks."""
+
+import itertools
+import pickle
+from collections import Counter
+
+import pytest
+from torch.utils.data import DataLoader
+
+from samplers import Draw, EvalBatchSampler, RASampler, mix_seed
+
+SIZES = [1, 2, 3, 7, 64, 255, 256, 1000]
+
+
+def epoch_of(num_images, world, epoch, **options):
+    ranks = []
+    for rank in range(world):
+        sampler = RASampler(num_images, world, rank, **options)
+        sampler.set_epoch(epoch)
+        ranks.append(list(sampler))
+        assert len(ranks[-1]) == len(sampler)
+    return ranks
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("num_images", SIZES)
+def test_repeats_visit_every_image_in_three_epochs(num_images, world):
+    seen = set()
+    for epoch in range(3):
+        ranks = epoch_of(num_images, world, epoch, batch_size=16)
+        assert len({len(rank) for rank in ranks}) == 1
+        assert num_images <= sum(map(len, ranks)) < num_images + world
+        seen.update(*ranks)
+    assert seen == set(range(num_images))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("batch_size", [2, 16, 64])
+def test_copies_never_follow_each_other_on_a_rank(world, batch_size):
+    for epoch in range(3):
+        for rank in epoch_of(1000, world, epoch, batch_size=batch_size):
+            assert all(a != b for a, b in itertools.pairwise(rank))
+
+
+def test_copies_are_three_and_distinct():
+    draws = [draw for rank in epoch_of(300, 2, 4, batch_size=16) for draw in rank]
+    assert set(Counter(draws).values()) == {3}
+    assert len({(int(draw), draw.copy) for draw in draws}) == 300
+    assert {draw.epoch for draw in draws} == {4}
+
+
+def test_copies_share_a_step():
+    (rank,) = epoch_of(3000, 1, 0, batch_size=63)
+    batches = [set(rank[i : i + 63]) for i in range(0, 3000 - 63, 63)]
+    assert all(len(batch) == 21 for batch in batches[:-1])
+    ranks = epoch_of(3000, 3, 0, batch_size=64)
+    assert all(a == b == c for a, b, c in zip(*ranks, strict=True))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_without_repeats_an_epoch_is_a_permutation(world):
+    ranks = epoch_of(1000, world, 0, num_repeats=1)
+    assert Counter(draw for rank in ranks for draw in rank) == Counter(range(1000))
+    assert ranks[0] != sorted(ranks[0])
+    assert ranks != epoch_of(1000, world, 1, num_repeats=1)
+    assert ranks == epoch_of(1000, world, 0, num_repeats=1)
+    assert ranks != epoch_of(1000, world, 0, num_repeats=1, seed=1)
+
+
+@pytest.mark.parametrize("arguments", [(0,), (5, 2, 2), (5, 2, -1)])
+def test_impossible_samplers_raise(arguments):
+    with pytest.raises(ValueError, match=r"cannot sample|not within"):
+        RASampler(*arguments)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("num_images", [*SIZES, 500, 501])
+def test_evaluation_deals_the_batches_of_one_process(num_images, world):
+    whole = list(EvalBatchSampler(num_images, 96))
+    parts = [EvalBatchSampler(num_images, 96, world, rank) for rank in range(world)]
+    dealt = [list(part) for part in parts]
+    assert [len(part) for part in parts] == [len(batches) for batches in dealt]
+    assert sorted(batch for batches in dealt for batch in batches) == whole
+    assert [i for batch in whole for i in batch] == list(range(num_images))
+
+
+def test_evaluation_refuses_impossible_values():
+    with pytest.raises(ValueError, match=r"batch size 0"):
+        EvalBatchSampler(10, 0)
+    with pytest.raises(ValueError, match=r"rank 3 is not within 0..2"):
+        EvalBatchSampler(10, 5, 3, 3)
+
+
+def test_draw_is_an_index_that_crosses_processes():
+    draw = pickle.loads(pickle.dumps(Draw(2, epoch=5, copy=1)))
+    assert (["a", "b", "c"][draw], draw.epoch, draw.copy) == ("c", 5, 1)
+    sampler = RASampler(6, batch_size=2)
+    batches = list(DataLoader(list("abcdef"), batch_size=2, sampler=sampler, num_workers=1))
+    assert len(batches) == 3
+
+
+def test_mixed_seeds_differ():
+    seeds = {
+        mix_seed(s, e, i, c) for s in range(3) for e in range(9) for i in range(99) for c in (0, 1)
+    }
+    assert len(seeds) == 3 * 9 * 99 * 2
+    assert all(0 <= seed < 2**63 for seed in seeds)
