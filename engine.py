@@ -1,6 +1,7 @@
 """Training and evaluation of one epoch, and what they are built from."""
 
 import contextlib
+import inspect
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable
@@ -20,6 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from utils import all_reduce_sum
 
 REFERENCE_BATCH = 512  # the batch that --lr is meant for
+# PyTorch's own; fused, they also take the gradient scaler's verdict without a device sync
+FUSED_OPTIMIZERS = ("adamw", "adam", "sgd", "momentum")
 
 
 class NonFiniteLossError(RuntimeError):
@@ -71,6 +74,8 @@ def scaled_lr(args: Namespace, world_size: int) -> float:
 def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """timm's optimizer named ``--opt``; norms, biases and ``no_weight_decay`` do not decay."""
     options = {"eps": args.opt_eps, "betas": args.opt_betas}
+    if args.opt.lower() in FUSED_OPTIMIZERS:
+        options["fused"] = True
     return create_optimizer_v2(
         model,
         opt=args.opt,
@@ -285,6 +290,19 @@ def check_finite(
         f"exponent {exponent}); the last checkpoint is kept. A lower --lr, --clip-grad 1, "
         f"--amp-dtype bfloat16 or --qk-scale-factor -0.5 may help"
     )
+
+
+def distribute(model: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """Wrap a model so that its gradients are averaged over the processes.
+
+    BatchNorm's statistics are not exchanged at every step: those of the first process count,
+    and are shared before evaluation.
+    """
+    # older versions of PyTorch know the second name only, newer ones deprecate it
+    names = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, **{name: False})
 
 
 def unwrap(model: nn.Module) -> nn.Module:

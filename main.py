@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision.utils import make_grid
 
@@ -246,10 +245,7 @@ def train(
 ) -> None:
     """Epochs up to ``--epochs`` or ``--stop-epoch``, each trained, evaluated, logged and saved."""
     args, model, precision = state.args, state.model, state.precision
-    wrapped = model
-    if place.world_size > 1:
-        ids = [precision.device.index] if precision.device.type == "cuda" else None
-        wrapped = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+    wrapped = engine.distribute(model, precision.device) if place.world_size > 1 else model
     criterion = engine.build_criterion(args, mixup_fn, num_classes).to(precision.device)
     stop = min(args.epochs, args.stop_epoch or args.epochs)
     if state.epoch + 1 >= stop:

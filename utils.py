@@ -331,7 +331,9 @@ class Progress:
 
     def __iter__(self) -> Iterator:
         shown = is_main_process() and sys.stderr.isatty()
-        self.bar = tqdm(self.loader, f"epoch {self.epoch}", leave=False, disable=not shown)
+        self.bar = tqdm(
+            self.loader, f"epoch {self.epoch}", leave=False, disable=not shown, dynamic_ncols=True
+        )
         return iter(self.bar)
 
     def report(self, step: int, loss: float, lr: float, rate: float) -> None:

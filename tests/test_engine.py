@@ -144,7 +144,8 @@ def test_moving_average_follows_every_update():
     torch.testing.assert_close(weights(ema.module), expected)
 
 
-def test_the_device_is_read_at_log_intervals_only(monkeypatch):
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_the_device_is_read_at_log_intervals_only(monkeypatch, dtype):
     reads = []
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
         original = getattr(torch.Tensor, name)
@@ -157,18 +158,18 @@ def test_the_device_is_read_at_log_intervals_only(monkeypatch):
 
     def count(steps, interval):
         model = linear()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        del reads[:]
+        optimizer = engine.build_optimizer(flags(), model, 1e-3)
         reports = []
-        ema = ModelEmaV3(model)
+        options = {"max_norm": 1.0, "model_ema": ModelEmaV3(model), "log_interval": interval}
+        data = batches(steps)
+        del reads[:]
         train(
             model,
-            batches(steps),
+            data,
             optimizer,
-            max_norm=1.0,
-            model_ema=ema,
-            log_interval=interval,
+            Precision(CPU, dtype),
             report=lambda *values: reports.append(values),
+            **options,
         )
         return len(reads), len(reports)
 

@@ -1,0 +1,90 @@
+"""Progress on a terminal and elsewhere, the log of a resumed run, seeds."""
+
+import io
+import json
+import random
+import sys
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import utils
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def walk(progress):
+    for step, _ in enumerate(progress, start=1):
+        progress.report(step, 0.5, 1e-3, 8.0)
+
+
+def test_progress_is_a_bar_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("LINES", "40")
+    monkeypatch.setenv("COLUMNS", "150")
+    walk(utils.Progress(DataLoader(range(8), batch_size=4), 1, 3, world_size=2))
+    bar = sys.stderr.getvalue()
+    # 2 steps of 4 images are left in the next epoch, at 8 images per second and process
+    assert "epoch 1:   0%|" in bar
+    assert "loss 0.5000 lr 0.001 16 images/s eta 0:00:01" in bar
+    assert capsys.readouterr().out.splitlines() == [
+        "epoch 1 step 2/2 loss 0.5000 lr 0.001 16 images/s eta 0:00:01"
+    ]
+
+
+def test_progress_is_lines_elsewhere(capsys):
+    walk(utils.Progress(DataLoader(range(12), batch_size=4), 0, 1, world_size=1))
+    output, errors = capsys.readouterr()
+    assert [line.split(" loss")[0] for line in output.splitlines()] == [
+        "epoch 0 step 1/3",
+        "epoch 0 step 2/3",
+        "epoch 0 step 3/3",
+    ]
+    assert errors == ""
+
+
+def test_lines_of_an_interrupted_run_are_dropped(tmp_path):
+    lines = [json.dumps({"epoch": epoch}) + "\n" for epoch in range(4)]
+    (tmp_path / "log.txt").write_text("".join(lines) + '{"epoch": 4, "tes')
+    output = utils.Output(str(tmp_path), Namespace(lr=0.1), start_epoch=2)
+    output.log_epoch({"epoch": 2, "test_acc1": 50.0}, 2)
+    output.close()
+    kept = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert [line["epoch"] for line in kept] == [0, 1, 2]
+
+
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    output = utils.Output("")
+    output.log_epoch({"epoch": 0}, 0)
+    output.save(lambda: pytest.fail("the state is not even built"), best=True)
+    output.close()
+    assert not list(tmp_path.iterdir())
+
+
+def draw():
+    return random.random(), np.random.rand(), torch.rand(1).item()
+
+
+def test_seeds_depend_on_every_number():
+    draws = []
+    for numbers in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 0)]:
+        utils.seed_everything(*numbers)
+        draws.append(draw())
+    assert draws[0] == draws[-1]
+    assert len({values[i] for values in draws for i in range(3)}) == 12
+
+
+def test_messages_lose_the_traceback_of_a_loader_process():
+    wrapped = (
+        "Caught X in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+        '  File "x", line 1\ndatasets.CorruptImageError: cannot decode image a: b'
+    )
+    assert utils.last_message(RuntimeError(wrapped)) == "cannot decode image a: b"
+    assert utils.last_message(RuntimeError("plain: text")) == "plain: text"
