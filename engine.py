@@ -18,7 +18,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import all_reduce_sum
+from utils import sum_over_processes
 
 REFERENCE_BATCH = 512  # the batch that --lr is meant for
 # PyTorch's own; fused, they also take the gradient scaler's verdict without a device sync
@@ -265,10 +265,9 @@ def train_one_epoch(
     rate = images_seen / (time.perf_counter() - started)
     sums = torch.tensor(
         [meter.mean(), 1, rate, corrupt_seen, bad_step is not None],
-        dtype=torch.float32,
-        device=device,
+        dtype=torch.float64,
     )
-    loss, processes, rate, corrupt_seen, bad_processes = all_reduce_sum(sums).tolist()
+    loss, processes, rate, corrupt_seen, bad_processes = sum_over_processes(sums, device).tolist()
     if bad_processes and bad_step is None:
         bad_step = steps - 1  # on another process; that one names the very step
     check_finite(bad_step, epoch, lr, precision, model)
@@ -366,7 +365,7 @@ def evaluate(
         [*counts.tolist(), images_seen, corrupt_seen, loss_sum], dtype=torch.float64
     )
     if shared:
-        totals = all_reduce_sum(totals.to(device)).cpu()
+        totals = sum_over_processes(totals, device)
     hits1, hits5, images_seen, corrupt_seen, loss_sum = totals.tolist()
     if not images_seen:
         raise NoImagesError(f"nothing to evaluate: {corrupt_seen:.0f} corrupt images, no sound one")

@@ -1,5 +1,6 @@
 """Train and evaluate image classifiers; ``python main.py --help`` lists the flags."""
 
+import copy
 import os
 import sys
 import time
@@ -157,8 +158,21 @@ class Run:
                 self.precision.scaler.load_state_dict(checkpoint["scaler"])
             self.best_acc1 = checkpoint.get("best_acc1", 0.0)
             self.epoch = checkpoint["epoch"]
+            self.tell_changes(checkpoint.get("args"))
             if self.args.sched == "plateau":
                 self.scheduler.load_state_dict(checkpoint["lr_scheduler"])
+
+    def tell_changes(self, saved: Any) -> None:
+        """Say which flags differ from those of the checkpoint: they hold from here on."""
+        if not isinstance(saved, Mapping):
+            return
+        changed = [
+            f"{name} {value} (was {saved[name]})"
+            for name, value in vars(self.args).items()
+            if name in saved and saved[name] != value and name not in ("resume", "stop_epoch")
+        ]
+        if changed:
+            log(f"flags other than the checkpoint's: {', '.join(changed)}")
 
     def set_lr(self, metric: float | None = None) -> None:
         """The learning rate of the epoch that follows ``self.epoch``."""
@@ -170,11 +184,10 @@ def evaluate(
     loader: DataLoader, model: nn.Module, args: Namespace, precision: engine.Precision, prefix: str
 ) -> dict[str, float]:
     """Evaluate, print DeiT's line, and return the statistics of the log."""
-    device = next(model.parameters()).device
-    if device != precision.device:  # --model-ema-force-cpu
-        precision = engine.Precision(device)
+    if next(model.parameters()).device.type != precision.device.type:  # --model-ema-force-cpu
+        model = copy.deepcopy(model).to(precision.device)
     utils.broadcast_buffers(model)
-    stats = engine.evaluate(loader, model, device, precision, shared=args.dist_eval)
+    stats = engine.evaluate(loader, model, precision.device, precision, shared=args.dist_eval)
     images, corrupt = stats.pop("images"), stats.pop("corrupt")
     log(
         f"{prefix}* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f} "
@@ -247,7 +260,7 @@ def train(
     args, model, precision = state.args, state.model, state.precision
     wrapped = engine.distribute(model, precision.device) if place.world_size > 1 else model
     criterion = engine.build_criterion(args, mixup_fn, num_classes).to(precision.device)
-    stop = min(args.epochs, args.stop_epoch or args.epochs)
+    stop = args.epochs if args.stop_epoch is None else min(args.epochs, args.stop_epoch)
     if state.epoch + 1 >= stop:
         log(f"nothing left to train: {state.epoch + 1} of {stop} epochs are done")
         return

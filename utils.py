@@ -113,11 +113,13 @@ def is_main_process() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
+def sum_over_processes(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Sum of a tensor over all processes, which communicate through ``device``."""
+    if not dist.is_initialized():
+        return tensor
+    total = tensor.to(device, copy=True)
+    dist.all_reduce(total)
+    return total.to(tensor.device)
 
 
 def broadcast_buffers(module: nn.Module) -> None:
