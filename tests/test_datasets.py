@@ -1,7 +1,10 @@
 """Datasets, augmentation, loaders, and images that cannot be decoded."""
 
+import hashlib
+import pickle
 import random
 import shutil
+import tarfile
 from collections import Counter
 
 import numpy as np
@@ -43,6 +46,31 @@ def test_defaults_follow_the_dataset(image_folder):
     assert (len(dataset), classes) == (1442, 10)
     steps = [type(step).__name__ for step in dataset.transform.transforms]
     assert "RandomHorizontalFlip" not in steps  # a mirrored digit is another sign
+
+
+@pytest.mark.parametrize(("name", "classes"), [("CIFAR10", 10), ("CIFAR100", 100), ("CIFAR", 100)])
+def test_cifar(tmp_path, monkeypatch, name, classes):
+    cls = {10: datasets.CIFAR10, 100: datasets.CIFAR100}[classes]
+    label = "labels" if classes == 10 else "fine_labels"
+    names = "label_names" if classes == 10 else "fine_label_names"
+    folder = tmp_path / cls.base_folder
+    folder.mkdir()
+
+    def write(file, content):
+        (folder / file).write_bytes(pickle.dumps(content))
+        return [file, hashlib.md5((folder / file).read_bytes()).hexdigest()]
+
+    pixels = np.arange(6 * 3072, dtype=np.uint8).reshape(6, 3072)
+    part = write("part", {"data": pixels, label: [0, 1, 2, 3, 4, 5]})
+    meta = write("meta", {names: [f"class {i}" for i in range(classes)]})
+    monkeypatch.setattr(cls, "train_list", [part])
+    monkeypatch.setattr(cls, "test_list", [part])
+    monkeypatch.setattr(cls, "meta", {"filename": "meta", "key": names, "md5": meta[1]})
+    args = flags("--data-set", name, "--data-path", tmp_path, "--input-size", 32)
+    for is_train in (True, False):
+        dataset, count = datasets.build_dataset(is_train, args)
+        assert (len(dataset), count, dataset[3].target) == (6, classes, 3)
+        assert dataset[0].image.shape == (3, 32, 32)
 
 
 def test_image_folder(image_folder):
@@ -220,8 +248,6 @@ def test_batch_larger_than_the_training_set(image_folder):
 
 
 def test_real_jpegs_of_any_kind(shared, tmp_path):
-    import tarfile
-
     with tarfile.open(shared / "data" / "imagenet_sample.tar") as archive:
         archive.extractall(tmp_path, filter="data")
     grey = next((tmp_path / "imagenet_sample" / "val").glob("*/n02096051_Airedale*"))
