@@ -16,6 +16,7 @@ from torch import nn
 
 WEIGHT_KEYS = ("model", "state_dict")
 EMA_KEYS = ("model_ema", "state_dict_ema")
+COMPUTED_KEYS = ("relative_position_index", "attn_mask", "rel_indices")
 SHOWN = 4
 
 
@@ -32,17 +33,20 @@ class LoadReport:
         loaded: Keys of the model that were filled.
         renamed: Keys of the checkpoint that have another name in the model.
         resampled: Keys of the model whose value was resampled to the model's size.
+        ignored: Keys of the checkpoint that the model computes itself.
     """
 
     source: str
     loaded: tuple[str, ...]
     renamed: tuple[str, ...]
     resampled: tuple[str, ...]
+    ignored: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return (
             f"{self.source}: {len(self.loaded)} tensors loaded, "
-            f"{len(self.renamed)} renamed, {len(self.resampled)} resampled"
+            f"{len(self.renamed)} renamed, {len(self.resampled)} resampled, "
+            f"{len(self.ignored)} ignored"
         )
 
 
@@ -143,6 +147,8 @@ def load_weights(
     """Load the weights of a checkpoint that has been read; see :func:`load_checkpoint`."""
     state = state_dict_of(checkpoint, source, ema)
     own = model.state_dict()
+    ignored = [k for k in state if k.rpartition(".")[2] in COMPUTED_KEYS and k not in own]
+    state = {key: value for key, value in state.items() if key not in ignored}
     # what has the right keys and shapes needs no filter (timm's may rename on suspicion)
     if {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in own.items()}:
         converted = state
@@ -158,6 +164,7 @@ def load_weights(
         loaded=tuple(own),
         renamed=tuple(key for key in state if key not in own),
         resampled=tuple(resampled),
+        ignored=tuple(ignored),
     )
 
 

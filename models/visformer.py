@@ -1,25 +1,31 @@
-"""Visformer, "The Vision-friendly Transformer" (arXiv 2104.12533).
+"""Visformer, "The Vision-friendly Transformer" (arXiv 2104.12533), version 1 and 2.
 
 Convolutional bottlenecks on the large maps, self-attention on the small ones, BatchNorm
-throughout. Weights use timm's key layout; the original's (``stage1.0.norm2.bn.weight``)
-converts by :func:`checkpoint_filter_fn`.
+throughout. Version 2 has a fourth stage in front, and attends within the windows of Swin
+Transformer (arXiv 2103.14030). Weights use timm's key layout; the original's
+(``stage1.0.norm2.bn.weight``) converts by :func:`checkpoint_filter_fn`.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import PatchEmbed, create_classifier, to_2tuple, trunc_normal_
+from timm.layers import LayerNorm2d, PatchEmbed, create_classifier, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models._features import feature_take_indices as take_indices
 from torch import nn
 
 from models.layers import (
+    Attention2d,
     Block2d,
+    WindowAttention2d,
     checkpoint_blocks,
     drop_path_rates,
+    resample_bias_table,
     resample_position_map,
 )
 from models.registry import register_model
@@ -38,6 +44,9 @@ class Stage:
         num_heads: Attention heads, ``None`` for blocks without attention.
         mlp_ratio: Hidden channels of the feed-forward part, in multiples of ``dim``.
         spatial_groups: Groups of its 3x3 convolution, ``None`` for none.
+        head_dim: Channels per head, ``dim // num_heads`` if not given.
+        window: Side of the attention's windows; ``None`` for global attention. A window
+            larger than the map that the net is built for shrinks to it.
     """
 
     depth: int
@@ -46,6 +55,8 @@ class Stage:
     num_heads: int | None = None
     mlp_ratio: float = 4.0
     spatial_groups: int | None = None
+    head_dim: int | None = None
+    window: int | None = None
 
 
 def _init_layer(module: nn.Module) -> None:
@@ -62,13 +73,17 @@ class Visformer(nn.Module):
 
     Args:
         stages: Description of the stages; the last is named ``stage3``.
-        init_channels: Channels of the 7x7 stride-2 stem.
+        init_channels: Channels of the 7x7 stride-2 stem; ``None`` for no stem.
         img_size: Height and width for which position embeddings are built. Other sizes
             resample them in every forward.
         in_chans: Channels of the image.
         num_classes: Classes; 0 leaves the head out, and the pooled features come back.
         global_pool: timm's name of the pooling before the head.
+        use_pos_embed: Learn a position embedding for every stage.
+        embed_norm: Normalise after patch embeddings.
         qk_scale_factor: Exponent of the query/key pre-scale (see :class:`Attention2d`).
+        clamp_shift: Do not shift windows where one covers the map's shorter side, as the
+            original classifier does; the original detection backbone shifts regardless.
         strict_img_size: Raise for sizes that are no multiple of the total stride; otherwise
             patch embeddings leave out the remainder at the right and bottom.
         drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate: Dropout before the head,
@@ -83,12 +98,15 @@ class Visformer(nn.Module):
     def __init__(
         self,
         stages: Sequence[Stage],
-        init_channels: int,
+        init_channels: int | None,
         img_size: int | tuple[int, int] = 224,
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "avg",
+        use_pos_embed: bool = True,
+        embed_norm: bool = True,
         qk_scale_factor: float = -0.25,
+        clamp_shift: bool = True,
         strict_img_size: bool = True,
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
@@ -105,48 +123,58 @@ class Visformer(nn.Module):
         self.qk_scale_factor = qk_scale_factor
         self.strict_img_size = strict_img_size
         self.grad_checkpointing = False
-        self.total_stride = 2 * math.prod(stage.patch_size for stage in stages)
+        self.total_stride = (2 if init_channels else 1) * math.prod(s.patch_size for s in stages)
         self.check_size(*to_2tuple(img_size))
 
-        self.stem = nn.Sequential(
-            nn.Conv2d(in_chans, init_channels, 7, stride=2, padding=3, bias=False),
-            nn.BatchNorm2d(init_channels),
-            nn.ReLU(inplace=True),
-        )
-        size = [math.ceil(s / 2) for s in to_2tuple(img_size)]
+        size, reduction = to_2tuple(img_size), 1
+        if init_channels is None:
+            self.stem = nn.Identity()
+        else:
+            self.stem = nn.Sequential(
+                nn.Conv2d(in_chans, init_channels, 7, stride=2, padding=3, bias=False),
+                nn.BatchNorm2d(init_channels),
+                nn.ReLU(inplace=True),
+            )
+            size, reduction = [math.ceil(s / 2) for s in size], 2
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.stage_numbers = tuple(range(4 - len(stages), 4))
         self.feature_info = []
         rates = drop_path_rates(drop_path_rate, [stage.depth for stage in stages])
-        dim, reduction = init_channels, 2
+        dim, index = init_channels or in_chans, 0  # index of a block among all
         for number, stage, stage_rates in zip(self.stage_numbers, stages, rates, strict=True):
             embed = PatchEmbed(
                 img_size=None,
                 patch_size=stage.patch_size,
                 in_chans=dim,
                 embed_dim=stage.dim,
-                norm_layer=norm_layer,
+                norm_layer=norm_layer if embed_norm else None,
                 flatten=False,
             )
             size = [s // stage.patch_size for s in size]
-            blocks = [
-                Block2d(
-                    stage.dim,
-                    stage.num_heads,
-                    stage.mlp_ratio,
-                    stage.spatial_groups,
-                    qk_scale_factor=qk_scale_factor,
-                    proj_drop=proj_drop_rate,
-                    attn_drop=attn_drop_rate,
-                    drop_path=rate,
-                    norm_layer=norm_layer,
+            options = {
+                "head_dim": stage.head_dim,
+                "qk_scale_factor": qk_scale_factor,
+                "attn_drop": attn_drop_rate,
+                "proj_drop": proj_drop_rate,
+            }
+            blocks = []
+            for rate in stage_rates:
+                attn = _attention(stage, index, min(size), clamp_shift, options)
+                blocks.append(
+                    Block2d(
+                        stage.dim,
+                        attn,
+                        stage.mlp_ratio,
+                        stage.spatial_groups,
+                        proj_drop=proj_drop_rate,
+                        drop_path=rate,
+                        norm_layer=norm_layer,
+                    )
                 )
-                for rate in stage_rates
-            ]
+                index += 1
+            position = nn.Parameter(torch.empty(1, stage.dim, *size)) if use_pos_embed else None
             self.add_module(f"patch_embed{number}", embed)
-            self.register_parameter(
-                f"pos_embed{number}", nn.Parameter(torch.empty(1, stage.dim, *size))
-            )
+            self.register_parameter(f"pos_embed{number}", position)
             self.add_module(f"stage{number}", nn.Sequential(*blocks))
             dim, reduction = stage.dim, reduction * stage.patch_size
             self.feature_info.append(
@@ -161,8 +189,9 @@ class Visformer(nn.Module):
 
     def init_weights(self) -> None:
         """He initialisation of convolutions, normal of deviation 0.02 for the rest."""
-        for number in self.stage_numbers:
-            trunc_normal_(getattr(self, f"pos_embed{number}"), std=0.02)
+        for name, parameter in self.named_parameters():
+            if name.startswith("pos_embed"):
+                trunc_normal_(parameter, std=0.02)
         self.apply(_init_layer)
 
     def check_size(self, height: int, width: int) -> None:
@@ -179,7 +208,12 @@ class Visformer(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay besides biases and norms."""
-        return {f"pos_embed{number}" for number in self.stage_numbers}
+        ends = "relative_position_bias_table"
+        return {
+            name
+            for name, _ in self.named_parameters()
+            if name.startswith("pos_embed") or name.endswith(ends)
+        }
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
@@ -214,7 +248,7 @@ class Visformer(nn.Module):
             global_pool = self.global_pool.pool_type
         pool, head = create_classifier(self.num_features, num_classes, pool_type=global_pool)
         head.apply(_init_layer)
-        reference = self.stem[0].weight
+        reference = next(self.parameters())
         self.global_pool, self.head = pool, head.to(reference.device, reference.dtype)
         self.head_hidden_size = self.num_features * pool.feat_mult()
 
@@ -222,7 +256,8 @@ class Visformer(nn.Module):
         """Patch embedding, position embedding and blocks: ``B C H W -> B D H/p W/p``."""
         x = getattr(self, f"patch_embed{number}")(x)
         position = getattr(self, f"pos_embed{number}")
-        x = self.pos_drop(x + resample_position_map(position, x.shape[-2:]))
+        if position is not None:
+            x = self.pos_drop(x + resample_position_map(position, x.shape[-2:]))
         blocks = getattr(self, f"stage{number}")
         if self.grad_checkpointing and self.training:
             return checkpoint_blocks(blocks, x)
@@ -304,20 +339,44 @@ class Visformer(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+def _attention(
+    stage: Stage, index: int, side: int, clamp_shift: bool, options: dict
+) -> nn.Module | None:
+    """Attention of the block that is number ``index`` in the net, for maps of ``side``."""
+    if stage.num_heads is None:
+        return None
+    if stage.window is None:
+        return Attention2d(stage.dim, stage.num_heads, **options)
+    window = min(stage.window, side) if clamp_shift else stage.window
+    shift = window // 2 if index % 2 else 0
+    return WindowAttention2d(
+        stage.dim, stage.num_heads, window, shift, clamp_shift=clamp_shift, **options
+    )
+
+
 def checkpoint_filter_fn(
     state_dict: dict[str, torch.Tensor], model: Visformer
 ) -> dict[str, torch.Tensor]:
     """Weights in the original's or timm's layout -> weights in the layout of ``model``.
 
-    The original wraps BatchNorm (``norm1.bn.weight``), timm does not. Position embeddings
-    of another size are resampled.
+    The original wraps norms (``norm1.bn.weight``), gives those over channels the shape ``C 1 1``,
+    and calls the only stage of net1 ``stage2``, its embeddings ``patch_embed1``. Position
+    embeddings and relative position biases of another size are resampled.
     """
     own = model.state_dict()
+    single = len(model.stages) == 1
     converted = {}
     for key, value in state_dict.items():
-        key = key.replace(".bn.", ".")
-        if key.startswith("pos_embed") and key in own and value.ndim == 4:
-            value = resample_position_map(value, tuple(own[key].shape[-2:]))
+        key = key.replace(".bn.", ".").replace(".ln.", ".")
+        if single:
+            key = re.sub(r"^(patch_embed|pos_embed|stage)[12]\b", r"\g<1>3", key)
+        target = own.get(key, value)
+        if key.startswith("pos_embed") and value.ndim == 4:
+            value = resample_position_map(value, tuple(target.shape[-2:]))
+        elif key.endswith("relative_position_bias_table"):
+            value = resample_bias_table(value, target.shape[0])
+        elif target.ndim == 1 and value.numel() == target.numel():
+            value = value.flatten()
         converted[key] = value
     return converted
 
@@ -355,28 +414,183 @@ default_cfgs = generate_default_cfgs(
     {
         "visformer_tiny.in1k": _cfg(hf_hub_id="timm/"),
         "visformer_small.in1k": _cfg(hf_hub_id="timm/"),
+        **{
+            f"visformer_net{i}.untrained": _cfg(
+                first_conv="patch_embed3.proj" if i == 1 else "stem.0"
+            )
+            for i in range(1, 8)
+        },
+        **{
+            f"swin_visformer_{name}.untrained": _cfg()
+            for name in (
+                "tiny_v2",
+                "small_v2",
+                "medium_v2",
+                "small",
+                "small_161010",
+                "small_16163",
+                "small_13183",
+                "small_131111",
+            )
+        },
     }
 )
 
 
-def _v1_stages(dim: int, num_heads: int) -> tuple[Stage, ...]:
-    """Bottlenecks, then twice attention; ``dim`` is the width of the middle stage."""
-    return (
+def _v1(dim: int, num_heads: int, init_channels: int) -> dict:
+    """Version 1; ``dim`` is the width of the middle stage."""
+    stages = (
         Stage(depth=7, dim=dim // 2, patch_size=4, mlp_ratio=2.0, spatial_groups=8),
         Stage(depth=4, dim=dim, num_heads=num_heads),
         Stage(depth=4, dim=dim * 2, num_heads=num_heads),
     )
+    return {"stages": stages, "init_channels": init_channels}
+
+
+def _v2(
+    depths: Sequence[int],
+    dim: int = 256,
+    num_heads: Sequence[int] = (8, 16),
+    init_channels: int = 32,
+) -> dict:
+    """Version 2; ``dim`` is the width of the third stage, heads are those of the last two."""
+    convolution = {"mlp_ratio": 2.0, "spatial_groups": 8}
+    stages = (
+        Stage(depths[0], dim // 4, **convolution),
+        Stage(depths[1], dim // 2, **convolution),
+        Stage(depths[2], dim, num_heads=num_heads[0], window=14),
+        Stage(depths[3], dim * 2, num_heads=num_heads[1], window=7),
+    )
+    return {"stages": stages, "init_channels": init_channels}
+
+
+def _net(
+    depths: Sequence[int], num_heads: int | None = 6, spatial: bool = False, **options
+) -> dict:
+    """One of the steps from DeiT-S to Visformer-S (section 3.2), after the first."""
+    block = {"mlp_ratio": 5 / 6, "spatial_groups": 1} if spatial else {}
+    stages = (
+        Stage(depths[0], 192, patch_size=4, num_heads=num_heads, head_dim=16, **block),
+        Stage(depths[1], 384, num_heads=num_heads, **block),
+        Stage(depths[2], 768, num_heads=num_heads, **block),
+    )
+    return {"stages": stages, "init_channels": 32, "embed_norm": False, **options}
+
+
+LayerNorm = partial(LayerNorm2d, eps=1e-5)
 
 
 @register_model
 def visformer_tiny(pretrained: bool = False, **kwargs) -> Visformer:
     """Visformer-Ti: 10.3 M parameters, 1.3 GMACs, 78.6 % on ImageNet (paper, table 5)."""
-    defaults = {"stages": _v1_stages(192, 3), "init_channels": 16}
-    return _create_visformer("visformer_tiny", pretrained, **defaults | kwargs)
+    return _create_visformer("visformer_tiny", pretrained, **_v1(192, 3, 16) | kwargs)
 
 
 @register_model
 def visformer_small(pretrained: bool = False, **kwargs) -> Visformer:
     """Visformer-S: 40.2 M parameters, 4.9 GMACs, 82.2 % on ImageNet (paper, table 5)."""
-    defaults = {"stages": _v1_stages(384, 6), "init_channels": 32}
-    return _create_visformer("visformer_small", pretrained, **defaults | kwargs)
+    return _create_visformer("visformer_small", pretrained, **_v1(384, 6, 32) | kwargs)
+
+
+@register_model
+def visformer_net1(pretrained: bool = False, **kwargs) -> Visformer:
+    """Step 1 of section 3.2: DeiT-S with global average pooling, 16x16 patches."""
+    stages = (Stage(12, 384, patch_size=16, num_heads=6),)
+    net = {"stages": stages, "init_channels": None, "embed_norm": False, "norm_layer": LayerNorm}
+    return _create_visformer("visformer_net1", pretrained, **net | kwargs)
+
+
+@register_model
+def visformer_net2(pretrained: bool = False, **kwargs) -> Visformer:
+    """Step 2: patch embedding in steps."""
+    net = _net((0, 12, 0), norm_layer=LayerNorm)
+    return _create_visformer("visformer_net2", pretrained, **net | kwargs)
+
+
+@register_model
+def visformer_net3(pretrained: bool = False, **kwargs) -> Visformer:
+    """Step 3: blocks in three stages."""
+    net = _net((4, 4, 4), norm_layer=LayerNorm)
+    return _create_visformer("visformer_net3", pretrained, **net | kwargs)
+
+
+@register_model
+def visformer_net4(pretrained: bool = False, **kwargs) -> Visformer:
+    """Step 4: BatchNorm instead of LayerNorm."""
+    return _create_visformer("visformer_net4", pretrained, **_net((4, 4, 4)) | kwargs)
+
+
+@register_model
+def visformer_net5(pretrained: bool = False, **kwargs) -> Visformer:
+    """Step 5: 3x3 convolutions in the feed-forward part."""
+    return _create_visformer("visformer_net5", pretrained, **_net((4, 4, 4), spatial=True) | kwargs)
+
+
+@register_model
+def visformer_net6(pretrained: bool = False, **kwargs) -> Visformer:
+    """Step 6: no position embeddings."""
+    net = _net((4, 4, 4), spatial=True, use_pos_embed=False)
+    return _create_visformer("visformer_net6", pretrained, **net | kwargs)
+
+
+@register_model
+def visformer_net7(pretrained: bool = False, **kwargs) -> Visformer:
+    """Step 7: no attention, a residual network."""
+    net = _net((6, 7, 7), num_heads=None, spatial=True, use_pos_embed=False)
+    return _create_visformer("visformer_net7", pretrained, **net | kwargs)
+
+
+@register_model
+def swin_visformer_tiny_v2(pretrained: bool = False, **kwargs) -> Visformer:
+    """VisformerV2-Ti: 9.4 M parameters, 1.3 GMACs, 79.6 % on ImageNet."""
+    net = _v2((1, 4, 6, 3), 192, (6, 12), init_channels=24)
+    return _create_visformer("swin_visformer_tiny_v2", pretrained, **net | kwargs)
+
+
+@register_model
+def swin_visformer_small_v2(pretrained: bool = False, **kwargs) -> Visformer:
+    """VisformerV2-S: 23.6 M parameters, 4.3 GMACs, 83.0 % on ImageNet."""
+    net = _v2((1, 10, 14, 3))
+    return _create_visformer("swin_visformer_small_v2", pretrained, **net | kwargs)
+
+
+@register_model
+def swin_visformer_medium_v2(pretrained: bool = False, **kwargs) -> Visformer:
+    """VisformerV2-M."""
+    net = _v2((1, 8, 14, 2), dim=384)
+    return _create_visformer("swin_visformer_medium_v2", pretrained, **net | kwargs)
+
+
+@register_model
+def swin_visformer_small(pretrained: bool = False, **kwargs) -> Visformer:
+    """Visformer-S with windows and an empty first stage."""
+    net = _v2((0, 7, 4, 4), 384, (6, 6))
+    return _create_visformer("swin_visformer_small", pretrained, **net | kwargs)
+
+
+@register_model
+def swin_visformer_small_161010(pretrained: bool = False, **kwargs) -> Visformer:
+    """Ablation of VisformerV2-S with depths 1, 6, 10, 10."""
+    net = _v2((1, 6, 10, 10))
+    return _create_visformer("swin_visformer_small_161010", pretrained, **net | kwargs)
+
+
+@register_model
+def swin_visformer_small_16163(pretrained: bool = False, **kwargs) -> Visformer:
+    """Ablation of VisformerV2-S with depths 1, 6, 16, 3."""
+    net = _v2((1, 6, 16, 3))
+    return _create_visformer("swin_visformer_small_16163", pretrained, **net | kwargs)
+
+
+@register_model
+def swin_visformer_small_13183(pretrained: bool = False, **kwargs) -> Visformer:
+    """Ablation of VisformerV2-S with depths 1, 3, 18, 3."""
+    net = _v2((1, 3, 18, 3))
+    return _create_visformer("swin_visformer_small_13183", pretrained, **net | kwargs)
+
+
+@register_model
+def swin_visformer_small_131111(pretrained: bool = False, **kwargs) -> Visformer:
+    """Ablation of VisformerV2-S with depths 1, 3, 11, 11."""
+    net = _v2((1, 3, 11, 11))
+    return _create_visformer("swin_visformer_small_131111", pretrained, **net | kwargs)

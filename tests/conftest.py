@@ -38,13 +38,19 @@ def golden(shared):
     fill = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fill)
 
+    def weights(description):
+        arrays, _ = fill.fill(description["keys"])
+        return {key: torch.from_numpy(np.asarray(value)) for key, value in arrays.items()}
+
+    def make_input(*shape):
+        return torch.from_numpy(fill.make_input(*shape))
+
     def load(name):
         description = json.loads((shared / "goldens" / f"{name}.json").read_text())
-        arrays, _ = fill.fill(description["keys"])
-        weights = {key: torch.from_numpy(np.asarray(value)) for key, value in arrays.items()}
         batch, _, height, width = description["input"]["shape"]
-        return description, weights, torch.from_numpy(fill.make_input(batch, height, width))
+        return description, weights(description), make_input(batch, height, width)
 
+    load.weights, load.make_input = weights, make_input
     return load
 
 

@@ -10,16 +10,19 @@ from models.layers.block import Block2d
 from models.layers.checkpointing import checkpoint_blocks
 from models.layers.drop_path import drop_path_rates
 from models.layers.mlp import Mlp2d
-from models.layers.position import resample_position_map
+from models.layers.position import resample_bias_table, resample_position_map
+from models.layers.window import WindowAttention2d
 
 __all__ = [
     "Attention2d",
     "Block2d",
     "Mlp2d",
+    "WindowAttention2d",
     "attention",
     "attention_weights",
     "checkpoint_blocks",
     "drop_path_rates",
+    "resample_bias_table",
     "resample_position_map",
     "set_fused_attention",
 ]

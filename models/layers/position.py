@@ -1,5 +1,7 @@
 """Position embeddings kept as maps."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -23,3 +25,15 @@ def resample_position_map(embedding: torch.Tensor, size: tuple[int, int]) -> tor
     if dtype in (torch.float16, torch.bfloat16):
         embedding = embedding.float()
     return F.interpolate(embedding, size=size, mode="bicubic", antialias=True).to(dtype)
+
+
+def resample_bias_table(table: torch.Tensor, rows: int) -> torch.Tensor:
+    """Resample a table of relative position biases to another window.
+
+    Args:
+        table: ``(2 w - 1) ** 2`` rows of one column per head.
+        rows: Wanted number of rows.
+    """
+    side, target = math.isqrt(table.shape[0]), math.isqrt(rows)
+    grid = table.T.reshape(1, -1, side, side)
+    return resample_position_map(grid, (target, target)).reshape(-1, rows).T
