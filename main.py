@@ -116,6 +116,7 @@ class Run:
         self.updates_per_epoch = updates_per_epoch
         self.epoch = args.start_epoch - 1
         self.best_acc1 = 0.0
+        self.gelu = "none"
         self.ema = None
         if args.model_ema:
             device = torch.device("cpu") if args.model_ema_force_cpu else None
@@ -138,13 +139,14 @@ class Run:
             "model_name": self.model_name,
             "model_kwargs": self.model_kwargs,
             "input_size": self.args.input_size,
+            "gelu": self.gelu,
             "args": vars(self.args),
         }
 
     def restore(self, checkpoint: Mapping[str, Any]) -> None:
         """Continue from a checkpoint; one of weights alone starts at ``--start_epoch``."""
         source = self.args.resume
-        log(str(models.load_weights(self.model, checkpoint, source)))
+        self.load(checkpoint, source)
         if self.ema is not None:
             if checkpoint.get("model_ema"):
                 models.load_weights(self.ema.module, checkpoint, source, ema=True)
@@ -162,6 +164,19 @@ class Run:
             if self.args.sched == "plateau":
                 self.scheduler.load_state_dict(checkpoint["lr_scheduler"])
 
+    def finetune(self, path: str) -> None:
+        """Start from the weights of a checkpoint, with a new classifier for other classes."""
+        self.load(models.read_checkpoint(path), path, new_head=True)
+        if self.ema is not None:
+            self.ema.set(self.model)
+
+    def load(self, checkpoint: Mapping[str, Any], source: str, new_head: bool = False) -> None:
+        """Load weights, and remember what they say about the function of the model."""
+        log(str(models.load_weights(self.model, checkpoint, source, new_head=new_head)))
+        self.gelu = checkpoint.get("gelu", self.gelu)
+        if hasattr(self.model, "qk_scale_factor"):
+            self.model_kwargs["qk_scale_factor"] = self.model.qk_scale_factor
+
     def tell_changes(self, saved: Any) -> None:
         """Say which flags differ from those of the checkpoint: they hold from here on."""
         if not isinstance(saved, Mapping):
@@ -169,7 +184,9 @@ class Run:
         changed = [
             f"{name} {value} (was {saved[name]})"
             for name, value in vars(self.args).items()
-            if name in saved and saved[name] != value and name not in ("resume", "stop_epoch")
+            if name in saved
+            and saved[name] != value
+            and name not in ("resume", "stop_epoch", "finetune")
         ]
         if changed:
             log(f"flags other than the checkpoint's: {', '.join(changed)}")
@@ -238,6 +255,8 @@ def run(args: Namespace, given: set[str], place: Place, device: torch.device) ->
     state = Run(args, model, name, model_kwargs, precision, lr, updates_per_epoch)
     if checkpoint:
         state.restore(checkpoint)
+    elif args.finetune:
+        state.finetune(args.finetune)
     state.set_lr()
     output = utils.Output(args.output_dir, args, start_epoch=state.epoch + 1)
     if state.epoch < 0:

@@ -72,6 +72,7 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     add("--epochs", type=int, default=300)
     add("--output_dir", default="", help="folder of checkpoints and logs; empty for none")
     add("--resume", default="", help="checkpoint (file or address), or auto: of --output_dir")
+    add("--finetune", default="", help="weights to start from; other classes, new classifier")
     add("--start_epoch", type=int, default=0)
     add("--stop-epoch", type=int, help="stop before this epoch, the schedule being for --epochs")
     add("--eval", action="store_true", help="evaluate the checkpoint of --resume and leave")

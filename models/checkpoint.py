@@ -2,20 +2,24 @@
 
 import argparse
 import importlib
+import json
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-import safetensors.torch
+import safetensors
 import torch
 from torch import nn
 
+from models.layers import set_gelu, set_qk_scale_factor
+
 WEIGHT_KEYS = ("model", "state_dict")
 EMA_KEYS = ("model_ema", "state_dict_ema")
+JSON_METADATA = {"model_kwargs"}
 COMPUTED_KEYS = ("relative_position_index", "attn_mask", "rel_indices")
 SHOWN = 4
 
@@ -34,20 +38,26 @@ class LoadReport:
         renamed: Keys of the checkpoint that have another name in the model.
         resampled: Keys of the model whose value was resampled to the model's size.
         ignored: Keys of the checkpoint that the model computes itself.
+        left: Keys of the model's classifier that keep their initial value.
+        notes: What else the checkpoint says about the model, and was applied.
     """
 
     source: str
     loaded: tuple[str, ...]
-    renamed: tuple[str, ...]
-    resampled: tuple[str, ...]
+    renamed: tuple[str, ...] = ()
+    resampled: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return (
-            f"{self.source}: {len(self.loaded)} tensors loaded, "
-            f"{len(self.renamed)} renamed, {len(self.resampled)} resampled, "
-            f"{len(self.ignored)} ignored"
-        )
+        parts = [f"{len(self.loaded)} tensors loaded"]
+        for what in ("renamed", "resampled", "ignored"):
+            if keys := getattr(self, what):
+                parts.append(f"{len(keys)} {what}")
+        if self.left:
+            parts.append(f"left at their initial value: {', '.join(self.left)}")
+        return f"{self.source}: {', '.join((*parts, *self.notes))}"
 
 
 def fetch(url: str) -> Path:
@@ -92,7 +102,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is empty, not a checkpoint")
     try:
         if start[8:] == b"{":
-            return safetensors.torch.load_file(path)
+            return _read_safetensors(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes of any kind make the readers raise errors of any kind
@@ -100,6 +110,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     return dict(content)
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """The tensors under ``state_dict``, and the texts of the header, JSON where it is ours."""
+    with safetensors.safe_open(path, "pt") as file:
+        content: dict[str, Any] = dict(file.metadata() or {})
+        for key in JSON_METADATA & content.keys():
+            content[key] = json.loads(content[key])
+        content["state_dict"] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    return content
 
 
 def _why_unreadable(error: Exception) -> str:
@@ -142,7 +162,11 @@ def state_dict_of(
 
 
 def load_weights(
-    model: nn.Module, checkpoint: Mapping[str, Any], source: str, ema: bool = False
+    model: nn.Module,
+    checkpoint: Mapping[str, Any],
+    source: str,
+    ema: bool = False,
+    new_head: bool = False,
 ) -> LoadReport:
     """Load the weights of a checkpoint that has been read; see :func:`load_checkpoint`."""
     state = state_dict_of(checkpoint, source, ema)
@@ -155,38 +179,75 @@ def load_weights(
     else:
         module = importlib.import_module(type(model).__module__)
         convert = getattr(module, "checkpoint_filter_fn", lambda state, model: state)
-        converted = convert(dict(state), model)
+        converted = dict(convert(dict(state), model))
+    left = _unfit_head(model, converted, own) if new_head else []
+    for key in left:
+        converted[key] = own[key]
     _check_fit(converted, own, source)
     model.load_state_dict(converted)
     resampled = (k for k, v in converted.items() if k in state and v.shape != state[k].shape)
     return LoadReport(
         source=source,
-        loaded=tuple(own),
+        loaded=tuple(key for key in own if key not in left),
         renamed=tuple(key for key in state if key not in own),
-        resampled=tuple(resampled),
+        resampled=tuple(key for key in resampled if key not in left),
         ignored=tuple(ignored),
+        left=tuple(left),
+        notes=tuple(_apply_function(model, checkpoint)),
     )
 
 
-def load_checkpoint(model: nn.Module, path: str | Path, ema: bool = False) -> LoadReport:
+def load_checkpoint(
+    model: nn.Module, path: str | Path, ema: bool = False, new_head: bool = False
+) -> LoadReport:
     """Load a checkpoint file into ``model``, strictly.
 
     Layouts that the model's file knows are converted (for Visformer the original's and
-    timm's); position embeddings are resampled to the model's size.
+    timm's); position embeddings and biases are resampled to the model's size. Where the
+    checkpoint says with which exponent of the query/key pre-scale, or which GELU, its weights
+    were trained, the model takes that over.
 
     Args:
         model: Receives the weights.
         path: File in any form that :func:`read_checkpoint` takes.
         ema: Load the moving average instead of the raw weights.
+        new_head: Leave a classifier of another number of classes at its initial value.
 
     Returns:
-        What was loaded, renamed and resampled.
+        What was loaded, renamed, resampled and left.
 
     Raises:
         CheckpointError: The file cannot be read, or keys or shapes differ from the model's;
             the message names the first few, and the model is unchanged.
     """
-    return load_weights(model, read_checkpoint(path), str(path), ema)
+    return load_weights(model, read_checkpoint(path), str(path), ema, new_head)
+
+
+def _unfit_head(
+    model: nn.Module, state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]
+) -> list[str]:
+    """Keys of the classifier that the state has in another shape or not at all."""
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    heads = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+    unfit = [
+        key
+        for key in own
+        if heads and key.startswith(heads)
+        if key not in state or state[key].shape != own[key].shape
+    ]
+    return unfit
+
+
+def _apply_function(model: nn.Module, checkpoint: Mapping[str, Any]) -> Iterator[str]:
+    """Make the model compute what the weights were trained for; says what was changed."""
+    exponent = (checkpoint.get("model_kwargs") or {}).get("qk_scale_factor")
+    if exponent is not None and getattr(model, "qk_scale_factor", exponent) != exponent:
+        set_qk_scale_factor(model, exponent)
+        yield f"pre-scale exponent {exponent}, as trained"
+    gelu = checkpoint.get("gelu", "none")
+    if gelu != "none":
+        set_gelu(model, gelu)
+        yield f"{gelu} GELU, as trained"
 
 
 def _check_fit(

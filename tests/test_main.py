@@ -184,6 +184,19 @@ def test_weights_alone_start_a_new_run(images, trained, tmp_path, main):
     assert len(accuracy_lines(output)) == 1
 
 
+def test_finetuning_keeps_the_body_and_starts_a_new_head(trained, tmp_path, main):
+    run = [*SMALL, "--finetune", trained[0] / "best.pth", "--epochs", 1, "--output_dir", tmp_path]
+    status, output, _ = main(*run, "--batch-size", 64)
+    assert status == 0
+    assert "left at their initial value: head.weight, head.bias" in output
+    assert "pre-scale exponent -0.5, as trained" in output
+    checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    assert checkpoint["model_kwargs"]["qk_scale_factor"] == -0.5
+    assert checkpoint["model"]["head.weight"].shape == (10, 384)
+    body = torch.load(trained[0] / "best.pth", weights_only=True)["model"]["stem.0.weight"]
+    assert (checkpoint["model"]["stem.0.weight"] - body).abs().max() < 1e-2
+
+
 def test_args_yaml_repeats_the_run(images, trained, tmp_path, main):
     folder, _ = trained
     status, *_ = main("-c", folder / "args.yaml", "--output_dir", tmp_path)

@@ -5,6 +5,8 @@ from models.layers.attention import (
     attention,
     attention_weights,
     set_fused_attention,
+    set_gelu,
+    set_qk_scale_factor,
 )
 from models.layers.block import Block2d
 from models.layers.checkpointing import checkpoint_blocks
@@ -25,4 +27,6 @@ __all__ = [
     "resample_bias_table",
     "resample_position_map",
     "set_fused_attention",
+    "set_gelu",
+    "set_qk_scale_factor",
 ]

@@ -92,6 +92,7 @@ class Attention2d(nn.Module):
                 raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")
             head_dim = dim // num_heads
         self.num_heads = num_heads
+        self.head_dim = head_dim
         self.scale = head_dim**qk_scale_factor
         self.attn_drop = attn_drop
         self.fused_attn = use_fused_attn()
@@ -129,3 +130,21 @@ def set_fused_attention(model: nn.Module, fused: bool) -> None:
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = fused
+
+
+def set_qk_scale_factor(model: nn.Module, exponent: float) -> None:
+    """Give every attention layer of ``model`` another exponent of the query/key pre-scale.
+
+    Weights are trained for one exponent, and another changes what they compute.
+    """
+    for module in model.modules():
+        if hasattr(module, "scale") and hasattr(module, "head_dim"):
+            module.scale = module.head_dim**exponent
+    model.qk_scale_factor = exponent
+
+
+def set_gelu(model: nn.Module, approximate: str) -> None:
+    """Switch every GELU of ``model`` to its exact form, ``"none"``, or to its ``"tanh"`` one."""
+    for module in model.modules():
+        if isinstance(module, nn.GELU):
+            module.approximate = approximate

@@ -1,0 +1,184 @@
+"""One contract for every model that this repository registers."""
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import models
+from models.layers import set_fused_attention
+from tools.model_table import our_models
+
+NAMES = our_models()
+# one of every kind of network, small enough to run
+SMALL = {
+    "visformer_tiny": {"img_size": 64},
+    "visformer_net1": {"img_size": 64},
+    "visformer_net7": {"img_size": 64},
+    "swin_visformer_tiny_v2": {"img_size": 64},
+}
+
+
+def meta(name, **kwargs):
+    """The model without memory: shapes alone."""
+    with torch.device("meta"):
+        return timm.create_model(name, **kwargs).eval()
+
+
+def image(*shape):
+    return torch.zeros(*shape, device="meta")
+
+
+def small(name, **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, **SMALL[name] | {"num_classes": 10} | kwargs).eval()
+
+
+def native(model):
+    return model.pretrained_cfg["input_size"][-1]
+
+
+def test_every_small_model_is_ours():
+    assert set(SMALL) <= set(NAMES)
+    families = {timm.models.model_entrypoint(name).__module__ for name in NAMES}
+    assert families == {timm.models.model_entrypoint(name).__module__ for name in SMALL}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes(name):
+    model = meta(name)
+    size = native(model)
+    assert model.default_cfg["input_size"][-1] == size
+    x = image(2, 3, size, size)
+    features = model.forward_features(x)
+    assert model.forward_head(features).shape == (2, 1000)
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+    assert model.get_classifier().out_features == 1000
+    with torch.device("meta"):
+        model.reset_classifier(10)
+    assert model(x).shape == (2, 10)
+    with torch.device("meta"):
+        model.reset_classifier(0)
+    assert model(x).shape == (2, model.num_features)
+    for in_chans in (1, 4):
+        assert (
+            meta(name, in_chans=in_chans, num_classes=0)(image(1, in_chans, size, size)).ndim == 2
+        )
+    with pytest.raises(TypeError):
+        meta(name, drop_path_ratee=0.1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_feature_maps(name):
+    indices = (-2, -1) if len(meta(name).feature_info) > 1 else (-1,)
+    model = meta(name, features_only=True, out_indices=indices)
+    size = native(meta(name))
+    maps = model(image(1, 3, size, size))
+    assert [m.shape[1] for m in maps] == model.feature_info.channels()
+    assert [size // m.shape[-1] for m in maps] == model.feature_info.reduction()
+    assert all(m.ndim == 4 and m.shape[-1] == m.shape[-2] for m in maps)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameter_groups(name):
+    model = meta(name)
+    names = {key for key, _ in model.named_parameters()}
+    assert model.no_weight_decay() <= names
+    special = ("pos_embed", "cls_token", "relative_position_bias_table", "gating_param")
+    assert {n for n in names if n.rpartition(".")[2].startswith(special)} <= model.no_weight_decay()
+    groups = timm.models.group_parameters(model, model.group_matcher())
+    assert sorted(key for group in groups.values() for key in group) == sorted(names)
+    assert len(groups) > 2
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_runs_in_every_form(name):
+    model = small(name, drop_path_rate=0.1)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        scale = expected.std().item()
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(twin(x), expected)
+        torch.testing.assert_close(small(name)(x), expected)  # the same seed
+        set_fused_attention(model, False)
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4 * scale)
+        set_fused_attention(model, True)
+        exported = torch.export.export(model, (x,)).module()(x)
+        torch.testing.assert_close(exported, expected, rtol=1e-4, atol=1e-4 * scale)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-4 * scale)
+        for dtype in (torch.float16, torch.bfloat16):
+            with torch.autocast("cpu", dtype):
+                low = model(x)
+            assert (low.float() - expected).norm() < 0.2 * expected.norm()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_learns_and_checkpointing_agrees(name):
+    model = small(name).train()
+    torch.manual_seed(1)
+    x, y = torch.randn(8, 3, 64, 64), torch.arange(8)
+    saving = copy.deepcopy(model)
+    saving.set_grad_checkpointing()
+    losses = []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(4):
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        if not losses:
+            nn.functional.cross_entropy(saving(x), y).backward()
+            for ours, theirs in zip(saving.parameters(), model.parameters(), strict=True):
+                torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5)
+            for ours, theirs in zip(saving.buffers(), model.buffers(), strict=True):
+                torch.testing.assert_close(ours, theirs)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_other_sizes(name, tmp_path):
+    source = small(name)
+    with torch.no_grad():
+        assert source(torch.randn(1, 3, 96, 128)).shape == (1, 10)
+    path = tmp_path / "weights.pth"
+    torch.save({"model": source.state_dict()}, path)
+    kwargs = {"img_size": (96, 128)} if "img_size" in SMALL[name] else {}
+    target = small(name, **kwargs)
+    models.load_checkpoint(target, path)
+    with torch.no_grad():
+        assert target(torch.randn(1, 3, 96, 128)).isfinite().all()
+    other = small(name, num_classes=7)
+    with pytest.raises(models.CheckpointError, match="of another shape"):
+        models.load_checkpoint(other, path)
+    report = models.load_checkpoint(other, path, new_head=True)
+    assert report.left
+    assert all("head" in key or "fc" in key for key in report.left)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(other.forward_features(x), source.forward_features(x))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_exponent_travels_with_the_checkpoint(name, tmp_path):
+    source = small(name, qk_scale_factor=-0.5)
+    path = tmp_path / "weights.pth"
+    kwargs = {"qk_scale_factor": -0.5}
+    torch.save({"model": source.state_dict(), "model_kwargs": kwargs, "gelu": "tanh"}, path)
+    target = small(name)
+    report = models.load_checkpoint(target, path)
+    assert target.qk_scale_factor == -0.5
+    assert "pre-scale exponent -0.5, as trained" in str(report)
+    assert "tanh GELU, as trained" in str(report)
+    gelus = [m for m in target.modules() if isinstance(m, nn.GELU)]
+    assert gelus
+    assert all(m.approximate == "tanh" for m in gelus)
+    models.layers.set_gelu(source, "tanh")
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(target(x), source(x))

@@ -1,0 +1,74 @@
+"""The command-line tools, each as a user runs it."""
+
+import json
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from conftest import run_python
+
+import models
+from tools import convert_checkpoint, model_table
+
+
+def test_model_table():
+    done = run_python("-m", "tools.model_table", "visformer_tiny", "swin_visformer_small_v2")
+    assert done.returncode == 0, done.stderr
+    assert "| `visformer_tiny` | 10.3 | 10.3 | 1.27 | 1.3 | 78.6 |" in done.stdout
+    assert "| `swin_visformer_small_v2` | 23.6 | 23.6 | 4.27 | 4.3 | 83.0 |" in done.stdout
+    assert model_table.main(["visformer_tinyy"]) == 1
+
+
+def test_table_agrees_with_the_papers():
+    for name, (parameters, gmacs, _) in model_table.PAPER.items():
+        if name.startswith(("visformer", "swin")):
+            counted = model_table.count(name)
+            for value, printed in zip(counted, (parameters, gmacs), strict=True):
+                digits = len(printed.partition(".")[2])
+                assert f"{value:.{digits}f}" == printed, name
+
+
+def test_convert_checkpoint(tmp_path, capsys):
+    source = timm.create_model("visformer_tiny", num_classes=3, qk_scale_factor=-0.5)
+    average = timm.create_model("visformer_tiny", num_classes=3)
+    original = {k.replace("norm.", "norm.bn."): v for k, v in average.state_dict().items()}
+    content = {"model": source.state_dict(), "model_ema": original}
+    torch.save(content, tmp_path / "in.pth")
+    run = [str(tmp_path / "in.pth")]
+    ours = tmp_path / "ours.safetensors"
+    flags = ["--model", "visformer_tiny", "--ema", "--qk-scale-factor", "-0.5"]
+    assert convert_checkpoint.main([*run, str(ours), *flags]) == 0
+    assert "renamed" in capsys.readouterr().out
+    with safetensors.safe_open(ours, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["model_name"] == "visformer_tiny"
+    assert json.loads(metadata["model_kwargs"])["qk_scale_factor"] == -0.5
+    loaded = timm.create_model("visformer_tiny", num_classes=3)
+    models.load_checkpoint(loaded, ours)
+    assert loaded.qk_scale_factor == -0.5
+    assert torch.equal(loaded.head.weight, average.head.weight)
+
+    plain = tmp_path / "timm.safetensors"
+    assert convert_checkpoint.main([str(ours), str(plain), "--to", "timm"]) == 0
+    assert safetensors.torch.load_file(plain).keys() == average.state_dict().keys()
+    theirs = timm.models.visformer.visformer_tiny(num_classes=3)
+    theirs.load_state_dict(safetensors.torch.load_file(plain))
+    back = tmp_path / "back.pth"
+    assert convert_checkpoint.main([str(plain), str(back), "--model", "visformer_tiny"]) == 0
+    assert torch.load(back, weights_only=True)["model_name"] == "visformer_tiny"
+
+
+def test_convert_checkpoint_says_what_is_wrong(tmp_path, capsys):
+    path = tmp_path / "in.pth"
+    torch.save({"model": timm.create_model("test_vit").state_dict()}, path)
+    for words, message in (
+        ([tmp_path / "none.pth", tmp_path / "out.pth"], "cannot read checkpoint"),
+        ([path, tmp_path / "out.pth"], "give --model NAME"),
+        ([path, tmp_path / "out.txt", "--model", "test_vit"], "must end in .safetensors or .pth"),
+        ([path, tmp_path / "out.pth", "--model", "visformer_tiny"], "does not fit the model"),
+        ([path, tmp_path / "out.pth", "--model", "visformer_tinyy"], "the nearest are"),
+    ):
+        assert convert_checkpoint.main([str(word) for word in words]) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out.pth").exists()

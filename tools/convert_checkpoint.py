@@ -1,0 +1,89 @@
+"""Write a checkpoint of any known layout as ours or timm's.
+
+``python -m tools.convert_checkpoint IN OUT --model NAME``; what was loaded, renamed and resampled
+is printed. OUT ends in ``.safetensors`` or ``.pth``.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+import models
+import utils
+from models.checkpoint import state_dict_of
+
+HEADS = ("head.weight", "classifier.weight", "head.fc.weight")
+
+
+def num_classes_of(state: Mapping[str, torch.Tensor]) -> int | None:
+    """Rows of the classifier, or None where it is not recognised."""
+    return next((state[key].shape[0] for key in HEADS if key in state), None)
+
+
+def write(path: Path, content: Mapping[str, Any], layout: str) -> None:
+    """Write weights, and with our layout what else is known of the model, to ``path``."""
+    weights = {key: value.contiguous() for key, value in content["model"].items()}
+    if path.suffix == ".safetensors":
+        texts = {} if layout == "timm" else {k: v for k, v in content.items() if k != "model"}
+        metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in texts.items()}
+        data = safetensors.torch.save(weights, metadata={"format": "pt", **metadata})
+        utils.write_atomically(path, lambda file: file.write(data))
+    else:
+        utils.save_checkpoint(weights if layout == "timm" else content, path)
+
+
+def convert(args: argparse.Namespace) -> str:
+    """Convert ``args.input`` into ``args.output``; returns the report."""
+    checkpoint = models.read_checkpoint(args.input)
+    name = args.model or checkpoint.get("model_name")
+    if name is None:
+        raise models.ModelError(f"{args.input} does not say which model it is: give --model NAME")
+    if args.output.suffix not in (".safetensors", ".pth"):
+        raise utils.OutputError(f"{args.output} must end in .safetensors or .pth")
+    kwargs = dict(checkpoint.get("model_kwargs") or {})
+    if "num_classes" not in kwargs:
+        kwargs["num_classes"] = num_classes_of(state_dict_of(checkpoint, args.input, args.ema))
+    if args.qk_scale_factor is not None:
+        kwargs["qk_scale_factor"] = args.qk_scale_factor
+    if args.input_size is not None:
+        kwargs["img_size"] = args.input_size
+    model, kwargs = models.build_model(name, kwargs, {})
+    report = models.load_weights(model, checkpoint, args.input, ema=args.ema)
+    if hasattr(model, "qk_scale_factor"):
+        kwargs["qk_scale_factor"] = model.qk_scale_factor
+    content = {
+        "model": model.state_dict(),
+        "model_name": name,
+        "model_kwargs": kwargs,
+        "gelu": checkpoint.get("gelu", "none"),
+    }
+    write(args.output, utils.plain(content), args.to)
+    return f"{report}\nwritten to {args.output}"
+
+
+def main(argv: list[str]) -> int:
+    """Convert with the flags ``argv``; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("input", help="file or address of the checkpoint")
+    parser.add_argument("output", type=Path, help="file to write, .safetensors or .pth")
+    parser.add_argument("--model", help="timm's name of the model, unless the checkpoint says it")
+    parser.add_argument("--to", choices=["ours", "timm"], default="ours", help="layout to write")
+    parser.add_argument("--ema", action="store_true", help="take the moving average")
+    parser.add_argument("--input-size", type=int, help="resample to this size")
+    parser.add_argument("--qk-scale-factor", type=float, help="exponent that it was trained with")
+    try:
+        print(convert(parser.parse_args(argv)))
+    except (models.CheckpointError, models.ModelError, utils.OutputError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
