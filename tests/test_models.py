@@ -4,11 +4,14 @@ import copy
 import pickle
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 from torch import nn
 
+import datasets
 import models
+from configs import parse_args
 from models.layers import set_fused_attention
 from tools.model_table import our_models
 
@@ -117,28 +120,42 @@ def test_runs_in_every_form(name):
             assert (low.float() - expected).norm() < 0.2 * expected.norm()
 
 
+@pytest.fixture(scope="module")
+def photographs(cifar):
+    """32 training images of CIFAR-10 as ``B 3 64 64``, and their classes."""
+    args, _ = parse_args(["--data-path", str(cifar), "--input-size", "64"])
+    dataset = datasets.build_dataset(False, args)[0]
+    samples = [dataset[index] for index in range(0, len(dataset), len(dataset) // 32)][:32]
+    return torch.stack([s.image for s in samples]), torch.tensor([s.target for s in samples])
+
+
 @pytest.mark.parametrize("name", SMALL)
-def test_learns_and_checkpointing_agrees(name):
+def test_learns_photographs(name, photographs):
     model = small(name).train()
-    torch.manual_seed(1)
-    x, y = torch.randn(8, 3, 64, 64), torch.arange(8)
-    saving = copy.deepcopy(model)
-    saving.set_grad_checkpointing()
-    losses = []
+    x, y = photographs
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _ in range(4):
+    losses = []
+    for _ in range(5):
         loss = nn.functional.cross_entropy(model(x), y)
         loss.backward()
-        if not losses:
-            nn.functional.cross_entropy(saving(x), y).backward()
-            for ours, theirs in zip(saving.parameters(), model.parameters(), strict=True):
-                torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5)
-            for ours, theirs in zip(saving.buffers(), model.buffers(), strict=True):
-                torch.testing.assert_close(ours, theirs)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses[-1] < losses[0]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_gradient_checkpointing_changes_nothing(name):
+    model = small(name).train()
+    saving = copy.deepcopy(model)
+    saving.set_grad_checkpointing()
+    x = torch.randn(2, 3, 64, 64)
+    saving(x).square().mean().backward()
+    model(x).square().mean().backward()
+    for ours, theirs in zip(saving.parameters(), model.parameters(), strict=True):
+        assert (ours.grad - theirs.grad).norm() <= 1e-4 * theirs.grad.norm() + 1e-7
+    for ours, theirs in zip(saving.buffers(), model.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -182,3 +199,16 @@ def test_exponent_travels_with_the_checkpoint(name, tmp_path):
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(target(x), source(x))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_pretrained_goes_through_timms_machinery(name, tmp_path):
+    source = small(name, num_classes=1000)
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(source.state_dict(), path)
+    overlay = {"file": str(path), "hf_hub_id": None}
+    model = small(name, pretrained=True, num_classes=5, pretrained_cfg_overlay=overlay)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(model.forward_features(x), source.forward_features(x))
+    assert model.get_classifier().out_features == 5
