@@ -4,7 +4,7 @@ After ``import models``, ``timm.create_model("visformer_small")`` builds the mod
 repository, also where timm has one of that name.
 """
 
-from models import visformer
+from models import convit, visformer
 from models.checkpoint import (
     CheckpointError,
     LoadReport,
@@ -20,6 +20,7 @@ __all__ = [
     "ModelError",
     "build_model",
     "check_input_size",
+    "convit",
     "load_checkpoint",
     "load_weights",
     "read_checkpoint",

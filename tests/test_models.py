@@ -22,6 +22,7 @@ SMALL = {
     "visformer_net1": {"img_size": 64},
     "visformer_net7": {"img_size": 64},
     "swin_visformer_tiny_v2": {"img_size": 64},
+    "convit_tiny": {"img_size": 64, "depth": 4, "local_up_to_layer": 2},
 }
 
 

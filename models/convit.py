@@ -1,0 +1,399 @@
+"""ConViT, "Improving Vision Transformers with Soft Convolutional Inductive Biases".
+
+arXiv 2103.10697. Gated positional self-attention (GPSA) starts out as a convolution and may
+leave that; the class token joins for the last, plain blocks. The key layout is the original's
+and timm's.
+
+GPSA blocks see the patches as a grid ``B H W C``, plain blocks as tokens ``B N C``.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import PatchEmbed, global_pool_nlc, to_2tuple, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models._features import feature_take_indices as take_indices
+from torch import nn
+
+from models.layers import checkpoint_blocks, drop_path_rates, resample_position_map
+from models.layers.gpsa import GPSA, Block, SelfAttention
+from models.registry import register_model
+
+__all__ = ["ConViT"]
+
+POOLS = ("token", "avg", "max", "avgmax", "")
+
+
+def _init_layer(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, GPSA):  # comes after the layers within it
+        module.init_locality()
+
+
+def resample_tokens(
+    embedding: torch.Tensor, grid: tuple[int, int], size: tuple[int, int]
+) -> torch.Tensor:
+    """Resample position embeddings ``1 N C`` of a grid to one of another size: ``1 N' C``."""
+    if grid == size:
+        return embedding
+    embedding = rearrange(embedding, "1 (y x) c -> 1 c y x", y=grid[0], x=grid[1])
+    return resample_position_map(embedding, size).flatten(2).transpose(1, 2)
+
+
+class ConViT(nn.Module):
+    """ConViT classifier and backbone.
+
+    Args:
+        img_size: Height and width for which position embeddings are built. Other sizes
+            resample them in every forward.
+        patch_size: Side of a patch.
+        in_chans: Channels of the image.
+        num_classes: Classes; 0 leaves the head out, and the pooled features come back.
+        global_pool: ``token``, ``avg``, ``max``, ``avgmax`` over the patches, or '' for none.
+        embed_dim: Channels.
+        depth: Number of blocks.
+        num_heads: Attention heads.
+        mlp_ratio: Hidden channels of the feed-forward part, in multiples of ``embed_dim``.
+        qkv_bias: Learn a bias for queries, keys and values.
+        qk_scale_factor: Exponent of the query/key pre-scale.
+        drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate: Dropout before the head,
+            after position embeddings, after projections, of attention weights.
+        drop_path_rate: Stochastic depth of the last block, growing linearly from 0.
+        local_up_to_layer: The first block without GPSA, where the class token joins.
+        locality_strength: See :class:`GPSA`.
+        use_pos_embed: Add learned absolute position embeddings to the patches.
+
+    Raises:
+        ValueError: An argument is out of range, or the input's size no multiple of the patch.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        qk_scale_factor: float = -0.25,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        local_up_to_layer: int = 10,
+        locality_strength: float = 1.0,
+        use_pos_embed: bool = True,
+    ):
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
+        if not 0 <= local_up_to_layer < depth:
+            raise ValueError(
+                f"local_up_to_layer {local_up_to_layer} must be from 0 to {depth - 1}, below "
+                f"depth {depth}: the class token joins at the block of that index"
+            )
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.patch_size = patch_size
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.num_prefix_tokens = 1
+        self.local_up_to_layer = local_up_to_layer
+        self.qk_scale_factor = qk_scale_factor
+        self.grad_checkpointing = False
+        self.set_pool(global_pool)
+        height, width = to_2tuple(img_size)
+        self.check_size(height, width)
+        self.grid_size = (height // patch_size, width // patch_size)
+
+        self.patch_embed = PatchEmbed(
+            None, patch_size, in_chans, embed_dim, output_fmt="NHWC", strict_img_size=False
+        )
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        patches = torch.empty(1, math.prod(self.grid_size), embed_dim)
+        self.pos_embed = nn.Parameter(patches) if use_pos_embed else None
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+        common = {
+            "qkv_bias": qkv_bias,
+            "qk_scale_factor": qk_scale_factor,
+            "attn_drop": attn_drop_rate,
+            "proj_drop": proj_drop_rate,
+        }
+        self.blocks = nn.ModuleList()
+        for index, rate in enumerate(drop_path_rates(drop_path_rate, [depth])[0]):
+            if index < local_up_to_layer:
+                attn = GPSA(embed_dim, num_heads, locality_strength=locality_strength, **common)
+            else:
+                attn = SelfAttention(embed_dim, num_heads, **common)
+            self.blocks.append(Block(embed_dim, attn, mlp_ratio, proj_drop_rate, rate))
+        self.feature_info = [
+            {"num_chs": embed_dim, "reduction": patch_size, "module": f"blocks.{index}"}
+            for index in range(depth)
+        ]
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Normal of deviation 0.02 for embeddings and linear layers; GPSA starts local."""
+        trunc_normal_(self.cls_token, std=0.02)
+        if self.pos_embed is not None:
+            trunc_normal_(self.pos_embed, std=0.02)
+        self.apply(_init_layer)
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise ValueError if an image of this size is not made of whole patches."""
+        patch = self.patch_size
+        if height % patch or width % patch or height < patch or width < patch:
+            near = "x".join(str(max(round(s / patch), 1) * patch) for s in (height, width))
+            raise ValueError(
+                f"image size {height}x{width} does not fit: height and width must be multiples "
+                f"of {patch}, such as {near}"
+            )
+
+    def set_pool(self, global_pool: str) -> None:
+        """Choose the pooling before the head by timm's name of it."""
+        if global_pool not in POOLS:
+            raise ValueError(f"global_pool {global_pool!r} is not one of {POOLS}")
+        self.global_pool = global_pool
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters without weight decay besides biases and norms."""
+        names = {"pos_embed", "cls_token", "gating_param"}
+        return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in names}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Groups of parameters in the order of depth, for layer-wise learning-rate decay."""
+        return {
+            "stem": r"^cls_token|^pos_embed|^patch_embed",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass instead of keeping their activations."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The linear classifier."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a new classifier (none if ``num_classes`` is 0) in place of the present one."""
+        if global_pool is not None:
+            self.set_pool(global_pool)
+        self.num_classes = num_classes
+        head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        head.apply(_init_layer)
+        reference = self.patch_embed.proj.weight
+        self.head = head.to(reference.device, reference.dtype)
+
+    def embed(self, x: torch.Tensor) -> torch.Tensor:
+        """Image ``B 3 H W`` to patches with position embeddings, ``B H/p W/p C``."""
+        self.check_size(*x.shape[-2:])
+        x = self.patch_embed(x)
+        if self.pos_embed is not None:
+            size = tuple(x.shape[1:3])
+            position = resample_tokens(self.pos_embed, self.grid_size, size)
+            x = x + rearrange(position, "1 (y x) c -> 1 y x c", y=size[0], x=size[1])
+        return self.pos_drop(x)
+
+    def forward_block(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        """One block: ``B H W C -> B H W C``, from where the class token joins on ``B 1+HW C``."""
+        if index == self.local_up_to_layer:
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], dim=1)
+        if self.grad_checkpointing and self.training:
+            return checkpoint_blocks([self.blocks[index]], x)
+        return self.blocks[index](x)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Image ``B 3 H W`` to normalised tokens ``B 1+N C``, the class token first."""
+        x = self.embed(x)
+        for index in range(len(self.blocks)):
+            x = self.forward_block(x, index)
+        return self.norm(x if x.ndim == 3 else x.flatten(1, 2))
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list | tuple[torch.Tensor, list]:
+        """Patches after the blocks.
+
+        Args:
+            x: Image, ``B 3 H W``.
+            indices: Blocks to return: the last n, those of a sequence, or all.
+            return_prefix_tokens: Return pairs of the patches and the class token ``B 1 C``
+                (``B 0 C`` where it has not joined yet).
+            norm: Apply the final norm to them.
+            stop_early: Leave out blocks after the last one asked for.
+            output_fmt: ``NCHW`` for maps ``B C H W``, or ``NLC`` for ``B N C``.
+            intermediates_only: Return the list alone.
+
+        Returns:
+            The patches, or the final features and the patches.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt {output_fmt!r} is not one of 'NCHW', 'NLC'")
+        wanted, last = take_indices(len(self.blocks), indices)
+        x = self.embed(x)
+        height, width = x.shape[1:3]
+        intermediates = []
+        for index in range(last + 1 if stop_early else len(self.blocks)):
+            x = self.forward_block(x, index)
+            if index not in wanted:
+                continue
+            tokens = x if x.ndim == 3 else x.flatten(1, 2)
+            tokens = self.norm(tokens) if norm else tokens
+            prefix, patches = tokens.split([tokens.shape[1] - height * width, height * width], 1)
+            if output_fmt == "NCHW":
+                patches = rearrange(patches, "b (y x) c -> b c y x", y=height, x=width)
+            intermediates.append((patches, prefix) if return_prefix_tokens else patches)
+        if intermediates_only:
+            return intermediates
+        return self.norm(x if x.ndim == 3 else x.flatten(1, 2)), intermediates
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | Sequence[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Remove what the given intermediates do not need; returns their positive indices."""
+        wanted, last = take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: last + 1]
+        if last < self.local_up_to_layer:
+            self.cls_token = None
+            self.num_prefix_tokens = 0
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return wanted
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Tokens ``B 1+N C`` to logits ``B num_classes``, or to pooled features ``B C``."""
+        x = self.head_drop(global_pool_nlc(x, self.global_pool, self.num_prefix_tokens))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Image ``B 3 H W`` to logits ``B num_classes``."""
+        return self.forward_head(self.forward_features(x))
+
+
+def checkpoint_filter_fn(
+    state_dict: dict[str, torch.Tensor], model: ConViT
+) -> dict[str, torch.Tensor]:
+    """Weights of the original or of timm -> weights of ``model``.
+
+    The keys are the same. Indices that models compute are left out; position embeddings of
+    another, square grid are resampled.
+    """
+    converted = {k: v for k, v in state_dict.items() if k.rpartition(".")[2] != "rel_indices"}
+    position = converted.get("pos_embed")
+    if position is not None and model.pos_embed is not None:
+        count = position.shape[1]
+        side = math.isqrt(count)
+        if count != model.pos_embed.shape[1] and side**2 == count:
+            converted["pos_embed"] = resample_tokens(position, (side, side), model.grid_size)
+    return converted
+
+
+def _create_convit(name: str, pretrained: bool, **kwargs) -> ConViT:
+    out_indices = kwargs.pop("out_indices", 3)
+    return build_model_with_cfg(
+        ConViT,
+        name,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        **kwargs,
+    )
+
+
+def _cfg(**kwargs) -> dict:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "fixed_input_size": True,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "apache-2.0",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "convit_tiny.fb_in1k": _cfg(hf_hub_id="timm/"),
+        "convit_small.fb_in1k": _cfg(hf_hub_id="timm/"),
+        "convit_base.fb_in1k": _cfg(hf_hub_id="timm/"),
+        "convit_tiny_plus.untrained": _cfg(),
+        "convit_small_plus.untrained": _cfg(),
+        "convit_base_plus.untrained": _cfg(),
+    }
+)
+
+
+@register_model
+def convit_tiny(pretrained: bool = False, **kwargs) -> ConViT:
+    """ConViT-Ti: 5.7 M parameters, 1 GMAC, 73.1 % on ImageNet (paper, table 1)."""
+    defaults = {"embed_dim": 192, "num_heads": 4}
+    return _create_convit("convit_tiny", pretrained, **defaults | kwargs)
+
+
+@register_model
+def convit_small(pretrained: bool = False, **kwargs) -> ConViT:
+    """ConViT-S: 27.8 M parameters, 5.4 GMACs, 81.3 % on ImageNet (paper, table 1)."""
+    defaults = {"embed_dim": 432, "num_heads": 9}
+    return _create_convit("convit_small", pretrained, **defaults | kwargs)
+
+
+@register_model
+def convit_base(pretrained: bool = False, **kwargs) -> ConViT:
+    """ConViT-B: 86.5 M parameters, 17 GMACs, 82.4 % on ImageNet (paper, table 1)."""
+    defaults = {"embed_dim": 768, "num_heads": 16}
+    return _create_convit("convit_base", pretrained, **defaults | kwargs)
+
+
+@register_model
+def convit_tiny_plus(pretrained: bool = False, **kwargs) -> ConViT:
+    """ConViT-Ti+: 10 M parameters, 2 GMACs, 76.7 % on ImageNet (paper, table 1)."""
+    defaults = {"embed_dim": 256, "num_heads": 4}
+    return _create_convit("convit_tiny_plus", pretrained, **defaults | kwargs)
+
+
+@register_model
+def convit_small_plus(pretrained: bool = False, **kwargs) -> ConViT:
+    """ConViT-S+: 48 M parameters, 10 GMACs, 82.2 % on ImageNet (paper, table 1)."""
+    defaults = {"embed_dim": 576, "num_heads": 9}
+    return _create_convit("convit_small_plus", pretrained, **defaults | kwargs)
+
+
+@register_model
+def convit_base_plus(pretrained: bool = False, **kwargs) -> ConViT:
+    """ConViT-B+: 152 M parameters, 30 GMACs, 82.5 % on ImageNet (paper, table 1)."""
+    defaults = {"embed_dim": 1024, "num_heads": 16}
+    return _create_convit("convit_base_plus", pretrained, **defaults | kwargs)

@@ -1,0 +1,262 @@
+"""Gated positional self-attention (ConViT, arXiv 2103.10697), and its blocks.
+
+Gated layers see the patches as a grid ``B H W C``, plain ones as tokens ``B N C``.
+"""
+
+import math
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.layers import DropPath, Mlp, use_fused_attn
+from torch import nn
+
+from models.layers.attention import attention, attention_weights
+
+
+def _offsets(size: int, like: torch.Tensor) -> torch.Tensor:
+    """Key position minus query position along one axis, ``size size``."""
+    position = torch.arange(size, device=like.device, dtype=like.dtype)
+    return position[None, :] - position[:, None]
+
+
+def positional_tables(
+    weight: torch.Tensor, bias: torch.Tensor, height: int, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positional attention of a grid, as one factor for its rows and one for its columns.
+
+    The score of a key at offset (dx, dy) is ``w . (dx, dy, dx^2 + dy^2) + b``: a sum of
+    a term in dx and a term in dy. The exponential of a sum is a product, so that the softmax
+    over the grid is the outer product of a softmax over rows and one over columns.
+
+    Args:
+        weight, bias: Of the projection of the three relative features, ``h 3`` and ``h``.
+        height, width: Of the grid, H and W.
+
+    Returns:
+        ``h H H`` and ``h W W``, in float32 at least; every row sums to one. Query (i, j) gives
+        key (u, v) the weight ``rows[h, i, u] * columns[h, j, v]``.
+    """
+    if weight.dtype in (torch.float16, torch.bfloat16):
+        weight, bias = weight.float(), bias.float()
+    along_x, along_y, squared = weight[:, :, None, None].unbind(1)  # h 1 1
+    dx, dy = _offsets(width, weight), _offsets(height, weight)
+    # the bias cancels; DDP waits for the gradient of every parameter, so it takes part
+    rows = along_y * dy + squared * dy**2 + bias[:, None, None]
+    columns = along_x * dx + squared * dx**2
+    return rows.softmax(dim=-1), columns.softmax(dim=-1)
+
+
+def positional_attention(
+    weight: torch.Tensor, bias: torch.Tensor, height: int, width: int
+) -> torch.Tensor:
+    """Positional attention of a grid written out, for the explicit path.
+
+    Takes the arguments of :func:`positional_tables`.
+
+    Returns:
+        ``h N N`` with N = H * W in row order, in float32 at least; every row sums to one.
+    """
+    if weight.dtype in (torch.float16, torch.bfloat16):
+        weight, bias = weight.float(), bias.float()
+    shape = (height, width, height, width)
+    dx = _offsets(width, weight)[None, :, None, :].expand(shape)
+    dy = _offsets(height, weight)[:, None, :, None].expand(shape)
+    features = torch.stack([dx, dy, dx**2 + dy**2], dim=-1)  # H W H W 3
+    device = weight.device.type
+    # asked first: exported graphs stay plain, and the meta device has no autocast
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        scores = F.linear(features, weight, bias)
+    return rearrange(scores, "i j u v h -> h (i j) (u v)").softmax(dim=-1)
+
+
+def head_offsets(num_heads: int) -> torch.Tensor:
+    """Offsets (Dx, Dy) that heads attend to at first, ``h 2`` (section 3).
+
+    A centred grid as square as the number allows, like the taps of a convolution's kernel.
+    """
+    columns = math.ceil(math.sqrt(num_heads))
+    rows = math.ceil(num_heads / columns)
+    n = torch.arange(num_heads)
+    return torch.stack([n % columns - (columns - 1) / 2, n // columns - (rows - 1) / 2], dim=1)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention on tokens, the class token among them.
+
+    Args:
+        dim: Channels.
+        num_heads: Heads.
+        qkv_bias: Learn a bias for queries, keys and values.
+        qk_scale_factor: Exponent of the pre-scale of queries and of keys (see
+            :class:`models.layers.Attention2d`).
+        attn_drop, proj_drop: Dropout of attention weights and of the output.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool = False,
+        qk_scale_factor: float = -0.25,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ):
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.scale = self.head_dim**qk_scale_factor
+        self.attn_drop = attn_drop
+        self.fused_attn = use_fused_attn()
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Scaled queries, scaled keys and values of tokens ``B N C``, each ``B h N d``."""
+        q, k, v = rearrange(
+            self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
+        )
+        return q * self.scale, k * self.scale, v
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``B N C -> B N C``."""
+        q, k, v = self.heads(x)
+        dropout_p = self.attn_drop if self.training else 0.0
+        x = attention(q, k, v, dropout_p=dropout_p, fused=self.fused_attn)
+        x = rearrange(x, "b h n d -> b n (h d)")
+        return self.proj_drop(self.proj(x))
+
+    def attention_maps(self, x: torch.Tensor) -> torch.Tensor:
+        """The attention weights of tokens ``B N C``, ``B h N N``."""
+        q, k, _ = self.heads(x)
+        return attention_weights(q, k)
+
+
+class GPSA(nn.Module):
+    """Gated positional self-attention on a grid of patches (section 3).
+
+    Every head mixes content and position by a gate of its own, g = sigmoid(gating_param):
+    ``A = (1 - g) softmax(q k^T) + g softmax(w . (dx, dy, dx^2 + dy^2))``. No ``N N`` matrix of
+    either is formed, unless attention dropout needs it or ``fused_attn`` is off.
+
+    Args:
+        dim: Channels.
+        num_heads: Heads.
+        qkv_bias: Learn a bias for queries, keys and values.
+        qk_scale_factor: Exponent of the pre-scale of queries and of keys (see
+            :class:`models.layers.Attention2d`).
+        locality_strength: How narrowly heads attend to their offsets at first: Gaussians of
+            variance ``1 / (2 locality_strength)``.
+        attn_drop, proj_drop: Dropout of attention weights and of the output.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool = False,
+        qk_scale_factor: float = -0.25,
+        locality_strength: float = 1.0,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ):
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.scale = self.head_dim**qk_scale_factor
+        self.locality_strength = locality_strength
+        self.attn_drop = attn_drop
+        self.fused_attn = use_fused_attn()
+        self.qk = nn.Linear(dim, 2 * dim, bias=qkv_bias)
+        self.v = nn.Linear(dim, dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.pos_proj = nn.Linear(3, num_heads)
+        self.gating_param = nn.Parameter(torch.empty(num_heads))
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.init_locality()
+
+    @torch.no_grad()
+    def init_locality(self) -> None:
+        """Start as a convolution: each head looks at one offset, values pass unchanged.
+
+        ``-s |r - D|^2`` is, but for a constant, ``2 s D . r - s |r|^2``.
+        """
+        nn.init.eye_(self.v.weight)
+        nn.init.ones_(self.gating_param)
+        nn.init.zeros_(self.pos_proj.bias)
+        self.pos_proj.weight[:, :2] = 2 * self.locality_strength * head_offsets(self.num_heads)
+        self.pos_proj.weight[:, 2] = -self.locality_strength
+
+    def queries_and_keys(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scaled queries and scaled keys of a grid ``B H W C``, each ``B h N d``."""
+        q, k = rearrange(self.qk(x), "b y x (two h d) -> two b h (y x) d", two=2, h=self.num_heads)
+        return q * self.scale, k * self.scale
+
+    def gate(self, like: torch.Tensor) -> torch.Tensor:
+        """Share of position in every head, ``h 1 1``."""
+        return self.gating_param.sigmoid().to(like.dtype)[:, None, None]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``B H W C -> B H W C``."""
+        height, width = x.shape[1:3]
+        v = rearrange(self.v(x), "b y x (h d) -> b h y x d", h=self.num_heads)
+        dropout_p = self.attn_drop if self.training else 0.0
+        if self.fused_attn and dropout_p == 0.0:
+            out = self.separable(x, v)
+        else:
+            weights = F.dropout(self.attention_maps(x), dropout_p)
+            out = weights @ v.flatten(2, 3)
+        out = rearrange(out, "b h (y x) d -> b y x (h d)", y=height, x=width)
+        return self.proj_drop(self.proj(out))
+
+    def separable(self, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Heads' outputs ``B h N d`` from a grid ``B H W C`` and its values ``B h H W d``."""
+        height, width = v.shape[2:4]
+        position = self.pos_proj
+        rows, columns = positional_tables(position.weight, position.bias, height, width)
+        positional = columns.to(v.dtype)[:, None] @ v  # B h H W d
+        positional = rows.to(v.dtype) @ positional.flatten(3)  # B h H Wd
+        content = attention(*self.queries_and_keys(x), v.flatten(2, 3))
+        return content.lerp(positional.reshape(content.shape), self.gate(content))
+
+    def attention_maps(self, x: torch.Tensor) -> torch.Tensor:
+        """The attention weights of a grid ``B H W C`` as ``B h N N``, N = H * W in row order."""
+        content = attention_weights(*self.queries_and_keys(x))
+        position = self.pos_proj
+        positional = positional_attention(position.weight, position.bias, *x.shape[1:3])
+        return content.lerp(positional.to(content.dtype), self.gate(content))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block around either attention.
+
+    Args:
+        dim: Channels.
+        attn: The attention.
+        mlp_ratio: Hidden channels of the feed-forward part, in multiples of ``dim``.
+        proj_drop, drop_path: Dropout within the feed-forward part, and of branches.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        attn: nn.Module,
+        mlp_ratio: float = 4.0,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+    ):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``B H W C -> B H W C``, or ``B N C -> B N C``."""
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x
