@@ -4,7 +4,7 @@ After ``import models``, ``timm.create_model("visformer_small")`` builds the mod
 repository, also where timm has one of that name.
 """
 
-from models import convit, visformer
+from models import convit, visformer, vit
 from models.checkpoint import (
     CheckpointError,
     LoadReport,
@@ -25,4 +25,5 @@ __all__ = [
     "load_weights",
     "read_checkpoint",
     "visformer",
+    "vit",
 ]

@@ -15,12 +15,15 @@ import safetensors
 import torch
 from torch import nn
 
+from models.convert import fill_missing_bias_tables, to_original_names
 from models.layers import set_gelu, set_qk_scale_factor
+from models.mindspore import MindSporeError, looks_like_mindspore, read_mindspore
 
 WEIGHT_KEYS = ("model", "state_dict")
 EMA_KEYS = ("model_ema", "state_dict_ema")
 JSON_METADATA = {"model_kwargs"}
 COMPUTED_KEYS = ("relative_position_index", "attn_mask", "rel_indices")
+START_BYTES = 256  # enough to tell the formats apart
 SHOWN = 4
 
 
@@ -83,7 +86,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint file onto the CPU without executing anything it holds.
 
     Accepted are PyTorch files of tensors and plain values, with an ``argparse.Namespace``
-    as DeiT's and Visformer's files hold, and safetensors. The content decides, not the name.
+    as DeiT's and Visformer's files hold, safetensors, and MindSpore's ``.ckpt`` of MindCV's
+    networks. The content decides, not the name.
 
     Args:
         path: File, or http(s) address of one.
@@ -94,17 +98,22 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = fetch(str(path)) if str(path).startswith(("http://", "https://")) else Path(path)
     try:
+        size = path.stat().st_size
         with path.open("rb") as file:
-            start = file.read(9)
+            start = file.read(START_BYTES)
     except OSError as error:
         raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror}") from error
     if not start:
         raise CheckpointError(f"{path} is empty, not a checkpoint")
     try:
-        if start[8:] == b"{":
+        if start[8:9] == b"{":
             return _read_safetensors(path)
+        if looks_like_mindspore(start, size):
+            return _read_mindspore(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except MindSporeError as error:
+        raise CheckpointError(str(error)) from error
     except Exception as error:  # bytes of any kind make the readers raise errors of any kind
         raise CheckpointError(f"{path} {_why_unreadable(error)}") from error
     if not isinstance(content, Mapping):
@@ -122,6 +131,15 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     return content
 
 
+def _read_mindspore(path: Path) -> dict[str, Any]:
+    """The parameters under ``mindspore``, and what MindCV's networks compute with them."""
+    state = read_mindspore(path)
+    content: dict[str, Any] = {"mindspore": state, "gelu": "tanh"}
+    if any(name.endswith("patch_embed0.proj.weight") for name in state):
+        content["qk_scale_factor"] = -0.5  # VisformerV2
+    return content
+
+
 def _why_unreadable(error: Exception) -> str:
     wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
     if wanted and "nsupported" in str(error):
@@ -136,7 +154,7 @@ def _why_unreadable(error: Exception) -> str:
 
 def state_dict_of(
     checkpoint: Mapping[str, Any], source: str, ema: bool = False
-) -> dict[str, torch.Tensor]:
+) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
     """The weights within a checkpoint, whatever they are filed under.
 
     Args:
@@ -144,9 +162,17 @@ def state_dict_of(
         source: Its name in error messages.
         ema: Take the moving average instead of the raw weights.
 
+    Returns:
+        The weights, and the names of what a training checkpoint of MindCV holds besides.
+
     Raises:
         CheckpointError: There are none.
     """
+    if "mindspore" in checkpoint:
+        try:
+            return to_original_names(checkpoint["mindspore"], ema)
+        except ValueError as error:
+            raise CheckpointError(f"{source}: {error}") from error
     keys = EMA_KEYS if ema else WEIGHT_KEYS
     state = next((checkpoint[key] for key in keys if checkpoint.get(key)), None)
     if state is None and not ema:
@@ -156,9 +182,10 @@ def state_dict_of(
         raise CheckpointError(
             f"{source} has no weights under {' or '.join(map(repr, keys))}, but {found}"
         )
-    return {
+    weights = {
         key.removeprefix("module."): value for key, value in state.items() if torch.is_tensor(value)
     }
+    return weights, ()
 
 
 def load_weights(
@@ -169,17 +196,21 @@ def load_weights(
     new_head: bool = False,
 ) -> LoadReport:
     """Load the weights of a checkpoint that has been read; see :func:`load_checkpoint`."""
-    state = state_dict_of(checkpoint, source, ema)
+    state, others = state_dict_of(checkpoint, source, ema)
     own = model.state_dict()
     ignored = [k for k in state if k.rpartition(".")[2] in COMPUTED_KEYS and k not in own]
     state = {key: value for key, value in state.items() if key not in ignored}
     # what has the right keys and shapes needs no filter (timm's may rename on suspicion)
     if {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in own.items()}:
-        converted = state
+        converted = dict(state)
     else:
         module = importlib.import_module(type(model).__module__)
         convert = getattr(module, "checkpoint_filter_fn", lambda state, model: state)
         converted = dict(convert(dict(state), model))
+        if "mindspore" in checkpoint:
+            converted = fill_missing_bias_tables(converted, own)
+    # counters that other frameworks do not keep, and no function depends on
+    converted = {k: own[k] for k in own if k.endswith(".num_batches_tracked")} | converted
     left = _unfit_head(model, converted, own) if new_head else []
     for key in left:
         converted[key] = own[key]
@@ -191,7 +222,7 @@ def load_weights(
         loaded=tuple(key for key in own if key not in left),
         renamed=tuple(key for key in state if key not in own),
         resampled=tuple(key for key in resampled if key not in left),
-        ignored=tuple(ignored),
+        ignored=(*ignored, *others),
         left=tuple(left),
         notes=tuple(_apply_function(model, checkpoint)),
     )
@@ -240,7 +271,8 @@ def _unfit_head(
 
 def _apply_function(model: nn.Module, checkpoint: Mapping[str, Any]) -> Iterator[str]:
     """Make the model compute what the weights were trained for; says what was changed."""
-    exponent = (checkpoint.get("model_kwargs") or {}).get("qk_scale_factor")
+    kwargs = checkpoint.get("model_kwargs") or checkpoint
+    exponent = kwargs.get("qk_scale_factor")
     if exponent is not None and getattr(model, "qk_scale_factor", exponent) != exponent:
         set_qk_scale_factor(model, exponent)
         yield f"pre-scale exponent {exponent}, as trained"

@@ -48,7 +48,7 @@ def convert(args: argparse.Namespace) -> str:
         raise utils.OutputError(f"{args.output} must end in .safetensors or .pth")
     kwargs = dict(checkpoint.get("model_kwargs") or {})
     if "num_classes" not in kwargs:
-        kwargs["num_classes"] = num_classes_of(state_dict_of(checkpoint, args.input, args.ema))
+        kwargs["num_classes"] = num_classes_of(state_dict_of(checkpoint, args.input, args.ema)[0])
     if args.qk_scale_factor is not None:
         kwargs["qk_scale_factor"] = args.qk_scale_factor
     if args.input_size is not None:

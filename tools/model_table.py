@@ -35,7 +35,9 @@ PAPER = {
     "fastvit_ma36": ("42.7", "7.9", "83.9"),
 }
 NOTES = """\
-ConViT's paper leaves the two attention products out of its GMACs.
+ConViT's paper leaves the two attention products out of its GMACs, and cuts millions of parameters
+to whole ones. Its GMACs here are those of the written-out attention; the separable one that runs by
+default takes about as many.
 FastViT's paper prints fewer parameters than its released code has; ours are the code's, before
 reparameterisation."""
 

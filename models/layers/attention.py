@@ -76,6 +76,8 @@ class Attention2d(nn.Module):
         proj_drop: Dropout probability of the output.
     """
 
+    prescaled = True  # queries and keys carry ``scale = head_dim ** exponent``, each
+
     def __init__(
         self,
         dim: int,
@@ -138,7 +140,7 @@ def set_qk_scale_factor(model: nn.Module, exponent: float) -> None:
     Weights are trained for one exponent, and another changes what they compute.
     """
     for module in model.modules():
-        if hasattr(module, "scale") and hasattr(module, "head_dim"):
+        if getattr(module, "prescaled", False):
             module.scale = module.head_dim**exponent
     model.qk_scale_factor = exponent
 

@@ -95,6 +95,8 @@ class SelfAttention(nn.Module):
         attn_drop, proj_drop: Dropout of attention weights and of the output.
     """
 
+    prescaled = True
+
     def __init__(
         self,
         dim: int,
@@ -152,6 +154,8 @@ class GPSA(nn.Module):
             variance ``1 / (2 locality_strength)``.
         attn_drop, proj_drop: Dropout of attention weights and of the output.
     """
+
+    prescaled = True
 
     def __init__(
         self,

@@ -1,0 +1,249 @@
+"""Vision Transformer (arXiv 2010.11929): timm's, with a query/key pre-scale and any image size.
+
+Everything but the attention's scale is timm's ``VisionTransformer``, so that its weights, tags
+and tools fit. Entrypoints have MindCV's names and timm's.
+"""
+
+import torch
+from einops import rearrange
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import Attention as TimmAttention
+from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import vision_transformer as timm_vit
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
+
+from models.layers import attention
+from models.registry import register_model
+
+__all__ = ["Attention", "ViT"]
+
+
+class Attention(TimmAttention):
+    """timm's attention on tokens, queries and keys scaled before their product.
+
+    Both are multiplied by ``head_dim ** qk_scale_factor``: the default -0.25 gives the usual
+    ``head_dim ** -0.5`` overall (see :class:`models.layers.Attention2d`).
+
+    Args:
+        dim, num_heads: Channels of input and output, and heads.
+        qk_scale_factor: Exponent of the pre-scale.
+        options: Other keyword arguments of ``timm.layers.Attention``, without ``gated``.
+
+    Raises:
+        TypeError: An argument is unknown, or ``gated``.
+    """
+
+    prescaled = True
+
+    def __init__(self, dim: int, num_heads: int = 8, qk_scale_factor: float = -0.25, **options):
+        if "gated" in options:
+            raise TypeError("gated attention is not supported")
+        super().__init__(dim, num_heads=num_heads, **options)
+        self.scale = self.head_dim**qk_scale_factor
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+    ) -> torch.Tensor:
+        """``B N C -> B N C``.
+
+        Args:
+            x: Tokens.
+            attn_mask: Broadcasts to ``B h N N``: boolean, true where a query may attend, or
+                added to the scores.
+            is_causal: Not supported.
+
+        Raises:
+            ValueError: ``is_causal`` is set.
+        """
+        if is_causal:
+            raise ValueError("causal attention is not supported: pass it as attn_mask")
+        q, k, v = rearrange(self.qkv(x), "b n (t h d) -> t b h n d", t=3, h=self.num_heads)
+        q, k = self.q_norm(q) * self.scale, self.k_norm(k) * self.scale
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(
+                ~attn_mask, -torch.inf
+            )
+        dropout_p = self.attn_drop.p if self.training else 0.0
+        x = attention(q, k, v, attn_mask, dropout_p, fused=self.fused_attn)
+        x = self.norm(rearrange(x, "b h n d -> b n (h d)"))
+        return self.proj_drop(self.proj(x))
+
+
+class ViT(VisionTransformer):
+    """timm's Vision Transformer with :class:`Attention`.
+
+    Args:
+        args, kwargs: Those of ``timm.models.VisionTransformer``, without ``block_fn`` and
+            ``attn_layer``.
+        qk_scale_factor: Exponent of the query/key pre-scale.
+        dynamic_img_size: Take images of any size that the patch divides, resampling position
+            embeddings in every forward; otherwise only of ``img_size``.
+
+    Raises:
+        TypeError: An argument is unknown.
+        AssertionError: In the forward, the image's size does not fit.
+    """
+
+    def __init__(
+        self, *args, qk_scale_factor: float = -0.25, dynamic_img_size: bool = True, **kwargs
+    ):
+        super().__init__(
+            *args,
+            dynamic_img_size=dynamic_img_size,
+            block_fn=Block,
+            attn_layer=Attention,
+            **kwargs,
+        )
+        self.qk_scale_factor = qk_scale_factor
+        for block in self.blocks:
+            block.attn.scale = block.attn.head_dim**qk_scale_factor
+
+
+def _create_vit(name: str, pretrained: bool, **kwargs) -> ViT:
+    out_indices = kwargs.pop("out_indices", 3)
+    return build_model_with_cfg(
+        ViT,
+        name,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        **kwargs,
+    )
+
+
+def _cfg(size: int) -> dict:
+    """MindCV's evaluation."""
+    return {
+        "num_classes": 1000,
+        "input_size": (3, size, size),
+        "pool_size": None,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "fixed_input_size": True,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "apache-2.0",
+    }
+
+
+VARIANTS = [(net, patch, size) for net in "bl" for patch in (16, 32) for size in (224, 384)]
+TIMMS = {"b": "base", "l": "large"}
+TIMM_NAMES = [f"vit_{TIMMS[net]}_patch{patch}_{size}" for net, patch, size in VARIANTS]
+
+default_cfgs = {
+    **generate_default_cfgs(
+        {f"vit_{net}_{patch}_{size}.untrained": _cfg(size) for net, patch, size in VARIANTS}
+    ),
+    **{name: timm_vit.default_cfgs[name] for name in TIMM_NAMES},
+}
+
+
+def _base(patch_size: int, img_size: int) -> dict:
+    width = {"embed_dim": 768, "depth": 12, "num_heads": 12}
+    return {"patch_size": patch_size, "img_size": img_size, **width}
+
+
+def _large(patch_size: int, img_size: int) -> dict:
+    width = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
+    return {"patch_size": patch_size, "img_size": img_size, **width}
+
+
+@register_model
+def vit_b_16_224(pretrained: bool = False, **kwargs) -> ViT:
+    """ViT-B/16 for 224x224 pixels."""
+    return _create_vit("vit_b_16_224", pretrained, **_base(16, 224) | kwargs)
+
+
+@register_model
+def vit_b_16_384(pretrained: bool = False, **kwargs) -> ViT:
+    """ViT-B/16 for 384x384 pixels."""
+    return _create_vit("vit_b_16_384", pretrained, **_base(16, 384) | kwargs)
+
+
+@register_model
+def vit_b_32_224(pretrained: bool = False, **kwargs) -> ViT:
+    """ViT-B/32 for 224x224 pixels."""
+    return _create_vit("vit_b_32_224", pretrained, **_base(32, 224) | kwargs)
+
+
+@register_model
+def vit_b_32_384(pretrained: bool = False, **kwargs) -> ViT:
+    """ViT-B/32 for 384x384 pixels."""
+    return _create_vit("vit_b_32_384", pretrained, **_base(32, 384) | kwargs)
+
+
+@register_model
+def vit_l_16_224(pretrained: bool = False, **kwargs) -> ViT:
+    """ViT-L/16 for 224x224 pixels."""
+    return _create_vit("vit_l_16_224", pretrained, **_large(16, 224) | kwargs)
+
+
+@register_model
+def vit_l_16_384(pretrained: bool = False, **kwargs) -> ViT:
+    """ViT-L/16 for 384x384 pixels."""
+    return _create_vit("vit_l_16_384", pretrained, **_large(16, 384) | kwargs)
+
+
+@register_model
+def vit_l_32_224(pretrained: bool = False, **kwargs) -> ViT:
+    """ViT-L/32 for 224x224 pixels."""
+    return _create_vit("vit_l_32_224", pretrained, **_large(32, 224) | kwargs)
+
+
+@register_model
+def vit_l_32_384(pretrained: bool = False, **kwargs) -> ViT:
+    """ViT-L/32 for 384x384 pixels."""
+    return _create_vit("vit_l_32_384", pretrained, **_large(32, 384) | kwargs)
+
+
+@register_model
+def vit_base_patch16_224(pretrained: bool = False, **kwargs) -> ViT:
+    """ViT-B/16 for 224x224 pixels, timm's weights."""
+    return _create_vit("vit_base_patch16_224", pretrained, **_base(16, 224) | kwargs)
+
+
+@register_model
+def vit_base_patch16_384(pretrained: bool = False, **kwargs) -> ViT:
+    """ViT-B/16 for 384x384 pixels, timm's weights."""
+    return _create_vit("vit_base_patch16_384", pretrained, **_base(16, 384) | kwargs)
+
+
+@register_model
+def vit_base_patch32_224(pretrained: bool = False, **kwargs) -> ViT:
+    """ViT-B/32 for 224x224 pixels, timm's weights."""
+    return _create_vit("vit_base_patch32_224", pretrained, **_base(32, 224) | kwargs)
+
+
+@register_model
+def vit_base_patch32_384(pretrained: bool = False, **kwargs) -> ViT:
+    """ViT-B/32 for 384x384 pixels, timm's weights."""
+    return _create_vit("vit_base_patch32_384", pretrained, **_base(32, 384) | kwargs)
+
+
+@register_model
+def vit_large_patch16_224(pretrained: bool = False, **kwargs) -> ViT:
+    """ViT-L/16 for 224x224 pixels, timm's weights."""
+    return _create_vit("vit_large_patch16_224", pretrained, **_large(16, 224) | kwargs)
+
+
+@register_model
+def vit_large_patch16_384(pretrained: bool = False, **kwargs) -> ViT:
+    """ViT-L/16 for 384x384 pixels, timm's weights."""
+    return _create_vit("vit_large_patch16_384", pretrained, **_large(16, 384) | kwargs)
+
+
+@register_model
+def vit_large_patch32_224(pretrained: bool = False, **kwargs) -> ViT:
+    """ViT-L/32 for 224x224 pixels, timm's weights."""
+    return _create_vit("vit_large_patch32_224", pretrained, **_large(32, 224) | kwargs)
+
+
+@register_model
+def vit_large_patch32_384(pretrained: bool = False, **kwargs) -> ViT:
+    """ViT-L/32 for 384x384 pixels, timm's weights."""
+    return _create_vit("vit_large_patch32_384", pretrained, **_large(32, 384) | kwargs)
