@@ -4,7 +4,7 @@ After ``import models``, ``timm.create_model("visformer_small")`` builds the mod
 repository, also where timm has one of that name.
 """
 
-from models import convit, visformer, vit
+from models import convit, fastvit, visformer, vit
 from models.checkpoint import (
     CheckpointError,
     LoadReport,
@@ -21,6 +21,7 @@ __all__ = [
     "build_model",
     "check_input_size",
     "convit",
+    "fastvit",
     "load_checkpoint",
     "load_weights",
     "read_checkpoint",

@@ -23,6 +23,8 @@ SMALL = {
     "visformer_net7": {"img_size": 64},
     "swin_visformer_tiny_v2": {"img_size": 64},
     "convit_tiny": {"img_size": 64, "depth": 4, "local_up_to_layer": 2},
+    "fastvit_t8": {},
+    "fastvit_sa12": {},
     "vit_b_32_224": {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3},
 }
 

@@ -1,0 +1,594 @@
+"""FastViT, "A Fast Hybrid Vision Transformer" (arXiv 2303.14189).
+
+Convolutions mix tokens on the large maps, attention may on the smallest. For training, the
+convolutions have several branches; :meth:`FastViT.reparameterize` folds them into one each.
+Weights use timm's key layout; the original's (``network.0.0.token_mixer.mixer.rbr_skip.weight``)
+converts by :func:`checkpoint_filter_fn`.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ClassifierHead, DropPath, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models._features import feature_take_indices as take_indices
+from torch import nn
+
+from models.layers import checkpoint_blocks, drop_path_rates
+from models.layers.gpsa import SelfAttention
+from models.layers.reparam import (
+    LargeKernelConv,
+    ReparamConv,
+    RepConditionalPosEnc,
+    RepMixer,
+    conv_norm,
+    layer_scale,
+    reparameterize,
+)
+from models.registry import register_model
+
+__all__ = ["FastViT", "Stage"]
+
+HEAD_DIM = 32
+MIXERS = ("repmixer", "attention")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage; all but the first begin with a patch embedding of stride 2.
+
+    Attributes:
+        depth: Number of blocks.
+        dim: Channels, a multiple of those of the stage before.
+        mlp_ratio: Hidden channels of the feed-forward part, in multiples of ``dim``.
+        mixer: Token mixer of the blocks, "repmixer" or "attention".
+        position_encoding: Have a conditional position encoding before the blocks.
+    """
+
+    depth: int
+    dim: int
+    mlp_ratio: float = 4.0
+    mixer: str = "repmixer"
+    position_encoding: bool = False
+
+
+class ConvFfn(nn.Module):
+    """Feed-forward part behind a 7x7 depthwise convolution (section 3.3).
+
+    Args:
+        dim, hidden_dim: Channels of the ends and in between.
+        drop: Dropout after either projection.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0):
+        super().__init__()
+        self.conv = conv_norm(dim, dim, 7, groups=dim)
+        self.fc1 = nn.Conv2d(dim, hidden_dim, 1)
+        self.act = nn.GELU()
+        self.fc2 = nn.Conv2d(hidden_dim, dim, 1)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``B C H W -> B C H W``."""
+        x = self.drop(self.act(self.fc1(self.conv(x))))
+        return self.drop(self.fc2(x))
+
+
+class MapAttention(SelfAttention):
+    """Global self-attention among the positions of a map."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``B C H W -> B C H W``."""
+        height = x.shape[-2]
+        x = super().forward(x.flatten(2).transpose(1, 2))  # B N C
+        return rearrange(x, "b (y x) c -> b c y x", y=height)
+
+    def attention_maps(self, x: torch.Tensor) -> torch.Tensor:
+        """The attention weights of a map ``B C H W``, ``B h N N``, N = H * W in row order."""
+        return super().attention_maps(x.flatten(2).transpose(1, 2))
+
+
+def _drop_path(rate: float) -> nn.Module:
+    return DropPath(rate) if rate > 0.0 else nn.Identity()
+
+
+class RepMixerBlock(nn.Module):
+    """RepMixer, then the feed-forward part.
+
+    Args:
+        dim: Channels.
+        mlp_ratio: Hidden channels of the feed-forward part, in multiples of ``dim``.
+        proj_drop, drop_path: Dropout in the feed-forward part, and of the whole of it.
+        layer_scale_init_value: Initial scale of either branch, 0 or ``None`` for none.
+        inference_mode: Build the reparameterised form.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mlp_ratio: float,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+        layer_scale_init_value: float | None = 1e-5,
+        inference_mode: bool = False,
+    ):
+        super().__init__()
+        self.token_mixer = RepMixer(
+            dim,
+            layer_scale_init_value=layer_scale_init_value,
+            inference_mode=inference_mode,
+        )
+        self.mlp = ConvFfn(dim, int(dim * mlp_ratio), proj_drop)
+        self.layer_scale = layer_scale(dim, layer_scale_init_value)
+        self.drop_path = _drop_path(drop_path)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``B C H W -> B C H W``."""
+        x = self.token_mixer(x)
+        return x + self.drop_path(self.layer_scale(self.mlp(x)))
+
+
+class AttentionBlock(nn.Module):
+    """Attention behind BatchNorm, then the feed-forward part (section 3.3).
+
+    Args:
+        dim: Channels, a multiple of 32.
+        mlp_ratio: Hidden channels of the feed-forward part, in multiples of ``dim``.
+        qk_scale_factor: Exponent of the query/key pre-scale.
+        attn_drop, proj_drop, drop_path: Dropout of attention weights, after projections, and
+            of whole branches.
+        layer_scale_init_value: Initial scale of either branch, 0 or ``None`` for none.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mlp_ratio: float,
+        qk_scale_factor: float = -0.25,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+        layer_scale_init_value: float | None = 1e-5,
+    ):
+        super().__init__()
+        if dim % HEAD_DIM:
+            raise ValueError(f"dim {dim} of an attention stage is not a multiple of {HEAD_DIM}")
+        self.norm = nn.BatchNorm2d(dim)
+        self.token_mixer = MapAttention(
+            dim,
+            dim // HEAD_DIM,
+            qk_scale_factor=qk_scale_factor,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+        )
+        self.mlp = ConvFfn(dim, int(dim * mlp_ratio), proj_drop)
+        self.layer_scale_1 = layer_scale(dim, layer_scale_init_value)
+        self.layer_scale_2 = layer_scale(dim, layer_scale_init_value)
+        self.drop_path1 = _drop_path(drop_path)
+        self.drop_path2 = _drop_path(drop_path)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``B C H W -> B C H W``."""
+        x = x + self.drop_path1(self.layer_scale_1(self.token_mixer(self.norm(x))))
+        return x + self.drop_path2(self.layer_scale_2(self.mlp(x)))
+
+
+def convolutional_stem(in_chans: int, dim: int, inference_mode: bool = False) -> nn.Sequential:
+    """Three MobileOne blocks, ``B in_chans H W -> B dim H/4 W/4`` (section 3.2)."""
+    return nn.Sequential(
+        ReparamConv(in_chans, dim, 3, stride=2, inference_mode=inference_mode),
+        ReparamConv(dim, dim, 3, stride=2, groups=dim, inference_mode=inference_mode),
+        ReparamConv(dim, dim, 1, inference_mode=inference_mode),
+    )
+
+
+class PatchEmbed(nn.Module):
+    """7x7 convolution of stride 2, by groups, and a pointwise one (sections 3.2 and 3.3)."""
+
+    def __init__(self, in_chans: int, dim: int, inference_mode: bool = False):
+        super().__init__()
+        self.proj = nn.Sequential(
+            LargeKernelConv(
+                in_chans, dim, 7, stride=2, groups=in_chans, inference_mode=inference_mode
+            ),
+            ReparamConv(dim, dim, 1, inference_mode=inference_mode),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``B C H W -> B D H/2 W/2``."""
+        return self.proj(x)
+
+
+class FastViTStage(nn.Module):
+    """Patch embedding (or none), position encoding (or none), blocks.
+
+    Args:
+        stage: Description.
+        in_chans: Channels of the input; ``None`` for ``stage.dim`` and no patch embedding.
+        rates: Stochastic depth of the blocks.
+        attention: Further arguments of attention blocks.
+        common: Further arguments of blocks of either kind.
+        inference_mode: Build the reparameterised form.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        in_chans: int | None,
+        rates: Sequence[float],
+        attention: dict,
+        common: dict,
+        inference_mode: bool = False,
+    ):
+        super().__init__()
+        self.grad_checkpointing = False
+        dim, fused = stage.dim, {"inference_mode": inference_mode}
+        self.downsample = nn.Identity() if in_chans is None else PatchEmbed(in_chans, dim, **fused)
+        self.pos_emb = (
+            RepConditionalPosEnc(dim, **fused) if stage.position_encoding else nn.Identity()
+        )
+        block, options = (
+            (AttentionBlock, attention) if stage.mixer == "attention" else (RepMixerBlock, fused)
+        )
+        self.blocks = nn.Sequential(
+            *(block(dim, stage.mlp_ratio, drop_path=rate, **options, **common) for rate in rates)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``B C H W -> B D H/2 W/2`` (all sizes as they are without a patch embedding)."""
+        x = self.pos_emb(self.downsample(x))
+        if self.grad_checkpointing and self.training:
+            return checkpoint_blocks(self.blocks, x)
+        return self.blocks(x)
+
+
+def _init_layer(module: nn.Module) -> None:
+    if isinstance(module, ConvFfn):
+        layers = [module.conv.conv, module.fc1, module.fc2]
+    else:
+        layers = [module] if isinstance(module, nn.Linear) else []
+    for layer in layers:
+        trunc_normal_(layer.weight, std=0.02)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
+def _check_stages(stages: Sequence[Stage], cls_ratio: float) -> None:
+    for index, stage in enumerate(stages):
+        if stage.mixer not in MIXERS:
+            raise ValueError(f"mixer {stage.mixer!r} of stage {index} is none of {MIXERS}")
+        before = stages[max(index - 1, 0)].dim
+        if stage.dim % before:
+            raise ValueError(
+                f"dim {stage.dim} of stage {index} is not a multiple of the one before, {before}"
+            )
+    if int(stages[-1].dim * cls_ratio) % stages[-1].dim or cls_ratio <= 0:
+        raise ValueError(f"cls_ratio {cls_ratio} must be a positive whole number")
+
+
+class FastViT(nn.Module):
+    """FastViT classifier and backbone, for images of any size.
+
+    Args:
+        stages: Description of the stages.
+        in_chans: Channels of the image.
+        num_classes: Classes; 0 leaves the classifier out, and the pooled features come back.
+        global_pool: timm's name of the pooling before the classifier.
+        cls_ratio: Channels of the last convolution, in multiples of the last stage's.
+        qk_scale_factor: Exponent of the query/key pre-scale (see
+            :class:`models.layers.Attention2d`); without effect where no stage has attention.
+        layer_scale_init_value: Initial scale of the residual branches, 0 or ``None`` for
+            none.
+        drop_rate, proj_drop_rate, attn_drop_rate: Dropout before the classifier, after
+            projections, of attention weights.
+        drop_path_rate: Stochastic depth of the last block, growing linearly from 0.
+        inference_mode: Build the reparameterised form, for weights that are reparameterised.
+
+    Raises:
+        ValueError: Widths do not fit each other, or a mixer is unknown.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        cls_ratio: float = 2.0,
+        qk_scale_factor: float = -0.25,
+        layer_scale_init_value: float | None = 1e-5,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        inference_mode: bool = False,
+    ):
+        super().__init__()
+        _check_stages(stages, cls_ratio)
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.qk_scale_factor = qk_scale_factor
+        attention = {"qk_scale_factor": qk_scale_factor, "attn_drop": attn_drop_rate}
+        common = {"proj_drop": proj_drop_rate, "layer_scale_init_value": layer_scale_init_value}
+        self.stem = convolutional_stem(in_chans, stages[0].dim, inference_mode)
+        self.feature_info = []
+        built, dim = [], None
+        all_rates = drop_path_rates(drop_path_rate, [stage.depth for stage in stages])
+        for index, (stage, rates) in enumerate(zip(stages, all_rates, strict=True)):
+            built.append(FastViTStage(stage, dim, rates, attention, common, inference_mode))
+            dim = stage.dim
+            self.feature_info.append(
+                {"num_chs": dim, "reduction": 4 * 2**index, "module": f"stages.{index}"}
+            )
+        self.stages = nn.Sequential(*built)
+        self.num_features = int(dim * cls_ratio)
+        self.final_conv = ReparamConv(
+            dim, self.num_features, 3, groups=dim, use_se=True, inference_mode=inference_mode
+        )
+        self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate)
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Normal of deviation 0.02 in linear and feed-forward layers; PyTorch's in the rest."""
+        self.apply(_init_layer)
+
+    def reparameterize(self) -> "FastViT":
+        """Fold the train-time branches into one convolution each, in place; returns the model.
+
+        In evaluation the function stays the same. A second call does nothing.
+        """
+        reparameterize(self)
+        return self
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters without weight decay besides biases and norms: layer scales."""
+        return {name for name, _ in self.named_parameters() if name.endswith(".gamma")}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Groups of parameters in the order of depth, for layer-wise learning-rate decay."""
+        blocks = [
+            (r"^stages\.(\d+)\.(?:downsample|pos_emb)", (-1,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+        ]
+        return {
+            "stem": r"^stem",
+            "blocks": r"^stages\.(\d+)" if coarse else blocks,
+            "final_conv": r"^final_conv",
+        }
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass instead of keeping their activations."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The linear classifier."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a new classifier (none if ``num_classes`` is 0) in place of the present one."""
+        self.num_classes = num_classes
+        if global_pool is None:
+            global_pool = self.head.global_pool.pool_type
+        head = ClassifierHead(self.num_features, num_classes, global_pool, self.head.drop.p)
+        head.apply(_init_layer)
+        reference = next(self.parameters())
+        self.head = head.to(reference.device, reference.dtype).train(self.training)
+        self.head_hidden_size = self.num_features * head.global_pool.feat_mult()
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Image ``B 3 H W`` to the last map ``B num_features H/32 W/32``."""
+        return self.final_conv(self.stages(self.stem(x)))
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """Maps after the stages, at strides 4, 8, 16 and 32.
+
+        Args:
+            x: Image, ``B 3 H W``.
+            indices: Stages to return: the last n, those of a sequence, or all.
+            norm: Without effect: the net has no norm after its stages.
+            stop_early: Leave out stages after the last one asked for.
+            output_fmt: Only ``NCHW``.
+            intermediates_only: Return the list alone.
+
+        Returns:
+            The maps, or the final features and the maps.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt {output_fmt!r} is not supported, only 'NCHW'")
+        wanted, last = take_indices(len(self.stages), indices)
+        stages = self.stages[: last + 1] if stop_early else self.stages
+        x = self.stem(x)
+        maps = []
+        for index, stage in enumerate(stages):
+            x = stage(x)
+            if index in wanted:
+                maps.append(x)
+        if intermediates_only:
+            return maps
+        if len(stages) == len(self.stages):
+            x = self.final_conv(x)
+        return x, maps
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | Sequence[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Remove what the given intermediates do not need; returns their positive indices.
+
+        The last convolution goes with the head or with a stage: it belongs to the classifier.
+        """
+        wanted, last = take_indices(len(self.stages), indices)
+        if prune_norm or prune_head or last + 1 < len(self.stages):
+            self.final_conv = nn.Identity()
+            self.num_features = self.feature_info[last]["num_chs"]
+            self.reset_classifier(0, "")
+        self.stages = self.stages[: last + 1]
+        return wanted
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Last map ``B D H W`` to logits ``B num_classes``, or to pooled features ``B D``."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Image ``B 3 H W`` to logits ``B num_classes``."""
+        return self.forward_head(self.forward_features(x))
+
+
+RENAMED = (
+    (r"^patch_embed\.", "stem."),
+    (r"^conv_exp\.", "final_conv."),
+    (r"^head\.(?=weight|bias)", "head.fc."),
+    (r"\brbr_conv\b", "conv_kxk"),
+    (r"\brbr_scale\b", "conv_scale"),
+    (r"\brbr_skip\b", "identity"),
+    (r"\blkb_origin\b", "large_conv"),
+    (r"\blkb_reparam\b", "reparam_conv"),
+    (r"\bconvffn\b", "mlp"),
+    (r"\bse\.reduce\b", "se.fc1"),
+    (r"\bse\.expand\b", "se.fc2"),
+    (r"\bpe\.", "pos_enc."),
+    (r"\b(layer_scale(?:_[12])?)$", r"\1.gamma"),
+)
+
+
+def checkpoint_filter_fn(
+    state_dict: dict[str, torch.Tensor], model: FastViT
+) -> dict[str, torch.Tensor]:
+    """Weights in the original's or timm's layout -> weights in the layout of ``model``.
+
+    The original numbers patch embeddings, position encodings and the blocks of each stage in one
+    sequence, ``network``. Reparameterised weights stay so, and fit a model that is.
+    """
+    places = []
+    for index, stage in enumerate(model.stages):
+        parts = {"downsample": stage.downsample, "pos_emb": stage.pos_emb, "blocks": stage.blocks}
+        places += [
+            f"stages.{index}.{name}"
+            for name, part in parts.items()
+            if not isinstance(part, nn.Identity)
+        ]
+    converted = {}
+    for key, value in state_dict.items():
+        if found := re.match(r"network\.(\d+)\b", key):
+            number = int(found[1])
+            if number < len(places):
+                key = places[number] + key[found.end() :]
+        for pattern, name in RENAMED:
+            key = re.sub(pattern, name, key)
+        converted[key] = value
+    return converted
+
+
+def _create_fastvit(name: str, pretrained: bool, **kwargs) -> FastViT:
+    out_indices = kwargs.pop("out_indices", tuple(range(len(kwargs["stages"]))))
+    return build_model_with_cfg(
+        FastViT,
+        name,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        **kwargs,
+    )
+
+
+def _cfg(**kwargs) -> dict:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 256, 256),
+        "pool_size": (8, 8),
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": ("stem.0.conv_kxk.0.conv", "stem.0.conv_scale.conv"),
+        "classifier": "head.fc",
+        "license": "fastvit-license",
+        "hf_hub_id": "timm/",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        f"fastvit_{size}.{tag}": _cfg(crop_pct=0.95 if size == "ma36" else 0.9)
+        for tag in ("apple_in1k", "apple_dist_in1k")
+        for size in ("t8", "t12", "s12", "sa12", "sa24", "sa36", "ma36")
+    }
+)
+
+
+def _net(depths: Sequence[int], dim: int, mlp_ratio: float = 4.0, attention: bool = False) -> dict:
+    """The net whose first stage has ``dim`` channels, each further one twice as many.
+
+    With ``attention``, the last stage has that behind a position encoding.
+    """
+    stages = [Stage(depth, dim * 2**i, mlp_ratio) for i, depth in enumerate(depths)]
+    if attention:
+        stages[-1] = Stage(depths[-1], stages[-1].dim, mlp_ratio, "attention", True)
+    return {"stages": tuple(stages)}
+
+
+@register_model
+def fastvit_t8(pretrained: bool = False, **kwargs) -> FastViT:
+    """FastViT-T8: 4.0 M parameters (3.6 in the paper), 0.7 GMACs, 75.6 % on ImageNet."""
+    return _create_fastvit("fastvit_t8", pretrained, **_net((2, 2, 4, 2), 48, 3.0) | kwargs)
+
+
+@register_model
+def fastvit_t12(pretrained: bool = False, **kwargs) -> FastViT:
+    """FastViT-T12: 7.6 M parameters (6.8 in the paper), 1.4 GMACs, 79.1 % on ImageNet."""
+    return _create_fastvit("fastvit_t12", pretrained, **_net((2, 2, 6, 2), 64, 3.0) | kwargs)
+
+
+@register_model
+def fastvit_s12(pretrained: bool = False, **kwargs) -> FastViT:
+    """FastViT-S12: 9.5 M parameters (8.8 in the paper), 1.8 GMACs, 79.8 % on ImageNet."""
+    return _create_fastvit("fastvit_s12", pretrained, **_net((2, 2, 6, 2), 64) | kwargs)
+
+
+@register_model
+def fastvit_sa12(pretrained: bool = False, **kwargs) -> FastViT:
+    """FastViT-SA12: 11.6 M parameters (10.9 in the paper), 1.9 GMACs, 80.6 % on ImageNet."""
+    net = _net((2, 2, 6, 2), 64, attention=True)
+    return _create_fastvit("fastvit_sa12", pretrained, **net | kwargs)
+
+
+@register_model
+def fastvit_sa24(pretrained: bool = False, **kwargs) -> FastViT:
+    """FastViT-SA24: 21.6 M parameters (20.6 in the paper), 3.8 GMACs, 82.6 % on ImageNet."""
+    net = _net((4, 4, 12, 4), 64, attention=True)
+    return _create_fastvit("fastvit_sa24", pretrained, **net | kwargs)
+
+
+@register_model
+def fastvit_sa36(pretrained: bool = False, **kwargs) -> FastViT:
+    """FastViT-SA36: 31.5 M parameters (30.4 in the paper), 5.6 GMACs, 83.6 % on ImageNet."""
+    net = _net((6, 6, 18, 6), 64, attention=True)
+    return _create_fastvit("fastvit_sa36", pretrained, **net | kwargs)
+
+
+@register_model
+def fastvit_ma36(pretrained: bool = False, **kwargs) -> FastViT:
+    """FastViT-MA36: 44.1 M parameters (42.7 in the paper), 7.9 GMACs, 83.9 % on ImageNet."""
+    net = _net((6, 6, 18, 6), 76, attention=True)
+    return _create_fastvit("fastvit_ma36", pretrained, **net | kwargs)

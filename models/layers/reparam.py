@@ -1,0 +1,328 @@
+"""Structural reparameterisation: branches for training, one convolution for inference.
+
+A convolution followed by BatchNorm is linear at inference, and so is a sum of such branches:
+one kernel replaces them (RepVGG, arXiv 2101.03697; MobileOne, arXiv 2206.04040). The blocks here
+are those of FastViT (arXiv 2303.14189, section 3).
+"""
+
+from collections import OrderedDict
+
+import torch
+from timm.layers import SEModule
+from torch import nn
+
+__all__ = [
+    "LargeKernelConv",
+    "LayerScale2d",
+    "RepConditionalPosEnc",
+    "RepMixer",
+    "ReparamConv",
+    "ReparamModule",
+    "conv_norm",
+    "fuse_norm",
+    "identity_kernel",
+    "layer_scale",
+    "reparameterize",
+]
+
+
+def conv_norm(
+    in_chans: int, out_chans: int, kernel_size: int, stride: int = 1, groups: int = 1
+) -> nn.Sequential:
+    """Convolution that keeps the size (divides it by ``stride``), and BatchNorm."""
+    conv = nn.Conv2d(
+        in_chans, out_chans, kernel_size, stride, kernel_size // 2, groups=groups, bias=False
+    )
+    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_chans)))
+
+
+def identity_kernel(channels: int, groups: int, size: int, like: torch.Tensor) -> torch.Tensor:
+    """Kernel of the convolution that returns its input, ``C C/groups size size``."""
+    width = channels // groups
+    kernel = torch.zeros(channels, width, size, size, dtype=like.dtype, device=like.device)
+    index = torch.arange(channels, device=like.device)
+    kernel[index, index % width, size // 2, size // 2] = 1.0
+    return kernel
+
+
+def fuse_norm(
+    weight: torch.Tensor, norm: nn.BatchNorm2d, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A convolution without bias and the BatchNorm after it, as one convolution.
+
+    BatchNorm multiplies by ``t = gamma / sqrt(var + eps)`` and adds ``beta - t mean``.
+
+    Args:
+        weight: Kernel of odd sides, ``O I k k``.
+        norm: Normalises with its running statistics.
+        size: Side of the fused kernel, k at least; zeros go around a smaller one.
+
+    Returns:
+        Kernel ``O I size size`` and bias ``O``.
+    """
+    factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    margin = (size - weight.shape[-1]) // 2
+    weight = nn.functional.pad(weight * factor[:, None, None, None], [margin] * 4)
+    return weight, norm.bias - norm.running_mean * factor
+
+
+class ReparamModule(nn.Module):
+    """Module whose branches add up to one convolution, ``reparam_conv``.
+
+    Subclasses name their branches, apply them, and compute the kernel they add up to.
+
+    Args:
+        in_chans, out_chans: Channels of the input and the output.
+        kernel_size: Side of the largest kernel, odd.
+        stride, groups: Of all convolutions.
+        inference_mode: Have the one convolution from the start, and no branches.
+    """
+
+    branches: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        in_chans: int,
+        out_chans: int,
+        kernel_size: int,
+        stride: int = 1,
+        groups: int = 1,
+        inference_mode: bool = False,
+    ):
+        super().__init__()
+        self.geometry = {
+            "in_channels": in_chans,
+            "out_channels": out_chans,
+            "kernel_size": kernel_size,
+            "stride": stride,
+            "padding": kernel_size // 2,
+            "groups": groups,
+        }
+        self.reparam_conv = nn.Conv2d(**self.geometry) if inference_mode else None
+        for name in self.branches:
+            setattr(self, name, None)
+
+    def forward_branches(self, x: torch.Tensor) -> torch.Tensor:
+        """What the branches compute, ``B C H W -> B D H/stride W/stride``."""
+        raise NotImplementedError
+
+    def kernel(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Kernel ``D C/groups k k`` and bias ``D`` of what the branches compute."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def reparameterize(self) -> None:
+        """Put the one convolution in the branches' place; the second call does nothing.
+
+        The convolution computes what the branches do in evaluation: it has absorbed running
+        statistics, which it no longer updates in training.
+        """
+        if self.reparam_conv is not None:
+            return
+        weight, bias = self.kernel()
+        conv = nn.Conv2d(**self.geometry, device="meta")
+        conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
+        for name in self.branches:
+            setattr(self, name, None)
+        self.reparam_conv = conv.train(self.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``B C H W -> B D H/stride W/stride``."""
+        return self.forward_branches(x) if self.reparam_conv is None else self.reparam_conv(x)
+
+
+class ReparamConv(ReparamModule):
+    """MobileOne block: sum of convolutions, a 1x1 one and BatchNorm alone; SE; GELU.
+
+    MobileOne, arXiv 2206.04040, section 3.2. BatchNorm alone is a branch where input and output
+    have the same shape, the 1x1 convolution where ``kernel_size`` is larger than 1.
+
+    Args:
+        in_chans, out_chans, kernel_size, stride, groups, inference_mode: See
+            :class:`ReparamModule`.
+        num_convs: Number of branches with the full kernel.
+        use_scale: Have the 1x1 branch.
+        use_se: Squeeze and excitation (arXiv 1709.01507) of the sum, with channels / 16.
+        use_act: GELU at the end.
+    """
+
+    branches = ("conv_kxk", "conv_scale", "identity")
+
+    def __init__(
+        self,
+        in_chans: int,
+        out_chans: int,
+        kernel_size: int,
+        stride: int = 1,
+        groups: int = 1,
+        inference_mode: bool = False,
+        num_convs: int = 1,
+        use_scale: bool = True,
+        use_se: bool = False,
+        use_act: bool = True,
+    ):
+        super().__init__(in_chans, out_chans, kernel_size, stride, groups, inference_mode)
+        self.se = SEModule(out_chans, rd_divisor=1) if use_se else nn.Identity()
+        self.act = nn.GELU() if use_act else nn.Identity()
+        if inference_mode:
+            return
+        self.conv_kxk = nn.ModuleList(
+            conv_norm(in_chans, out_chans, kernel_size, stride, groups) for _ in range(num_convs)
+        )
+        if use_scale and kernel_size > 1:
+            self.conv_scale = conv_norm(in_chans, out_chans, 1, groups=groups)
+        if in_chans == out_chans and stride == 1:
+            self.identity = nn.BatchNorm2d(in_chans)
+
+    def forward_branches(self, x: torch.Tensor) -> torch.Tensor:
+        outputs = [conv(x) for conv in self.conv_kxk]
+        if self.conv_scale is not None:
+            # sliced, not strided: on the CPU, PyTorch 2.15 corrupts memory in the backward of
+            # a strided 1x1 convolution on 3 channels in channels_last
+            stride = self.geometry["stride"]
+            outputs.append(self.conv_scale(x[..., ::stride, ::stride] if stride > 1 else x))
+        if self.identity is not None:
+            outputs.append(self.identity(x))
+        return sum(outputs[1:], outputs[0])
+
+    def kernel(self) -> tuple[torch.Tensor, torch.Tensor]:
+        size = self.geometry["kernel_size"]
+        convs = [conv for conv in (*self.conv_kxk, self.conv_scale) if conv is not None]
+        parts = [fuse_norm(conv.conv.weight, conv.bn, size) for conv in convs]
+        if self.identity is not None:
+            channels, groups = self.geometry["in_channels"], self.geometry["groups"]
+            eye = identity_kernel(channels, groups, size, self.identity.weight)
+            parts.append(fuse_norm(eye, self.identity, size))
+        weights, biases = zip(*parts, strict=True)
+        return sum(weights[1:], weights[0]), sum(biases[1:], biases[0])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``B C H W -> B D H/stride W/stride``."""
+        return self.act(self.se(super().forward(x)))
+
+
+class LargeKernelConv(ReparamModule):
+    """Large-kernel convolution with a 3x3 one beside it (section 3.3; RepLKNet, 2203.06717).
+
+    No activation follows: the released code computes one and discards it, and the released
+    weights were trained so.
+    """
+
+    branches = ("large_conv", "small_conv")
+
+    def __init__(
+        self,
+        in_chans: int,
+        out_chans: int,
+        kernel_size: int,
+        stride: int = 1,
+        groups: int = 1,
+        inference_mode: bool = False,
+    ):
+        super().__init__(in_chans, out_chans, kernel_size, stride, groups, inference_mode)
+        if not inference_mode:
+            self.large_conv = conv_norm(in_chans, out_chans, kernel_size, stride, groups)
+            self.small_conv = conv_norm(in_chans, out_chans, 3, stride, groups)
+
+    def forward_branches(self, x: torch.Tensor) -> torch.Tensor:
+        return self.large_conv(x) + self.small_conv(x)
+
+    def kernel(self) -> tuple[torch.Tensor, torch.Tensor]:
+        size = self.geometry["kernel_size"]
+        large = fuse_norm(self.large_conv.conv.weight, self.large_conv.bn, size)
+        small = fuse_norm(self.small_conv.conv.weight, self.small_conv.bn, size)
+        return large[0] + small[0], large[1] + small[1]
+
+
+class LayerScale2d(nn.Module):
+    """Learned factor of every channel of a map (CaiT, arXiv 2103.17239), ``gamma`` of ``C 1 1``."""
+
+    def __init__(self, dim: int, init_value: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim, 1, 1), init_value))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``B C H W -> B C H W``."""
+        return x * self.gamma
+
+
+def layer_scale(dim: int, init_value: float | None) -> nn.Module:
+    """Layer scale, or nothing for 0 and ``None``."""
+    return LayerScale2d(dim, init_value) if init_value else nn.Identity()
+
+
+class RepMixer(ReparamModule):
+    """Token mixer without attention: ``x + scale (mixer(x) - norm(x))`` (section 3.1).
+
+    ``mixer`` is depthwise and without activation, so that the whole, skip connection included,
+    is one depthwise convolution at inference.
+
+    Args:
+        dim: Channels.
+        kernel_size: Side of the depthwise kernel.
+        layer_scale_init_value: Initial scale, 0 or ``None`` for none.
+        inference_mode: See :class:`ReparamModule`.
+    """
+
+    branches = ("norm", "mixer", "layer_scale")
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int = 3,
+        layer_scale_init_value: float | None = 1e-5,
+        inference_mode: bool = False,
+    ):
+        super().__init__(dim, dim, kernel_size, groups=dim, inference_mode=inference_mode)
+        if inference_mode:
+            return
+        conv = {"groups": dim, "use_act": False}
+        self.norm = ReparamConv(dim, dim, kernel_size, **conv, num_convs=0, use_scale=False)
+        self.mixer = ReparamConv(dim, dim, kernel_size, **conv)
+        self.layer_scale = layer_scale(dim, layer_scale_init_value)
+
+    def forward_branches(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.layer_scale(self.mixer(x) - self.norm(x))
+
+    def kernel(self) -> tuple[torch.Tensor, torch.Tensor]:
+        (mixer, mixer_bias), (norm, norm_bias) = self.mixer.kernel(), self.norm.kernel()
+        weight, bias = mixer - norm, mixer_bias - norm_bias
+        if isinstance(self.layer_scale, LayerScale2d):
+            gamma = self.layer_scale.gamma.flatten()
+            weight, bias = weight * gamma[:, None, None, None], bias * gamma
+        dim, size = self.geometry["in_channels"], self.geometry["kernel_size"]
+        return identity_kernel(dim, dim, size, weight) + weight, bias
+
+
+class RepConditionalPosEnc(ReparamModule):
+    """Conditional position encoding (arXiv 2102.10882): ``x`` plus a depthwise convolution of it.
+
+    Args:
+        dim: Channels.
+        kernel_size: Side of the depthwise kernel.
+        inference_mode: See :class:`ReparamModule`.
+    """
+
+    branches = ("pos_enc",)
+
+    def __init__(self, dim: int, kernel_size: int = 7, inference_mode: bool = False):
+        super().__init__(dim, dim, kernel_size, groups=dim, inference_mode=inference_mode)
+        if not inference_mode:
+            self.pos_enc = nn.Conv2d(**self.geometry)
+
+    def forward_branches(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.pos_enc(x)
+
+    def kernel(self) -> tuple[torch.Tensor, torch.Tensor]:
+        weight = self.pos_enc.weight
+        eye = identity_kernel(weight.shape[0], weight.shape[0], weight.shape[-1], weight)
+        return eye + weight, self.pos_enc.bias.clone()
+
+
+def reparameterize(module: nn.Module) -> None:
+    """Reparameterise every :class:`ReparamModule` within ``module``, in place."""
+    if isinstance(module, ReparamModule):
+        module.reparameterize()
+        return
+    for child in module.children():
+        reparameterize(child)
