@@ -117,14 +117,20 @@ class Run:
         self.epoch = args.start_epoch - 1
         self.best_acc1 = 0.0
         self.gelu = "none"
-        self.ema = None
-        if args.model_ema:
-            device = torch.device("cpu") if args.model_ema_force_cpu else None
-            self.ema = ModelEmaV3(
-                model, args.model_ema_decay, use_warmup=args.model_ema_warmup, device=device
-            )
+        self.ema = self.start_average()
         self.optimizer = engine.build_optimizer(args, model, lr)
         self.scheduler = engine.build_scheduler(args, self.optimizer, updates_per_epoch)
+
+    def start_average(self) -> ModelEmaV3 | None:
+        """A moving average that begins at the model's present weights, if there is to be one."""
+        if not self.args.model_ema:
+            return None
+        return ModelEmaV3(
+            self.model,
+            self.args.model_ema_decay,
+            use_warmup=self.args.model_ema_warmup,
+            device=torch.device("cpu") if self.args.model_ema_force_cpu else None,
+        )
 
     def state(self) -> dict[str, Any]:
         """The content of a checkpoint."""
@@ -147,11 +153,9 @@ class Run:
         """Continue from a checkpoint; one of weights alone starts at ``--start_epoch``."""
         source = self.args.resume
         self.load(checkpoint, source)
-        if self.ema is not None:
-            if checkpoint.get("model_ema"):
-                models.load_weights(self.ema.module, checkpoint, source, ema=True)
-            else:
-                self.ema.set(self.model)
+        self.ema = self.start_average()
+        if self.ema is not None and checkpoint.get("model_ema"):
+            models.load_weights(self.ema.module, checkpoint, source, ema=True)
         if "optimizer" not in checkpoint or "epoch" not in checkpoint:
             log(f"{source} holds no optimizer: its weights start a new run")
         else:
@@ -167,8 +171,7 @@ class Run:
     def finetune(self, path: str) -> None:
         """Start from the weights of a checkpoint, with a new classifier for other classes."""
         self.load(models.read_checkpoint(path), path, new_head=True)
-        if self.ema is not None:
-            self.ema.set(self.model)
+        self.ema = self.start_average()
 
     def load(self, checkpoint: Mapping[str, Any], source: str, new_head: bool = False) -> None:
         """Load weights, and remember what they say about the function of the model."""

@@ -197,6 +197,26 @@ def test_finetuning_keeps_the_body_and_starts_a_new_head(trained, tmp_path, main
     assert (checkpoint["model"]["stem.0.weight"] - body).abs().max() < 1e-2
 
 
+def test_what_weights_compute_stays_with_the_run(images, trained, tmp_path, main):
+    weights = tmp_path / "tanh.pth"
+    content = torch.load(trained[0] / "best.pth", weights_only=True)
+    torch.save({"model": content["model"], "qk_scale_factor": -0.4, "gelu": "tanh"}, weights)
+    out = tmp_path / "out"
+    run = [*SMALL, "--data-path", images, "--output_dir", out, "--epochs", 2, "--lr", 0]
+    run += ["--warmup-lr", 0, "--min-lr", 0, "--weight-decay", 0, "--model-ema-decay", 0]
+    assert main(*run, "--finetune", weights, "--stop-epoch", 1)[0] == 0
+    checkpoint = torch.load(out / "checkpoint.pth", weights_only=True)
+    assert checkpoint["gelu"] == "tanh"
+    assert checkpoint["model_kwargs"]["qk_scale_factor"] == -0.4
+    status, output, _ = main(*run, "--resume", "auto")
+    assert status == 0
+    raw, average = accuracy_lines(output)
+    assert average == f"EMA {raw}"  # the average computes the same function
+    status, output, _ = main("--eval", "--resume", out / "checkpoint.pth", "--data-path", images)
+    assert (status, accuracy_lines(output)) == (0, [raw, average])
+    assert "tanh GELU, as trained" in output
+
+
 def test_args_yaml_repeats_the_run(images, trained, tmp_path, main):
     folder, _ = trained
     status, *_ = main("-c", folder / "args.yaml", "--output_dir", tmp_path)
