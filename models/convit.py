@@ -14,13 +14,13 @@ import torch
 from einops import rearrange
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import PatchEmbed, global_pool_nlc, to_2tuple, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices as take_indices
 from torch import nn
 
 from models.layers import checkpoint_blocks, drop_path_rates, resample_position_map
 from models.layers.gpsa import GPSA, Block, SelfAttention
-from models.registry import register_model
+from models.registry import build_registered, register_model
 
 __all__ = ["ConViT"]
 
@@ -319,15 +319,7 @@ def checkpoint_filter_fn(
 
 
 def _create_convit(name: str, pretrained: bool, **kwargs) -> ConViT:
-    out_indices = kwargs.pop("out_indices", 3)
-    return build_model_with_cfg(
-        ConViT,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **kwargs,
-    )
+    return build_registered(ConViT, name, pretrained, checkpoint_filter_fn, 3, **kwargs)
 
 
 def _cfg(**kwargs) -> dict:

@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices as take_indices
 from torch import nn
 
@@ -29,7 +29,7 @@ from models.layers.reparam import (
     layer_scale,
     reparameterize,
 )
-from models.registry import register_model
+from models.registry import build_registered, register_model
 
 __all__ = ["FastViT", "Stage"]
 
@@ -500,15 +500,8 @@ def checkpoint_filter_fn(
 
 
 def _create_fastvit(name: str, pretrained: bool, **kwargs) -> FastViT:
-    out_indices = kwargs.pop("out_indices", tuple(range(len(kwargs["stages"]))))
-    return build_model_with_cfg(
-        FastViT,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **kwargs,
-    )
+    indices = tuple(range(len(kwargs["stages"])))
+    return build_registered(FastViT, name, pretrained, checkpoint_filter_fn, indices, **kwargs)
 
 
 def _cfg(**kwargs) -> dict:

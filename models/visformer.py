@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm2d, PatchEmbed, create_classifier, to_2tuple, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices as take_indices
 from torch import nn
 
@@ -28,7 +28,7 @@ from models.layers import (
     resample_bias_table,
     resample_position_map,
 )
-from models.registry import register_model
+from models.registry import build_registered, register_model
 
 __all__ = ["Stage", "Visformer"]
 
@@ -382,15 +382,8 @@ def checkpoint_filter_fn(
 
 
 def _create_visformer(name: str, pretrained: bool, **kwargs) -> Visformer:
-    out_indices = kwargs.pop("out_indices", tuple(range(len(kwargs["stages"]))))
-    return build_model_with_cfg(
-        Visformer,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **kwargs,
-    )
+    indices = tuple(range(len(kwargs["stages"])))
+    return build_registered(Visformer, name, pretrained, checkpoint_filter_fn, indices, **kwargs)
 
 
 def _cfg(**kwargs) -> dict:

@@ -8,12 +8,12 @@ import torch
 from einops import rearrange
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Attention as TimmAttention
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import generate_default_cfgs
 from timm.models import vision_transformer as timm_vit
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 
 from models.layers import attention
-from models.registry import register_model
+from models.registry import build_registered, register_model
 
 __all__ = ["Attention", "ViT"]
 
@@ -103,15 +103,7 @@ class ViT(VisionTransformer):
 
 
 def _create_vit(name: str, pretrained: bool, **kwargs) -> ViT:
-    out_indices = kwargs.pop("out_indices", 3)
-    return build_model_with_cfg(
-        ViT,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **kwargs,
-    )
+    return build_registered(ViT, name, pretrained, checkpoint_filter_fn, 3, **kwargs)
 
 
 def _cfg(size: int) -> dict:
