@@ -4,6 +4,7 @@ import copy
 import os
 import sys
 import time
+import traceback
 from argparse import Namespace
 from collections.abc import Mapping
 from datetime import timedelta
@@ -342,8 +343,8 @@ def main(argv: list[str]) -> int:
             run(args, given, place, device)
     except EXPECTED_ERRORS as error:
         return fail(utils.last_message(error))
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if not loader_died(error):
             raise
         return fail(
             f"a loader process died ({str(error).splitlines()[0]}): it may have run out of "
@@ -352,6 +353,14 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return fail("interrupted; --resume auto continues from the last checkpoint", 130)
     return 0
+
+
+def loader_died(error: Exception) -> bool:
+    """Whether a process of the loader was killed: PyTorch says so, or its connection broke."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker (pid")
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    return any("/torch/utils/data/" in Path(file).as_posix() for file in files)
 
 
 def fail(message: str, status: int = 1) -> int:
