@@ -19,6 +19,7 @@ from timm.models._features import feature_take_indices as take_indices
 from torch import nn
 
 from models.layers import checkpoint_blocks, drop_path_rates, resample_position_map
+from models.layers.fuse import Fusible, pack
 from models.layers.gpsa import GPSA, Block, SelfAttention
 from models.registry import build_registered, register_model
 
@@ -46,7 +47,7 @@ def resample_tokens(
     return resample_position_map(embedding, size).flatten(2).transpose(1, 2)
 
 
-class ConViT(nn.Module):
+class ConViT(Fusible):
     """ConViT classifier and backbone.
 
     Args:
@@ -201,6 +202,10 @@ class ConViT(nn.Module):
         head.apply(_init_layer)
         reference = self.patch_embed.proj.weight
         self.head = head.to(reference.device, reference.dtype)
+
+    def fuse_(self) -> None:
+        """See :class:`Fusible`."""
+        self.patch_embed.proj = pack(self.patch_embed.proj)
 
     def embed(self, x: torch.Tensor) -> torch.Tensor:
         """Image ``B 3 H W`` to patches with position embeddings, ``B H/p W/p C``."""

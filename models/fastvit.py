@@ -19,9 +19,19 @@ from timm.models._features import feature_take_indices as take_indices
 from torch import nn
 
 from models.layers import checkpoint_blocks, drop_path_rates
+from models.layers.fuse import (
+    Fusible,
+    fold_after,
+    fold_before,
+    is_foldable,
+    pack,
+    pack_mlp,
+    scale_outputs,
+)
 from models.layers.gpsa import SelfAttention
 from models.layers.reparam import (
     LargeKernelConv,
+    LayerScale2d,
     ReparamConv,
     RepConditionalPosEnc,
     RepMixer,
@@ -77,6 +87,13 @@ class ConvFfn(nn.Module):
         x = self.drop(self.act(self.fc1(self.conv(x))))
         return self.drop(self.fc2(x))
 
+    def fuse_(self) -> None:
+        """Fold the norm behind the depthwise convolution (see :class:`Fusible`)."""
+        if isinstance(self.conv, nn.Sequential):
+            fold_after(self.conv.conv, self.conv.bn)
+            self.conv = pack(self.conv.conv)
+            pack_mlp(self)
+
 
 class MapAttention(SelfAttention):
     """Global self-attention among the positions of a map."""
@@ -94,6 +111,13 @@ class MapAttention(SelfAttention):
 
 def _drop_path(rate: float) -> nn.Module:
     return DropPath(rate) if rate > 0.0 else nn.Identity()
+
+
+def _fold_layer_scale(layer: nn.Conv2d | nn.Linear, scale: nn.Module) -> nn.Module:
+    """Let ``layer`` scale its output itself; returns what is left of the layer scale, nothing."""
+    if isinstance(scale, LayerScale2d):
+        scale_outputs(layer, scale.gamma.flatten())
+    return nn.Identity()
 
 
 class RepMixerBlock(nn.Module):
@@ -130,6 +154,10 @@ class RepMixerBlock(nn.Module):
         """``B C H W -> B C H W``."""
         x = self.token_mixer(x)
         return x + self.drop_path(self.layer_scale(self.mlp(x)))
+
+    def fuse_(self) -> None:
+        """Fold the layer scale into the feed-forward part (see :class:`Fusible`)."""
+        self.layer_scale = _fold_layer_scale(self.mlp.fc2, self.layer_scale)
 
 
 class AttentionBlock(nn.Module):
@@ -175,6 +203,14 @@ class AttentionBlock(nn.Module):
         """``B C H W -> B C H W``."""
         x = x + self.drop_path1(self.layer_scale_1(self.token_mixer(self.norm(x))))
         return x + self.drop_path2(self.layer_scale_2(self.mlp(x)))
+
+    def fuse_(self) -> None:
+        """Fold norm and layer scales into projections (see :class:`Fusible`)."""
+        if is_foldable(self.norm):
+            fold_before(self.norm, self.token_mixer.qkv)
+            self.norm = nn.Identity()
+        self.layer_scale_1 = _fold_layer_scale(self.token_mixer.proj, self.layer_scale_1)
+        self.layer_scale_2 = _fold_layer_scale(self.mlp.fc2, self.layer_scale_2)
 
 
 def convolutional_stem(in_chans: int, dim: int, inference_mode: bool = False) -> nn.Sequential:
@@ -270,7 +306,7 @@ def _check_stages(stages: Sequence[Stage], cls_ratio: float) -> None:
         raise ValueError(f"cls_ratio {cls_ratio} must be a positive whole number")
 
 
-class FastViT(nn.Module):
+class FastViT(Fusible):
     """FastViT classifier and backbone, for images of any size.
 
     Args:
@@ -291,6 +327,8 @@ class FastViT(nn.Module):
     Raises:
         ValueError: Widths do not fit each other, or a mixer is unknown.
     """
+
+    channels_last = True  # the layout in which it runs best
 
     def __init__(
         self,
@@ -344,6 +382,10 @@ class FastViT(nn.Module):
         """
         reparameterize(self)
         return self
+
+    def fuse_(self) -> None:
+        """Reparameterise (see :class:`Fusible`)."""
+        self.reparameterize()
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

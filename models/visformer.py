@@ -28,6 +28,7 @@ from models.layers import (
     resample_bias_table,
     resample_position_map,
 )
+from models.layers.fuse import Affine2d, Fusible, fold_after, is_foldable, pack
 from models.registry import build_registered, register_model
 
 __all__ = ["Stage", "Visformer"]
@@ -68,7 +69,7 @@ def _init_layer(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-class Visformer(nn.Module):
+class Visformer(Fusible):
     """Visformer classifier and backbone.
 
     Args:
@@ -94,6 +95,8 @@ class Visformer(nn.Module):
     Raises:
         ValueError: ``img_size``, or in the forward the input's size, does not fit the strides.
     """
+
+    channels_last = True  # the layout in which it runs best
 
     def __init__(
         self,
@@ -251,6 +254,21 @@ class Visformer(nn.Module):
         reference = next(self.parameters())
         self.global_pool, self.head = pool, head.to(reference.device, reference.dtype)
         self.head_hidden_size = self.num_features * pool.feat_mult()
+
+    def fuse_(self) -> None:
+        """Fold the norms of stem, embeddings and last map (see :class:`Fusible`)."""
+        if isinstance(self.stem, nn.Sequential):
+            conv, norm, act = self.stem
+            fold_after(conv, norm)
+            self.stem = pack(conv, act)
+        for number in self.stage_numbers:
+            embed = getattr(self, f"patch_embed{number}")
+            if is_foldable(embed.norm):
+                fold_after(embed.proj, embed.norm)
+                embed.norm = nn.Identity()
+            embed.proj = pack(embed.proj)
+        if is_foldable(self.norm):
+            self.norm = Affine2d(self.norm)
 
     def forward_stage(self, x: torch.Tensor, number: int) -> torch.Tensor:
         """Patch embedding, position embedding and blocks: ``B C H W -> B D H/p W/p``."""

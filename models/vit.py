@@ -5,14 +5,16 @@ and tools fit. Entrypoints have MindCV's names and timm's.
 """
 
 import torch
-from einops import rearrange
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Attention as TimmAttention
 from timm.models import generate_default_cfgs
 from timm.models import vision_transformer as timm_vit
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
+from torch import nn
 
 from models.layers import attention
+from models.layers.attention import fold_scale, split_heads
+from models.layers.fuse import Fusible, pack, pack_mlp
 from models.registry import build_registered, register_model
 
 __all__ = ["Attention", "ViT"]
@@ -60,19 +62,26 @@ class Attention(TimmAttention):
         """
         if is_causal:
             raise ValueError("causal attention is not supported: pass it as attn_mask")
-        q, k, v = rearrange(self.qkv(x), "b n (t h d) -> t b h n d", t=3, h=self.num_heads)
-        q, k = self.q_norm(q) * self.scale, self.k_norm(k) * self.scale
+        q, k, v = split_heads(self.qkv(x), 3, self.num_heads)
+        q, k = self.q_norm(q), self.k_norm(k)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(
                 ~attn_mask, -torch.inf
             )
         dropout_p = self.attn_drop.p if self.training else 0.0
-        x = attention(q, k, v, attn_mask, dropout_p, fused=self.fused_attn)
-        x = self.norm(rearrange(x, "b h n d -> b n (h d)"))
+        x = attention(q, k, v, attn_mask, self.scale, dropout_p, self.fused_attn)
+        x = self.norm(x.transpose(1, 2).flatten(2))  # B N C
         return self.proj_drop(self.proj(x))
 
+    def fuse_(self) -> None:
+        """Fold the pre-scale into the projection (see :class:`models.layers.fuse.Fusible`)."""
+        if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
+            fold_scale(self.qkv, self.scale, 3)
+            self.scale, self.prescaled = 1.0, False
+        self.qkv, self.proj = pack(self.qkv), pack(self.proj)
 
-class ViT(VisionTransformer):
+
+class ViT(VisionTransformer, Fusible):
     """timm's Vision Transformer with :class:`Attention`.
 
     Args:
@@ -100,6 +109,12 @@ class ViT(VisionTransformer):
         self.qk_scale_factor = qk_scale_factor
         for block in self.blocks:
             block.attn.scale = block.attn.head_dim**qk_scale_factor
+
+    def fuse_(self) -> None:
+        """See :class:`Fusible`."""
+        self.patch_embed.proj = pack(self.patch_embed.proj)
+        for block in self.blocks:
+            pack_mlp(block.mlp)
 
 
 def _create_vit(name: str, pretrained: bool, **kwargs) -> ViT:

@@ -2,25 +2,27 @@
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from timm.layers import use_fused_attn
 from torch import nn
 
+from models.layers.fuse import fold_before, pack, scale_outputs
+
 
 def attention_weights(
-    q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None = None
+    q: torch.Tensor, k: torch.Tensor, scale: float = 1.0, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Attention maps ``softmax(q k^T + bias)``, for inspection and for the explicit path.
+    """Attention maps ``softmax((s q) (s k)^T + bias)``, for inspection and the explicit path.
 
     Args:
-        q: Queries, already scaled, ``B h N d``.
-        k: Keys, already scaled, ``B h M d``.
+        q: Queries, ``B h N d``.
+        k: Keys, ``B h M d``.
+        scale: What queries *and* keys are multiplied by, s.
         bias: Additive term that broadcasts to ``B h N M``.
 
     Returns:
         ``B h N M``; every row sums to one.
     """
-    scores = q @ k.transpose(-2, -1)
+    scores = (q * scale) @ (k * scale).transpose(-2, -1)
     if bias is not None:
         scores = scores + bias
     return scores.softmax(dim=-1)
@@ -31,18 +33,21 @@ def attention(
     k: torch.Tensor,
     v: torch.Tensor,
     bias: torch.Tensor | None = None,
+    scale: float = 1.0,
     dropout_p: float = 0.0,
     fused: bool = True,
 ) -> torch.Tensor:
-    """Scaled dot-product attention, the scale having been applied by the caller.
+    """Scaled dot-product attention, queries and keys scaled before their product.
 
-    Scaling queries and keys before their product keeps float16 from overflowing
-    (Visformer, arXiv 2104.12533, and its V2 recipes), so that none is left to do here.
+    That keeps float16 from overflowing (Visformer, arXiv 2104.12533, and its V2 recipes). The
+    fused kernels get the scale as it is, without a pass over queries and keys: they add up
+    scores in float32, and where PyTorch has no such kernel, it scales both factors as well.
 
     Args:
-        q, k: Queries ``B h N d`` and keys ``B h M d``, already scaled.
+        q, k: Queries ``B h N d`` and keys ``B h M d``.
         v: Values, ``B h M d``.
         bias: Additive term that broadcasts to ``B h N M``.
+        scale: What queries and keys are each multiplied by.
         dropout_p: Probability of dropping an attention weight (0 in evaluation).
         fused: Use PyTorch's fused kernels; otherwise the product is written out.
 
@@ -51,12 +56,25 @@ def attention(
     """
     if fused:
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=1.0
+            q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale * scale
         )
-    weights = attention_weights(q, k, bias)
+    weights = attention_weights(q, k, scale, bias)
     if dropout_p > 0.0:
         weights = F.dropout(weights, dropout_p)
     return weights @ v
+
+
+def split_heads(tokens: torch.Tensor, parts: int, num_heads: int) -> tuple[torch.Tensor, ...]:
+    """Projected tokens ``B N (parts h d)`` as views ``B h N d``, read in place by the kernels."""
+    return tokens.unflatten(-1, (parts, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def fold_scale(layer: nn.Module, scale: float, parts: int) -> None:
+    """Multiply the first two of ``parts`` groups of outputs, queries and keys, by ``scale``."""
+    weight = layer.weight
+    factor = weight.new_full((parts, len(weight) // parts), scale, dtype=torch.float64)
+    factor[2:] = 1.0
+    scale_outputs(layer, factor.flatten())
 
 
 class Attention2d(nn.Module):
@@ -103,25 +121,39 @@ class Attention2d(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Scaled queries, scaled keys and values of a map ``B C H W``, each ``B h N d``."""
-        q, k, v = rearrange(
-            self.qkv(x), "b (three h d) y x -> three b h (y x) d", three=3, h=self.num_heads
-        )
-        return q * self.scale, k * self.scale, v
+        """Queries, keys and values of a map ``B C H W``, each ``B h N d``.
+
+        A map in channels_last is tokens already; otherwise they are copied once.
+        """
+        tokens = self.qkv(x).flatten(2).transpose(1, 2).contiguous()  # B N 3hd
+        return split_heads(tokens, 3, self.num_heads)
+
+    def merge(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Heads' outputs ``B h N d`` as a map ``B hd H W``, in channels_last."""
+        tokens = x.transpose(1, 2).flatten(2)  # B N hd
+        return tokens.transpose(1, 2).unflatten(2, (height, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``B C H W -> B C H W``."""
-        height, width = x.shape[-2:]
         q, k, v = self.heads(x)
         dropout_p = self.attn_drop if self.training else 0.0
-        x = attention(q, k, v, dropout_p=dropout_p, fused=self.fused_attn)
-        x = rearrange(x, "b h (y x) d -> b (h d) y x", y=height, x=width)
-        return self.proj_drop(self.proj(x))
+        out = attention(q, k, v, None, self.scale, dropout_p, self.fused_attn)
+        return self.proj_drop(self.proj(self.merge(out, *x.shape[-2:])))
 
     def attention_maps(self, x: torch.Tensor) -> torch.Tensor:
         """The attention weights of a map ``B C H W`` as ``B h N N``, N = H * W in row order."""
         q, k, _ = self.heads(x)
-        return attention_weights(q, k)
+        return attention_weights(q, k, self.scale)
+
+    def fold_norm_(self, norm: nn.BatchNorm2d) -> None:
+        """Let the projection do what BatchNorm before it does as well."""
+        fold_before(norm, self.qkv)
+
+    def fuse_(self) -> None:
+        """Fold the pre-scale into the projection (see :class:`models.layers.fuse.Fusible`)."""
+        fold_scale(self.qkv, self.scale, 3)
+        self.scale, self.prescaled = 1.0, False
+        self.qkv, self.proj = pack(self.qkv), pack(self.proj)
 
 
 def set_fused_attention(model: nn.Module, fused: bool) -> None:

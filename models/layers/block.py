@@ -4,6 +4,7 @@ import torch
 from timm.layers import DropPath
 from torch import nn
 
+from models.layers.fuse import fold_before, is_foldable
 from models.layers.mlp import Mlp2d
 
 
@@ -44,3 +45,12 @@ class Block2d(nn.Module):
             x = x + self.drop_path1(self.attn(self.norm1(x)))
         x = x + self.drop_path2(self.mlp(self.norm2(x)))
         return x
+
+    def fuse_(self) -> None:
+        """Fold norms into the layers after them (see :class:`models.layers.fuse.Fusible`)."""
+        if self.attn is not None and is_foldable(self.norm1):
+            self.attn.fold_norm_(self.norm1)
+            self.norm1 = nn.Identity()
+        if is_foldable(self.norm2):
+            fold_before(self.norm2, self.mlp.conv1)
+            self.norm2 = nn.Identity()

@@ -12,7 +12,9 @@ from einops import rearrange
 from timm.layers import DropPath, Mlp, use_fused_attn
 from torch import nn
 
-from models.layers.attention import attention, attention_weights
+from models.layers.attention import attention, attention_weights, fold_scale, split_heads
+from models.layers.cache import EvalCache
+from models.layers.fuse import pack, pack_mlp
 
 
 def _offsets(size: int, like: torch.Tensor) -> torch.Tensor:
@@ -117,24 +119,26 @@ class SelfAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Scaled queries, scaled keys and values of tokens ``B N C``, each ``B h N d``."""
-        q, k, v = rearrange(
-            self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
-        )
-        return q * self.scale, k * self.scale, v
+        """Queries, keys and values of tokens ``B N C``, each ``B h N d``."""
+        return split_heads(self.qkv(x), 3, self.num_heads)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``B N C -> B N C``."""
         q, k, v = self.heads(x)
         dropout_p = self.attn_drop if self.training else 0.0
-        x = attention(q, k, v, dropout_p=dropout_p, fused=self.fused_attn)
-        x = rearrange(x, "b h n d -> b n (h d)")
-        return self.proj_drop(self.proj(x))
+        x = attention(q, k, v, None, self.scale, dropout_p, self.fused_attn)
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
     def attention_maps(self, x: torch.Tensor) -> torch.Tensor:
         """The attention weights of tokens ``B N C``, ``B h N N``."""
         q, k, _ = self.heads(x)
-        return attention_weights(q, k)
+        return attention_weights(q, k, self.scale)
+
+    def fuse_(self) -> None:
+        """Fold the pre-scale into the projection (see :class:`models.layers.fuse.Fusible`)."""
+        fold_scale(self.qkv, self.scale, 3)
+        self.scale, self.prescaled = 1.0, False
+        self.qkv, self.proj = pack(self.qkv), pack(self.proj)
 
 
 class GPSA(nn.Module):
@@ -180,6 +184,7 @@ class GPSA(nn.Module):
         self.pos_proj = nn.Linear(3, num_heads)
         self.gating_param = nn.Parameter(torch.empty(num_heads))
         self.proj_drop = nn.Dropout(proj_drop)
+        self._kept = EvalCache()
         self.init_locality()
 
     @torch.no_grad()
@@ -194,44 +199,68 @@ class GPSA(nn.Module):
         self.pos_proj.weight[:, :2] = 2 * self.locality_strength * head_offsets(self.num_heads)
         self.pos_proj.weight[:, 2] = -self.locality_strength
 
-    def queries_and_keys(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scaled queries and scaled keys of a grid ``B H W C``, each ``B h N d``."""
-        q, k = rearrange(self.qk(x), "b y x (two h d) -> two b h (y x) d", two=2, h=self.num_heads)
-        return q * self.scale, k * self.scale
+    def train(self, mode: bool = True) -> "GPSA":
+        """Set the mode, and forget what was kept for evaluation."""
+        self._kept.clear()
+        return super().train(mode)
 
-    def gate(self, like: torch.Tensor) -> torch.Tensor:
-        """Share of position in every head, ``h 1 1``."""
-        return self.gating_param.sigmoid().to(like.dtype)[:, None, None]
+    def queries_and_keys(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys of a grid ``B H W C``, each ``B h N d``."""
+        return split_heads(self.qk(x).flatten(1, 2), 2, self.num_heads)
+
+    def gate(self) -> torch.Tensor:
+        """Share of position in every head, ``h 1 1``, in float32 at least."""
+        gate = self.gating_param
+        return (gate if gate.dtype == torch.float64 else gate.float()).sigmoid()[:, None, None]
+
+    def tables(
+        self, height: int, width: int, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tables of rows ``h H H`` and of columns ``h W W`` of a grid, and the gate ``h 1 1``."""
+        weight, bias = self.pos_proj.weight, self.pos_proj.bias
+
+        def make() -> tuple[torch.Tensor, ...]:
+            tables = positional_tables(weight, bias, height, width)
+            return tuple(part.to(dtype) for part in (*tables, self.gate()))
+
+        sources = (weight, bias, self.gating_param)
+        return self._kept.get(self, sources, (height, width, dtype), make)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``B H W C -> B H W C``."""
         height, width = x.shape[1:3]
-        v = rearrange(self.v(x), "b y x (h d) -> b h y x d", h=self.num_heads)
         dropout_p = self.attn_drop if self.training else 0.0
         if self.fused_attn and dropout_p == 0.0:
-            out = self.separable(x, v)
+            out = self.separable(x)
         else:
-            weights = F.dropout(self.attention_maps(x), dropout_p)
-            out = weights @ v.flatten(2, 3)
-        out = rearrange(out, "b h (y x) d -> b y x (h d)", y=height, x=width)
+            v = split_heads(self.v(x).flatten(1, 2), 1, self.num_heads)[0]
+            out = F.dropout(self.attention_maps(x), dropout_p) @ v
+        out = out.transpose(1, 2).flatten(2).unflatten(1, (height, width))  # B H W C
         return self.proj_drop(self.proj(out))
 
-    def separable(self, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Heads' outputs ``B h N d`` from a grid ``B H W C`` and its values ``B h H W d``."""
-        height, width = v.shape[2:4]
-        position = self.pos_proj
-        rows, columns = positional_tables(position.weight, position.bias, height, width)
-        positional = columns.to(v.dtype)[:, None] @ v  # B h H W d
-        positional = rows.to(v.dtype) @ positional.flatten(3)  # B h H Wd
-        content = attention(*self.queries_and_keys(x), v.flatten(2, 3))
-        return content.lerp(positional.reshape(content.shape), self.gate(content))
+    def separable(self, x: torch.Tensor) -> torch.Tensor:
+        """Heads' outputs ``B h N d`` from a grid ``B H W C``, forming no matrix ``N N``."""
+        height, width = x.shape[1:3]
+        v = self.v(x)
+        rows, columns, gate = self.tables(height, width, v.dtype)
+        v = v.unflatten(-1, (self.num_heads, -1)).permute(0, 3, 1, 2, 4)  # B h H W d
+        positional = columns[:, None] @ v  # B h H W d
+        positional = rows @ positional.flatten(3)  # B h H Wd
+        content = attention(*self.queries_and_keys(x), v.flatten(2, 3), None, self.scale)
+        return content.lerp(positional.view(content.shape), gate)
 
     def attention_maps(self, x: torch.Tensor) -> torch.Tensor:
         """The attention weights of a grid ``B H W C`` as ``B h N N``, N = H * W in row order."""
-        content = attention_weights(*self.queries_and_keys(x))
+        content = attention_weights(*self.queries_and_keys(x), self.scale)
         position = self.pos_proj
         positional = positional_attention(position.weight, position.bias, *x.shape[1:3])
-        return content.lerp(positional.to(content.dtype), self.gate(content))
+        return content.lerp(positional.to(content.dtype), self.gate().to(content.dtype))
+
+    def fuse_(self) -> None:
+        """Fold the pre-scale into the projection (see :class:`models.layers.fuse.Fusible`)."""
+        fold_scale(self.qk, self.scale, 2)
+        self.scale, self.prescaled = 1.0, False
+        self.qk, self.v, self.proj = pack(self.qk), pack(self.v), pack(self.proj)
 
 
 class Block(nn.Module):
@@ -264,3 +293,7 @@ class Block(nn.Module):
         x = x + self.drop_path(self.attn(self.norm1(x)))
         x = x + self.drop_path(self.mlp(self.norm2(x)))
         return x
+
+    def fuse_(self) -> None:
+        """Apply the activation as the projection does (see :class:`models.layers.fuse.Fusible`)."""
+        pack_mlp(self.mlp)

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from models.layers.fuse import pack
+
 
 class Mlp2d(nn.Module):
     """1x1 convolution, an optional 3x3 group convolution, 1x1 convolution; no biases.
@@ -46,3 +48,10 @@ class Mlp2d(nn.Module):
         if self.conv2 is not None:
             x = self.act2(self.conv2(x))
         return self.drop3(self.conv3(x))
+
+    def fuse_(self) -> None:
+        """Apply activations as convolutions do (see :class:`models.layers.fuse.Fusible`)."""
+        self.conv1, self.act1 = pack(self.conv1, self.act1), nn.Identity()
+        if self.conv2 is not None:
+            self.conv2, self.act2 = pack(self.conv2, self.act2), nn.Identity()
+        self.conv3 = pack(self.conv3)

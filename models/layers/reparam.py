@@ -11,6 +11,8 @@ import torch
 from timm.layers import SEModule
 from torch import nn
 
+from models.layers.fuse import pack
+
 __all__ = [
     "LargeKernelConv",
     "LayerScale2d",
@@ -110,6 +112,10 @@ class ReparamModule(nn.Module):
         """Kernel ``D C/groups k k`` and bias ``D`` of what the branches compute."""
         raise NotImplementedError
 
+    def fuse_(self) -> None:
+        """See :class:`models.layers.fuse.Fusible`."""
+        self.reparam_conv = pack(self.reparam_conv)
+
     @torch.no_grad()
     def reparameterize(self) -> None:
         """Put the one convolution in the branches' place; the second call does nothing.
@@ -199,6 +205,11 @@ class ReparamConv(ReparamModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``B C H W -> B D H/stride W/stride``."""
         return self.act(self.se(super().forward(x)))
+
+    def fuse_(self) -> None:
+        """Join convolution and activation (see :class:`models.layers.fuse.Fusible`)."""
+        if isinstance(self.se, nn.Identity):
+            self.reparam_conv, self.act = pack(self.reparam_conv, self.act), nn.Identity()
 
 
 class LargeKernelConv(ReparamModule):

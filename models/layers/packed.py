@@ -1,0 +1,123 @@
+"""Layers of inference nets: a convolution or projection with its activation in one pass.
+
+On the CPU in float32 they call oneDNN as torch.compile does, with weights that are reordered once
+instead of in every forward, and with the activation applied to results still in the cache.
+Elsewhere, and while a graph is captured, they are the plain layer followed by its activation.
+"""
+
+import torch
+from torch import nn
+
+ACTIVATIONS = {nn.ReLU: "relu", nn.GELU: "gelu", nn.Identity: "none"}
+
+
+def _onednn() -> bool:
+    ops = torch.ops.mkldnn
+    names = ("_linear_pointwise", "_convolution_pointwise", "_reorder_linear_weight")
+    return torch.backends.mkldnn.is_available() and all(hasattr(ops, name) for name in names)
+
+
+class _Packed:
+    """What both layers share: the activation, and the reordered weight of the first forward."""
+
+    act: nn.Module
+
+    def _set_act(self, act: nn.Module | None) -> None:
+        self.act = act or nn.Identity()
+        self.kind = ACTIVATIONS.get(type(self.act))
+        self._kept: tuple | None = None
+
+    @property
+    def _algorithm(self) -> str:
+        return getattr(self.act, "approximate", "none") if self.kind == "gelu" else ""
+
+    def _applies(self, x: torch.Tensor) -> bool:
+        return (
+            self.kind is not None
+            and x.device.type == "cpu"
+            and x.dtype == self.weight.dtype == torch.float32
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
+            and not torch.is_autocast_enabled("cpu")
+            and torch.backends.mkldnn.enabled
+            and _onednn()
+        )
+
+    def _packed_weight(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight
+        version = 0 if weight.is_inference() else weight._version
+        key = (weight.data_ptr(), version)
+        if self._kept is None or self._kept[0] != key:
+            self._kept = (key, self._pack(x))
+        return self._kept[1]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_kept": None}
+
+
+class PackedConv2d(_Packed, nn.Conv2d):
+    """Convolution, then an activation. Made by :meth:`of`.
+
+    Shapes are those of ``torch.nn.Conv2d``.
+    """
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d, act: nn.Module | None = None) -> "PackedConv2d":
+        """Take over the parameters of ``conv``, to be followed by ``act``."""
+        packed = cls.__new__(cls)
+        packed.__dict__ = dict(conv.__dict__)
+        packed._modules = {}
+        packed._set_act(act)
+        return packed
+
+    def _pack(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.contiguous(memory_format=torch.channels_last)
+        return torch._C._nn.mkldnn_reorder_conv2d_weight(
+            weight.to_mkldnn(), self.padding, self.stride, self.dilation, self.groups, x.shape
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``B C H W -> B D H' W'``."""
+        if self.padding_mode != "zeros" or isinstance(self.padding, str) or not self._applies(x):
+            return self.act(super().forward(x))
+        return torch.ops.mkldnn._convolution_pointwise(
+            x.contiguous(memory_format=torch.channels_last),
+            self._packed_weight(x),
+            self.bias,
+            self.padding,
+            self.stride,
+            self.dilation,
+            self.groups,
+            self.kind,
+            [],
+            self._algorithm,
+        )
+
+
+class PackedLinear(_Packed, nn.Linear):
+    """Linear projection, then an activation. Made by :meth:`of`.
+
+    Shapes are those of ``torch.nn.Linear``.
+    """
+
+    @classmethod
+    def of(cls, linear: nn.Linear, act: nn.Module | None = None) -> "PackedLinear":
+        """Take over the parameters of ``linear``, to be followed by ``act``."""
+        packed = cls.__new__(cls)
+        packed.__dict__ = dict(linear.__dict__)
+        packed._modules = {}
+        packed._set_act(act)
+        return packed
+
+    def _pack(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.numel() // x.shape[-1]
+        return torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), rows)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``... C -> ... D``."""
+        if not self._applies(x):
+            return self.act(super().forward(x))
+        return torch.ops.mkldnn._linear_pointwise(
+            x, self._packed_weight(x), self.bias, self.kind, [], self._algorithm
+        )
