@@ -39,15 +39,17 @@ class SettingError(ValueError):
 
 @dataclass
 class Precision:
-    """Mixed precision of a run: autocast and, for float16 alone, loss scaling.
+    """How a run computes: mixed precision, with loss scaling for float16 alone, and layout.
 
     Args:
         device: Device of the model.
         dtype: ``torch.float16``, ``torch.bfloat16``, or ``None`` for full precision.
+        memory_format: Of images and of the model's convolutions.
     """
 
     device: torch.device
     dtype: torch.dtype | None = None
+    memory_format: torch.memory_format = torch.contiguous_format
 
     def __post_init__(self) -> None:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
@@ -55,6 +57,10 @@ class Precision:
     def autocast(self) -> torch.autocast:
         """Context of the forward pass."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+    def move(self, images: torch.Tensor) -> torch.Tensor:
+        """Images ``B 3 H W`` on the device in the run's layout, without waiting for the copy."""
+        return images.to(self.device, non_blocking=True, memory_format=self.memory_format)
 
     def __str__(self) -> str:
         return "float32" if self.dtype is None else str(self.dtype).removeprefix("torch.")
@@ -231,7 +237,7 @@ def train_one_epoch(
     for step, (images, targets, corrupt) in enumerate(data_loader):
         images_seen += len(images)
         corrupt_seen += corrupt
-        images = images.to(device, non_blocking=True)
+        images = precision.move(images)
         targets = targets.to(device, non_blocking=True)
         if mixup_fn is not None:
             images, targets = mixup_fn(images, targets)
@@ -291,29 +297,51 @@ def check_finite(
     )
 
 
-def distribute(model: nn.Module, device: torch.device) -> DistributedDataParallel:
+def distribute(
+    model: nn.Module, device: torch.device, static: bool = True
+) -> DistributedDataParallel:
     """Wrap a model so that its gradients are averaged over the processes.
 
     BatchNorm's statistics are not exchanged at every step: those of the first process count,
-    and are shared before evaluation.
+    and are shared before evaluation. Gradients are views of the buffers that are exchanged.
+
+    Args:
+        model: On its device.
+        device: Of this process.
+        static: Every step uses the same parameters in the same order. Not for accumulated
+            batches or a compiled model.
     """
     # older versions of PyTorch know the second name only, newer ones deprecate it
     names = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, **{name: False})
+    return DistributedDataParallel(
+        model, device_ids=ids, gradient_as_bucket_view=True, static_graph=static, **{name: False}
+    )
+
+
+def compiled(model: nn.Module, backend: str | None) -> nn.Module:
+    """``model`` compiled for batches of one size, which runs as the model's own; None for as is."""
+    return model if backend is None else torch.compile(model, backend=backend, dynamic=False)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, or the model itself."""
+    """The model inside of what :func:`compiled` and :func:`distribute` made of it."""
+    model = getattr(model, "_orig_mod", model)
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def gradient_sync(model: nn.Module, sync: bool) -> contextlib.AbstractContextManager:
     """Context of a backward pass that averages gradients over processes only if ``sync``."""
+    model = getattr(model, "_orig_mod", model)
     if sync or not isinstance(model, DistributedDataParallel):
         return contextlib.nullcontext()
     return model.no_sync()
+
+
+def _fill_up(images: torch.Tensor, size: int) -> torch.Tensor:
+    """A batch of ``size`` images at least, the added ones blank."""
+    return F.pad(images, (0,) * 7 + (max(size - len(images), 0),))
 
 
 @torch.inference_mode()
@@ -328,7 +356,8 @@ def evaluate(
 
     Args:
         data_loader: Yields batches of (images ``B 3 H W``, targets ``B``, corrupt files left out).
-        model: Model, not wrapped: processes may have different numbers of batches.
+        model: Model, not distributed: processes may have different numbers of batches. For a
+            compiled one, smaller batches are filled up with blank images, which do not count.
         device: Where the model is.
         precision: Autocast, if any.
         shared: The processes have different parts of the set, whose counts are added up.
@@ -342,7 +371,8 @@ def evaluate(
     """
     precision = precision or Precision(device)
     model.eval()
-    corrupt_seen = images_seen = 0
+    is_compiled = unwrap(model) is not model
+    full = corrupt_seen = images_seen = 0
     counts = torch.zeros(2, dtype=torch.int64, device=device)
     losses = []
     for images, targets, corrupt in data_loader:
@@ -350,11 +380,12 @@ def evaluate(
         images_seen += len(images)
         if not len(images):
             continue
-        images = images.to(device, non_blocking=True)
+        images = precision.move(images)
         targets = targets.to(device, non_blocking=True)
+        full = max(full, len(images)) if is_compiled else 0
         with precision.autocast():
-            logits = model(images)
-        logits = logits.float()
+            logits = model(_fill_up(images, full))
+        logits = logits[: len(images)].float()
         losses.append(F.cross_entropy(logits, targets, reduction="sum"))
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = ranked == targets[:, None]

@@ -89,6 +89,24 @@ def choose_input_size(args: Namespace, checkpoint: Mapping[str, Any]) -> int:
     return args.input_size or saved or datasets.input_size_of(args)
 
 
+def choose_precision(args: Namespace, model: nn.Module, device: torch.device) -> engine.Precision:
+    """Mixed precision as flagged; the layout as flagged, else the one that suits the model."""
+    dtype = getattr(torch, args.amp_dtype) if args.amp else None
+    last = args.channels_last
+    if last is None:
+        last = getattr(model, "channels_last", False)
+    return engine.Precision(device, dtype, torch.channels_last if last else torch.contiguous_format)
+
+
+def fused(model: nn.Module, name: str, args: Namespace) -> nn.Module:
+    """With ``--fuse``, the model's inference net."""
+    if not args.fuse:
+        return model
+    if not hasattr(model, "fuse"):
+        raise models.ModelError(f"{name} has no inference net of its own: leave --fuse out")
+    return model.fuse()
+
+
 class Run:
     """All that a checkpoint holds: model, moving average, optimizer, schedule, scaler, progress.
 
@@ -208,6 +226,7 @@ def evaluate(
     if next(model.parameters()).device.type != precision.device.type:  # --model-ema-force-cpu
         model = copy.deepcopy(model).to(precision.device)
     utils.broadcast_buffers(model)
+    model = engine.compiled(model, args.compile)
     stats = engine.evaluate(loader, model, precision.device, precision, shared=args.dist_eval)
     images, corrupt = stats.pop("images"), stats.pop("corrupt")
     log(
@@ -235,18 +254,21 @@ def run(args: Namespace, given: set[str], place: Place, device: torch.device) ->
     if hasattr(model, "qk_scale_factor"):
         model_kwargs["qk_scale_factor"] = model.qk_scale_factor
     models.check_input_size(model, name, args.input_size)
-    model.to(device)
-    dtype = getattr(torch, args.amp_dtype) if args.amp else None
-    precision = engine.Precision(device, dtype)
+    precision = choose_precision(args, model, device)
+    model.to(device, memory_format=precision.memory_format)
+    if args.grad_checkpointing:
+        if not hasattr(model, "set_grad_checkpointing"):
+            raise models.ModelError(f"{name} cannot recompute blocks: no --grad-checkpointing")
+        model.set_grad_checkpointing(True)
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log(f"model {name} {model_kwargs}: {n_parameters / 1e6:.2f} M parameters, {precision}")
 
     if args.eval:
         log(str(models.load_weights(model, checkpoint, args.resume)))
-        evaluate(eval_loader, model, args, precision, "")
+        evaluate(eval_loader, fused(model, name, args), args, precision, "")
         if checkpoint.get("model_ema"):
             models.load_weights(model, checkpoint, args.resume, ema=True)
-            evaluate(eval_loader, model, args, precision, "EMA ")
+            evaluate(eval_loader, fused(model, name, args), args, precision, "EMA ")
         return
 
     train_set, _ = datasets.build_dataset(True, args)
@@ -281,7 +303,11 @@ def train(
 ) -> None:
     """Epochs up to ``--epochs`` or ``--stop-epoch``, each trained, evaluated, logged and saved."""
     args, model, precision = state.args, state.model, state.precision
-    wrapped = engine.distribute(model, precision.device) if place.world_size > 1 else model
+    wrapped = model
+    if place.world_size > 1:
+        static = args.accum_iter == 1 and args.compile is None
+        wrapped = engine.distribute(model, precision.device, static)
+    wrapped = engine.compiled(wrapped, args.compile)
     criterion = engine.build_criterion(args, mixup_fn, num_classes).to(precision.device)
     stop = args.epochs if args.stop_epoch is None else min(args.epochs, args.stop_epoch)
     if state.epoch + 1 >= stop:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from datasets import DATA_SETS
@@ -96,6 +97,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     add("--model-ema-decay", type=float, default=0.99996)
     add("--model-ema-warmup", action=OnOff, default=False, help="let the decay grow to its value")
     add("--model-ema-force-cpu", action="store_true")
+    add("--fuse", action="store_true", help="with --eval: fold the net for inference first")
     add("--train-mode", action=OnOff, default=True, help="off: BatchNorm and dropout as in eval")
 
 
@@ -110,6 +112,15 @@ def _add_optimisation(group: argparse._ArgumentGroup) -> None:
     add("--accum-iter", type=int, default=1, help="batches per optimizer step")
     add("--amp", action=OnOff, default=False, help="automatic mixed precision")
     add("--amp-dtype", choices=["float16", "bfloat16"], default="float16")
+    add("--channels-last", action=OnOff, help="memory format; as suits the model, if not given")
+    add(
+        "--compile",
+        nargs="?",
+        const="inductor",
+        metavar="BACKEND",
+        help="compile the model by torch.compile (inductor, if no backend is named)",
+    )
+    add("--grad-checkpointing", action="store_true", help="recompute blocks to save memory")
     add("--bce-loss", action="store_true", help="binary cross-entropy per class")
     add("--smoothing", type=float, default=0.1, help="label smoothing")
     add("--sched", default="cosine", help="any schedule that timm knows")
@@ -229,3 +240,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("--resume auto looks into --output_dir, which is not given")
     if args.eval and not args.resume:
         raise ConfigError("--eval needs --resume CHECKPOINT")
+    if args.fuse and not args.eval:
+        raise ConfigError("--fuse is for --eval: a fused net cannot be trained")
+    if args.compile is not None and args.compile not in torch.compiler.list_backends(None):
+        backends = ", ".join(torch.compiler.list_backends())
+        raise ConfigError(f"--compile {args.compile} is no backend here; there are {backends}")

@@ -146,6 +146,51 @@ def test_evaluation_rebuilds_the_model_of_the_checkpoint(images, trained, main):
     assert "'qk_scale_factor': -0.5" in evaluated
 
 
+def test_evaluation_of_the_fused_net(images, trained, main):
+    run = ["--eval", "--resume", trained[0] / "checkpoint.pth", "--data-path", images]
+    lines = [accuracy_lines(main(*run, *more)[1]) for more in ([], ["--fuse"])]
+    assert lines[0] == lines[1] and len(lines[0]) == 2
+    status, _, errors = main(*run, "--fuse", "--model", "resnet10t")
+    assert status == 1
+    assert "resnet10t" in errors
+
+
+def test_compiled_training_captures_one_graph_each(images, tmp_path):
+    # one for training, one for evaluation: 24 images train in 6 batches, 6 evaluate as 6
+    run = [*SMALL, "--data-path", images, "--output_dir", tmp_path, "--epochs", 2]
+    run += ["--drop-path", 0, "--compile", "aot_eager", "--batch-size", 4]
+    done = run_python("main.py", *run, TORCH_LOGS="recompiles,graph_breaks")
+    assert done.returncode == 0, done.stderr
+    assert "Graph break" not in done.stderr
+    reasons = [line for line in done.stderr.splitlines() if "    - " in line]
+    assert len(reasons) == 1 and "grad_mode" in reasons[0], done.stderr
+    plain = run_python("main.py", *run[:-4], "--output_dir", tmp_path / "plain")
+    assert plain.returncode == 0, plain.stderr
+    for one, two in zip(read_log(tmp_path), read_log(tmp_path / "plain"), strict=True):
+        assert one["train_loss"] == pytest.approx(two["train_loss"], rel=1e-4)
+        assert one["test_loss"] == pytest.approx(two["test_loss"], rel=1e-3)
+
+
+def test_memory_format_and_recomputed_blocks_change_nothing(images, tmp_path, main):
+    run = [*SMALL, "--data-path", images, "--epochs", 1]
+    for name, words in (
+        ("default", []),
+        ("contiguous", ["--no-channels-last"]),
+        ("checkpointed", ["--grad-checkpointing"]),
+    ):
+        status, _, errors = main(*run, *words, "--output_dir", tmp_path / name)
+        assert status == 0, errors
+    first = torch.load(tmp_path / "default" / "checkpoint.pth", weights_only=True)["model"]
+    weight = first["stage1.0.mlp.conv2.weight"]
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    other = torch.load(tmp_path / "contiguous" / "checkpoint.pth", weights_only=True)["model"]
+    assert other["stage1.0.mlp.conv2.weight"].is_contiguous()
+    losses = [read_log(tmp_path / name)[0]["train_loss"] for name in ("default", "contiguous")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    recomputed = read_log(tmp_path / "checkpointed")[0]["train_loss"]
+    assert recomputed == pytest.approx(losses[0], rel=1e-5)
+
+
 def test_contradicting_flags_are_warned_about(images, trained, main):
     path = trained[0] / "best.pth"
     run = ["--eval", "--resume", path, "--data-path", images, "--num_workers", 0]
@@ -317,6 +362,8 @@ BAD = {
     "--resume {file}": "is not a checkpoint",
     "--resume auto": "--resume auto looks into --output_dir, which is not given",
     "--eval": "--eval needs --resume",
+    "--fuse": "--fuse is for --eval",
+    "--compile fast": "--compile fast is no backend here; there are .*inductor",
     "--device tpu9": "--device 'tpu9' is not a device",
     "--world_size 8": "--world_size 8, but 1 process",
 }

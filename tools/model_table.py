@@ -51,11 +51,25 @@ def our_models() -> list[str]:
     return sorted((n for n in timm.list_models() if module(n).startswith("models.")), key=module)
 
 
-def count(name: str) -> tuple[float, float]:
-    """Parameters in millions and GMACs at the native size, without allocating the model."""
+def size_options(name: str, size: int | None) -> dict[str, int]:
+    """Keyword arguments of a model of ours, or timm's of that name, for square images of a size."""
+    native = timm.get_pretrained_cfg(name).input_size[-1]
+    if size in (None, native) or name.startswith("fastvit"):
+        return {}
+    return {"img_size": size}
+
+
+def count(name: str, size: int | None = None) -> tuple[float, float]:
+    """Parameters in millions and GMACs, without allocating the model.
+
+    Args:
+        name: Registered name.
+        size: Height and width of the image, the native ones if not given.
+    """
     with torch.device("meta"):
-        model = timm.create_model(name).eval()
-        image = torch.zeros(1, *model.pretrained_cfg["input_size"])
+        model = timm.create_model(name, **size_options(name, size)).eval()
+        channels, height, width = model.pretrained_cfg["input_size"]
+        image = torch.zeros(1, channels, size or height, size or width)
         set_fused_attention(model, False)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(image)
