@@ -257,9 +257,11 @@ def run(args: Namespace, given: set[str], place: Place, device: torch.device) ->
     precision = choose_precision(args, model, device)
     model.to(device, memory_format=precision.memory_format)
     if args.grad_checkpointing:
-        if not hasattr(model, "set_grad_checkpointing"):
-            raise models.ModelError(f"{name} cannot recompute blocks: no --grad-checkpointing")
-        model.set_grad_checkpointing(True)
+        try:
+            model.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError) as error:
+            message = f"{name} cannot recompute blocks: leave --grad-checkpointing out"
+            raise models.ModelError(message) from error
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log(f"model {name} {model_kwargs}: {n_parameters / 1e6:.2f} M parameters, {precision}")
 

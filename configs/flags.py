@@ -219,13 +219,15 @@ def _recipe_argv(parser: argparse.ArgumentParser, path: str) -> list[str]:
         if name not in actions or name in ("help", "config"):
             raise ConfigError(f"recipe {path}: {key!r} is no flag of main.py")
         flag = actions[name].option_strings[0]
+        if value is None:
+            continue
         if isinstance(actions[name], OnOff):
             argv.append(flag if value else "--no-" + flag.removeprefix("--"))
         elif actions[name].nargs == 0:
             argv += [flag] if value else []
         elif isinstance(value, list):
             argv += [flag, *map(str, value)]
-        elif value is not None:
+        else:
             argv.append(f"{flag}={value}")
     return argv
 

@@ -146,13 +146,17 @@ def test_evaluation_rebuilds_the_model_of_the_checkpoint(images, trained, main):
     assert "'qk_scale_factor': -0.5" in evaluated
 
 
-def test_evaluation_of_the_fused_net(images, trained, main):
+def test_evaluation_of_the_fused_net(images, trained, tmp_path, main):
     run = ["--eval", "--resume", trained[0] / "checkpoint.pth", "--data-path", images]
     lines = [accuracy_lines(main(*run, *more)[1]) for more in ([], ["--fuse"])]
     assert lines[0] == lines[1] and len(lines[0]) == 2
-    status, _, errors = main(*run, "--fuse", "--model", "resnet10t")
+    other = ["--model", "resnet10t", "--data-path", images, "--num_workers", 0]
+    status, _, errors = main(*SMALL, *other, "--epochs", 1, "--output_dir", tmp_path)
+    assert status == 0, errors
+    run = ["--eval", "--fuse", "--resume", tmp_path / "checkpoint.pth", "--data-path", images]
+    status, _, errors = main(*run)
     assert status == 1
-    assert "resnet10t" in errors
+    assert errors == "error: resnet10t has no inference net of its own: leave --fuse out\n"
 
 
 def test_compiled_training_captures_one_graph_each(images, tmp_path):
@@ -362,6 +366,7 @@ BAD = {
     "--resume {file}": "is not a checkpoint",
     "--resume auto": "--resume auto looks into --output_dir, which is not given",
     "--eval": "--eval needs --resume",
+    "--model dla34 --grad-checkpointing": "dla34 cannot recompute blocks",
     "--fuse": "--fuse is for --eval",
     "--compile fast": "--compile fast is no backend here; there are .*inductor",
     "--device tpu9": "--device 'tpu9' is not a device",

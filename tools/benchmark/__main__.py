@@ -20,6 +20,7 @@ import yaml
 import models
 from tools.benchmark.candidates import (
     CONFIGS,
+    CUDA_CONFIGS,
     BenchmarkError,
     Peer,
     build,
@@ -104,10 +105,11 @@ def crashes(case: Case, peer: Peer | None) -> str | None:
 def cases_of(args: argparse.Namespace, mode: str, name: str, peer: Peer | None) -> list[Case]:
     """All cases of a model that can run."""
     size = args.input_size or timm.get_pretrained_cfg(name).input_size[-1]
+    defaults = CUDA_CONFIGS if args.device == "cuda" else CONFIGS
     cases = []
     for side in sides_of(name, peer):
         model = build(side, name, peer, size)
-        for config in args.configs or CONFIGS[mode]:
+        for config in args.configs or defaults[mode]:
             wrong = "deploy" if mode == "train" else "checkpoint"
             if wrong in config:
                 continue

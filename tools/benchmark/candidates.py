@@ -34,6 +34,11 @@ CONFIGS = {
     "infer": ("eager", "channels_last", "deploy", "deploy+channels_last"),
     "train": ("eager", "channels_last"),
 }
+# on the CPU, compilation takes longer than all of the measurement: there it is to be asked for
+CUDA_CONFIGS = {
+    "infer": (*CONFIGS["infer"], "channels_last+compile", "deploy+channels_last+compile"),
+    "train": (*CONFIGS["train"], "channels_last+compile"),
+}
 
 
 class BenchmarkError(ValueError):
