@@ -403,3 +403,30 @@ def test_pretrained_goes_through_timms_machinery(tmp_path):
     same = checkpoint_filter_fn(source.state_dict() | indices, source)
     assert same.keys() == source.state_dict().keys()
     assert torch.equal(same["pos_embed"], source.pos_embed)
+
+
+def kept_for_backward(model, batch):
+    """Bytes that a forward pass keeps for the backward pass, parameters apart."""
+    parameters, kept = {p.data_ptr() for p in model.parameters()}, {}
+
+    def pack(tensor):
+        if tensor.data_ptr() not in parameters:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(torch.randn(batch, 3, 224, 224))
+        return sum(kept.values()) if output.requires_grad else 0
+
+
+@pytest.mark.parametrize("name", ["convit_tiny", "convit_small"])
+def test_training_keeps_little_more_than_a_plain_transformer(name):
+    ours = timm.create_model(name).train()
+    theirs = getattr(timm.models.convit, name)().train()
+    plain = timm.models.VisionTransformer(
+        embed_dim=ours.embed_dim, num_heads=ours.blocks[0].attn.num_heads, qkv_bias=False
+    )
+    per_image = [kept_for_backward(m, 2) - kept_for_backward(m, 1) for m in (ours, theirs, plain)]
+    assert per_image[0] < 0.6 * per_image[1]
+    assert per_image[0] < 1.1 * per_image[2]

@@ -54,6 +54,9 @@ def attention(
     Returns:
         ``B h N d``.
     """
+    learns_bias = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+    if learns_bias and q.device.type == "cpu":
+        fused = False  # no fused kernel there has the bias's gradient
     if fused:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale * scale

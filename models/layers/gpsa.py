@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from timm.layers import DropPath, Mlp, use_fused_attn
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from models.layers.attention import attention, attention_weights, fold_scale, split_heads
 from models.layers.cache import EvalCache
@@ -72,6 +73,29 @@ def positional_attention(
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         scores = F.linear(features, weight, bias)
     return rearrange(scores, "i j u v h -> h (i j) (u v)").softmax(dim=-1)
+
+
+def mix(
+    content: torch.Tensor,
+    v: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    gate: torch.Tensor,
+) -> torch.Tensor:
+    """``(1 - gate) content + gate (rows (x) columns) v``, the product applied factor by factor.
+
+    Args:
+        content: What content attention gives, ``B h N d``.
+        v: Values on the grid, ``B h H W d``.
+        rows, columns: See :func:`positional_tables`.
+        gate: Share of position, ``h 1 1``.
+
+    Returns:
+        ``B h N d``.
+    """
+    positional = columns[:, None] @ v  # B h H W d
+    positional = rows @ positional.flatten(3)  # B h H Wd
+    return content.lerp(positional.view(content.shape), gate)
 
 
 def head_offsets(num_heads: int) -> torch.Tensor:
@@ -242,12 +266,14 @@ class GPSA(nn.Module):
         """Heads' outputs ``B h N d`` from a grid ``B H W C``, forming no matrix ``N N``."""
         height, width = x.shape[1:3]
         v = self.v(x)
-        rows, columns, gate = self.tables(height, width, v.dtype)
+        tables = self.tables(height, width, v.dtype)
         v = v.unflatten(-1, (self.num_heads, -1)).permute(0, 3, 1, 2, 4)  # B h H W d
-        positional = columns[:, None] @ v  # B h H W d
-        positional = rows @ positional.flatten(3)  # B h H Wd
         content = attention(*self.queries_and_keys(x), v.flatten(2, 3), None, self.scale)
-        return content.lerp(positional.view(content.shape), gate)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # all that goes in is kept anyway; what is made of it is cheaper to make again
+            options = {"use_reentrant": False, "preserve_rng_state": False}
+            return checkpoint(mix, content, v, *tables, **options)
+        return mix(content, v, *tables)
 
     def attention_maps(self, x: torch.Tensor) -> torch.Tensor:
         """The attention weights of a grid ``B H W C`` as ``B h N N``, N = H * W in row order."""

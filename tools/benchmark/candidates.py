@@ -190,7 +190,12 @@ def sides_of(name: str, peer: Peer | None) -> list[str]:
 
 
 def makes_sense(side: str, config: str, model: nn.Module) -> bool:
-    """Whether a configuration is another than the rest: most peers have nothing to deploy."""
+    """Whether a configuration is to be had: most peers have nothing to deploy or recompute."""
+    if "checkpoint" in config:
+        try:
+            model.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError):
+            return False
     if "deploy" not in config or side == "ours":
         return True
     foldable = ("reparameterize", "fuse", "switch_to_deploy")
