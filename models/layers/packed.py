@@ -20,12 +20,16 @@ def _onednn() -> bool:
 class _Packed:
     """What both layers share: the activation, and the reordered weight of the first forward."""
 
-    act: nn.Module
-
-    def _set_act(self, act: nn.Module | None) -> None:
-        self.act = act or nn.Identity()
-        self.kind = ACTIVATIONS.get(type(self.act))
-        self._kept: tuple | None = None
+    @classmethod
+    def of(cls, layer: nn.Module, act: nn.Module | None = None) -> nn.Module:
+        """Take over the parameters of ``layer``, to be followed by ``act``."""
+        packed = cls.__new__(cls)
+        packed.__dict__ = dict(layer.__dict__)
+        packed._modules = {}
+        packed.act = act or nn.Identity()
+        packed.kind = ACTIVATIONS.get(type(packed.act))
+        packed._kept = None
+        return packed
 
     @property
     def _algorithm(self) -> str:
@@ -62,15 +66,6 @@ class PackedConv2d(_Packed, nn.Conv2d):
     Shapes are those of ``torch.nn.Conv2d``.
     """
 
-    @classmethod
-    def of(cls, conv: nn.Conv2d, act: nn.Module | None = None) -> "PackedConv2d":
-        """Take over the parameters of ``conv``, to be followed by ``act``."""
-        packed = cls.__new__(cls)
-        packed.__dict__ = dict(conv.__dict__)
-        packed._modules = {}
-        packed._set_act(act)
-        return packed
-
     def _pack(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight.contiguous(memory_format=torch.channels_last)
         return torch._C._nn.mkldnn_reorder_conv2d_weight(
@@ -100,15 +95,6 @@ class PackedLinear(_Packed, nn.Linear):
 
     Shapes are those of ``torch.nn.Linear``.
     """
-
-    @classmethod
-    def of(cls, linear: nn.Linear, act: nn.Module | None = None) -> "PackedLinear":
-        """Take over the parameters of ``linear``, to be followed by ``act``."""
-        packed = cls.__new__(cls)
-        packed.__dict__ = dict(linear.__dict__)
-        packed._modules = {}
-        packed._set_act(act)
-        return packed
 
     def _pack(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.numel() // x.shape[-1]
