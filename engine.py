@@ -58,6 +58,15 @@ class Precision:
         """Context of the forward pass."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
+    def place(self, model: nn.Module) -> None:
+        """Move a model to the device and its weights to the run's layout."""
+        model.to(self.device, memory_format=self.memory_format)
+        for parameter in model.parameters():
+            if parameter.ndim == 4 and len(parameter) == 1 == parameter[0, 0].numel():
+                # a position embedding of one pixel: its strides are free, and the plain ones are
+                # those of its gradient, which DistributedDataParallel would otherwise copy
+                parameter.data = parameter.data.flatten().view_as(parameter)
+
     def move(self, images: torch.Tensor) -> torch.Tensor:
         """Images ``B 3 H W`` on the device in the run's layout, without waiting for the copy."""
         return images.to(self.device, non_blocking=True, memory_format=self.memory_format)

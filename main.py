@@ -255,7 +255,7 @@ def run(args: Namespace, given: set[str], place: Place, device: torch.device) ->
         model_kwargs["qk_scale_factor"] = model.qk_scale_factor
     models.check_input_size(model, name, args.input_size)
     precision = choose_precision(args, model, device)
-    model.to(device, memory_format=precision.memory_format)
+    precision.place(model)
     if args.grad_checkpointing:
         try:
             model.set_grad_checkpointing(True)
