@@ -5,6 +5,7 @@ repository, also where timm has one of that name.
 """
 
 from models import convit, fastvit, visformer, vit
+from models.backbone import Backbone, SwinVisformer, VisionBackbone, load_backbone
 from models.checkpoint import (
     CheckpointError,
     LoadReport,
@@ -15,13 +16,17 @@ from models.checkpoint import (
 from models.factory import ModelError, build_model, check_input_size
 
 __all__ = [
+    "Backbone",
     "CheckpointError",
     "LoadReport",
     "ModelError",
+    "SwinVisformer",
+    "VisionBackbone",
     "build_model",
     "check_input_size",
     "convit",
     "fastvit",
+    "load_backbone",
     "load_checkpoint",
     "load_weights",
     "read_checkpoint",

@@ -5,7 +5,7 @@ import importlib
 import json
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,8 @@ class LoadReport:
         renamed: Keys of the checkpoint that have another name in the model.
         resampled: Keys of the model whose value was resampled to the model's size.
         ignored: Keys of the checkpoint that the model computes itself.
-        left: Keys of the model's classifier that keep their initial value.
+        left: Keys of the model that keep their initial value.
+        dropped: Keys of the checkpoint that the model has no use for.
         notes: What else the checkpoint says about the model, and was applied.
     """
 
@@ -51,6 +52,7 @@ class LoadReport:
     resampled: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -58,8 +60,10 @@ class LoadReport:
         for what in ("renamed", "resampled", "ignored"):
             if keys := getattr(self, what):
                 parts.append(f"{len(keys)} {what}")
-        if self.left:
-            parts.append(f"left at their initial value: {', '.join(self.left)}")
+        for what, keys in (("left at their initial value", self.left), ("dropped", self.dropped)):
+            if keys:
+                names = sorted({key.rpartition(".")[0] or key for key in keys})
+                parts.append(f"{what}: {', '.join(names)}")
         return f"{self.source}: {', '.join((*parts, *self.notes))}"
 
 
@@ -188,30 +192,51 @@ def state_dict_of(
     return weights, ()
 
 
+def to_own_names(state: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Weights in any layout that the model's file knows -> weights in the model's own."""
+    own = model.state_dict()
+    # what has the right keys and shapes needs no filter (timm's may rename on suspicion)
+    if {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in own.items()}:
+        return dict(state)
+    modules = (importlib.import_module(cls.__module__) for cls in type(model).__mro__)
+    converts = (getattr(module, "checkpoint_filter_fn", None) for module in modules)
+    convert = next(filter(None, converts), lambda state, model: state)
+    return dict(convert(dict(state), model))
+
+
+def _nothing(key: str) -> bool:
+    return False
+
+
 def load_weights(
     model: nn.Module,
     checkpoint: Mapping[str, Any],
     source: str,
     ema: bool = False,
     new_head: bool = False,
+    spare: Callable[[str], bool] = _nothing,
+    fresh: Callable[[str], bool] = _nothing,
 ) -> LoadReport:
-    """Load the weights of a checkpoint that has been read; see :func:`load_checkpoint`."""
+    """Load the weights of a checkpoint that has been read; see :func:`load_checkpoint`.
+
+    Args:
+        model, checkpoint, source, ema, new_head: See there.
+        spare: Tells of a key of the checkpoint that the model may lack.
+        fresh: Tells of a key of the model that the checkpoint may lack.
+    """
     state, others = state_dict_of(checkpoint, source, ema)
     own = model.state_dict()
     ignored = [k for k in state if k.rpartition(".")[2] in COMPUTED_KEYS and k not in own]
     state = {key: value for key, value in state.items() if key not in ignored}
-    # what has the right keys and shapes needs no filter (timm's may rename on suspicion)
-    if {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in own.items()}:
-        converted = dict(state)
-    else:
-        module = importlib.import_module(type(model).__module__)
-        convert = getattr(module, "checkpoint_filter_fn", lambda state, model: state)
-        converted = dict(convert(dict(state), model))
-        if "mindspore" in checkpoint:
-            converted = fill_missing_bias_tables(converted, own)
+    converted = to_own_names(state, model)
+    if "mindspore" in checkpoint:
+        converted = fill_missing_bias_tables(converted, own)
+    dropped = [key for key in converted if key not in own and spare(key)]
+    converted = {key: value for key, value in converted.items() if key not in dropped}
     # counters that other frameworks do not keep, and no function depends on
     converted = {k: own[k] for k in own if k.endswith(".num_batches_tracked")} | converted
     left = _unfit_head(model, converted, own) if new_head else []
+    left += [key for key in own if key not in converted and fresh(key)]
     for key in left:
         converted[key] = own[key]
     _check_fit(converted, own, source)
@@ -220,10 +245,11 @@ def load_weights(
     return LoadReport(
         source=source,
         loaded=tuple(key for key in own if key not in left),
-        renamed=tuple(key for key in state if key not in own),
+        renamed=tuple(key for key in state if key not in own and key not in dropped),
         resampled=tuple(key for key in resampled if key not in left),
         ignored=(*ignored, *others),
         left=tuple(left),
+        dropped=tuple(dropped),
         notes=tuple(_apply_function(model, checkpoint)),
     )
 

@@ -83,6 +83,7 @@ class Visformer(Fusible):
         use_pos_embed: Learn a position embedding for every stage.
         embed_norm: Normalise after patch embeddings.
         qk_scale_factor: Exponent of the query/key pre-scale (see :class:`Attention2d`).
+        qkv_bias: Learn a bias for queries, keys and values.
         clamp_shift: Do not shift windows where one covers the map's shorter side, as the
             original classifier does; the original detection backbone shifts regardless.
         strict_img_size: Raise for sizes that are no multiple of the total stride; otherwise
@@ -109,6 +110,7 @@ class Visformer(Fusible):
         use_pos_embed: bool = True,
         embed_norm: bool = True,
         qk_scale_factor: float = -0.25,
+        qkv_bias: bool = False,
         clamp_shift: bool = True,
         strict_img_size: bool = True,
         drop_rate: float = 0.0,
@@ -157,6 +159,7 @@ class Visformer(Fusible):
             options = {
                 "head_dim": stage.head_dim,
                 "qk_scale_factor": qk_scale_factor,
+                "qkv_bias": qkv_bias,
                 "attn_drop": attn_drop_rate,
                 "proj_drop": proj_drop_rate,
             }
