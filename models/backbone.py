@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d, trunc_normal_
@@ -26,17 +27,13 @@ from models.checkpoint import (
     to_own_names,
 )
 from models.factory import ModelError, build_model
+from models.layers import set_recompute_activations
 from models.visformer import Stage, Visformer
 
 NATIVE_SIZE = 224
 NORMS = {"BN": nn.BatchNorm2d, "LN": LayerNorm2d, "none": nn.Identity}
 # what makes a classifier take images of any size; each model is given what it knows of these
-ANY_SIZE = {
-    "strict_img_size": False,
-    "dynamic_img_size": True,
-    "use_pos_embed": False,
-    "clamp_shift": False,
-}
+ANY_SIZE = {"strict_img_size": False, "dynamic_img_size": True}
 LEVEL = re.compile(r"norm\d+\.")
 
 
@@ -142,6 +139,7 @@ class Backbone(nn.Module):
         for index, dim in zip(self.out_indices, self.num_features, strict=True):
             norm = NORMS[level_norm]
             self.add_module(f"norm{index}", norm() if norm is nn.Identity else norm(dim))
+        set_recompute_activations(net, True)
         if getattr(net, "channels_last", False):
             self.to(memory_format=torch.channels_last)
         self.resting = self._freeze(frozen_stages)
@@ -321,7 +319,7 @@ def load_backbone(backbone: Backbone, path: str, ema: bool = False) -> LoadRepor
         name = key.removeprefix("net.")
         if name == key:
             return True  # of a detector's other parts, or of levels that are not returned
-        return name in backbone.pruned or "pos_embed" in name
+        return name in backbone.pruned or name.startswith("pos_embed")
 
     def fresh(key: str) -> bool:
         return not key.startswith("net.") or key.endswith("relative_position_bias_table")
@@ -333,9 +331,9 @@ def load_backbone(backbone: Backbone, path: str, ema: bool = False) -> LoadRepor
 class VisionBackbone(Backbone):
     """Any model that timm knows, as a backbone.
 
-    The nets of this repository take images of any size. Global attention of Visformer, too dear
-    on large maps, is replaced by windows of a 14th and a 7th of 224 pixels' map, and position
-    embeddings are left out, as in Visformer's own detector.
+    Global attention of Visformer, too dear on large maps, is replaced by windows as large as the
+    map of an image of 224 pixels, and its position embeddings are left out, as in the original
+    detector. Those of other nets are resampled in every forward.
 
     Args:
         model: Registered name.
@@ -343,8 +341,8 @@ class VisionBackbone(Backbone):
         drop_path_rate: Stochastic depth.
         level_norm: See :class:`Backbone`; if not given, ``"LN"`` for nets of one stride,
             ``"BN"`` for this repository's other nets, and none for the rest.
-        model_kwargs: Further arguments of the model, such as ``use_pos_embed=True``, which
-            keeps position embeddings and resamples them.
+        model_kwargs: Further arguments of the model, such as ``{"use_pos_embed": True}``, by
+            which Visformer keeps its position embeddings.
 
     Raises:
         ModelError: The name is unknown, or an argument is.
@@ -365,26 +363,26 @@ class VisionBackbone(Backbone):
         required = dict(model_kwargs or {})
         if drop_path_rate:
             required["drop_path_rate"] = drop_path_rate
-        optional = {key: value for key, value in ANY_SIZE.items() if key not in required}
-        net, _ = build_model(model, required, optional)
-        if isinstance(net, Visformer) and "stages" not in required:
-            stages = _windowed(net)
-            if stages != net.stages:
-                net, _ = build_model(model, required | {"stages": stages}, optional)
+        net, _ = build_model(model, required, _detection_options(model))
         if level_norm is None:
             ours = "BN" if type(net).__module__.startswith("models.") else "none"
             level_norm = "LN" if _is_plain(net) else ours
         super().__init__(net, out_indices, frozen_stages, norm_eval, with_cp, level_norm, init_cfg)
 
 
-def _windowed(net: Visformer) -> tuple[Stage, ...]:
-    """The stages of a net with global attention replaced by windows, whole maps at 224 pixels."""
-    return tuple(
+def _detection_options(model: str) -> dict[str, Any]:
+    """Keyword arguments that make a detection backbone of a classifier, if it knows them."""
+    if not timm.is_model(model) or timm.model_entrypoint(model).__module__ != Visformer.__module__:
+        return ANY_SIZE
+    with torch.device("meta"):
+        net = timm.create_model(model)
+    stages = tuple(
         replace(stage, window=NATIVE_SIZE // level["reduction"])
         if stage.num_heads and stage.window is None
         else stage
         for stage, level in zip(net.stages, net.feature_info, strict=True)
     )
+    return ANY_SIZE | {"stages": stages, "use_pos_embed": False, "clamp_shift": False}
 
 
 class SwinVisformer(Backbone):

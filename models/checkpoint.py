@@ -62,7 +62,7 @@ class LoadReport:
                 parts.append(f"{len(keys)} {what}")
         for what, keys in (("left at their initial value", self.left), ("dropped", self.dropped)):
             if keys:
-                names = sorted({key.rpartition(".")[0] or key for key in keys})
+                names = dict.fromkeys(re.sub(r"(\.\d+\..*|\.[^.]*)$", "", key) for key in keys)
                 parts.append(f"{what}: {', '.join(names)}")
         return f"{self.source}: {', '.join((*parts, *self.notes))}"
 

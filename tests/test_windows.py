@@ -85,7 +85,7 @@ def test_attention_maps_stay_within_windows_and_regions():
     maps = attn.attention_maps(torch.randn(1, 8, 8, 12, dtype=torch.float64))
     assert maps.shape == (1, 6, 2, 16, 16)
     torch.testing.assert_close(maps.sum(-1), torch.ones(1, 6, 2, 16, dtype=torch.float64))
-    mask = shift_mask(8, 12, 4, 2, like=maps)
+    mask = shift_mask(8, 12, 4, 2, maps.dtype, maps.device)
     assert maps[mask.expand(2, -1, -1, -1).transpose(0, 1)[None] < 0].max() < 1e-30
     assert not mask[0].any()  # the first window holds one region
     assert mask[-1].any()
@@ -164,3 +164,26 @@ def test_equals_the_original_detection_backbone(golden, shared, tmp_path, expone
             sampled = torch.tensor(level["sample256_f64"], dtype=torch.float64)
             indices = torch.arange(256) * (x.numel() - 1) // 255
             assert (x.flatten()[indices] - sampled).abs().max() < 1e-6 * level["std_f64"]
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("qkv_bias", [False, True])
+def test_gradients_are_those_of_brute_force(shift, batch, qkv_bias):
+    attn = layer(shift=shift, clamp_shift=False, qkv_bias=qkv_bias).train()
+    x = torch.randn(batch, 8, 7, 10, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn_like(x)
+    inputs = [x, *attn.parameters()]
+    expected = torch.autograd.grad((brute_force(attn, x, shift) * direction).sum(), inputs)
+    found = torch.autograd.grad((attn(x) * direction).sum(), inputs)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_what_inference_kept_serves_training():
+    attn = layer(shift=2, clamp_shift=False)
+    x = torch.randn(1, 8, 9, 11, dtype=torch.float64)
+    with torch.inference_mode():
+        attn.eval()(x)
+    attn.train()(x.requires_grad_()).sum().backward()
+    assert x.grad.isfinite().all()

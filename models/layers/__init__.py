@@ -9,7 +9,7 @@ from models.layers.attention import (
     set_qk_scale_factor,
 )
 from models.layers.block import Block2d
-from models.layers.checkpointing import checkpoint_blocks
+from models.layers.checkpointing import checkpoint_blocks, set_recompute_activations
 from models.layers.drop_path import drop_path_rates
 from models.layers.mlp import Mlp2d
 from models.layers.position import resample_bias_table, resample_position_map
@@ -29,4 +29,5 @@ __all__ = [
     "set_fused_attention",
     "set_gelu",
     "set_qk_scale_factor",
+    "set_recompute_activations",
 ]

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import use_fused_attn
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from models.layers.fuse import fold_before, pack, scale_outputs
 
@@ -65,6 +66,67 @@ def attention(
     if dropout_p > 0.0:
         weights = F.dropout(weights, dropout_p)
     return weights @ v
+
+
+class BiasedAttention(torch.autograd.Function):
+    """Attention whose bias learns, written out, for where no fused kernel has its gradient.
+
+    The backward pass makes the attention weights again, so that none are kept: with P the
+    weights, O the output and dO its gradient, dV = P^T dO, dS = P (dO V^T - rowsum(dO O)),
+    dQ = s^2 dS K, dK = s^2 dS^T Q, and the bias has the gradient dS summed over what shares it
+    (FlashAttention, arXiv 2205.14135, appendix B.2).
+    """
+
+    @staticmethod
+    def weights(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        bias: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
+        """:func:`attention_weights`, in one buffer."""
+        scores = (q * scale) @ (k * scale).transpose(-2, -1)
+        scores.add_(bias)
+        if mask is not None:
+            scores.add_(mask)
+        return torch.softmax(scores, dim=-1, out=scores)
+
+    @staticmethod
+    def forward(
+        ctx,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        bias: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
+        """Queries ``... N d``, keys and values ``... M d`` to ``... N d``.
+
+        Args:
+            q, k, v: Queries, keys, values.
+            bias, mask: Additive terms that broadcast to ``... N M``, the bias with a gradient.
+            scale: What queries and keys are each multiplied by.
+        """
+        out = BiasedAttention.weights(q, k, bias, mask, scale) @ v
+        ctx.save_for_backward(q, k, v, bias, mask, out)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of queries, keys, values and bias."""
+        q, k, v, bias, mask, out = ctx.saved_tensors
+        squared = ctx.scale * ctx.scale
+        weights = BiasedAttention.weights(q, k, bias, mask, ctx.scale)
+        grad_v = weights.transpose(-2, -1) @ grad
+        grad_scores = grad @ v.transpose(-2, -1)
+        grad_scores.sub_((grad * out).sum(-1, keepdim=True)).mul_(weights)
+        grad_q = (grad_scores @ k).mul_(squared)
+        grad_k = (grad_scores.transpose(-2, -1) @ q).mul_(squared)
+        return grad_q, grad_k, grad_v, grad_scores.sum_to_size(bias.shape), None, None
 
 
 def split_heads(tokens: torch.Tensor, parts: int, num_heads: int) -> tuple[torch.Tensor, ...]:

@@ -4,6 +4,7 @@ import torch
 from timm.layers import DropPath
 from torch import nn
 
+from models.layers.checkpointing import made_again
 from models.layers.fuse import fold_before, is_foldable
 from models.layers.mlp import Mlp2d
 
@@ -19,6 +20,8 @@ class Block2d(nn.Module):
         proj_drop, drop_path: Dropout of the feed-forward part, and of whole branches.
         norm_layer: Normalisation over the channels of a map.
     """
+
+    recompute_activations = False  # see set_recompute_activations
 
     def __init__(
         self,
@@ -42,9 +45,10 @@ class Block2d(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``B C H W -> B C H W``."""
         if self.attn is not None:
-            x = x + self.drop_path1(self.attn(self.norm1(x)))
-        x = x + self.drop_path2(self.mlp(self.norm2(x)))
-        return x
+            with made_again(self.norm1, x, self.recompute_activations) as y:
+                x = x + self.drop_path1(self.attn(y))
+        with made_again(self.norm2, x, self.recompute_activations) as y:
+            return x + self.drop_path2(self.mlp(y))
 
     def fuse_(self) -> None:
         """Fold norms into the layers after them (see :class:`models.layers.fuse.Fusible`)."""

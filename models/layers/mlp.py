@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from models.layers.checkpointing import made_again
 from models.layers.fuse import pack
 
 
@@ -19,6 +20,8 @@ class Mlp2d(nn.Module):
         drop: Dropout probability after the activation and at the output.
         act_layer: Activation.
     """
+
+    recompute_activations = False  # see set_recompute_activations
 
     def __init__(
         self,
@@ -44,10 +47,14 @@ class Mlp2d(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``B C H W -> B C H W``."""
-        x = self.drop1(self.act1(self.conv1(x)))
+        again = self.recompute_activations and not self.drop1.p
+        with made_again(self.act1, self.conv1(x), again) as x:
+            x = self.drop1(x)
+            x = self.conv3(x) if self.conv2 is None else self.conv2(x)
         if self.conv2 is not None:
-            x = self.act2(self.conv2(x))
-        return self.drop3(self.conv3(x))
+            with made_again(self.act2, x, self.recompute_activations) as x:
+                x = self.conv3(x)
+        return self.drop3(x)
 
     def fuse_(self) -> None:
         """Apply activations as convolutions do (see :class:`models.layers.fuse.Fusible`)."""

@@ -1,12 +1,22 @@
 """Attention within shifted windows of a map, with relative position bias (Swin Transformer)."""
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from timm.layers import trunc_normal_
 from torch import nn
+from torch.autograd.function import once_differentiable
 
-from models.layers.attention import Attention2d, attention, attention_weights
+from models.layers.attention import (
+    Attention2d,
+    BiasedAttention,
+    attention,
+    attention_weights,
+    split_heads,
+)
 from models.layers.cache import EvalCache
 
 MASKED = -100.0  # added to the score of a pair of different regions, as Swin has it
@@ -28,27 +38,119 @@ def relative_position_index(window: int) -> torch.Tensor:
 
 
 def shift_mask(
-    height: int, width: int, window: int, shift: int, like: torch.Tensor
+    height: int, width: int, window: int, shift: int, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """What keeps apart the regions that a cyclic shift brings together in one window.
 
     Args:
         height, width: Size of the map, multiples of ``window``.
         window, shift: Side of a window and step of the shift, in positions.
-        like: Gives dtype and device.
+        dtype, device: Of the result.
 
     Returns:
         ``W N N``, 0 within a region and -100 across, for W windows in row order.
     """
 
     def regions(size: int) -> torch.Tensor:
-        position = torch.arange(size, device=like.device)
+        position = torch.arange(size, device=device)
         return (position >= size - window).long() + (position >= size - shift).long()
 
     region = regions(height)[:, None] * 3 + regions(width)[None, :]
     region = rearrange(region, "(ny wy) (nx wx) -> (ny nx) (wy wx)", wy=window, wx=window)
     across = region[:, :, None] != region[:, None, :]
-    return across.to(like.dtype) * MASKED
+    return across.to(dtype) * MASKED
+
+
+class Windows(NamedTuple):
+    """Where the positions of a map are in its windows: T positions, P = W N of the windows.
+
+    Attributes:
+        source: ``P``, the position of the map that is at a position of the windows, 0 for padding.
+        target: ``T``, where a position of the map is in the windows.
+        padding: The positions of the windows that are padding.
+    """
+
+    source: torch.Tensor
+    target: torch.Tensor
+    padding: torch.Tensor
+
+
+def _windows(height: int, width: int, window: int, shift: int, device: torch.device) -> Windows:
+    count = height * width
+    position = torch.arange(count, device=device).view(1, 1, height, width)
+    position = F.pad(position, (0, -width % window, 0, -height % window), value=-1)
+    position = torch.roll(position, (-shift, -shift), dims=(2, 3))
+    position = rearrange(position, "1 1 (ny wy) (nx wx) -> (ny nx wy wx)", wy=window, wx=window)
+    # sorted, padding comes first, then the positions of the map in their order
+    padding, target = position.argsort(stable=True).tensor_split([len(position) - count])
+    return Windows(position.clamp(min=0), target, padding)
+
+
+@lru_cache(maxsize=64)
+def _kept_windows(*geometry) -> Windows:
+    with torch.inference_mode(False):  # they are kept for backward passes, too
+        return _windows(*geometry)
+
+
+@lru_cache(maxsize=8)
+def _kept_shift_mask(*geometry) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return shift_mask(*geometry)
+
+
+def _may_keep(x: torch.Tensor) -> bool:
+    """Whether tensors made for ``x`` are real ones, that the next call may use as well."""
+    return type(x) in (torch.Tensor, nn.Parameter) and not (
+        torch.compiler.is_compiling() or torch.jit.is_tracing()
+    )
+
+
+class Arrange(torch.autograd.Function):
+    """Rows in another order, with ``fill`` in those that come from nowhere.
+
+    What every row comes from, and where it goes, is known: so is its gradient, by another
+    selection instead of a sum.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: torch.Tensor,
+        fill: torch.Tensor | None,
+        index: torch.Tensor,
+        holes: torch.Tensor | None,
+        back_index: torch.Tensor,
+        back_holes: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """``B R C -> B S C``.
+
+        Args:
+            x: Rows.
+            fill: ``C``, or ``None`` for zeros.
+            index: ``S``, the row of ``x`` in each of the result's.
+            holes: Those of the result that get ``fill``.
+            back_index, back_holes: The same of the way back, where holes have no gradient.
+        """
+        ctx.save_for_backward(holes, back_index, back_holes)
+        out = x.index_select(1, index)
+        if holes is not None and len(holes):
+            out.index_fill_(1, holes, 0.0)
+            if fill is not None:
+                out[:, holes] = fill.to(out.dtype)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of ``x`` and ``fill``."""
+        holes, back_index, back_holes = ctx.saved_tensors
+        grad_x = grad.index_select(1, back_index)
+        if back_holes is not None and len(back_holes):
+            grad_x.index_fill_(1, back_holes, 0.0)
+        grad_fill = None
+        if ctx.needs_input_grad[1]:
+            grad_fill = grad.index_select(1, holes).sum((0, 1))
+        return grad_x, grad_fill, None, None, None, None
 
 
 def aligned(bias: torch.Tensor) -> torch.Tensor:
@@ -102,100 +204,95 @@ class WindowAttention2d(Attention2d):
         bias = table.T.index_select(1, index.flatten())  # h NN
         return bias.unflatten(1, index.shape)
 
-    def bias(self, height: int, width: int, shift: int, dtype: torch.dtype) -> torch.Tensor:
-        """Additive term of the scores of a padded map: ``1 h N N``, shifted ``1 (W h) N N``."""
-
-        def make() -> torch.Tensor:
-            bias = self.table()[None]
-            if shift:
-                mask = shift_mask(height, width, self.window, shift, like=bias)
-                bias = (bias + mask[:, None]).flatten(0, 1)[None]
-            return aligned(bias.to(dtype))
-
-        size = (height, width) if shift else None
-        sources = (self.relative_position_bias_table,)
-        return self._kept.get(self, sources, (size, shift, dtype), make)
-
     def geometry(self, height: int, width: int) -> tuple[int, int, int]:
         """Height and width of a map after padding, and the step of its shift."""
         covered = self.clamp_shift and min(height, width) <= self.window
         padded = (size + -size % self.window for size in (height, width))
         return *padded, 0 if covered else self.shift
 
-    def cut(self, x: torch.Tensor) -> torch.Tensor:
-        """Windows ``(B W) C w w`` of a map ``B C H W``, padded and shifted."""
-        height, width, shift = self.geometry(*x.shape[-2:])
-        x = F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]))
-        if shift:
-            x = torch.roll(x, (-shift, -shift), dims=(2, 3))
-        if height == width == self.window:
-            return x
-        # to the kernels a map in channels_last is tokens, which need no further copy
-        x = rearrange(x, "b c (ny wy) (nx wx) -> (b ny nx) wy wx c", wy=self.window, wx=self.window)
-        return x.permute(0, 3, 1, 2)
+    def mask(self, height: int, width: int, like: torch.Tensor) -> torch.Tensor | None:
+        """What a shift keeps apart in a map of this size, ``W 1 N N``; None without a shift."""
+        height, width, shift = self.geometry(height, width)
+        if not shift:
+            return None
+        make = _kept_shift_mask if _may_keep(like) else shift_mask
+        return make(height, width, self.window, shift, like.dtype, like.device)[:, None]
 
-    def join(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Map ``B C H W`` of this size from its windows ``(B W) C w w``."""
-        padded_height, padded_width, shift = self.geometry(height, width)
-        if x.shape[-2:] != (padded_height, padded_width):
-            x = rearrange(
-                x.permute(0, 2, 3, 1),
-                "(b ny nx) wy wx c -> b (ny wy) (nx wx) c",
-                ny=padded_height // self.window,
-                nx=padded_width // self.window,
-            ).permute(0, 3, 1, 2)
-        if shift:
-            x = torch.roll(x, (shift, shift), dims=(2, 3))
-        return x[:, :, :height, :width]
+    def bias(self, height: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """Additive term of the scores of a map of this size: ``1 h N N``, shifted ``W h N N``."""
+
+        def make() -> torch.Tensor:
+            bias = self.table()[None]
+            mask = self.mask(height, width, bias)
+            return aligned((bias if mask is None else bias + mask).to(dtype))
+
+        size = (height, width) if self.geometry(height, width)[-1] else None
+        return self._kept.get(self, (self.relative_position_bias_table,), (size, dtype), make)
+
+    def windows(self, height: int, width: int, like: torch.Tensor) -> Windows | None:
+        """Where a map's positions are in its windows; None where one window is the map."""
+        shift = self.geometry(height, width)[-1]
+        if not shift and height == width == self.window:
+            return None
+        make = _kept_windows if _may_keep(like) else _windows
+        return make(height, width, self.window, shift, like.device)
 
     def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values of a map ``B C H W``: ``(B W) h N d``, shifted ``B (W h) N d``.
+        """Queries, keys and values of a map ``B C H W``, each ``B W h N d``.
 
-        Shifted windows differ in what they mask; beside the heads, they share one mask for all
-        images.
+        Padding is projected to the bias alone, whatever is folded into the projection.
         """
-        height, width, shift = self.geometry(*x.shape[-2:])
-        heads = super().heads(self.cut(x))
-        if self.outside is not None and (height, width) != x.shape[-2:]:
-            heads = self.blank(heads, *x.shape[-2:])
-        if shift:
-            count = height * width // self.window**2
-            heads = [part.unflatten(0, (-1, count)).flatten(1, 2) for part in heads]
-        return heads
+        tokens = self.qkv(x).flatten(2).transpose(1, 2)  # B HW 3hd
+        windows = self.windows(*x.shape[-2:], tokens)
+        if windows is None:
+            heads = split_heads(tokens.contiguous(), 3, self.num_heads)
+            return tuple(part[:, None] for part in heads)
+        fill = self.qkv.bias if self.outside is None else self.outside
+        source, target, padding = windows
+        tokens = Arrange.apply(tokens, fill, source, padding, target, None)  # B WN 3hd
+        tokens = tokens.unflatten(1, (-1, self.window**2)).flatten(0, 1)  # (B W) N 3hd
+        heads = split_heads(tokens, 3, self.num_heads)
+        return tuple(part.unflatten(0, (len(x), -1)) for part in heads)
 
     def merge(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Heads' outputs as :meth:`heads` arranges them, as windows ``(B W) hd w w``."""
-        x = x.unflatten(1, (-1, self.num_heads)).transpose(2, 3)  # B W N h d
-        tokens = x.flatten(3).flatten(0, 1)  # (B W) N hd
+        """Heads' outputs ``B W h N d`` as a map ``B hd H W`` of this size, in channels_last."""
+        tokens = x.transpose(2, 3).flatten(3).flatten(1, 2)  # B WN hd
+        windows = self.windows(height, width, tokens)
+        if windows is not None:
+            source, target, padding = windows
+            tokens = Arrange.apply(tokens, None, target, None, source, padding)  # B HW hd
         return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, height: int, width: int
+    ) -> torch.Tensor:
+        """Attention within the windows of a map of this size: ``B W h N d`` each and altogether."""
+        dropout_p = self.attn_drop if self.training else 0.0
+        learns = torch.is_grad_enabled() and self.relative_position_bias_table.requires_grad
+        if learns and self.fused_attn and not dropout_p and q.device.type == "cpu":
+            bias = self.table().to(q.dtype)
+            return BiasedAttention.apply(q, k, v, bias, self.mask(height, width, bias), self.scale)
+        options = (self.scale, dropout_p, self.fused_attn)
+        bias = self.bias(height, width, q.dtype)
+        if len(bias) == 1 or len(q) == 1:
+            out = attention(*(part.flatten(0, 1) for part in (q, k, v)), bias, *options)
+            return out.unflatten(0, (len(q), -1))
+        # windows differ in what they mask: beside the heads, they share it over the images
+        out = attention(
+            *(part.flatten(1, 2) for part in (q, k, v)), bias.flatten(0, 1)[None], *options
+        )
+        return out.unflatten(1, (-1, self.num_heads))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``B C H W -> B C H W``."""
-        height, width, shift = self.geometry(*x.shape[-2:])
-        q, k, v = self.heads(x)
-        bias = self.bias(height, width, shift, q.dtype)
-        dropout_p = self.attn_drop if self.training else 0.0
-        out = attention(q, k, v, bias, self.scale, dropout_p, self.fused_attn)
-        out = self.proj(self.merge(out, self.window, self.window))
-        return self.proj_drop(self.join(out, *x.shape[-2:]))
+        size = x.shape[-2:]
+        out = self.attend(*self.heads(x), *size)
+        return self.proj_drop(self.proj(self.merge(out, *size)))
 
     def attention_maps(self, x: torch.Tensor) -> torch.Tensor:
         """Attention weights within every window of a map ``B C H W``, as ``B W h N N``."""
-        height, width, shift = self.geometry(*x.shape[-2:])
         q, k, _ = self.heads(x)
-        weights = attention_weights(q, k, self.scale, self.bias(height, width, shift, q.dtype))
-        return weights.reshape(len(x), -1, self.num_heads, *weights.shape[-2:])
-
-    def blank(self, heads: tuple[torch.Tensor, ...], height: int, width: int) -> list[torch.Tensor]:
-        """Put back what padding is projected to, where a folded norm made something else of it."""
-        inside = torch.zeros(1, 1, height, width, dtype=torch.bool, device=heads[0].device)
-        inside = self.cut(~inside).flatten(2)[..., None]  # W 1 N 1
-        outside = self.outside.unflatten(0, (3, self.num_heads, -1))[:, None, :, None]  # 3 1 h 1 d
-        heads = [part.unflatten(0, (-1, len(inside))) for part in heads]  # B W h N d
-        filled = [
-            torch.where(inside, part, value) for part, value in zip(heads, outside, strict=True)
-        ]
-        return [part.flatten(0, 1) for part in filled]
+        return attention_weights(q, k, self.scale, self.bias(*x.shape[-2:], q.dtype))
 
     def fold_norm_(self, norm: nn.BatchNorm2d) -> None:
         """Let the projection do what BatchNorm before it does as well; padding comes after it."""
