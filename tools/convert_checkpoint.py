@@ -1,7 +1,7 @@
-"""Write a checkpoint of any known layout as ours or timm's.
+"""Write a checkpoint of any known layout as ours, as timm's, or as a detector's backbone.
 
-``python -m tools.convert_checkpoint IN OUT --model NAME``; what was loaded, renamed and resampled
-is printed. OUT ends in ``.safetensors`` or ``.pth``.
+``python -m tools.convert_checkpoint IN OUT --model NAME``; what was loaded, renamed, resampled and
+dropped is printed. OUT ends in ``.safetensors`` or ``.pth``.
 """
 
 import argparse
@@ -28,9 +28,10 @@ def num_classes_of(state: Mapping[str, torch.Tensor]) -> int | None:
 
 def write(path: Path, content: Mapping[str, Any], layout: str) -> None:
     """Write weights, and with our layout what else is known of the model, to ``path``."""
-    weights = {key: value.contiguous() for key, value in content["model"].items()}
+    name = "model" if "model" in content else "state_dict"
+    weights = {key: value.contiguous() for key, value in content[name].items()}
     if path.suffix == ".safetensors":
-        texts = {} if layout == "timm" else {k: v for k, v in content.items() if k != "model"}
+        texts = {} if layout == "timm" else {k: v for k, v in content.items() if k != name}
         metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in texts.items()}
         data = safetensors.torch.save(weights, metadata={"format": "pt", **metadata})
         utils.write_atomically(path, lambda file: file.write(data))
@@ -46,6 +47,16 @@ def convert(args: argparse.Namespace) -> str:
         raise models.ModelError(f"{args.input} does not say which model it is: give --model NAME")
     if args.output.suffix not in (".safetensors", ".pth"):
         raise utils.OutputError(f"{args.output} must end in .safetensors or .pth")
+    to = convert_for_detection if args.to == "detection" else convert_classifier
+    report, content = to(args, checkpoint, name)
+    write(args.output, utils.plain(content), args.to)
+    return f"{report}\nwritten to {args.output}"
+
+
+def convert_classifier(
+    args: argparse.Namespace, checkpoint: Mapping[str, Any], name: str
+) -> tuple[models.LoadReport, dict[str, Any]]:
+    """The report, and a checkpoint of the whole model."""
     kwargs = dict(checkpoint.get("model_kwargs") or {})
     if "num_classes" not in kwargs:
         kwargs["num_classes"] = num_classes_of(state_dict_of(checkpoint, args.input, args.ema)[0])
@@ -57,14 +68,39 @@ def convert(args: argparse.Namespace) -> str:
     report = models.load_weights(model, checkpoint, args.input, ema=args.ema)
     if hasattr(model, "qk_scale_factor"):
         kwargs["qk_scale_factor"] = model.qk_scale_factor
-    content = {
+    return report, {
         "model": model.state_dict(),
         "model_name": name,
         "model_kwargs": kwargs,
         "gelu": checkpoint.get("gelu", "none"),
     }
-    write(args.output, utils.plain(content), args.to)
-    return f"{report}\nwritten to {args.output}"
+
+
+def convert_for_detection(
+    args: argparse.Namespace, checkpoint: Mapping[str, Any], name: str
+) -> tuple[models.LoadReport, dict[str, Any]]:
+    """The report, and what ``load_from`` of a detector with this backbone reads.
+
+    Without position embeddings, head and what else :class:`models.VisionBackbone` has not.
+    """
+    kwargs = {}
+    if args.qk_scale_factor is not None:
+        kwargs["qk_scale_factor"] = args.qk_scale_factor
+    backbone = models.VisionBackbone(name, model_kwargs=kwargs)
+    report = models.load_backbone(backbone, args.input, ema=args.ema)
+    weights = {f"backbone.{key}": value for key, value in backbone.state_dict().items()}
+    kwargs = {"qk_scale_factor": getattr(backbone, "qk_scale_factor", None)}
+    return report, {
+        "state_dict": {k: v for k, v in weights.items() if k not in unfilled(report)},
+        "model_name": name,
+        "model_kwargs": {key: value for key, value in kwargs.items() if value is not None},
+        "gelu": checkpoint.get("gelu", "none"),
+    }
+
+
+def unfilled(report: models.LoadReport) -> set[str]:
+    """Keys of a detector whose backbone's weights the checkpoint did not have."""
+    return {f"backbone.{key}" for key in report.left}
 
 
 def main(argv: list[str]) -> int:
@@ -73,7 +109,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("input", help="file or address of the checkpoint")
     parser.add_argument("output", type=Path, help="file to write, .safetensors or .pth")
     parser.add_argument("--model", help="timm's name of the model, unless the checkpoint says it")
-    parser.add_argument("--to", choices=["ours", "timm"], default="ours", help="layout to write")
+    parser.add_argument(
+        "--to", choices=["ours", "timm", "detection"], default="ours", help="layout to write"
+    )
     parser.add_argument("--ema", action="store_true", help="take the moving average")
     parser.add_argument("--input-size", type=int, help="resample to this size")
     parser.add_argument("--qk-scale-factor", type=float, help="exponent that it was trained with")
