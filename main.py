@@ -1,10 +1,8 @@
 """Train and evaluate image classifiers; ``python main.py --help`` lists the flags."""
 
 import copy
-import os
 import sys
 import time
-import traceback
 from argparse import Namespace
 from collections.abc import Mapping
 from datetime import timedelta
@@ -363,39 +361,16 @@ def example_images(dataset: datasets.AugmentedDataset, count: int = 32) -> torch
     return make_grid(datasets.denormalize(torch.stack(images)), nrow=8)
 
 
+def start(argv: list[str]) -> None:
+    """Run with the flags ``argv``."""
+    args, given = parse_args(argv)
+    with utils.process_group(args) as (place, device):
+        run(args, given, place, device)
+
+
 def main(argv: list[str]) -> int:
     """Run with the flags ``argv``; returns the exit status."""
-    try:
-        args, given = parse_args(argv)
-        with utils.process_group(args) as (place, device):
-            run(args, given, place, device)
-    except EXPECTED_ERRORS as error:
-        return fail(utils.last_message(error))
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        if not loader_died(error):
-            raise
-        return fail(
-            f"a loader process died ({str(error).splitlines()[0]}): it may have run out of "
-            f"memory; lower --num_workers. The last checkpoint is kept"
-        )
-    except KeyboardInterrupt:
-        return fail("interrupted; --resume auto continues from the last checkpoint", 130)
-    return 0
-
-
-def loader_died(error: Exception) -> bool:
-    """Whether a process of the loader was killed: PyTorch says so, or its connection broke."""
-    if isinstance(error, RuntimeError):
-        return str(error).startswith("DataLoader worker (pid")
-    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    return any("/torch/utils/data/" in Path(file).as_posix() for file in files)
-
-
-def fail(message: str, status: int = 1) -> int:
-    """Print an error of this process, and return the exit status."""
-    rank = os.environ.get("RANK")
-    print(f"error{f' on rank {rank}' if rank else ''}: {message}", file=sys.stderr, flush=True)
-    return status
+    return utils.exit_status(lambda: start(argv), EXPECTED_ERRORS)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import random
 import sys
 import tempfile
+import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
@@ -135,6 +136,47 @@ def last_message(error: BaseException) -> str:
     if "Original Traceback" in text:
         text = text.splitlines()[-1].partition(": ")[2]
     return text
+
+
+def exit_status(command: Callable[[], None], expected: tuple[type[Exception], ...]) -> int:
+    """Run a program; what a user can mend is printed as one line.
+
+    Args:
+        command: The program.
+        expected: Errors whose message says what is wrong and what would be right.
+
+    Returns:
+        0, or after an error 1, or 130 after an interrupt.
+    """
+    try:
+        command()
+    except expected as error:
+        return fail(last_message(error))
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if not loader_died(error):
+            raise
+        return fail(
+            f"a loader process died ({str(error).splitlines()[0]}): it may have run out of "
+            f"memory; lower --num_workers. The last checkpoint is kept"
+        )
+    except KeyboardInterrupt:
+        return fail("interrupted; --resume auto continues from the last checkpoint", 130)
+    return 0
+
+
+def loader_died(error: Exception) -> bool:
+    """Whether a process of the loader was killed: PyTorch says so, or its connection broke."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker (pid")
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    return any("/torch/utils/data/" in Path(file).as_posix() for file in files)
+
+
+def fail(message: str, status: int = 1) -> int:
+    """Print an error of this process, and return the exit status."""
+    rank = os.environ.get("RANK")
+    print(f"error{f' on rank {rank}' if rank else ''}: {message}", file=sys.stderr, flush=True)
+    return status
 
 
 def restore_optimizer(

@@ -18,7 +18,7 @@ class ConfigError(ValueError):
     """A recipe file cannot be read, or flags contradict each other."""
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Accepts every long flag with dashes and with underscores."""
 
     def parse_known_args(self, args=None, namespace=None):
@@ -34,7 +34,7 @@ class _Parser(argparse.ArgumentParser):
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The parser of all flags."""
-    parser = _Parser(
+    parser = Parser(
         "main.py",
         description="Train and evaluate image classifiers.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -46,11 +46,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     _add_optimisation(parser.add_argument_group("optimisation"))
     _add_augmentation(parser.add_argument_group("augmentation"))
     _add_data(parser.add_argument_group("data"))
-    _add_processes(parser.add_argument_group("processes"))
+    add_processes(parser.add_argument_group("processes"))
     return parser
 
 
-def _group(group: argparse._ArgumentGroup) -> Callable[..., None]:
+def flags_of(group: argparse._ArgumentGroup) -> Callable[..., None]:
     """``add_argument`` of a group; a flag that its name explains needs no help text."""
 
     def add(*names: str, **options: Any) -> None:
@@ -68,7 +68,7 @@ def usable_cpus() -> int:
 
 
 def _add_run(group: argparse._ArgumentGroup) -> None:
-    add = _group(group)
+    add = flags_of(group)
     add("--batch-size", type=int, default=64, help="images per process and step")
     add("--epochs", type=int, default=300)
     add("--output_dir", default="", help="folder of checkpoints and logs; empty for none")
@@ -82,7 +82,7 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
-    add = _group(group)
+    add = flags_of(group)
     add("--model", default="visformer_small", help="any name that timm knows")
     add("--input-size", type=int, help="pixels; 224, or 32 for DIGITS, if not given")
     add("--drop", type=float, default=0.0, metavar="RATE", help="dropout")
@@ -102,7 +102,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_optimisation(group: argparse._ArgumentGroup) -> None:
-    add = _group(group)
+    add = flags_of(group)
     add("--opt", default="adamw", help="any optimizer that timm knows")
     add("--opt-eps", type=float, default=1e-8)
     add("--opt-betas", type=float, nargs="+")
@@ -140,7 +140,7 @@ def _add_optimisation(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_augmentation(group: argparse._ArgumentGroup) -> None:
-    add = _group(group)
+    add = flags_of(group)
     add("--color-jitter", type=float, default=0.4, help="used without --aa")
     add("--aa", default="rand-m9-mstd0.5-inc1", help="timm's auto-augment policy; empty for none")
     add("--std-aug", action="store_true", help="random resized crop and mirroring only")
@@ -161,7 +161,7 @@ def _add_augmentation(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_data(group: argparse._ArgumentGroup) -> None:
-    add = _group(group)
+    add = flags_of(group)
     add("--data-set", choices=list(DATA_SETS), help="IMNET with --data-path, else DIGITS")
     add("--data-path", help="folder of the dataset")
     add("--download", action="store_true", help="fetch CIFAR into --data-path")
@@ -173,8 +173,8 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
     add("--pin-mem", action=OnOff, default=True)
 
 
-def _add_processes(group: argparse._ArgumentGroup) -> None:
-    add = _group(group)
+def add_processes(group: argparse._ArgumentGroup) -> None:
+    add = flags_of(group)
     add("--device", help="cuda if present, else cpu, if not given")
     add("--world_size", type=int, default=1, help="set by the launcher")
     add("--dist_url", default="env://")

@@ -8,7 +8,15 @@ from conftest import ROOT, run_python
 ALLOWED = {
     "main": {"configs", "datasets", "engine", "models", "utils"},
     "tools": {"configs", "datasets", "models", "utils", "tools"},
-    "object_detection": {"models", "object_detection"},
+    "object_detection": {
+        "configs",
+        "datasets",
+        "engine",
+        "models",
+        "object_detection",
+        "samplers",
+        "utils",
+    },
     "engine": {"utils"},
     "utils": {"configs", "models"},
     "configs": {"datasets", "configs"},

@@ -1,0 +1,149 @@
+"""torchvision's Mask R-CNN on the models of this repository, and on any other of timm."""
+
+import itertools
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.ops.poolers import LevelMapper
+
+import models
+
+ANCHOR_SCALE = 8  # side of an anchor in strides of its level
+ANCHOR_RATIOS = (0.5, 1.0, 2.0)  # height / width
+MIN_SIZE, MAX_SIZE = 800, 1333
+CHANNELS, BOX_FEATURES = 256, 1024
+
+
+class PyramidBackbone(nn.Module):
+    """A backbone and a feature pyramid network, by the interface of torchvision's detectors.
+
+    Args:
+        body: Its levels' strides double.
+        out_channels: Channels of every level.
+    """
+
+    def __init__(self, body: models.Backbone, out_channels: int):
+        super().__init__()
+        self.body, self.out_channels = body, out_channels
+        self.fpn = FeaturePyramidNetwork(body.num_features, out_channels, LastLevelMaxPool())
+
+    def forward(self, x: torch.Tensor) -> OrderedDict[str, torch.Tensor]:
+        """``B 3 H W`` to maps ``B C H/s W/s``: ``"0"``, ``"1"``, ... and ``"pool"``, coarser."""
+        return self.fpn(OrderedDict((str(i), level) for i, level in enumerate(self.body(x))))
+
+
+class LevelAnchors(AnchorGenerator):
+    """Anchors on grids of the levels' own strides, in float32.
+
+    torchvision's estimate the strides from the maps' sizes, which are rounded up, and place
+    anchors in the precision of the maps: in bfloat16 to 8 pixels at the right of a large image.
+
+    Args:
+        strides: Strides of all levels.
+    """
+
+    def __init__(self, strides: Sequence[int]):
+        sizes = tuple((ANCHOR_SCALE * stride,) for stride in strides)
+        super().__init__(sizes, (ANCHOR_RATIOS,) * len(strides))
+        self.strides = tuple(strides)
+
+    def forward(self, images: ImageList, maps: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Anchors ``N 4`` of all levels, for every image of the batch."""
+        self.set_cell_anchors(torch.float32, maps[0].device)
+        strides = [(stride, stride) for stride in self.strides]
+        anchors = torch.cat(self.grid_anchors([x.shape[-2:] for x in maps], strides))
+        return [anchors] * len(images.image_sizes)
+
+
+def _pooler(strides: Sequence[int], output_size: int) -> MultiScaleRoIAlign:
+    """RoIAlign on levels ``"0"``, ``"1"``, ..., with the scales that torchvision would estimate."""
+    pooler = MultiScaleRoIAlign(
+        [str(i) for i in range(len(strides))], output_size, sampling_ratio=2
+    )
+    pooler.scales = [1 / stride for stride in strides]
+    pooler.map_levels = LevelMapper(int(math.log2(strides[0])), int(math.log2(strides[-1])))
+    return pooler
+
+
+def _in_float32(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+    """Forward hook: what was computed in half precision goes on in full, boxes above all."""
+    if torch.is_tensor(outputs):
+        half = outputs.dtype in (torch.float16, torch.bfloat16)
+        return outputs.float() if half else outputs
+    return type(outputs)(_in_float32(module, inputs, output) for output in outputs)
+
+
+def build_mask_rcnn(
+    model_name: str,
+    num_classes: int,
+    min_size: int | Sequence[int] = MIN_SIZE,
+    max_size: int = MAX_SIZE,
+    channels: int = CHANNELS,
+    **backbone_options: Any,
+) -> MaskRCNN:
+    """torchvision's Mask R-CNN (arXiv 1703.06870) on a feature pyramid of any model.
+
+    In training it takes images ``3 H W`` in 0..1 of any sizes and targets, and returns a dict of
+    losses; in evaluation it returns a dict of boxes, labels, scores and masks per image. Boxes
+    are in pixels of the image given. It resizes images and normalises them as the model was
+    pretrained. Under autocast, boxes stay in float32.
+
+    Args:
+        model_name: Any name that timm knows.
+        num_classes: Kinds of objects, without the background: labels are 1..num_classes.
+        min_size: Length of the shorter side; of several, training draws one per image, and
+            evaluation takes the last.
+        max_size: Largest length of the longer side.
+        channels: Channels of the pyramid and of the convolutions of the heads.
+        backbone_options: Of :class:`models.VisionBackbone`: ``out_indices``, ``frozen_stages``,
+            ``norm_eval``, ``with_cp``, ``drop_path_rate``, ``level_norm``, ``model_kwargs`` and
+            ``init_cfg``, whose checkpoint is loaded.
+
+    Raises:
+        models.ModelError: The name is unknown, or an argument is out of range.
+        models.CheckpointError: The checkpoint of ``init_cfg`` does not fit.
+    """
+    sizes = (min_size,) if isinstance(min_size, int) else tuple(min_size)
+    if num_classes < 1 or min(*sizes, max_size, channels) < 1:
+        raise models.ModelError(
+            f"num_classes {num_classes}, min_size {min_size}, max_size {max_size} and channels "
+            f"{channels} must be positive"
+        )
+    body = models.VisionBackbone(model_name, **backbone_options)
+    body.init_weights()
+    strides = body.strides
+    if any(fine * 2 != coarse for fine, coarse in itertools.pairwise(strides)):
+        raise models.ModelError(
+            f"{model_name} has levels of strides {strides}, which do not double; out_indices "
+            f"chooses others"
+        )
+    detector = MaskRCNN(
+        PyramidBackbone(body, channels),
+        min_size=sizes,
+        max_size=max_size,
+        image_mean=list(body.net.pretrained_cfg["mean"]),
+        image_std=list(body.net.pretrained_cfg["std"]),
+        rpn_anchor_generator=LevelAnchors([*strides, 2 * strides[-1]]),
+        box_roi_pool=_pooler(strides, 7),
+        box_head=TwoMLPHead(channels * 7**2, BOX_FEATURES),
+        box_predictor=FastRCNNPredictor(BOX_FEATURES, num_classes + 1),
+        mask_roi_pool=_pooler(strides, 14),
+        mask_head=MaskRCNNHeads(channels, (channels,) * 4, dilation=1),
+        mask_predictor=MaskRCNNPredictor(channels, channels, num_classes + 1),
+        size_divisible=math.lcm(strides[-1], body.patch),
+    )
+    heads = detector.roi_heads
+    for module in (detector.rpn.head, heads.box_predictor, heads.mask_predictor):
+        module.register_forward_hook(_in_float32)
+    return detector

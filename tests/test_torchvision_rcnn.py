@@ -1,0 +1,664 @@
+"""Mask R-CNN by torchvision: the model, COCO's format, training, resume, evaluation."""
+
+import json
+import os
+import re
+import sys
+import tarfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import clean_env, read_log, run_python
+from PIL import Image
+from test_distributed import LAUNCH, free_port
+from torchvision.models.detection.image_list import ImageList
+from torchvision.ops.poolers import _setup_scales
+
+import models
+from datasets import DataError
+from samplers import Draw, RASampler
+
+masks = pytest.importorskip("pycocotools.mask")
+
+from object_detection import torchvision_rcnn  # noqa: E402
+from object_detection.coco import CocoDataset, mirrored, read_annotations  # noqa: E402
+from object_detection.coco_evaluation import score, to_results  # noqa: E402
+from object_detection.mask_rcnn import LevelAnchors, build_mask_rcnn  # noqa: E402
+
+MODULE = "object_detection.torchvision_rcnn"
+TINY = ["--model", "visformer_tiny", "--min-size", 64, "--max-size", 96, "--channels", 8]
+RUN = [*TINY, "--batch-size", 2, "--num_workers", 0, "--device", "cpu"]
+LEVELS = {
+    "swin_visformer_tiny_v2": [4, 8, 16, 32],
+    "visformer_tiny": [8, 16, 32],
+    "convit_tiny": [4, 8, 16, 32],
+    "fastvit_t8": [4, 8, 16, 32],
+    "resnet18": [4, 8, 16, 32],
+}
+
+
+def make_targets():
+    """Images of odd sizes, the second without an object."""
+    images = [torch.rand(3, 101, 77), torch.rand(3, 60, 131)]
+    pixels = torch.zeros(2, 101, 77, dtype=torch.uint8)
+    pixels[0, 10:60, 10:50] = pixels[1, 50:90, 20:70] = 1
+    boxes = torch.tensor([[10.0, 10, 50, 60], [20, 50, 70, 90]])
+    empty = {"boxes": boxes[:0], "labels": torch.zeros(0).long(), "masks": torch.zeros(0, 60, 131)}
+    return images, [{"boxes": boxes, "labels": torch.tensor([1, 3]), "masks": pixels}, empty]
+
+
+# --- model ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_every_kind_of_model_trains_and_detects(name):
+    torch.manual_seed(0)
+    model = build_mask_rcnn(name, 3, min_size=(80, 96), max_size=160, channels=8)
+    assert model.backbone.body.strides == LEVELS[name]
+    images, targets = make_targets()
+    losses = model(images, targets)
+    assert len(losses) == 5
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert any(p.grad.abs().sum() > 0 for p in model.backbone.body.parameters())
+    assert model.rpn.anchor_generator.sizes[0] == (8 * LEVELS[name][0],)
+    assert model.transform.image_mean == list(
+        models.build_model(name, {}, {})[0].pretrained_cfg["mean"]
+    )
+
+    model.roi_heads.score_thresh = 0.0
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = model.eval()(images)
+    for image, detections in zip(images, found, strict=True):
+        height, width = image.shape[1:]
+        boxes = detections["boxes"]
+        assert boxes.dtype == detections["masks"].dtype == torch.float32
+        assert len(boxes) and (boxes >= 0).all()
+        assert (boxes <= torch.tensor([width, height] * 2) + 1e-3).all()
+        assert detections["masks"].shape[1:] == (1, height, width)
+        assert set(detections["labels"].tolist()) <= {1, 2, 3}
+
+
+def test_anchors_lie_on_the_strides_in_full_precision():
+    generator = LevelAnchors([8, 16])
+    maps = [torch.zeros(2, 1, 97, 125, dtype=torch.bfloat16), torch.zeros(2, 1, 49, 63)]
+    image = ImageList(torch.zeros(2, 3, 776, 1000), [(776, 1000)] * 2)
+    anchors = generator(image, maps)
+    assert len(anchors) == 2 and anchors[0].dtype == torch.float32
+    assert len(anchors[0]) == 3 * (97 * 125 + 49 * 63)
+    centres = (anchors[0][:, :2] + anchors[0][:, 2:]) / 2
+    assert centres[3 * 97 * 125 - 1].tolist() == [124 * 8, 96 * 8]
+    # 16 pixels each, though 1000 / 63 and 776 / 49 are less
+    assert centres[-1].tolist() == [62 * 16, 48 * 16]
+    square = anchors[0][1]
+    assert (square[2:] - square[:2]).tolist() == [64, 64]
+
+
+@pytest.mark.parametrize("name", ["visformer_tiny", "resnet18"])
+def test_regions_are_pooled_at_the_scales_of_torchvision(name):
+    model = build_mask_rcnn(name, 1, channels=8).eval()
+    with torch.no_grad():
+        levels = list(model.backbone(torch.zeros(1, 3, 256, 256)).values())[:-1]
+    scales, mapper = _setup_scales(levels, [(256, 256)], 224, 4)
+    for pooler in (model.roi_heads.box_roi_pool, model.roi_heads.mask_roi_pool):
+        assert pooler.scales == scales
+        assert vars(pooler.map_levels) == vars(mapper)
+
+
+def test_backbone_options_reach_the_backbone(tmp_path):
+    classifier = models.build_model("resnet18", {}, {})[0]
+    torch.save(classifier.state_dict(), tmp_path / "classifier.pth")
+    init_cfg = {"type": "Pretrained", "checkpoint": str(tmp_path / "classifier.pth")}
+    model = build_mask_rcnn(
+        "resnet18", 2, channels=8, out_indices=(2, 3), frozen_stages=0, init_cfg=init_cfg
+    )
+    body = model.backbone.body
+    assert body.strides == [8, 16]
+    assert torch.equal(body.net.layer1[0].conv1.weight, classifier.layer1[0].conv1.weight)
+    assert not body.net.conv1.weight.requires_grad
+    assert model.roi_heads.box_predictor.cls_score.out_features == 3  # with the background
+    with pytest.raises(models.ModelError, match="do not double"):
+        build_mask_rcnn("resnet18", 2, channels=8, out_indices=(1, 3))
+    with pytest.raises(models.ModelError, match="num_classes 0"):
+        build_mask_rcnn("resnet18", 0)
+    with pytest.raises(TypeError, match="froze_stages"):
+        build_mask_rcnn("resnet18", 2, froze_stages=1)
+
+
+def test_what_does_not_decay():
+    model = build_mask_rcnn("swin_visformer_tiny_v2", 1, channels=8, frozen_stages=0)
+    optimizer = torchvision_rcnn.build_optimizer(model, 1e-3, 0.05)
+    names = {id(p): name for name, p in model.named_parameters()}
+    spared, decayed = (
+        {
+            names[id(p)]
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if (group["weight_decay"] == 0) == rests
+        }
+        for rests in (True, False)
+    )
+    assert any(name.endswith("relative_position_bias_table") for name in spared)
+    assert not any(name.endswith(("bias", "bias_table")) for name in decayed)
+    assert all(model.get_parameter(name).ndim > 1 for name in decayed)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen and spared | decayed == set(names.values()) - frozen
+
+
+def test_learning_rate_rises_and_falls():
+    factors = [torchvision_rcnn.lr_factor(update, 1200, 100) for update in range(1200)]
+    assert factors[0] == pytest.approx(0.001)
+    assert factors[50] == pytest.approx(0.5005)
+    assert factors[100] == factors[799] == 1
+    assert factors[800] == factors[1099] == pytest.approx(0.1)
+    assert factors[1100] == factors[1199] == pytest.approx(0.01)
+
+
+# --- data -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pennfudan(shared, tmp_path_factory):
+    """Pedestrians with masks, as polygons and as RLE."""
+    folder = tmp_path_factory.mktemp("pennfudan")
+    with tarfile.open(shared / "data" / "pennfudan_coco.tar.gz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "pennfudan_coco"
+
+
+@pytest.fixture(scope="module")
+def few(pennfudan, tmp_path_factory):
+    """5 of the images for training and 5 for validation, as a folder of their own."""
+    folder = tmp_path_factory.mktemp("few")
+    (folder / "images").symlink_to(pennfudan / "images")
+    (folder / "annotations").mkdir()
+    for split in ("train", "val"):
+        name = f"instances_{split}.json"
+        content = json.loads((pennfudan / "annotations" / name).read_text())
+        content["images"] = content["images"][:5]
+        ids = {image["id"] for image in content["images"]}
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
+        (folder / "annotations" / name).write_text(json.dumps(content))
+    return folder
+
+
+def tampered(few, tmp_path, change):
+    """A training file of ``few`` after ``change(content)``."""
+    content = json.loads((few / "annotations" / "instances_train.json").read_text())
+    changed = change(content)
+    path = tmp_path / "tampered.json"
+    path.write_text(json.dumps(content if changed is None else changed))
+    return path
+
+
+def test_polygons_and_both_forms_of_rle_are_the_same_masks(pennfudan):
+    files = [pennfudan / "annotations" / f"instances_val{form}.json" for form in ("", "_rle")]
+    polygons, compressed = map(read_annotations, files)
+    plain = {}
+    for key, entries in compressed.objects.items():
+        plain[key] = []
+        for entry in entries:
+            runs = np.flatnonzero(np.diff(masks.decode(entry["segmentation"]).T.ravel(), prepend=0))
+            total = np.prod(entry["segmentation"]["size"])
+            counts = np.diff([0, *runs, total]).tolist()
+            rle = {"size": entry["segmentation"]["size"], "counts": counts}
+            plain[key].append({**entry, "segmentation": rle})
+    forms = [polygons, compressed, replace(compressed, objects=plain)]
+    datasets = [CocoDataset(form, pennfudan / "images", {1: 1}, True) for form in forms]
+    for index in range(5):
+        (image, one), *others = (dataset[index] for dataset in datasets)
+        entry = polygons.images[index]
+        assert image.dtype == torch.uint8
+        assert image.shape == (3, entry["height"], entry["width"])
+        for _, other in others:
+            assert all(torch.equal(one[key], other[key]) for key in one)
+        areas = [o["area"] for o in polygons.objects[entry["id"]]]
+        assert one["masks"].flatten(1).sum(1).tolist() == areas
+        for box, mask in zip(one["boxes"], one["masks"], strict=True):
+            rows, columns = mask.nonzero().unbind(1)  # boxes are tight in this data set
+            assert box.tolist() == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+
+
+def test_what_is_left_out_of_training(few, tmp_path):
+    def change(content):
+        first = [a for a in content["annotations"] if a["image_id"] == content["images"][0]["id"]]
+        one, other = first
+        size = [content["images"][0][key] for key in ("height", "width")]
+        del one["area"], one["iscrowd"]  # optional
+        content["annotations"] += [
+            {
+                **other,
+                "iscrowd": 1,
+                "segmentation": {"size": size, "counts": [0, 5, size[0] * size[1] - 5]},
+            },
+            {**other, "bbox": [10, 10, 0, 30]},
+            {**other, "bbox": [10, 10, -5, 30]},
+            {**other, "bbox": [size[1] + 3, 10, 20, 30]},
+            {**other, "segmentation": []},
+            {**other, "segmentation": None},
+            {**other, "segmentation": [[1, 1, 2, 2]]},
+            {**other, "segmentation": {"size": size, "counts": ""}},
+            {**other, "segmentation": [[3, 3, 3, 3, 3, 3]]},
+        ]
+        content["annotations"] = [
+            a for a in content["annotations"] if a["image_id"] != content["images"][1]["id"]
+        ]
+
+    annotations = read_annotations(tampered(few, tmp_path, change))
+    dataset = CocoDataset(annotations, few / "images", {1: 1}, True)
+    assert len(dataset[0][1]["boxes"]) == len(dataset[0][1]["masks"]) == 2
+    assert {key: len(value) for key, value in dataset[1][1].items()} == dict.fromkeys(
+        ("boxes", "labels", "masks"), 0
+    )
+    # all of them stay in the evaluation, boxes also where the mask is empty
+    results = truth_as_results(annotations, few)
+    stats = score(annotations, results)
+    assert stats["bbox_AP50"] < 1 and stats["segm_AP50"] < 1
+    no_crowd = annotations.objects[annotations.images[0]["id"]][:2]
+    objects = annotations.objects | {annotations.images[0]["id"]: no_crowd}
+    assert score(replace(annotations, objects=objects), results)["segm_AP"] == pytest.approx(1)
+
+
+def test_half_of_the_images_are_mirrored_the_same_in_every_run(few):
+    annotations = read_annotations(few / "annotations" / "instances_train.json")
+    dataset = CocoDataset(annotations, few / "images", {1: 1}, True, seed=1)
+    plain, target = dataset[0]
+    flips = [not torch.equal(dataset[Draw(0, epoch)][0], plain) for epoch in range(20)]
+    assert 5 < sum(flips) < 15
+    assert flips == [not torch.equal(dataset[Draw(0, epoch)][0], plain) for epoch in range(20)]
+    image, flipped = mirrored(plain, target)
+    assert torch.equal(image, plain.flip(2))
+    for box, mask in zip(flipped["boxes"], flipped["masks"], strict=True):
+        columns = mask.nonzero()[:, 1]
+        assert box[[0, 2]].tolist() == [columns.min(), columns.max() + 1]
+
+
+# --- evaluation -----------------------------------------------------------------------------
+
+
+def truth_as_results(annotations, folder, ids=(1,)):
+    """The objects of a file as if a detector had found them."""
+    labels = {key: label for label, key in enumerate(annotations.categories, start=1)}
+    dataset = CocoDataset(annotations, folder / "images", labels, True)
+    results = []
+    for index, image in enumerate(annotations.images):
+        target = dataset[index][1]
+        found = {**target, "scores": torch.linspace(1, 0.5, len(target["boxes"]))}
+        found["masks"] = target["masks"][:, None].float()
+        results += to_results(image["id"], found, list(annotations.categories))
+    return results
+
+
+def test_the_truth_scores_one_and_nothing_scores_zero(few, tmp_path):
+    def change(content):  # ids from 0 on, which pycocotools alone takes for unmatched
+        for number, annotation in enumerate(content["annotations"]):
+            annotation["id"] = number
+            annotation["category_id"] = 7 if number % 2 else 90
+        content["categories"] = [{"id": 90, "name": "b"}, {"id": 7, "name": "a"}]
+
+    annotations = read_annotations(tampered(few, tmp_path, change))
+    assert list(annotations.categories) == [7, 90]
+    results = truth_as_results(annotations, few)
+    stats = score(annotations, results)
+    assert len(stats) == 12
+    for kind in ("bbox", "segm"):
+        assert stats[f"{kind}_AP"] == pytest.approx(1)
+        assert stats[f"{kind}_AP_small"] == -1  # there are none
+    swapped = [{**result, "category_id": 97 - result["category_id"]} for result in results]
+    assert score(annotations, swapped)["bbox_AP"] < 0.5
+    moved = [
+        {**result, "bbox": [result["bbox"][0] + 1000, *result["bbox"][1:]]} for result in results
+    ]
+    stats = score(annotations, moved)
+    assert stats["bbox_AP"] == 0 and stats["segm_AP"] == pytest.approx(1)
+    nothing = score(annotations, [])
+    assert nothing["bbox_AP"] == nothing["segm_AP"] == 0
+    assert score(annotations, results) == score(annotations, results[::-1])
+
+
+def test_a_detection_in_a_crowd_is_no_error(few, tmp_path):
+    def change(content):
+        image = content["images"][0]
+        height, width = image["height"], image["width"]
+        crowd = {"size": [height, width], "counts": [0, height * 60, height * (width - 60)]}
+        content["annotations"].append(
+            {
+                "id": 10**6,
+                "image_id": image["id"],
+                "category_id": 1,
+                "iscrowd": 1,
+                "area": 60 * height,
+                "bbox": [0, 0, 60, height],
+                "segmentation": crowd,
+            }
+        )
+
+    crowded = read_annotations(tampered(few, tmp_path, change))
+    alone = read_annotations(few / "annotations" / "instances_train.json")
+    results = truth_as_results(alone, few)
+    pixels = np.zeros((crowded.images[0]["height"], crowded.images[0]["width"]), np.uint8, "F")
+    pixels[100:200, 10:40] = 1
+    false = {"image_id": crowded.images[0]["id"], "category_id": 1, "score": 2.0}
+    false |= {"bbox": [10, 100, 30, 100], "segmentation": masks.encode(pixels)}
+    for kind in ("bbox", "segm"):
+        assert score(crowded, [false, *results])[f"{kind}_AP"] == pytest.approx(1)
+        assert score(alone, [false, *results])[f"{kind}_AP"] < 0.95
+
+
+SCORE = """
+import json, sys
+from argparse import Namespace
+from pathlib import Path
+sys.path.insert(0, "tests")
+import torch.distributed as dist
+import utils
+from object_detection.coco import read_annotations
+from object_detection.coco_evaluation import score_together
+from samplers import EvalBatchSampler
+
+args = Namespace(world_size=1, device="cpu", dist_url="env://", dist_timeout=60)
+folder, results = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+truth = read_annotations(folder / "annotations" / "instances_train.json")
+with utils.process_group(args) as (place, _):
+    batches = EvalBatchSampler(len(truth.images), 2, place.world_size, place.rank)
+    mine = {truth.images[index]["id"] for batch in batches for index in batch}
+    stats = score_together(truth, [result for result in results if result["image_id"] in mine])
+    print(json.dumps(stats), end="\\n", flush=True)
+"""
+
+
+@pytest.mark.parametrize("processes", [2, 4])  # the fourth has no image
+def test_results_of_several_processes_are_one_evaluation(few, tmp_path, processes):
+    annotations = read_annotations(few / "annotations" / "instances_train.json")
+    results = truth_as_results(annotations, few)
+    for number, result in enumerate(results):
+        result["bbox"][2] *= 1 + 0.1 * (number % 4)
+        result["segmentation"]["counts"] = result["segmentation"]["counts"].decode()
+    del results[3]
+    expected = score(annotations, results)
+    assert 0.1 < expected["bbox_AP"] < 0.9
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    (tmp_path / "score.py").write_text(SCORE)
+    options = ["--nproc_per_node", processes, "--master_port", free_port()]
+    done = run_python(*LAUNCH, *options, tmp_path / "score.py", few, tmp_path / "results.json")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert lines == [expected] * processes
+
+
+# --- runs -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def detect(capsys, monkeypatch):
+    """``detect(*flags) -> (status, output, errors)``: the program in this process."""
+    for key in set(os.environ) - set(clean_env()):
+        monkeypatch.delenv(key)
+
+    def call(*flags):
+        capsys.readouterr()
+        torch.set_num_threads(1)
+        status = torchvision_rcnn.main([str(flag) for flag in flags])
+        torch.set_num_threads(2)
+        output, errors = capsys.readouterr()
+        return status, output, errors
+
+    return call
+
+
+def figures(output):
+    return [line for line in output.splitlines() if line.startswith("* box AP")]
+
+
+@pytest.fixture(scope="module")
+def whole(few, tmp_path_factory):
+    """Two epochs, never stopped, in a process of their own."""
+    folder = tmp_path_factory.mktemp("whole")
+    flags = [*RUN, "--data-path", few, "--epochs", 2, "--amp"]
+    flags += ["--clip-grad", 1, "--drop-path", 0.1]
+    done = run_python("-m", MODULE, *flags, "--output_dir", folder)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    return flags, folder, done.stdout
+
+
+def same_run(first, second):
+    """Assert that two folders tell of the same run, speed apart."""
+    logs = [read_log(folder) for folder in (first, second)]
+    for log in logs:
+        for line in log:
+            del line["train_images_per_second"]
+    assert logs[0] == logs[1]
+    one, two = (torch.load(f / "checkpoint.pth", weights_only=True) for f in (first, second))
+    assert all(torch.equal(value, two["model"][name]) for name, value in one["model"].items())
+    for number, state in one["optimizer"]["state"].items():
+        for key, value in state.items():
+            assert torch.equal(value, two["optimizer"]["state"][number][key])
+    for key in ("epoch", "best_ap", "scaler", "categories", "min_size", "channels"):
+        assert one[key] == two[key]
+
+
+def test_stopped_and_resumed_is_the_same_run(whole, tmp_path, detect, monkeypatch):
+    flags, folder, output = whole
+    assert len(figures(output)) == 2
+    log = read_log(folder)
+    parts = {"classifier", "box_reg", "mask", "objectness", "rpn_box_reg"}
+    total = sum(log[0][f"train_loss_{part}"] for part in parts)
+    assert log[0]["train_loss"] == pytest.approx(total)
+    assert log[1]["train_loss"] < log[0]["train_loss"]
+    # the third and the sixth of six updates, three of them to warm up, the last two at a tenth
+    assert [line["train_lr"] for line in log] == pytest.approx([6.67e-5, 1e-5])
+    done = run_python("-m", MODULE, *flags, "--output_dir", tmp_path, "--stop-epoch", 1)
+    assert done.returncode == 0, done.stderr
+    assert "stopped before epoch 1 of 2" in done.stdout
+    drawn = []
+    monkeypatch.setattr(
+        RASampler,
+        "set_epoch",
+        lambda self, epoch: (drawn.append(epoch), vars(self).update(epoch=epoch)),
+    )
+    status, output, errors = detect(*flags, "--output_dir", tmp_path, "--resume", "auto")
+    assert status == 0, errors
+    assert drawn == [1]
+    same_run(folder, tmp_path)
+    status, output, _ = detect(*flags, "--output_dir", tmp_path, "--resume", "auto")
+    assert status == 0 and "nothing left to train" in output
+
+
+def test_the_checkpoint_evaluates_to_the_same_figures(whole, few, detect):
+    _, folder, output = whole
+    last = read_log(folder)[-1]
+    assert last["test_bbox_AP50"] > 1e-3
+    amp = ["--amp", *RUN[-6:]]
+    checkpoint = ["--eval", "--resume", folder / "checkpoint.pth", "--data-path", few]
+    status, found, errors = detect(*checkpoint, *amp)
+    assert status == 0, errors
+    assert figures(found) == figures(output)[-1:]
+    assert f"AP50 {last['test_bbox_AP50']:.4f}" in found
+    assert "sizes [64] to 96" in found
+    # on two processes
+    launch = [*LAUNCH, "--nproc_per_node", 2, "--master_port", free_port()]
+    done = run_python(*launch, "-m", MODULE, *checkpoint, *amp)
+    assert done.returncode == 0, done.stderr
+    assert figures(done.stdout) == figures(output)[-1:]
+
+
+def test_two_processes_train(few, tmp_path, detect):
+    launch = [*LAUNCH, "--nproc_per_node", 2, "--master_port", free_port(), "-m", MODULE]
+    flags = [*RUN, "--data-path", few, "--epochs", 1, "--frozen-stages", 0]
+    done = run_python(*launch, *flags, "--output_dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "strides" not in done.stderr
+    assert "2 process(es) started by torchrun" in done.stdout
+    (line,) = read_log(tmp_path)
+    assert line["train_loss"] > 0 and line["test_bbox_AP50"] > 1e-3
+    # the first process saved what both evaluated, its statistics of BatchNorm included
+    evaluation = ["--eval", "--resume", tmp_path / "checkpoint.pth", "--data-path", few]
+    status, output, errors = detect(*evaluation, *RUN[-6:])
+    assert status == 0, errors
+    assert len(figures(output)) == 1
+    assert figures(output) == figures(done.stdout)
+
+
+def test_fine_tuning_keeps_what_the_classifier_says_of_its_function(few, tmp_path, detect):
+    classifier, kwargs = models.build_model("visformer_tiny", {"qk_scale_factor": -0.5}, {})
+    weights = {"model": classifier.state_dict(), "model_kwargs": kwargs, "gelu": "tanh"}
+    torch.save(weights, tmp_path / "classifier.pth")
+    one = ["--data-path", few, "--limit", 1]
+    one += ["--val-annotations", few / "annotations" / "instances_train.json"]
+    flags = [*RUN, *one, "--epochs", 1, "--lr", 0, "--output_dir", tmp_path]
+    status, output, errors = detect(*flags, "--finetune", tmp_path / "classifier.pth")
+    assert status == 0, errors
+    assert "tensors loaded" in output and "1 images, 1 steps" in output
+    assert figures(output)[0].endswith("on 1 images")  # of the training file
+    saved = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    assert (saved["qk_scale_factor"], saved["gelu"]) == (-0.5, "tanh")
+    name = "stage2.0.attn.qkv.weight"
+    assert torch.equal(saved["model"][f"backbone.body.net.{name}"], weights["model"][name])
+    evaluation = ["--eval", "--resume", tmp_path / "checkpoint.pth", *one]
+    status, found, errors = detect(*evaluation, *RUN[-6:])
+    assert status == 0, errors
+    assert figures(found) == figures(output)
+
+
+def test_cocos_own_layout(few, tmp_path, detect):
+    (tmp_path / "annotations").mkdir()
+    for split in ("train", "val"):
+        old, new = f"instances_{split}.json", f"instances_{split}2017.json"
+        (tmp_path / "annotations" / new).symlink_to(few / "annotations" / old)
+        (tmp_path / f"{split}2017").symlink_to(few / "images")
+    status, output, errors = detect(*RUN, "--data-path", tmp_path, "--epochs", 1, "--limit", 1)
+    assert status == 0, errors
+    assert len(figures(output)) == 1
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(few, detect):
+    status, _, errors = detect(*RUN, "--data-path", few, "--lr", 1e30, "--warmup-iters", 0)
+    assert status == 1
+    assert "the loss is not finite at epoch 0, step 1" in errors
+
+
+# --- bad input ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: [1], "must have lists of images, annotations, categories"),
+        (lambda c: c.update(images=[]), "has 0 images and 1 categories"),
+        (lambda c: c["images"][0].pop("height"), "an image has no 'height'"),
+        (lambda c: c["categories"][0].pop("name"), "a category has no 'name'"),
+        (lambda c: c["annotations"][0].update(image_id=999), "annotation 1 has the image_id 999"),
+        (lambda c: c["annotations"][0].update(category_id=2), "the category_id 2, which is not"),
+        (lambda c: c["annotations"][0].pop("bbox"), "annotation 1 has the bbox None"),
+        (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), r"has the bbox \[1, 2, 3\]"),
+        (lambda c: c["annotations"][0].update(segmentation=[1.5]), "neither polygons nor RLE"),
+        (
+            lambda c: c["annotations"][0].update(segmentation={"size": [5, 5], "counts": "a"}),
+            r"a mask of size \[5, 5\] in an image of \[536, 559\]",
+        ),
+        (
+            lambda c: c["annotations"][0].update(
+                segmentation={"size": [536, 559], "counts": [5, 6]}
+            ),
+            "an RLE of 11 pixels",
+        ),
+    ],
+)
+def test_bad_annotations_are_named(few, tmp_path, change, message):
+    path = tampered(few, tmp_path, lambda content: (change(content), None)[1] or None)
+    if message.startswith("must"):
+        path.write_text("[1]")
+    with pytest.raises(DataError, match=message):
+        read_annotations(path)
+
+
+def bad_input(few, tmp_path):
+    """Flags of runs that cannot be, and what is said of each."""
+    data = ["--data-path", few]
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "empty.pth").write_bytes(b"")
+    torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "other.pth")
+
+    def other_size(content):
+        content["images"][0]["width"] += 1
+
+    def damaged(content):
+        content["annotations"][0]["segmentation"] = [["a"] * 6]
+
+    def stranger(content):
+        content["categories"].append({"id": 2, "name": "dog"})
+
+    def lost(content):
+        content["images"][1]["file_name"] = "lost.png"
+
+    def changed(name, change):
+        (tmp_path / name).mkdir()
+        return tampered(few, tmp_path / name, change)
+
+    train, val = "--train-annotations", "--val-annotations"
+    yield [], "--data-path FOLDER is needed"
+    yield ["--data-path", tmp_path], "cannot read annotations .*instances_val.json: No such file"
+    yield [*data, train, tmp_path / "broken.json"], "broken.json is no JSON"
+    yield [*data, "--images", tmp_path], "image FudanPed00005.png of .* is not in"
+    yield [*data, train, changed("a", other_size)], r"FudanPed00001.png is of height and width"
+    yield [*data, train, changed("b", damaged)], "annotation 1 of image .* damaged segmentation"
+    yield [*data, train, changed("c", lost)], "cannot decode image .*lost.png"
+    yield [*data, val, changed("d", stranger)], "categories unlike .*: 2 'dog'"
+    yield [*data, "--model", "visformer_tinny"], "nearest are visformer_tiny"
+    yield [*data, "--epochs", 0], "--epochs 0 must be positive"
+    yield [*data, "--min-size", 0], "must be positive"
+    yield [*data, "--eval"], "--eval needs --resume"
+    yield [*data, "--resume", "auto"], "--resume auto looks into --output_dir"
+    yield [*data, "--resume", tmp_path / "none.pth"], "cannot read checkpoint"
+    yield [*data, "--resume", tmp_path / "empty.pth"], "is empty"
+    yield [*data, "--resume", tmp_path / "other.pth"], "has no best_ap, categories, epoch"
+    yield [*data, "--finetune", tmp_path / "other.pth"], "does not fit the model"
+    yield [*data, "--device", "cuda:99"], "--device cuda:99"
+
+
+@pytest.mark.parametrize("number", range(18))
+def test_bad_input_is_one_line(few, tmp_path, detect, number):
+    cases = list(bad_input(few, tmp_path))
+    assert len(cases) == 18
+    flags, message = cases[number]
+    status, _, errors = detect(*RUN, *flags)
+    assert status == 1
+    assert errors.startswith("error: ") and len(errors.splitlines()) == 1, errors
+    assert re.search(message, errors), errors
+
+
+def test_a_checkpoint_of_another_detector(whole, few, tmp_path, detect):
+    _, folder, _ = whole
+    checkpoint = ["--data-path", few, "--resume", folder / "checkpoint.pth", "--device", "cpu"]
+    status, _, errors = detect(*checkpoint, "--eval", "--model", "resnet18", "--num_workers", 0)
+    assert status == 1
+    assert "does not fit the model" in errors
+
+    def rename(content):
+        content["categories"][0]["name"] = "dog"
+
+    status, _, errors = detect(*checkpoint, "--train-annotations", tampered(few, tmp_path, rename))
+    assert status == 1
+    assert "categories unlike" in errors and "1 'dog'" in errors
+
+
+def test_without_pycocotools(few, detect, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    status, _, errors = detect(*RUN, "--data-path", few)
+    assert status == 1
+    assert "pip install pycocotools" in errors
+
+
+def test_an_image_that_is_no_image(few, tmp_path, detect):
+    annotations = read_annotations(few / "annotations" / "instances_train.json")
+    for image in annotations.images:
+        Image.new("RGB", (image["width"], image["height"])).save(tmp_path / image["file_name"])
+    (tmp_path / annotations.images[2]["file_name"]).write_bytes(b"no image")
+    path = few / "annotations" / "instances_train.json"
+    flags = ["--data-path", few, "--images", tmp_path, "--val-annotations", path]
+    status, _, errors = detect(*RUN, *flags, "--num_workers", 1)
+    assert status == 1
+    assert errors.startswith("error: cannot decode image") and "FudanPed00003.png" in errors
