@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m tools.demo
 
 test: $(VENV)/.installed-tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.installed-tests
 	$(BIN)/ruff check .
@@ -25,6 +25,6 @@ $(VENV)/.installed: requirements.txt
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	touch $@
 
-$(VENV)/.installed-tests: $(VENV)/.installed tests/requirements.txt
+$(VENV)/.installed-tests: $(VENV)/.installed tests/requirements.txt object_detection/requirements.txt
 	$(BIN)/python -m pip install --quiet --requirement tests/requirements.txt
 	touch $@

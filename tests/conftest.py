@@ -15,12 +15,13 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # two cores, whoever shares them
 
 
 @pytest.fixture(scope="session", autouse=True)
 def few_threads():
-    """Two cores: leave no thread to contend with the processes that tests start."""
-    torch.set_num_threads(2)
+    """Leave no thread to contend with the processes that tests start."""
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")
@@ -120,7 +121,7 @@ def main(capsys, monkeypatch):
         capsys.readouterr()
         torch.set_num_threads(1)
         status = module.main([str(flag) for flag in flags])
-        torch.set_num_threads(2)
+        torch.set_num_threads(THREADS)
         output, errors = capsys.readouterr()
         return status, output, errors
 

@@ -1,6 +1,7 @@
 """The benchmark: that it runs, compares equal functions, and leaves nothing behind."""
 
 import csv
+import re
 import sys
 
 import pytest
@@ -10,6 +11,8 @@ from conftest import run_python
 
 import models
 from tools.benchmark.__main__ import main as benchmark
+from tools.benchmark.backbone import KINDS
+from tools.benchmark.backbone import main as backbone_benchmark
 from tools.benchmark.candidates import (
     BenchmarkError,
     build,
@@ -150,3 +153,14 @@ def test_runs_as_a_module():
     done = run_python("-m", "tools.benchmark", "nothing")
     assert done.returncode == 1
     assert done.stderr.startswith("error: 'nothing' is none of")
+
+
+def test_backbones_beside_the_originals_attention(capsys):
+    words = ["swin_visformer_tiny_v2", "--device", "cpu", "--input-size", "64", "96"]
+    assert backbone_benchmark([*words, "--rounds", "1", "--min-time", "0.01"]) == 0
+    output = capsys.readouterr().out
+    assert float(re.search(r"outputs differ by (\S+)", output)[1]) < 1e-9
+    for kind in (*KINDS, "memory"):
+        assert f"\n{kind} swin_visformer_tiny_v2 ours/original " in output
+    assert backbone_benchmark(["convit_tiny", "--device", "cpu"]) == 1
+    assert "convit_tiny has no windows to compare" in capsys.readouterr().err

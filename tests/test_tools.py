@@ -59,6 +59,30 @@ def test_convert_checkpoint(tmp_path, capsys):
     assert torch.load(back, weights_only=True)["model_name"] == "visformer_tiny"
 
 
+def test_convert_for_detection(tmp_path, capsys):
+    source = timm.create_model("swin_visformer_tiny_v2", num_classes=3, qk_scale_factor=-0.5)
+    path = tmp_path / "classifier.pth"
+    torch.save({"model": source.state_dict(), "qk_scale_factor": -0.5}, path)
+    for name in ("detector.pth", "detector.safetensors"):
+        words = [str(path), str(tmp_path / name), "--model", "swin_visformer_tiny_v2"]
+        assert convert_checkpoint.main([*words, "--to", "detection"]) == 0
+        assert "left at their initial value: norm0, norm1" in capsys.readouterr().out
+        init_cfg = {"type": "Pretrained", "checkpoint": str(tmp_path / name)}
+        backbone = models.VisionBackbone("swin_visformer_tiny_v2", init_cfg=init_cfg)
+        report = backbone.init_weights()
+        assert {key.split(".")[0] for key in report.left} == {"norm0", "norm1", "norm2", "norm3"}
+        assert report.dropped == ()
+        assert backbone.qk_scale_factor == -0.5
+        own = source.state_dict()
+        assert all(
+            torch.equal(value, own[key.removeprefix("net.")])
+            for key, value in backbone.state_dict().items()
+            if key.startswith("net.")
+        )
+    keys = torch.load(tmp_path / "detector.pth", weights_only=True)["state_dict"]
+    assert all(key.startswith("backbone.net.") for key in keys)
+
+
 def test_convert_checkpoint_says_what_is_wrong(tmp_path, capsys):
     path = tmp_path / "in.pth"
     torch.save({"model": timm.create_model("test_vit").state_dict()}, path)

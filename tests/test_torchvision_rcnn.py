@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import clean_env, read_log, run_python
+from conftest import THREADS, clean_env, read_log, run_python
 from PIL import Image
 from test_distributed import LAUNCH, free_port
 from torchvision.models.detection.image_list import ImageList
@@ -401,7 +401,7 @@ def detect(capsys, monkeypatch):
         capsys.readouterr()
         torch.set_num_threads(1)
         status = torchvision_rcnn.main([str(flag) for flag in flags])
-        torch.set_num_threads(2)
+        torch.set_num_threads(THREADS)
         output, errors = capsys.readouterr()
         return status, output, errors
 

@@ -88,19 +88,19 @@ def convert_for_detection(
         kwargs["qk_scale_factor"] = args.qk_scale_factor
     backbone = models.VisionBackbone(name, model_kwargs=kwargs)
     report = models.load_backbone(backbone, args.input, ema=args.ema)
-    weights = {f"backbone.{key}": value for key, value in backbone.state_dict().items()}
+    new = {key.rpartition(".")[0] for key in report.left}
+    weights = {
+        f"backbone.{key}": value
+        for key, value in backbone.state_dict().items()
+        if key.rpartition(".")[0] not in new
+    }
     kwargs = {"qk_scale_factor": getattr(backbone, "qk_scale_factor", None)}
     return report, {
-        "state_dict": {k: v for k, v in weights.items() if k not in unfilled(report)},
+        "state_dict": weights,
         "model_name": name,
         "model_kwargs": {key: value for key, value in kwargs.items() if value is not None},
         "gelu": checkpoint.get("gelu", "none"),
     }
-
-
-def unfilled(report: models.LoadReport) -> set[str]:
-    """Keys of a detector whose backbone's weights the checkpoint did not have."""
-    return {f"backbone.{key}" for key in report.left}
 
 
 def main(argv: list[str]) -> int:

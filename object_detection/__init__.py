@@ -1,0 +1,24 @@
+"""Detection and instance segmentation with this repository's models as backbones.
+
+For mmdet, ``custom_imports = dict(imports=["object_detection"])`` in a config is all that is
+needed: it registers the backbones ``VisionBackbone`` (any model by name) and ``SwinVisformer``
+(the original's keyword names), and lets mmcv run without compiled operators. Where mmdet is not
+installed, nothing happens.
+"""
+
+import contextlib
+import importlib.util
+
+
+def _register() -> None:
+    """Prepare mmcv and register the backbones, where there is an mmdet 3 that can be imported."""
+    if any(importlib.util.find_spec(name) is None for name in ("mmengine", "mmcv", "mmdet")):
+        return
+    from object_detection import mmcv_ops
+
+    mmcv_ops.install()
+    with contextlib.suppress(ImportError, AssertionError):  # the commands say what is needed
+        from object_detection import mmdet_backbones  # noqa: F401
+
+
+_register()

@@ -1,0 +1,66 @@
+"""Cascade Mask R-CNN (arXiv 1712.00726): three box heads, each trained on better boxes.
+
+The heads are of four convolutions with synchronised BatchNorm, and learn boxes by the generalised
+overlap (arXiv 1902.09630).
+"""
+
+_base_ = "mask_rcnn.py"
+
+BOX_DEVIATIONS = ([0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1], [0.033, 0.033, 0.067, 0.067])
+OVERLAPS = (0.5, 0.6, 0.7)
+
+model = dict(
+    type="CascadeRCNN",
+    rpn_head=dict(loss_bbox=dict(_delete_=True, type="SmoothL1Loss", beta=1 / 9)),
+    roi_head=dict(
+        type="CascadeRoIHead",
+        num_stages=3,
+        stage_loss_weights=[1, 0.5, 0.25],
+        bbox_head=[
+            dict(
+                type="ConvFCBBoxHead",
+                num_shared_convs=4,
+                num_shared_fcs=1,
+                in_channels=256,
+                conv_out_channels=256,
+                fc_out_channels=1024,
+                roi_feat_size=7,
+                num_classes=80,
+                bbox_coder=dict(type="DeltaXYWHBBoxCoder", target_stds=deviations),
+                reg_class_agnostic=False,
+                reg_decoded_bbox=True,
+                norm_cfg=dict(type="SyncBN", requires_grad=True),
+                loss_cls=dict(type="CrossEntropyLoss"),
+                loss_bbox=dict(type="GIoULoss", loss_weight=10.0),
+            )
+            for deviations in BOX_DEVIATIONS
+        ],
+    ),
+    train_cfg=dict(
+        rpn=dict(allowed_border=0),
+        rpn_proposal=dict(max_per_img=2000),
+        rcnn=[
+            dict(
+                assigner=dict(
+                    type="MaxIoUAssigner",
+                    pos_iou_thr=overlap,
+                    neg_iou_thr=overlap,
+                    min_pos_iou=overlap,
+                    match_low_quality=False,
+                    ignore_iof_thr=-1,
+                ),
+                sampler=dict(
+                    type="RandomSampler",
+                    num=512,
+                    pos_fraction=0.25,
+                    neg_pos_ub=-1,
+                    add_gt_as_proposals=True,
+                ),
+                mask_size=28,
+                pos_weight=-1,
+                debug=False,
+            )
+            for overlap in OVERLAPS
+        ],
+    ),
+)

@@ -1,0 +1,42 @@
+"""Does it learn? Four small images of Penn-Fudan, learned by heart from random weights.
+
+python -m object_detection.train \\
+    object_detection/configs/mask_rcnn_swin_visformer_tiny_v2_overfit.py --data-root FOLDER
+"""
+
+_base_ = "mask_rcnn_swin_visformer_tiny_v2_pennfudan.py"
+
+model = dict(
+    backbone=dict(drop_path_rate=0.0),
+    train_cfg=dict(rpn=dict(sampler=dict(num=64)), rcnn=dict(sampler=dict(num=24))),
+)
+
+train_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
+    dict(type="Resize", scale=(160, 160), keep_ratio=True),
+    dict(type="PackDetInputs"),
+]
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=(160, 160), keep_ratio=True),
+    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
+    dict(
+        type="PackDetInputs",
+        meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "instances"),
+    ),
+]
+train_dataloader = dict(num_workers=1, dataset=dict(indices=4, pipeline=train_pipeline))
+val_dataloader = dict(
+    num_workers=1,
+    dataset=dict(ann_file="annotations/instances_train.json", indices=4, pipeline=test_pipeline),
+)
+test_dataloader = val_dataloader
+
+train_cfg = dict(max_iters=300, val_interval=300)
+optim_wrapper = dict(optimizer=dict(lr=5e-4))
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=30),
+    dict(type="CosineAnnealingLR", by_epoch=False, begin=30, end=300, eta_min_ratio=0.01),
+]
+randomness = dict(seed=0)

@@ -1,0 +1,129 @@
+"""Find objects in an image: ``python -m object_detection.infer CHECKPOINT IMAGE``.
+
+Boxes, masks and labels are drawn into a PNG.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms.functional import pil_to_tensor
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+from models import CheckpointError
+from object_detection import checkpoints, recipe, runtime
+from object_detection.runtime import ConfigError
+
+COLOURS = ("red", "lime", "blue", "yellow", "magenta", "cyan", "orange", "purple")
+
+
+def read_image(path: str) -> Image.Image:
+    """An image in RGB, upright."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except OSError as error:  # Pillow's own errors among them
+        raise ConfigError(f"cannot read image {path}: {error.strerror or error}") from error
+
+
+def class_names(checkpoint: dict[str, Any], number: int) -> list[str]:
+    """The names of a detector's classes as its checkpoint gives them, otherwise their numbers."""
+    meta = checkpoint.get("meta", {})
+    names = (meta.get("dataset_meta") or {}).get("classes") or meta.get("CLASSES") or ()
+    names = [names] if isinstance(names, str) else list(names)
+    return names if len(names) == number else [str(index) for index in range(number)]
+
+
+def detect(model: Any, pipeline: list[dict[str, Any]], image: Image.Image) -> Any:
+    """Find objects by mmdet: instances with ``bboxes N 4``, ``labels``, ``scores``, ``masks``."""
+    from mmcv.transforms import Compose
+
+    # the pipeline's first step reads a file, and mmdet's images are BGR
+    compose = Compose([{"type": "mmdet.LoadImageFromNDArray"}, *pipeline[1:]])
+    pixels = np.ascontiguousarray(np.asarray(image)[..., ::-1])
+    data = compose({"img": pixels, "img_id": 0})
+    with torch.no_grad():
+        samples = model.test_step(
+            {"inputs": [data["inputs"]], "data_samples": [data["data_samples"]]}
+        )
+    return samples[0].pred_instances.cpu()
+
+
+def draw(image: Image.Image, found: Any, names: list[str]) -> Image.Image:
+    """The image with the instances found."""
+    canvas = pil_to_tensor(image)
+    if len(found) == 0:
+        return image
+    colours = [COLOURS[index % len(COLOURS)] for index in range(len(found))]
+    if "masks" in found:
+        canvas = draw_segmentation_masks(canvas, found.masks.bool(), alpha=0.4, colors=colours)
+    labels = [f"{name} {score:.2f}" for name, score in described(found, names)]
+    canvas = draw_bounding_boxes(
+        canvas,
+        found.bboxes,
+        labels,
+        colours,
+        width=2,
+        label_colors="black",
+        label_background_colors=colours,
+        fill_labels=True,
+    )
+    return Image.fromarray(canvas.permute(1, 2, 0).numpy())
+
+
+def described(found: Any, names: list[str]) -> list[tuple[str, float]]:
+    """Class and score of every instance."""
+    pairs = zip(found.labels.tolist(), found.scores.tolist(), strict=True)
+    return [(names[label], score) for label, score in pairs]
+
+
+def infer(args: argparse.Namespace) -> None:
+    """Print what ``args.checkpoint`` finds in ``args.image``, and draw it into ``args.out``."""
+    from mmengine.config import Config
+
+    image = read_image(args.image)
+    checkpoint = checkpoints.read(args.checkpoint)
+    if args.config:
+        config = recipe.read_config(args.config)
+    else:
+        carried = checkpoints.read_config_of(checkpoint, args.checkpoint)
+        if carried is None:
+            raise CheckpointError(f"{args.checkpoint} carries no config: give --config")
+        config = Config(carried)
+    model = runtime.build_model(config, args.config or args.checkpoint)
+    checkpoints.load(model, checkpoint, args.checkpoint)
+    model.to(runtime.choose_device(args.device)).eval()
+    names = class_names(checkpoint, runtime.number_of_classes(model))
+    found = detect(model, config.test_dataloader.dataset.pipeline, image)
+    found = found[found.scores >= args.score_thr]
+    for (name, score), box in zip(described(found, names), found.bboxes.tolist(), strict=True):
+        print(f"{name} {score:.3f} at {', '.join(f'{side:.0f}' for side in box)}")
+    out = Path(args.out or f"{Path(args.image).stem}_objects.png")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        draw(image, found, names).save(out, format="PNG")
+    except OSError as error:
+        raise ConfigError(f"cannot write {out}: {error.strerror or error}") from error
+    print(f"{len(found)} object(s) drawn into {out}")
+
+
+def main(argv: list[str]) -> int:
+    """Find objects with the flags ``argv``; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m object_detection.infer", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("checkpoint", help="file that training wrote, or an address")
+    parser.add_argument("image", help="image file")
+    parser.add_argument("--config", help="config, where the checkpoint carries none")
+    parser.add_argument("--out", metavar="FILE.png", help="IMAGE_objects.png here if not given")
+    parser.add_argument("--score-thr", type=float, default=0.3, help="lowest score to show")
+    parser.add_argument("--device", help="cuda or cpu")
+    return runtime.run(infer, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

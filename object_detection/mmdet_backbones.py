@@ -1,0 +1,31 @@
+"""The backbones under mmdet's registry."""
+
+import torch
+from mmdet.registry import MODELS
+from mmengine.logging import print_log
+
+import models
+from models.checkpoint import LoadReport
+from object_detection.checkpoints import plain_classes
+
+
+class _Reporting:
+    """Says in mmengine's log what a checkpoint gave to the backbone."""
+
+    def init_weights(self) -> LoadReport | None:
+        """Load the checkpoint of ``init_cfg``, one of mmengine's as well."""
+        with torch.serialization.safe_globals(plain_classes()):
+            report = super().init_weights()
+        if report is not None:
+            print_log(str(report), logger="current")
+        return report
+
+
+@MODELS.register_module(force=True)
+class VisionBackbone(_Reporting, models.VisionBackbone):
+    __doc__ = models.VisionBackbone.__doc__
+
+
+@MODELS.register_module(force=True)
+class SwinVisformer(_Reporting, models.SwinVisformer):
+    __doc__ = models.SwinVisformer.__doc__

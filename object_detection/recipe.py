@@ -1,0 +1,158 @@
+"""Reading mmdet's configs, changing them by flags, and adapting them to the machine."""
+
+import argparse
+import inspect
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from object_detection.runtime import REFUSALS, ConfigError, last_line
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The flags that change a config."""
+    parser.add_argument("config", help="config file of mmdet 3")
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="values that replace those of the config, such as train_dataloader.batch_size=4",
+    )
+
+
+def add_size(parser: argparse.ArgumentParser) -> None:
+    """The flag of an image's size, ``args.size`` as width and height."""
+    parser.add_argument(
+        "--size",
+        nargs=2,
+        type=positive,
+        default=(1280, 800),
+        metavar=("WIDTH", "HEIGHT"),
+        help="pixels of the image; 1280 800",
+    )
+
+
+def positive(text: str) -> int:
+    """A whole number above zero, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above zero")
+    return number
+
+
+def read_config(path: str, options: Sequence[str] = (), data_root: str | None = None) -> "Config":
+    """Read a config, and change it.
+
+    A config is Python and is executed: take it from where you would take a program.
+
+    Args:
+        path: Config file.
+        options: ``KEY=VALUE``, with dots for what lies within.
+        data_root: Takes the place of the config's ``data_root`` wherever it occurs.
+
+    Raises:
+        ConfigError: The file cannot be read, or an option is none of its values.
+    """
+    from mmengine.config import Config
+
+    if not Path(path).is_file():
+        raise ConfigError(f"there is no config {path}")
+    try:
+        config = Config.fromfile(path)
+    except Exception as error:  # whatever the executed file raises
+        raise ConfigError(f"cannot read config {path}: {last_line(error)}") from error
+    changes = parse_options(options, config)
+    data_root = changes.pop("data_root", data_root)
+    if data_root is not None:
+        replace_root(config, str(data_root))
+    try:
+        config.merge_from_dict(changes)
+    except (*REFUSALS, IndexError) as error:
+        raise ConfigError(f"--cfg-options do not fit {path}: {last_line(error)}") from error
+    if "model" not in config:
+        raise ConfigError(f"{path} has no model")
+    return config
+
+
+def parse_options(options: Sequence[str], config: "Config") -> dict[str, Any]:
+    """``KEY=VALUE`` as a dict, each checked to begin with a name that has an effect."""
+    from mmengine.config import DictAction
+    from mmengine.runner import Runner
+
+    known = {*config, *inspect.signature(Runner).parameters, "data_root"}
+    for option in options:
+        name, equals, _ = option.partition("=")
+        if not equals:
+            raise ConfigError(f"--cfg-options {option} is not of the form KEY=VALUE")
+        if name.split(".")[0] not in known:
+            raise ConfigError(f"--cfg-options {option}: the config has no {name.split('.')[0]}")
+    parsed = argparse.Namespace(changes={})
+    try:
+        DictAction(["--cfg-options"], "changes")(None, parsed, options)
+    except AssertionError as error:
+        raise ConfigError(f"--cfg-options: {error}") from error
+    return parsed.changes
+
+
+def replace_root(config: "Config", root: str) -> None:
+    """Replace the config's ``data_root`` in every path that begins with it."""
+    old = config.get("data_root")
+    if not old:
+        raise ConfigError("the config has no data_root that could be replaced")
+    root = os.path.join(root, "")
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, str):
+            return root + value.removeprefix(old) if value.startswith(old) else value
+        if isinstance(value, dict):
+            return {key: replaced(part) for key, part in value.items()}
+        return type(value)(map(replaced, value)) if isinstance(value, list | tuple) else value
+
+    config.merge_from_dict({key: replaced(value) for key, value in config.to_dict().items()})
+
+
+def adapt_to_machine(config: "Config", amp: bool | None = None) -> list[str]:
+    """Switch mixed precision as asked, and leave out what needs a GPU where there is none.
+
+    Args:
+        config: Is changed.
+        amp: Mixed precision, as in the config if not given.
+
+    Returns:
+        What was changed for want of a GPU.
+    """
+    wrapper = config.get("optim_wrapper") or {}
+    mixed = wrapper.get("type") == "AmpOptimWrapper"
+    wanted = mixed if amp is None else amp
+    changes = []
+    if wanted and not torch.cuda.is_available():
+        wanted = False
+        changes.append("float32 for mixed precision")
+    if wanted != mixed:
+        wrapper["type"] = "AmpOptimWrapper" if wanted else "OptimWrapper"
+        for key in ("loss_scale", "dtype", "use_fsdp"):
+            wrapper.pop(key, None)
+        if wanted:
+            wrapper["loss_scale"] = "dynamic"
+    if not torch.cuda.is_available() and _replace_norm(config["model"]):
+        changes.append("BatchNorm of each process for SyncBN")
+    return changes
+
+
+def _replace_norm(value: Any) -> bool:
+    """Make every SyncBN a BN; whether there was one."""
+    if isinstance(value, dict):
+        here = value.get("type") in ("SyncBN", "MMSyncBN")
+        if here:
+            value["type"] = "BN"
+        return any([here, *map(_replace_norm, value.values())])
+    if isinstance(value, list | tuple):
+        return any(list(map(_replace_norm, value)))
+    return False

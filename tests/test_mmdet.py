@@ -1,0 +1,422 @@
+"""The half of object_detection that serves mmdet: operators, backbones, configs, checkpoints."""
+
+import importlib
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from conftest import ROOT, run_python
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import models
+from models.backbone import load_backbone
+from object_detection import checkpoints, flops, mmcv_ops, recipe, runtime
+
+try:
+    runtime.load_mmdet()
+except runtime.SetupError as error:
+    pytest.skip(f"{error}", allow_module_level=True)
+
+import mmcv.ops
+import mmengine.runner
+from mmdet.registry import MODELS
+from mmengine.logging import HistoryBuffer
+from mmengine.optim import build_optim_wrapper
+
+CONFIGS = sorted((ROOT / "object_detection" / "configs").glob("*.py"))
+COCO = [path for path in CONFIGS if path.stem.endswith("_coco")]
+PUBLISHED = {  # parameters in millions, GFLOPs at 1280x800
+    "mask_rcnn_swin_visformer_small_1x_coco": (60, 275),
+    "mask_rcnn_swin_visformer_small_v2_1x_coco": (43, 262),
+    "cascade_mask_rcnn_swin_visformer_small_v2_1x_ms_coco": (81, 740),
+}
+LEVELS = {
+    "small": [96, 192, 384, 768],
+    "small_v2": [64, 128, 256, 512],
+    "tiny_v2": [48, 96, 192, 384],
+}
+TINY = CONFIGS[0].with_name("mask_rcnn_swin_visformer_tiny_v2_pennfudan.py")
+stand_in = pytest.mark.skipif(
+    not isinstance(sys.modules.get("mmcv._ext"), mmcv_ops.Operators),
+    reason="mmcv has compiled operators",
+)
+
+
+def build(path, device="cpu"):
+    config = recipe.read_config(str(path))
+    with torch.device(device):
+        return config, runtime.build_model(config, str(path))
+
+
+@pytest.fixture(scope="module")
+def detector():
+    """Config and model of a small detector of one class."""
+    return build(TINY)
+
+
+# --- operators
+
+
+def reference_nms(boxes, scores, threshold, offset):
+    """Indices kept, by the definition."""
+    kept = []
+    areas = (boxes[:, 2:] - boxes[:, :2] + offset).prod(1)
+    for i in np.argsort(-scores, kind="stable"):
+        for j in kept:
+            corner = np.maximum(boxes[i, :2], boxes[j, :2])
+            sides = np.minimum(boxes[i, 2:], boxes[j, 2:]) - corner + offset
+            overlap = sides.clip(0).prod()
+            if overlap > threshold * (areas[i] + areas[j] - overlap):
+                break
+        else:
+            kept.append(i)
+    return kept
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_nms_keeps_what_the_definition_keeps(offset):
+    random = np.random.default_rng(0)
+    for count in (0, 1, 50):
+        corner = random.uniform(0, 20, (count, 2))
+        boxes = np.concatenate([corner, corner + random.uniform(1, 12, (count, 2))], 1)
+        scores = random.permutation(count) / max(count, 1)
+        _, kept = mmcv.ops.nms(
+            torch.tensor(boxes, dtype=torch.float32),
+            torch.tensor(scores, dtype=torch.float32),
+            0.4,
+            offset=offset,
+        )
+        assert kept.tolist() == reference_nms(boxes, scores, 0.4, offset)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("samples", [0, 2])
+def test_roi_align_and_its_gradient(aligned, samples):
+    torch.manual_seed(0)
+    maps = torch.randn(2, 3, 9, 11, dtype=torch.float64, requires_grad=True)
+    rois = torch.tensor(
+        [[0, 2, 3, 20, 14], [1, 0, 0, 43, 35], [1, 7.5, 1.2, 8, 30]], dtype=torch.float64
+    )
+    out = mmcv.ops.roi_align(maps, rois, (4, 3), 0.25, samples, "avg", aligned)
+    expected = torchvision.ops.roi_align(maps, rois, (4, 3), 0.25, samples, aligned)
+    assert torch.equal(out, expected) and out.shape == (3, 3, 4, 3)
+    weights = torch.randn_like(out)
+    gradients = [torch.autograd.grad((y * weights).sum(), maps)[0] for y in (out, expected)]
+    assert torch.equal(*gradients) and gradients[0].abs().sum() > 0
+    # of a map that rises by 1 per pixel, the average in a bin is its centre
+    ramp = torch.arange(11.0, dtype=torch.float64).expand(1, 1, 9, 11)
+    roi = torch.tensor([[0, 8, 8, 32, 24]], dtype=torch.float64)
+    centres = torch.tensor([3.0, 5.0, 7.0], dtype=torch.float64) - 0.5 * aligned
+    out = mmcv.ops.roi_align(ramp, roi, (4, 3), 0.25, 2, "avg", aligned)
+    assert (out[0, 0] - centres).abs().max() < 1e-9
+
+
+@stand_in
+def test_other_operators_are_refused_by_name():
+    maps, rois = torch.zeros(1, 1, 4, 4), torch.zeros(1, 5)
+    with pytest.raises(mmcv_ops.MissingOperatorError, match=r"pool_mode='max'.*compiled"):
+        mmcv.ops.roi_align(maps, rois, (2, 2), 1.0, 0, "max", True)
+    with pytest.raises(mmcv_ops.MissingOperatorError, match="softnms"):
+        mmcv.ops.soft_nms(torch.zeros(1, 4), torch.zeros(1))
+    assert not hasattr(sys.modules["mmcv._ext"], "__path__")
+
+
+def test_compiled_operators_are_preferred(tmp_path, monkeypatch):
+    (tmp_path / "mmcv").mkdir()
+    (tmp_path / "mmcv" / "__init__.py").write_text("raise RuntimeError('imported')")
+    for name in [name for name in sys.modules if name.split(".")[0] == "mmcv"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert mmcv_ops.install() and mmcv_ops.install()
+    assert isinstance(sys.modules["mmcv._ext"], mmcv_ops.Operators)
+    monkeypatch.delitem(sys.modules, "mmcv._ext")
+    (tmp_path / "mmcv" / "_ext.py").write_text("")
+    importlib.invalidate_caches()
+    assert not mmcv_ops.install() and "mmcv._ext" not in sys.modules
+
+
+# --- backbones
+
+
+def test_importing_is_silent_and_does_not_load_mmdet():
+    code = "import object_detection, importlib, sys; importlib.reload(object_detection)"
+    code += "; importlib.reload(sys.modules['object_detection.mmdet_backbones'])"
+    code += "; print('mmdet.models' in sys.modules)"
+    done = run_python("-W", "error", "-c", code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "False\n", "")
+
+
+def test_features_are_those_of_the_classifier(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    classifier = timm.create_model(
+        "swin_visformer_tiny_v2", use_pos_embed=False, img_size=448, qk_scale_factor=-0.5
+    ).eval()
+    for module in classifier.modules():
+        if isinstance(module, _BatchNorm):
+            nn.init.uniform_(module.weight, 0.1, 0.5)
+    torch.save({"model": classifier.state_dict()}, tmp_path / "classifier.pth")
+    messages = []
+    module = sys.modules["object_detection.mmdet_backbones"]
+    monkeypatch.setattr(module, "print_log", lambda text, logger: messages.append(text))
+    backbone = MODELS.build(
+        {
+            "type": "VisionBackbone",
+            "model": "swin_visformer_tiny_v2",
+            "level_norm": "none",
+            "model_kwargs": {"qk_scale_factor": -0.5},
+            "init_cfg": {"type": "Pretrained", "checkpoint": str(tmp_path / "classifier.pth")},
+        }
+    ).eval()
+    backbone.init_weights()
+    assert len(messages) == 1 and "dropped: net.norm, net.head" in messages[0]
+    image = torch.randn(1, 3, 448, 448, dtype=torch.float64)
+    with torch.no_grad():
+        maps = backbone.double()(image)
+        expected = classifier.double().forward_intermediates(image, intermediates_only=True)[-4:]
+    for one, other in zip(maps, expected, strict=True):
+        assert one.shape == other.shape
+        assert (one - other).abs().max() < 1e-10 * other.std()
+
+
+def test_old_backbone_block_and_detector_checkpoint(shared, golden, tmp_path):
+    """A config and a checkpoint of mmdet 2, with the original's names of its backbone."""
+    path = shared / "goldens" / "danczs.det_swin_visformer_small_v2.json"
+    description = json.loads(path.read_text())
+    weights = golden.weights(description)
+    config = recipe.read_config(str(COCO[-1]))
+    config.model.backbone = {"type": "SwinVisformer", **description["kwargs"]}
+    config.model.neck.in_channels = [64, 128, 256, 512]
+    detector = runtime.build_model(config, "old")
+    parts = {k: v for k, v in detector.state_dict().items() if not k.startswith("backbone.")}
+    parts["neck.lateral_convs.0.conv.bias"] = torch.full((256,), 7.0)
+    old = {f"backbone.{key}": value for key, value in weights.items()}
+    torch.save({"meta": {"CLASSES": ("cat",)}, "state_dict": old | parts}, tmp_path / "old.pth")
+    torch.save(weights, tmp_path / "backbone.pth")
+
+    checkpoint = mmengine.runner.load_checkpoint(detector, str(tmp_path / "old.pth"))
+    checkpoints.check_fit(detector, checkpoint, "old.pth")
+    expected = MODELS.build({"type": "SwinVisformer", **description["kwargs"]})
+    load_backbone(expected, str(tmp_path / "backbone.pth"))
+    for key, value in expected.state_dict().items():
+        assert torch.equal(detector.backbone.state_dict()[key], value), key
+    assert detector.neck.lateral_convs[0].conv.bias.eq(7).all()
+    del checkpoint["state_dict"]["backbone.stage2.0.attn.qkv.weight"]
+    with pytest.raises(models.CheckpointError, match=r"1 missing.*: backbone.net.stage2.0.attn"):
+        checkpoints.check_fit(detector, checkpoint, "old.pth")
+
+
+def test_weights_for_a_backbone_from_a_run_of_mmengine(tmp_path, detector):
+    _, model = detector
+    state = model.state_dict()
+    hub = {"log_scalars": {"loss": HistoryBuffer([1.0], [1])}}
+    torch.save({"state_dict": state, "message_hub": hub}, tmp_path / "epoch_1.pth")
+    settings = recipe.read_config(str(TINY)).model.backbone
+    settings.init_cfg = {"type": "Pretrained", "checkpoint": str(tmp_path / "epoch_1.pth")}
+    backbone = MODELS.build(settings)
+    assert not backbone.init_weights().left
+    assert torch.equal(backbone.net.stem[0].weight, model.backbone.net.stem[0].weight)
+
+
+# --- configs
+
+
+def test_every_model_has_every_recipe():
+    for name in LEVELS:
+        for recipe_name in ("mask_rcnn_{}_1x_coco", "mask_rcnn_{}_3x_ms_coco"):
+            for method in (recipe_name, f"cascade_{recipe_name.replace('1x_coco', '1x_ms_coco')}"):
+                assert method.format(f"swin_visformer_{name}") in {path.stem for path in COCO}
+    assert len(COCO) == 12
+
+
+@pytest.mark.parametrize("path", COCO, ids=lambda path: path.stem)
+def test_config_builds_with_its_recipe(path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config, model = build(path, "meta")
+    long = "_3x_" in path.stem
+    size = path.stem.partition("swin_visformer_")[2].partition("_1x" if not long else "_3x")[0]
+    assert model.backbone.num_features == LEVELS[size] == list(model.neck.in_channels)
+    assert model.backbone.qk_scale_factor == -0.5
+    rates = [m.drop_prob for m in model.modules() if type(m).__name__ == "DropPath"]
+    assert max(rates) == pytest.approx(0.2 if long else 0.1)
+    if path.stem in PUBLISHED:
+        millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        assert millions == pytest.approx(PUBLISHED[path.stem][0], abs=0.6)
+
+    assert recipe.adapt_to_machine(config) == []
+    assert config.optim_wrapper.type == "AmpOptimWrapper"
+    assert config.train_cfg.max_epochs == (36 if long else 12)
+    warm_up, steps = config.param_scheduler
+    assert (warm_up.start_factor, warm_up.end) == (0.001, 500)
+    assert steps.milestones == ([27, 33] if long else [8, 11])
+    assert config.train_dataloader.batch_size == 2
+    transforms = [step.type for step in config.train_dataloader.dataset.pipeline]
+    assert ("RandomChoice" in transforms) == ("_ms_" in path.stem)
+    assert ("Resize" in transforms) != ("_ms_" in path.stem)
+    heads = model.roi_head.bbox_head
+    if path.stem.startswith("cascade"):
+        assert [len(head.shared_convs) for head in heads] == [4, 4, 4]
+        assert all(head.reg_decoded_bbox and head.loss_bbox.loss_weight == 10 for head in heads)
+        assert [c.assigner.pos_iou_thr for c in model.train_cfg.rcnn] == [0.5, 0.6, 0.7]
+    assert checkpoints.read_config_of({"meta": {"cfg": config.pretty_text}}, "here") is not None
+
+
+@pytest.mark.parametrize("name", ["mask_rcnn", "cascade_mask_rcnn"])
+def test_norms_and_biases_of_attention_do_not_decay(name):
+    path = next(path for path in COCO if path.stem.startswith(name))
+    config, model = build(path, "meta")
+    config.optim_wrapper.type = "OptimWrapper"
+    del config.optim_wrapper["loss_scale"]
+    optimizer = build_optim_wrapper(model, config.optim_wrapper).optimizer
+    decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    free = set()
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm | nn.LayerNorm):
+            free |= {f"{name}.{key}" for key, _ in module.named_parameters()}
+    assert "backbone.net.stem.1.weight" in free
+    free |= {key for key, _ in model.named_parameters() if "relative_position_bias" in key}
+    for key, parameter in model.named_parameters():
+        assert decays[id(parameter)] == (0 if key in free else 0.05), key
+    assert {group["lr"] for group in optimizer.param_groups} == {1e-4}
+    assert optimizer.defaults["betas"] == (0.9, 0.999)
+
+
+def test_adapting_to_a_machine_without_a_gpu(monkeypatch):
+    path = str(next(path for path in COCO if path.stem.startswith("cascade")))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = recipe.read_config(path)
+    assert len(recipe.adapt_to_machine(config)) == 2
+    assert config.optim_wrapper.type == "OptimWrapper" and "loss_scale" not in config.optim_wrapper
+    norms = [head.norm_cfg.type for head in config.model.roi_head.bbox_head]
+    assert norms == ["BN"] * 3
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = recipe.read_config(path)
+    assert recipe.adapt_to_machine(config, amp=False) == []
+    assert config.optim_wrapper.type == "OptimWrapper"
+    recipe.adapt_to_machine(config, amp=True)
+    assert config.optim_wrapper.type == "AmpOptimWrapper"
+
+
+def test_data_root_is_replaced_everywhere():
+    config = recipe.read_config(str(COCO[0]), ["train_dataloader.batch_size=1"], "/elsewhere")
+    assert config.train_dataloader.dataset.data_root == "/elsewhere/"
+    assert config.test_evaluator.ann_file == "/elsewhere/annotations/instances_val2017.json"
+    assert "data/coco" not in config.pretty_text
+    by_option = recipe.read_config(str(COCO[0]), ["data_root=/elsewhere"])
+    assert by_option.val_dataloader.dataset.data_root == "/elsewhere/"
+
+
+# --- counting
+
+
+@pytest.mark.parametrize("stem", PUBLISHED)
+def test_operations_are_near_the_published(stem):
+    _, model = build(CONFIGS[0].with_name(f"{stem}.py"), "meta")
+    total = sum(flops.count(model, 1280, 800).values()) / 1e9
+    # published counts include projections of the windows' padding, which are not computed here
+    assert 0.98 * PUBLISHED[stem][1] < total < PUBLISHED[stem][1]
+
+
+def test_both_products_of_attention_are_counted():
+    _, model = build(TINY, "meta")
+    convolutions = Counter()
+
+    def add(module, inputs, output):
+        weight = module.weight
+        convolutions["macs"] += output.numel() * weight[0].numel()
+
+    for module in model.backbone.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(add)
+    counted = flops.count(model, 1280, 800)["backbone"]
+    products = 0
+    for index, stage in enumerate(model.backbone.net.stages):
+        if stage.num_heads is None:
+            continue
+        width, height = 1280 // 2 ** (index + 2), 800 // 2 ** (index + 2)
+        padded = (-(-width // stage.window) * stage.window) * (
+            -(-height // stage.window) * stage.window
+        )
+        channels = stage.num_heads * (stage.head_dim or stage.dim // stage.num_heads)
+        products += 2 * stage.depth * padded * stage.window**2 * channels
+    assert products > 0.01 * counted
+    assert counted == convolutions["macs"] + products
+
+
+# --- checkpoints
+
+
+class Touch:
+    """Pickled, it asks to create a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+class System(Touch):
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+class Attribute(Touch):
+    def __reduce__(self):
+        return getattr, (HistoryBuffer, "register_statistics")
+
+
+@pytest.mark.parametrize("kind", [Touch, System, Attribute])
+def test_a_checkpoint_that_asks_to_run_code_is_refused(tmp_path, detector, kind):
+    _, model = detector
+    content = {"state_dict": model.state_dict(), "message_hub": kind(tmp_path / "ran")}
+    torch.save(content, tmp_path / "bad.pth")
+    for load in (checkpoints.read, lambda path: mmengine.runner.load_checkpoint(model, path)):
+        with pytest.raises(models.CheckpointError, match="is refused: it asks for"):
+            load(str(tmp_path / "bad.pth"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_config_within_a_checkpoint_is_read_as_data(tmp_path, detector):
+    config, _ = detector
+    text = config.pretty_text
+
+    def read(text):
+        return checkpoints.read_config_of({"meta": {"cfg": text}}, "x.pth")
+
+    found = read(text)
+    assert found["model"]["backbone"]["model"] == "swin_visformer_tiny_v2"
+    assert set(found) == {"model", "test_dataloader"}
+    assert read(None) is None
+    marker = tmp_path / "ran"
+    for bad in (
+        f"import os\nos.system('touch {marker}')\n{text}",
+        f"open({str(marker)!r}, 'w')\n{text}",
+        f"{text}\nmodel = dict(backbone=open({str(marker)!r}, 'w'))",
+        "model = 3",
+    ):
+        with pytest.raises(models.CheckpointError, match="give --config"):
+            read(bad)
+    for name in ("os.system", "subprocess.Popen", "CameraMotionCompensation", "mmengine.load"):
+        bad = text.replace("type='FPN'", f"type='{name}'")
+        assert bad != text
+        with pytest.raises(models.CheckpointError, match=f"type {name}"):
+            read(bad)
+    bad = text.replace("qk_scale_factor=-0.5", "checkpoint_path='x.pth'")
+    with pytest.raises(models.CheckpointError, match="argument checkpoint_path"):
+        read(bad)
+    assert not marker.exists()
+
+
+def test_source_that_resuming_would_execute_is_dropped(tmp_path):
+    torch.save(
+        {"state_dict": {}, "meta": {"config": "raise SystemExit", "epoch": 1}}, tmp_path / "x"
+    )
+    assert checkpoints.read(tmp_path / "x")["meta"] == {"epoch": 1}
