@@ -149,19 +149,27 @@ def exit_status(command: Callable[[], None], expected: tuple[type[Exception], ..
         0, or after an error 1, or 130 after an interrupt.
     """
     try:
-        command()
-    except expected as error:
-        return fail(last_message(error))
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        if not loader_died(error):
-            raise
-        return fail(
-            f"a loader process died ({str(error).splitlines()[0]}): it may have run out of "
-            f"memory; lower --num_workers. The last checkpoint is kept"
-        )
-    except KeyboardInterrupt:
-        return fail("interrupted; --resume auto continues from the last checkpoint", 130)
+        try:
+            command()
+        except expected as error:
+            return fail(last_message(error))
+        except (ConnectionError, EOFError, RuntimeError) as error:
+            return fail(_loader_message(error))
+        except KeyboardInterrupt:
+            return fail("interrupted; --resume auto continues from the last checkpoint", 130)
+    except RuntimeError as error:
+        # PyTorch's signal handler may also raise while the connection's error is dealt with
+        return fail(_loader_message(error))
     return 0
+
+
+def _loader_message(error: Exception) -> str:
+    if not loader_died(error):
+        raise error
+    return (
+        f"a loader process died ({str(error).splitlines()[0]}): it may have run out of memory; "
+        f"lower --num_workers. The last checkpoint is kept"
+    )
 
 
 def loader_died(error: Exception) -> bool:

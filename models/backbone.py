@@ -83,7 +83,8 @@ class Backbone(nn.Module):
         with_cp: Recompute blocks in the backward pass instead of keeping their activations.
         level_norm: Norm of every output level, ``"BN"``, ``"LN"`` or ``"none"``.
         init_cfg: ``{"type": "Pretrained", "checkpoint": FILE}`` to load by :meth:`init_weights`;
-            ``"ema": True`` takes the moving average.
+            ``"ema": True`` takes the moving average. A ``"prefix"``, as mmengine has it, is found
+            without being named.
 
     Attributes:
         num_features: Channels of the outputs.

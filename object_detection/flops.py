@@ -36,7 +36,7 @@ def count(model: nn.Module, width: int, height: int) -> dict[str, float]:
     if missing:
         raise ConfigError(f"{type(model).__name__} has no {missing[0]}: two stages are counted")
     model.eval().to("meta")
-    set_fused_attention(model, False)  # the products of fused kernels are not seen
+    set_fused_attention(model, False)  # not every fused kernel is counted
     image = torch.zeros(1, 3, height, width, device="meta")
     counts = {}
     counts["backbone"], maps = _counted(model.backbone, image)

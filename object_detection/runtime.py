@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import io
 import os
-import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import torch
 from models import CheckpointError, ModelError
 from object_detection import checkpoints
 from object_detection.mmcv_ops import MissingOperatorError
+from utils import fail
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -171,10 +171,3 @@ def run(command: Callable[[argparse.Namespace], None], args: argparse.Namespace)
             return fail(f"an image or its annotation cannot be used: {last_line(error)}")
         raise
     return 0
-
-
-def fail(message: str, status: int = 1) -> int:
-    """Print an error of this process, and return the exit status."""
-    rank = os.environ.get("RANK")
-    print(f"error{f' on rank {rank}' if rank else ''}: {message}", file=sys.stderr, flush=True)
-    return status

@@ -157,6 +157,7 @@ def test_two_processes_train(people, dataset):
         *("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"),
         *("-m", "object_detection.train", CONFIG, "--launcher", "pytorch"),
         *("--data-root", dataset(), "--work-dir", run / "two", "--cfg-options", *OPTIONS),
+        "train_cfg.val_begin=2",
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("Iter(train) [1/1]") == 1

@@ -2,6 +2,9 @@
 
 python -m object_detection.train \\
     object_detection/configs/mask_rcnn_swin_visformer_tiny_v2_overfit.py --data-root FOLDER
+
+Ends at box AP 0.98 and mask AP 0.82 on the four, both 1.0 at an overlap of 0.5; ten minutes on one
+CPU core (OMP_NUM_THREADS=1).
 """
 
 _base_ = "mask_rcnn_swin_visformer_tiny_v2_pennfudan.py"
@@ -33,10 +36,10 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 
-train_cfg = dict(max_iters=300, val_interval=300)
+train_cfg = dict(max_iters=200, val_interval=200)
 optim_wrapper = dict(optimizer=dict(lr=5e-4))
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=30),
-    dict(type="CosineAnnealingLR", by_epoch=False, begin=30, end=300, eta_min_ratio=0.01),
+    dict(type="CosineAnnealingLR", by_epoch=False, begin=30, end=200, eta_min_ratio=0.01),
 ]
 randomness = dict(seed=0)
