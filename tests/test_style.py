@@ -59,7 +59,9 @@ def test_every_room_was_looked_at():
     assert {"main.py", "visformer.py", "attention.py", "demo.py"} <= {p.name for p in files()}
 
 
-@pytest.mark.parametrize("module", ["models", "engine, datasets, samplers, utils, configs, main", "object_detection"])
+@pytest.mark.parametrize(
+    "module", ["models", "engine, datasets, samplers, utils, configs, main", "object_detection"]
+)
 def test_importing_is_silent(module):
     done = run_python("-c", f"import {module}")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
