@@ -71,10 +71,10 @@ def attention(
 class BiasedAttention(torch.autograd.Function):
     """Attention whose bias learns, written out, for where no fused kernel has its gradient.
 
-    The backward pass makes the attention weights again, so that none are kept: with P the
-    weights, O the output and dO its gradient, dV = P^T dO, dS = P (dO V^T - rowsum(dO O)),
-    dQ = s^2 dS K, dK = s^2 dS^T Q, and the bias has the gradient dS summed over what shares it
-    (FlashAttention, arXiv 2205.14135, appendix B.2).
+    The backward pass makes the attention weights again, so that neither they nor the output are
+    kept: with P the weights and dO the output's gradient, dV = P^T dO, dP = dO V^T,
+    dS = P (dP - rowsum(P dP)), dQ = s^2 dS K, dK = s^2 dS^T Q, and the bias has the gradient dS
+    summed over what shares it (FlashAttention, arXiv 2205.14135, appendix B.2).
     """
 
     @staticmethod
@@ -109,21 +109,21 @@ class BiasedAttention(torch.autograd.Function):
             bias, mask: Additive terms that broadcast to ``... N M``, the bias with a gradient.
             scale: What queries and keys are each multiplied by.
         """
-        out = BiasedAttention.weights(q, k, bias, mask, scale) @ v
-        ctx.save_for_backward(q, k, v, bias, mask, out)
+        ctx.save_for_backward(q, k, v, bias, mask)
         ctx.scale = scale
-        return out
+        return BiasedAttention.weights(q, k, bias, mask, scale) @ v
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of queries, keys, values and bias."""
-        q, k, v, bias, mask, out = ctx.saved_tensors
+        q, k, v, bias, mask = ctx.saved_tensors
         squared = ctx.scale * ctx.scale
         weights = BiasedAttention.weights(q, k, bias, mask, ctx.scale)
         grad_v = weights.transpose(-2, -1) @ grad
-        grad_scores = grad @ v.transpose(-2, -1)
-        grad_scores.sub_((grad * out).sum(-1, keepdim=True)).mul_(weights)
+        grad_weights = grad @ v.transpose(-2, -1)
+        grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, q.dtype)
+        del grad_weights, weights
         grad_q = (grad_scores @ k).mul_(squared)
         grad_k = (grad_scores.transpose(-2, -1) @ q).mul_(squared)
         return grad_q, grad_k, grad_v, grad_scores.sum_to_size(bias.shape), None, None
