@@ -5,6 +5,7 @@ import importlib
 import json
 import pickle
 import re
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ from torch import nn
 from models.convert import fill_missing_bias_tables, to_original_names
 from models.layers import set_gelu, set_qk_scale_factor
 from models.mindspore import MindSporeError, looks_like_mindspore, read_mindspore
+from models.pickled import Refused
+from models.seal import CheckpointError, check_seal, file_digest, printable
+from models.vetting import vet
 
 WEIGHT_KEYS = ("model", "state_dict")
 EMA_KEYS = ("model_ema", "state_dict_ema")
@@ -25,10 +29,6 @@ JSON_METADATA = {"model_kwargs"}
 COMPUTED_KEYS = ("relative_position_index", "attn_mask", "rel_indices")
 START_BYTES = 256  # enough to tell the formats apart
 SHOWN = 4
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be read, or does not fit the model."""
 
 
 @dataclass(frozen=True)
@@ -64,26 +64,38 @@ class LoadReport:
             if keys:
                 names = dict.fromkeys(re.sub(r"(\.\d+\..*|\.[^.]*)$", "", key) for key in keys)
                 parts.append(f"{what}: {', '.join(names)}")
-        return f"{self.source}: {', '.join((*parts, *self.notes))}"
+        return printable(f"{self.source}: {', '.join((*parts, *self.notes))}")
 
 
 def fetch(url: str) -> Path:
     """Download a checkpoint into torch.hub's folder, once.
 
     A name such as ``visformer_small-839e1f5b.pth`` holds the first digits of the file's
-    SHA-256, which are then verified.
+    SHA-256, which are verified; a copy that fails is fetched again.
+
+    Raises:
+        CheckpointError: The address names no file, or downloading or the digits fail.
     """
-    path = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(url).path).name)
-    if not path.is_file():
+    name = Path(urlparse(url).path).name
+    if name in ("", ".."):
+        raise CheckpointError(f"cannot download {url}: it names no file")
+    path = Path(torch.hub.get_dir(), "checkpoints", name)
+    digits = re.search(r"-([0-9a-f]{8,})\.", name)
+    try:
+        if path.is_file() and (not digits or _digest(path).startswith(digits[1])):
+            return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        digits = re.search(r"-([0-9a-f]{8,})\.", path.name)
-        try:
-            torch.hub.download_url_to_file(
-                url, str(path), hash_prefix=digits and digits[1], progress=False
-            )
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"cannot download {url}: {error}") from error
+        torch.hub.download_url_to_file(
+            url, str(path), hash_prefix=digits and digits[1], progress=False
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"cannot download {url}: {error}") from error
     return path
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb", buffering=0) as file:
+        return file_digest(file, path.stat().st_size).hexdigest()
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -91,7 +103,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Accepted are PyTorch files of tensors and plain values, with an ``argparse.Namespace``
     as DeiT's and Visformer's files hold, safetensors, and MindSpore's ``.ckpt`` of MindCV's
-    networks. The content decides, not the name.
+    networks. The content decides, not the name. The file's seal is verified first, if it has
+    one (see :mod:`models.seal`), and what it would have torch.load do (:mod:`models.vetting`).
 
     Args:
         path: File, or http(s) address of one.
@@ -102,7 +115,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = fetch(str(path)) if str(path).startswith(("http://", "https://")) else Path(path)
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+            raise CheckpointError(f"cannot read checkpoint {path}: it is no regular file")
+        check_seal(path)
+        size = status.st_size
         with path.open("rb") as file:
             start = file.read(START_BYTES)
     except OSError as error:
@@ -114,10 +131,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             return _read_safetensors(path)
         if looks_like_mindspore(start, size):
             return _read_mindspore(path)
+        vet(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except MindSporeError as error:
         raise CheckpointError(str(error)) from error
+    except Refused as error:
+        raise CheckpointError(f"{path} {error}") from error
     except Exception as error:  # bytes of any kind make the readers raise errors of any kind
         raise CheckpointError(f"{path} {_why_unreadable(error)}") from error
     if not isinstance(content, Mapping):
@@ -153,7 +173,8 @@ def _why_unreadable(error: Exception) -> str:
         )
     if isinstance(error, pickle.UnpicklingError | IndexError | KeyError):
         return "is not a checkpoint, or damaged"
-    return f"is damaged or cut short ({str(error).splitlines()[0][:200]})"
+    reason = str(error).strip() or type(error).__name__
+    return f"is damaged or cut short ({reason.splitlines()[0][:200]})"
 
 
 def state_dict_of(
@@ -172,24 +193,39 @@ def state_dict_of(
     Raises:
         CheckpointError: There are none.
     """
-    if "mindspore" in checkpoint:
+    if foreign := _mapping(checkpoint, "mindspore"):
         try:
-            return to_original_names(checkpoint["mindspore"], ema)
+            return to_original_names(_named(foreign, source), ema)
         except ValueError as error:
             raise CheckpointError(f"{source}: {error}") from error
     keys = EMA_KEYS if ema else WEIGHT_KEYS
-    state = next((checkpoint[key] for key in keys if checkpoint.get(key)), None)
-    if state is None and not ema:
+    state = next(filter(None, (_mapping(checkpoint, key) for key in keys)), {})
+    if not state and not ema:
         state = checkpoint
-    if not isinstance(state, Mapping) or not any(torch.is_tensor(v) for v in state.values()):
+    if not any(torch.is_tensor(value) for value in state.values()):
         found = ", ".join(map(str, list(checkpoint)[:SHOWN])) or "nothing"
         raise CheckpointError(
             f"{source} has no weights under {' or '.join(map(repr, keys))}, but {found}"
         )
-    weights = {
-        key.removeprefix("module."): value for key, value in state.items() if torch.is_tensor(value)
-    }
-    return weights, ()
+    weights = _named(state, source).items()
+    return {key.removeprefix("module."): value for key, value in weights}, ()
+
+
+def _mapping(checkpoint: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """What is filed under ``key``, if it holds values by name."""
+    value = checkpoint.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _named(state: Mapping[Any, Any], source: str) -> dict[str, torch.Tensor]:
+    """The tensors of a mapping, whose keys must be names."""
+    tensors = {key: value for key, value in state.items() if torch.is_tensor(value)}
+    strange = next((key for key in tensors if not isinstance(key, str)), None)
+    if strange is not None:
+        raise CheckpointError(
+            f"{source} holds a tensor under {str(strange)[:80]}, which is no name"
+        )
+    return tensors
 
 
 def to_own_names(state: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
@@ -228,7 +264,12 @@ def load_weights(
     own = model.state_dict()
     ignored = [k for k in state if k.rpartition(".")[2] in COMPUTED_KEYS and k not in own]
     state = {key: value for key, value in state.items() if key not in ignored}
-    converted = to_own_names(state, model)
+    settings = _settings_of(checkpoint, source)
+    try:
+        converted = to_own_names(state, model)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        # shapes of any kind make conversions raise errors of any kind
+        raise CheckpointError(f"{source} does not fit the model: {e or type(e).__name__}") from e
     if "mindspore" in checkpoint:
         converted = fill_missing_bias_tables(converted, own)
     dropped = [key for key in converted if key not in own and spare(key)]
@@ -250,7 +291,7 @@ def load_weights(
         ignored=(*ignored, *others),
         left=tuple(left),
         dropped=tuple(dropped),
-        notes=tuple(_apply_function(model, checkpoint)),
+        notes=tuple(_apply(model, *settings)),
     )
 
 
@@ -295,14 +336,22 @@ def _unfit_head(
     return unfit
 
 
-def _apply_function(model: nn.Module, checkpoint: Mapping[str, Any]) -> Iterator[str]:
+def _settings_of(checkpoint: Mapping[str, Any], source: str) -> tuple[float | None, str]:
+    """Exponent of the query/key pre-scale, and GELU, that the weights were trained for."""
+    kwargs = _mapping(checkpoint, "model_kwargs") or checkpoint
+    exponent, gelu = kwargs.get("qk_scale_factor"), checkpoint.get("gelu", "none")
+    if exponent is not None and not (isinstance(exponent, float | int) and -8 <= exponent <= 8):
+        raise CheckpointError(f"{source}: qk_scale_factor must be an exponent from -8 to 8")
+    if not isinstance(gelu, str) or gelu not in ("none", "tanh"):
+        raise CheckpointError(f"{source}: gelu must be none or tanh, not {str(gelu)[:80]}")
+    return exponent, gelu
+
+
+def _apply(model: nn.Module, exponent: float | None, gelu: str) -> Iterator[str]:
     """Make the model compute what the weights were trained for; says what was changed."""
-    kwargs = checkpoint.get("model_kwargs") or checkpoint
-    exponent = kwargs.get("qk_scale_factor")
     if exponent is not None and getattr(model, "qk_scale_factor", exponent) != exponent:
         set_qk_scale_factor(model, exponent)
         yield f"pre-scale exponent {exponent}, as trained"
-    gelu = checkpoint.get("gelu", "none")
     if gelu != "none":
         set_gelu(model, gelu)
         yield f"{gelu} GELU, as trained"
@@ -318,14 +367,25 @@ def _check_fit(
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
+    kinds = [
+        f"{key} ({state[key].dtype} for {own[key].dtype})"
+        for key in own
+        if key in state and _kind(state[key]) != _kind(own[key])
+    ]
     parts = [
         f"{len(keys)} {what}: {', '.join(keys[:SHOWN])}{', ...' if len(keys) > SHOWN else ''}"
         for what, keys in (
             ("missing", missing),
             ("not in the model", unknown),
             ("of another shape", shapes),
+            ("of another kind", kinds),
         )
         if keys
     ]
     if parts:
         raise CheckpointError(f"{source} does not fit the model: {'; '.join(parts)}")
+
+
+def _kind(tensor: torch.Tensor) -> tuple[bool, bool]:
+    """What copying a tensor into another must not change: float32 to bfloat16 may be."""
+    return tensor.is_floating_point(), tensor.is_complex()

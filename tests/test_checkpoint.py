@@ -196,6 +196,30 @@ def test_addresses_are_fetched_and_their_hash_checked(server, tmp_path, monkeypa
         read_checkpoint(f"{address}/none.pth")
 
 
+def test_damaged_copy_of_an_address_is_fetched_again(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    folder, address = server
+    content = good_file(tmp_path)
+    name = f"net-{sha256(content).hexdigest()[:8]}.pth"
+    (folder / name).write_bytes(content)
+    copy = tmp_path / "home" / "hub" / "checkpoints" / name
+    read_checkpoint(f"{address}/{name}")
+    damaged = content[:500] + bytes([content[500] ^ 1]) + content[501:]
+    copy.write_bytes(damaged)
+    read_checkpoint(f"{address}/{name}")
+    assert copy.read_bytes() == content
+    copy.write_bytes(damaged)
+    (folder / name).unlink()
+    with pytest.raises(CheckpointError, match=r"cannot download.*404"):
+        read_checkpoint(f"{address}/{name}")
+
+
+@pytest.mark.parametrize("path", ["", "/", "/.."])
+def test_addresses_must_name_a_file(path):
+    with pytest.raises(CheckpointError, match="it names no file"):
+        read_checkpoint(f"http://127.0.0.1:1{path}")
+
+
 def test_checkpoints_hold_plain_values_only(tmp_path):
     path = tmp_path / "state.pth"
     state = {"a": (1, [np.float64(2.5)]), "b": {"c": tmp_path}, "d": None, "e": torch.ones(2)}

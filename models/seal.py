@@ -1,0 +1,140 @@
+"""A seal: the SHA-256 of a checkpoint, carried by the file itself and verified on reading.
+
+A sealed file is what torch.save writes, a zip archive, with the archive comment
+``sha256=<64 hexadecimal digits>``: the digest of the file as torch wrote it, that is of all bytes
+before the comment with the comment's two-byte length read as zero. Zip readers, torch.load among
+them, take it as they take any archive with a comment.
+"""
+
+import hashlib
+import re
+from os import PathLike
+from typing import Any, BinaryIO
+
+import torch
+
+END_MARK = b"PK\5\6"  # of the record that ends an archive, whose last two bytes are a length
+END_BYTES = 22
+COMMENT = re.compile(rb"sha256=([0-9a-f]{64})")
+COMMENT_BYTES = len("sha256=") + 64
+CHUNK = 1 << 22
+SHOWN = 2000  # characters of an error, enough for a path and a few names
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be read, or does not fit the model.
+
+    The message is one line that a terminal can show, whatever names the file holds.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(printable(message if len(message) <= SHOWN else message[:SHOWN] + "..."))
+
+
+def printable(text: str) -> str:
+    """``text`` with line ends, terminal escapes and the like as Python writes them."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+class _Hashing:
+    """A file that hashes what is written, and remembers why writing failed.
+
+    What is hashed comes from memory: what a failing disk gives back is not vouched for.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.digest, self.error = file, hashlib.sha256(), None
+
+    def write(self, data: memoryview) -> int:
+        self.digest.update(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def write_sealed(content: Any, file: BinaryIO) -> None:
+    """Write a checkpoint with its seal; never holds the file in memory.
+
+    Args:
+        content: What torch.save takes.
+        file: Empty file, open for writing and seeking (``"w+b"``).
+
+    Raises:
+        OSError: Writing failed.
+    """
+    hashing = _Hashing(file)
+    try:
+        torch.save(content, hashing)
+    except RuntimeError as error:
+        if hashing.error is not None:  # torch tells that writing failed, not why
+            raise hashing.error from error
+        raise
+    file.seek(-2, 2)
+    file.write(COMMENT_BYTES.to_bytes(2, "little"))
+    file.write(b"sha256=" + hashing.digest.hexdigest().encode())
+    file.flush()
+
+
+def file_digest(file: BinaryIO, size: int) -> "hashlib._Hash":
+    """SHA-256 of the first ``size`` bytes, read in pieces."""
+    digest, piece = hashlib.sha256(), memoryview(bytearray(CHUNK))
+    file.seek(0)
+    while size > 0:
+        count = file.readinto(piece[:size])
+        if not count:
+            break
+        digest.update(piece[:count])
+        size -= count
+    return digest
+
+
+def _read_seal(file: BinaryIO) -> tuple[bytes, bytes]:
+    """What stands at the places of the end record and of the comment in a sealed file."""
+    size = file.seek(0, 2)
+    file.seek(max(size - END_BYTES - COMMENT_BYTES, 0))
+    tail = file.read()
+    return tail[:-COMMENT_BYTES], tail[-COMMENT_BYTES:]
+
+
+def is_sealed(path: str | PathLike[str]) -> bool:
+    """Whether a file carries a seal, be it damaged; see :func:`check_seal`.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    with open(path, "rb") as file:
+        end, comment = _read_seal(file)
+    # either of the two shows that a seal was there, should the other be damaged
+    return end.startswith(END_MARK) or COMMENT.fullmatch(comment) is not None
+
+
+def check_seal(path: str | PathLike[str]) -> bool:
+    """Verify a file's seal.
+
+    Returns:
+        Whether it has one.
+
+    Raises:
+        CheckpointError: The file differs from what was written.
+        OSError: The file cannot be read.
+    """
+    if not is_sealed(path):
+        return False
+    with open(path, "rb", buffering=0) as file:
+        end, comment = _read_seal(file)
+        stated = COMMENT.fullmatch(comment)
+        if not stated or end[:4] != END_MARK or end[-2:] != bytes([COMMENT_BYTES, 0]):
+            raise CheckpointError(f"{path} is damaged: its seal, at the end, is not whole")
+        digest = file_digest(file, file.seek(0, 2) - COMMENT_BYTES - 2)
+    digest.update(b"\0\0")
+    if digest.hexdigest() != stated[1].decode():
+        raise CheckpointError(
+            f"{path} is damaged: its SHA-256 is {digest.hexdigest()}, and should be "
+            f"{stated[1].decode()}"
+        )
+    return True
