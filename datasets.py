@@ -1,7 +1,13 @@
 """Datasets, augmentation and loaders."""
 
 import contextlib
+import ctypes
+import os
 import random
+import signal
+import stat
+import sys
+import threading
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform
 from timm.data.auto_augment import AugmentOp
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -23,6 +29,10 @@ from samplers import Draw, EvalBatchSampler, RASampler, mix_seed
 
 SMALL_SIZE = 32
 EVAL_BATCH_FACTOR = 1.5
+MAX_ASPECT = 8
+# Pillow also reads formats that it recognises by guesswork, or by calling Ghostscript.
+IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
+GREY_OF_16_BITS = ((np.arange(2**16) + 128) // 257).astype(np.uint8)  # 0..65535 to 0..255
 
 
 class DataError(RuntimeError):
@@ -79,17 +89,59 @@ class Digits(Dataset):
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """Decode an image file to RGB.
+    """Decode an image file to RGB, 8 bits a channel.
+
+    The format is told by the content, not by the name. Of several frames or pages the first
+    counts. As in the published results, alpha is dropped, and neither the EXIF orientation nor a
+    colour profile is applied. Grey of 16 bits is scaled to 8. Up to 179 million pixels (twice
+    ``PIL.Image.MAX_IMAGE_PIXELS``) are decoded without a warning, more are an error.
 
     Raises:
-        CorruptImageError: The file is missing, truncated or no image; names the path.
+        CorruptImageError: The file is missing, no regular file, truncated, no image, too large,
+            or of a colour mode without a defined range; names the path and the reason.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore", UserWarning)  # palette transparency, odd EXIF
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise CorruptImageError(f"cannot decode image {path}: {error}") from error
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # opening a named pipe would block
+            raise OSError("not a regular file")
+        if status.st_size == 0:
+            raise OSError("empty file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd EXIF, palette transparency, many pixels
+            with Image.open(path, formats=IMAGE_FORMATS) as image:
+                return _to_rgb(image)
+    except MemoryError:  # says nothing about the file
+        raise
+    except Exception as error:  # on damaged files the decoders raise errors of any kind
+        raise CorruptImageError(f"cannot decode image {path}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What ``error`` says, in one line and never empty, without the path."""
+    if isinstance(error, UnidentifiedImageError):
+        return "no image of a known format"
+    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert to RGB; where Pillow would clip 16 bits to white, scale to 8 bits.
+
+    Raises:
+        ValueError: The values have no defined range.
+    """
+    if image.mode == "F":
+        raise ValueError("mode F (floating point) has no defined range of values")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high >= 2**16:
+            raise ValueError(
+                f"mode I (32-bit integers) has no defined range of values: {low}..{high} is not"
+                " within 0..65535"
+            )
+        bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # a TIFF may have 12
+        image = Image.fromarray(GREY_OF_16_BITS[values << max(0, 16 - bits)])
+    return image.convert("RGB")
 
 
 def open_image_folder(root: Path, is_train: bool, download: bool = False) -> ImageFolder:
@@ -161,19 +213,22 @@ def input_size_of(args: Namespace) -> int:
 
 
 class Sample(NamedTuple):
-    """One augmented image; ``image`` is None where the file is corrupt and skipped."""
+    """One augmented image; ``image`` is None where the file is corrupt and skipped.
+
+    ``corrupt`` has the message of each corrupt file met: ``cannot decode image PATH: WHY``.
+    """
 
     image: torch.Tensor | None
     target: int
-    corrupt: int
+    corrupt: tuple[str, ...]
 
 
 class Batch(NamedTuple):
-    """Images ``B 3 H W``, targets ``B`` and the number of corrupt files met for them."""
+    """Images ``B 3 H W``, targets ``B`` and the messages of the corrupt files met for them."""
 
     images: torch.Tensor
     targets: torch.Tensor
-    corrupt: int
+    corrupt: list[str]
 
 
 class AugmentedDataset(Dataset):
@@ -184,7 +239,7 @@ class AugmentedDataset(Dataset):
         transform: PIL image to tensor ``3 H W``.
         seed: Seed of the run; with a :class:`Draw` as index, each draw has its own numbers.
         skip_corrupt: Instead of raising, replace a corrupt training image by the next sound
-            one of its class, and leave a corrupt evaluation image out; both are counted.
+            one of its class, and leave a corrupt evaluation image out; both are reported.
         is_train: Whether these are training images.
     """
 
@@ -216,16 +271,16 @@ class AugmentedDataset(Dataset):
         with random_numbers(mix_seed(self.seed, index.epoch, index, index.copy)):
             return Sample(self.transform(image), target, corrupt)
 
-    def _read(self, index: int) -> tuple[tuple[Image.Image | None, int], int]:
-        """The image of ``index``, or what stands for it, and the number of corrupt files met."""
-        corrupt = 0
+    def _read(self, index: int) -> tuple[tuple[Image.Image | None, int], tuple[str, ...]]:
+        """The image of ``index``, or what stands for it, and the messages of corrupt files."""
+        corrupt: tuple[str, ...] = ()
         for candidate in self._candidates(index):
             try:
                 return self.images[candidate], corrupt
-            except CorruptImageError:
+            except CorruptImageError as error:
                 if not self.skip_corrupt:
                     raise
-                corrupt += 1
+                corrupt += (str(error),)
         if self.is_train:
             name = self.classes[self.targets[index]]
             raise DataError(f"class {name} has no image that can be decoded")
@@ -260,11 +315,39 @@ def random_numbers(seed: int) -> Iterator[None]:
             torch.set_rng_state(states[2])
 
 
+class CropLongSide:
+    """Crop an image around its centre to at most 8 times its short side.
+
+    Resizing 30000x10 pixels by the short side to 256 would make 768000x256 of them, 790 MB.
+    Other images pass untouched.
+    """
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        longest = MAX_ASPECT * min(image.size)
+        if max(image.size) <= longest:
+            return image
+        size = [min(image.height, longest), min(image.width, longest)]
+        return transforms.functional.center_crop(image, size)
+
+
+class EnlargeTiny:
+    """Repeat the pixels of an image of fewer than 5 pixels 4 times in each direction.
+
+    Of so few, timm's random crop may take a part whose sides round to 0. Other images pass
+    untouched.
+    """
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        if image.width * image.height >= 5:
+            return image
+        return image.resize((4 * image.width, 4 * image.height), Image.Resampling.NEAREST)
+
+
 def build_transform(is_train: bool, args: Namespace) -> transforms.Compose:
     """DeiT's augmentation for training, resize and centre crop for evaluation.
 
     Inputs of at most 32 pixels are padded by 4 and cropped for training, and resized whole for
-    evaluation.
+    evaluation. Before a resize by the short side, images longer than 8:1 are cropped to that.
     """
     size = input_size_of(args)
     small = size <= SMALL_SIZE
@@ -274,6 +357,7 @@ def build_transform(is_train: bool, args: Namespace) -> transforms.Compose:
             resize = [transforms.Resize((size, size), interpolation=bicubic)]
         else:
             resize = [
+                CropLongSide(),
                 transforms.Resize(int(size / args.eval_crop_ratio), interpolation=bicubic),
                 transforms.CenterCrop(size),
             ]
@@ -298,7 +382,10 @@ def build_transform(is_train: bool, args: Namespace) -> transforms.Compose:
         transform.transforms[0:1] = crop
     elif args.src:
         crop = transforms.RandomCrop(size, padding=4, padding_mode="reflect")
-        transform.transforms[0:1] = [transforms.Resize(size, interpolation=3), crop]
+        resize = transforms.Resize(size, interpolation=3)
+        transform.transforms[0:1] = [CropLongSide(), resize, crop]
+    else:
+        transform.transforms.insert(0, EnlargeTiny())
     keep_posterize_possible(transform)
     return transform
 
@@ -351,16 +438,47 @@ def build_dataset(is_train: bool, args: Namespace) -> tuple[AugmentedDataset, in
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Stack the sound samples; count the corrupt files."""
-    corrupt = sum(sample.corrupt for sample in samples)
+    """Stack the sound samples; gather the messages of the corrupt files."""
+    corrupt = [message for sample in samples for message in sample.corrupt]
     sound = [(sample.image, sample.target) for sample in samples if sample.image is not None]
     if not sound:
         return Batch(torch.empty(0), torch.empty(0, dtype=torch.long), corrupt)
     return Batch(*default_collate(sound), corrupt)
 
 
+def die_with_parent(number: int) -> None:
+    """Let the system send this process a signal when the one that started it ends (Linux)."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it ended meanwhile
+            os.kill(os.getpid(), number)
+
+
+def settle_worker(worker: int) -> None:
+    """Leave signals to the process that this loader process works for, and die with it.
+
+    A terminal, Slurm and torchrun send what asks a run to stop to all of its processes, and the
+    step at hand needs its data still. Only that process itself may end this one.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # it tells who sent a signal; macOS does not have it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+    die_with_parent(signal.SIGKILL)
+
+
+def _obey(parent: int) -> None:
+    """End this process when its parent asks for it, and nobody else."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        continue
+    os._exit(0)
+
+
 def _loader_options(args: Namespace) -> dict:
     return {
+        "worker_init_fn": settle_worker,
         "num_workers": args.num_workers,
         "pin_memory": args.pin_mem and torch.cuda.is_available(),
         "persistent_workers": args.num_workers > 0,

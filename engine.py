@@ -2,23 +2,28 @@
 
 import contextlib
 import inspect
+import math
+import os
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
+from timm.scheduler.plateau_lr import PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import sum_over_processes
+from utils import random_state, set_random_state, sum_over_processes
 
 REFERENCE_BATCH = 512  # the batch that --lr is meant for
 # PyTorch's own; fused, they also take the gradient scaler's verdict without a device sync
@@ -71,8 +76,25 @@ class Precision:
         """Images ``B 3 H W`` on the device in the run's layout, without waiting for the copy."""
         return images.to(self.device, non_blocking=True, memory_format=self.memory_format)
 
+    def update_scale(self) -> torch.Tensor | None:
+        """Adapt the loss scale after a step; says whether the step was left out, on the device."""
+        if not self.scaler.is_enabled():
+            return None
+        before = self.scaler._scale.clone()  # get_scale() would wait for the device
+        self.scaler.update()
+        return self.scaler._scale < before
+
     def __str__(self) -> str:
         return "float32" if self.dtype is None else str(self.dtype).removeprefix("torch.")
+
+
+def set_determinism(deterministic: bool) -> None:
+    """Choose kernels by speed, or those alone that always give the same bits."""
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        # cuBLAS reads it when it starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
 
 
 def scaled_lr(args: Namespace, world_size: int) -> float:
@@ -125,6 +147,26 @@ def build_scheduler(
     return scheduler
 
 
+def scheduler_state(scheduler: Scheduler) -> dict[str, Any]:
+    """All that a schedule remembers, as plain values; what timm's own leaves out included."""
+    state = scheduler.state_dict()
+    if isinstance(scheduler, PlateauLRScheduler):
+        state |= {"plateau": scheduler.lr_scheduler.state_dict(), "lrs": scheduler.restore_lr}
+    return state
+
+
+def restore_scheduler(scheduler: Scheduler, state: Mapping[str, Any]) -> None:
+    """Go on from :func:`scheduler_state`, where the schedule follows its own past.
+
+    The other ones are functions of the time and of the flags, which may have changed.
+    """
+    if isinstance(scheduler, PlateauLRScheduler):
+        scheduler.load_state_dict(dict(state))
+        if "plateau" in state:
+            scheduler.lr_scheduler.load_state_dict(dict(state["plateau"]))
+            scheduler.restore_lr = state["lrs"]
+
+
 def build_mixup(args: Namespace, num_classes: int) -> Mixup | None:
     """Mixup and cutmix as flagged, or None where both are off.
 
@@ -165,29 +207,108 @@ def build_criterion(args: Namespace, mixup_fn: Mixup | None, num_classes: int) -
     return nn.CrossEntropyLoss()
 
 
-class LossMeter:
-    """Mean loss, and the first step at which it was not finite, without waiting for the device."""
+class Meter:
+    """What an epoch has come to so far on this process, without waiting for the device.
+
+    Attributes:
+        steps: Batches done.
+        images: Images seen.
+        corrupt: What was said of corrupt image files.
+        lr: Learning rate of the last update.
+        seconds: Time spent.
+        bad_in_row: Largest number of steps in a row without a finite loss, up to the last
+            :meth:`read`.
+        bad_step: The first of the epoch's steps whose loss was not finite, likewise; else -1.
+    """
 
     def __init__(self, device: torch.device):
-        self.total = torch.zeros((), device=device)
-        self.steps = 0
-        self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self._device = device
+        self._in_row = self._number(0)
+        self.restart()
 
-    def add(self, loss: torch.Tensor, step: int) -> None:
-        """Count the loss of ``step``."""
-        self.total += loss
+    def _number(self, value: int) -> torch.Tensor:
+        return torch.full((), value, dtype=torch.int64, device=self._device)
+
+    def restart(self) -> None:
+        """Start an epoch; a row of losses that are not finite goes on."""
+        self._total = torch.zeros((), device=self._device)
+        self._bad, self._skipped = self._number(0), self._number(0)
+        self._worst, self._first_bad = self._number(0), self._number(-1)
+        self.bad_in_row, self.bad_step = 0, -1
+        self.steps = self.images = 0
+        self.corrupt: list[str] = []
+        self.lr = self.seconds = 0.0
+
+    def add(self, loss: torch.Tensor) -> None:
+        """Count the loss of a step; one that is not finite does not enter the mean."""
+        finite = torch.isfinite(loss)
+        self._total += torch.where(finite, loss, 0.0)
+        self._bad += ~finite
+        self._in_row = torch.where(finite, 0, self._in_row + 1)
+        self._worst = torch.maximum(self._worst, self._in_row)
+        is_first = ~finite & (self._first_bad < 0)
+        self._first_bad = torch.where(is_first, self.steps, self._first_bad)
         self.steps += 1
-        bad = ~torch.isfinite(loss) & (self.bad_step < 0)
-        self.bad_step = torch.where(bad, step, self.bad_step)
+
+    def add_skipped(self, skipped: torch.Tensor | None) -> None:
+        """Count an update that the loss scaler left out, if it did."""
+        if skipped is not None:
+            self._skipped += skipped
+
+    def read(self) -> None:
+        """Wait for the device, and note how many losses in a row were not finite."""
+        self.bad_in_row, self.bad_step = torch.stack([self._worst, self._first_bad]).tolist()
 
     def mean(self) -> float:
-        """Mean so far on this process. Waits for the device."""
-        return self.total.item() / self.steps
+        """Mean of the finite losses on this process. Waits for the device."""
+        good = self.steps - self._bad.item()
+        return self._total.item() / good if good else math.nan
 
-    def first_bad_step(self) -> int | None:
-        """First step of a non-finite loss on this process. Waits for the device."""
-        step = self.bad_step.item()
-        return None if step < 0 else step
+    def counts(self) -> dict[str, int]:
+        """Losses that were not finite and updates that were left out. Waits for the device."""
+        return {"nonfinite": self._bad.item(), "skipped": self._skipped.item()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values that :meth:`load_state_dict` takes. Waits for the device."""
+        numbers = {key: getattr(self, key) for key in ("steps", "images", "lr", "seconds")}
+        devices = {"total": self._total, "bad": self._bad, "skipped": self._skipped}
+        devices |= {"in_row": self._in_row, "worst": self._worst, "first_bad": self._first_bad}
+        values = {key: value.item() for key, value in devices.items()}
+        return numbers | values | {"corrupt": list(self.corrupt)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a ``state_dict``."""
+        for key in ("steps", "images", "lr", "seconds"):
+            setattr(self, key, state[key])
+        self.corrupt = list(state["corrupt"])
+        self._total = torch.full((), state["total"], device=self._device)
+        for key in ("bad", "skipped", "in_row", "worst", "first_bad"):
+            setattr(self, f"_{key}", self._number(state[key]))
+        self.read()
+
+
+def merge_meters(
+    states: Sequence[Mapping[str, Any]], steps: int, world_size: int, rank: int
+) -> dict[str, Any]:
+    """States of the meters of other processes as one of this process, after ``steps`` steps.
+
+    What is counted over all processes goes to the first one, and means to each.
+    """
+    sums = {key: sum(state[key] for state in states) for key in ("images", "bad", "skipped")}
+    good = sum(state["steps"] - state["bad"] for state in states)
+    mean = sum(state["total"] for state in states) / max(good, 1)
+    bad = min(sums["bad"], steps) if rank == 0 else 0
+    return {
+        "steps": steps,
+        "images": sums["images"] / world_size,
+        "lr": max(state["lr"] for state in states),
+        "seconds": max(state["seconds"] for state in states),
+        "total": mean * (steps - bad),
+        "bad": bad,
+        "skipped": sums["skipped"] if rank == 0 else 0,
+        **{key: max(state[key] for state in states) for key in ("in_row", "worst", "first_bad")},
+        "corrupt": [line for state in states for line in state["corrupt"]] if rank == 0 else [],
+    }
 
 
 def train_one_epoch(
@@ -206,13 +327,17 @@ def train_one_epoch(
     set_training_mode: bool = True,
     log_interval: int = 50,
     report: Callable[[int, float, float, float], None] = lambda step, loss, lr, rate: None,
-) -> dict[str, float]:
-    """Train for one epoch.
+    max_nonfinite: int = 10,
+    meter: Meter | None = None,
+    after_update: Callable[[Meter], bool] = lambda meter: False,
+) -> dict[str, float] | None:
+    """Train for one epoch, or for what is left of it.
 
     Args:
         model: Model, possibly wrapped in DistributedDataParallel.
         criterion: Loss of (logits, targets).
-        data_loader: Yields batches of (images ``B 3 H W``, targets ``B``, corrupt files met).
+        data_loader: Yields batches of (images ``B 3 H W``, targets ``B``, what was said of the
+            corrupt files met).
         optimizer: Stepped every ``accum_iter`` batches and after the last one.
         device: Where the model is.
         epoch: Number of the epoch, from 0.
@@ -226,26 +351,32 @@ def train_one_epoch(
         log_interval: Steps between calls of ``report``, the only ones that wait for the device.
         report: Receives (steps done, mean loss so far, learning rate, images per second), the
             latter two of this process.
+        max_nonfinite: Steps in a row without a finite loss that end the training. In float16, the
+            loss scaler leaves out the updates of such steps.
+        meter: Statistics to begin with: its steps are behind, and the loader has the others.
+        after_update: Called after every update; True leaves the epoch.
 
     Returns:
         ``loss``, the mean over all processes, ``lr`` of the last step, ``images_per_second`` over
-        all processes, and ``corrupt``, the number of corrupt files met, if any.
+        all processes, and, where there were any, ``corrupt``, the number of corrupt files met,
+        ``nonfinite``, the number of losses that were not finite, and ``skipped``, the updates left
+        out. None if ``after_update`` asked to leave.
 
     Raises:
-        NonFiniteLossError: The loss was infinite or not a number, noticed at the next reading.
+        NonFiniteLossError: The loss was infinite or not a number too often, noticed at the next
+            reading, or once, outside of float16, noticed at the end of the epoch.
     """
     model.train(set_training_mode)
-    meter = LossMeter(device)
-    steps = len(data_loader)
-    updates = epoch * -(-steps // accum_iter)
+    meter = Meter(device) if meter is None else meter
+    steps = meter.steps + len(data_loader)
+    updates = epoch * -(-steps // accum_iter) + -(-meter.steps // accum_iter)
     second_order = getattr(optimizer, "is_second_order", False)
-    images_seen = corrupt_seen = 0
-    lr = max(group["lr"] for group in optimizer.param_groups)
-    started = time.perf_counter()
+    before, started = meter.seconds, time.perf_counter()
+    alone = not dist.is_initialized()
     optimizer.zero_grad()
-    for step, (images, targets, corrupt) in enumerate(data_loader):
-        images_seen += len(images)
-        corrupt_seen += corrupt
+    for step, (images, targets, corrupt) in enumerate(data_loader, start=meter.steps):
+        meter.images += len(images)
+        meter.corrupt += corrupt
         images = precision.move(images)
         targets = targets.to(device, non_blocking=True)
         if mixup_fn is not None:
@@ -258,51 +389,64 @@ def train_one_epoch(
                 loss = criterion(model(images), targets)
             scaled = precision.scaler.scale(loss / batches_of_update)
             scaled.backward(create_graph=second_order)
-        meter.add(loss.detach(), step)
+        meter.add(loss.detach())
         if is_update:
             if max_norm is not None:
                 precision.scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(model.parameters(), max_norm)
             precision.scaler.step(optimizer)
-            precision.scaler.update()
+            meter.add_skipped(precision.update_scale())
             optimizer.zero_grad()
             updates += 1
             if model_ema is not None:
                 model_ema.update(unwrap(model), step=updates)
-            lr = max(group["lr"] for group in optimizer.param_groups)
+            meter.lr = max(group["lr"] for group in optimizer.param_groups)
             if lr_scheduler is not None:
                 lr_scheduler.step_update(updates)
-        if (step + 1) % log_interval == 0 and step + 1 < steps:
-            check_finite(meter.first_bad_step(), epoch, lr, precision, model)
-            report(step + 1, meter.mean(), lr, images_seen / (time.perf_counter() - started))
+        meter.seconds = before + time.perf_counter() - started
+        shown = (step + 1) % log_interval == 0 and step + 1 < steps
+        if shown:
+            meter.read()
+            if alone:
+                check_finite(meter, max_nonfinite, epoch, precision, model)
+            report(step + 1, meter.mean(), meter.lr, meter.images / meter.seconds)
+        if is_update and after_update(meter):
+            return None
 
-    bad_step = meter.first_bad_step()
-    rate = images_seen / (time.perf_counter() - started)
-    sums = torch.tensor(
-        [meter.mean(), 1, rate, corrupt_seen, bad_step is not None],
-        dtype=torch.float64,
-    )
-    loss, processes, rate, corrupt_seen, bad_processes = sum_over_processes(sums, device).tolist()
-    if bad_processes and bad_step is None:
-        bad_step = steps - 1  # on another process; that one names the very step
-    check_finite(bad_step, epoch, lr, precision, model)
-    report(steps, loss / processes, lr, rate / processes)
-    stats = {"loss": loss / processes, "lr": lr, "images_per_second": round(rate, 1)}
-    return stats | ({"corrupt": int(corrupt_seen)} if corrupt_seen else {})
+    meter.read()
+    # outside of float16, one bad loss has spoilt the weights
+    poisoned = meter.bad_in_row >= (max_nonfinite if precision.scaler.is_enabled() else 1)
+    numbers = [meter.mean(), 1, meter.images / max(meter.seconds, 1e-9), len(meter.corrupt)]
+    counts = meter.counts()
+    sums = torch.tensor([*numbers, poisoned, *counts.values()], dtype=torch.float64)
+    loss, processes, rate, corrupt_seen, poisoned, *totals = sum_over_processes(
+        sums, device
+    ).tolist()
+    if poisoned:
+        check_finite(meter, 0, epoch, precision, model)
+    report(steps, loss / processes, meter.lr, rate / processes)
+    stats = {"loss": loss / processes, "lr": meter.lr, "images_per_second": round(rate, 1)}
+    totals = {"corrupt": corrupt_seen} | dict(zip(counts, totals, strict=True))
+    return stats | {key: int(value) for key, value in totals.items() if value}
 
 
 def check_finite(
-    bad_step: int | None, epoch: int, lr: float, precision: Precision, model: nn.Module
+    meter: Meter, limit: int, epoch: int, precision: Precision, model: nn.Module
 ) -> None:
-    """Raise NonFiniteLossError, naming all that bears on it, unless ``bad_step`` is None."""
-    if bad_step is None:
+    """Raise NonFiniteLossError, naming all that bears on it, after ``limit`` bad losses in a row.
+
+    Waits for nothing: it goes by the meter's last reading.
+    """
+    if meter.bad_in_row < limit:
         return
     exponent = getattr(unwrap(model), "qk_scale_factor", None)
+    step = meter.steps - 1 if meter.bad_step < 0 else meter.bad_step
+    row = f"in {meter.bad_in_row} steps in a row" if meter.bad_in_row else "on another process"
     raise NonFiniteLossError(
-        f"the loss is not finite at epoch {epoch}, step {bad_step} (learning rate "
-        f"{lr:.3g}, computed in {precision}, query/key pre-scale "
-        f"exponent {exponent}); the last checkpoint is kept. A lower --lr, --clip-grad 1, "
-        f"--amp-dtype bfloat16 or --qk-scale-factor -0.5 may help"
+        f"the loss is not finite at epoch {epoch}, step {step}, {row} (learning rate "
+        f"{meter.lr:.3g}, computed in {precision}, query/key pre-scale exponent {exponent}); the "
+        f"last checkpoint is kept. A lower --lr, --clip-grad 1, --amp-dtype bfloat16 or "
+        f"--qk-scale-factor -0.5 may help"
     )
 
 
@@ -327,6 +471,26 @@ def distribute(
     return DistributedDataParallel(
         model, device_ids=ids, gradient_as_bucket_view=True, static_graph=static, **{name: False}
     )
+
+
+def settle(model: nn.Module, precision: Precision, batch_size: int, input_size: int) -> None:
+    """Let a distributed model find the order of exchanging gradients, by a step for nothing.
+
+    DistributedDataParallel regroups gradients after its first backward pass, and groups decide how
+    sums are rounded: without this, the first step after a resumption would not be the step that an
+    uninterrupted run takes. Statistics and random numbers are left as they were.
+    """
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    state = random_state(precision.device)
+    model.train()
+    images = precision.move(torch.zeros(batch_size, 3, input_size, input_size))
+    with precision.autocast():
+        output = model(images)
+    output.float().sum().backward()
+    model.zero_grad()
+    set_random_state(state, precision.device)
+    for buffer, before in zip(model.buffers(), buffers, strict=True):
+        buffer.copy_(before)
 
 
 def compiled(model: nn.Module, backend: str | None) -> nn.Module:
@@ -360,7 +524,8 @@ def evaluate(
     device: torch.device,
     precision: Precision | None = None,
     shared: bool = True,
-) -> dict[str, float]:
+    after_batch: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
     """Top-1 and top-5 accuracy and cross-entropy.
 
     Args:
@@ -370,10 +535,11 @@ def evaluate(
         device: Where the model is.
         precision: Autocast, if any.
         shared: The processes have different parts of the set, whose counts are added up.
+        after_batch: True breaks off; the result is then of no use.
 
     Returns:
-        ``acc1`` and ``acc5`` in percent, ``loss``, and the numbers of ``images`` and of
-        ``corrupt`` files left out.
+        ``acc1`` and ``acc5`` in percent, ``loss``, the numbers of ``images`` and of ``corrupt``
+        files left out, and the ``messages`` about those met by this process.
 
     Raises:
         NoImagesError: There was not a single sound image.
@@ -381,11 +547,13 @@ def evaluate(
     precision = precision or Precision(device)
     model.eval()
     is_compiled = unwrap(model) is not model
-    full = corrupt_seen = images_seen = 0
+    full = images_seen = 0
+    messages: list[str] = []
     counts = torch.zeros(2, dtype=torch.int64, device=device)
     losses = []
+    broken_off = False
     for images, targets, corrupt in data_loader:
-        corrupt_seen += corrupt
+        messages += corrupt
         images_seen += len(images)
         if not len(images):
             continue
@@ -399,20 +567,24 @@ def evaluate(
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = ranked == targets[:, None]
         counts += torch.stack([hits[:, 0].sum(), hits.sum()])
+        if after_batch():
+            broken_off = True
+            break
     # float64 makes the sum independent, in practice, of how batches were dealt to processes
     loss_sum = torch.stack(losses).cpu().double().sum().item() if losses else 0.0
-    totals = torch.tensor(
-        [*counts.tolist(), images_seen, corrupt_seen, loss_sum], dtype=torch.float64
-    )
+    numbers = [*counts.tolist(), images_seen, len(messages), loss_sum, broken_off]
+    totals = torch.tensor(numbers, dtype=torch.float64)
     if shared:
         totals = sum_over_processes(totals, device)
-    hits1, hits5, images_seen, corrupt_seen, loss_sum = totals.tolist()
-    if not images_seen:
+    hits1, hits5, images_seen, corrupt_seen, loss_sum, broken_off = totals.tolist()
+    if not images_seen and not broken_off:
         raise NoImagesError(f"nothing to evaluate: {corrupt_seen:.0f} corrupt images, no sound one")
+    images_seen = max(images_seen, 1)
     return {
         "acc1": 100 * hits1 / images_seen,
         "acc5": 100 * hits5 / images_seen,
         "loss": loss_sum / images_seen,
         "images": int(images_seen),
         "corrupt": int(corrupt_seen),
+        "messages": messages,
     }

@@ -1,7 +1,9 @@
 """Which images each rank sees, in which order: training with repeats, exact evaluation."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
 
 import torch
 from torch.utils.data import Sampler
@@ -27,6 +29,59 @@ class Draw(int):
         return draw
 
 
+@dataclass(frozen=True)
+class Deck:
+    """The samples of an epoch in one order for all ranks together, which deal from it in turn.
+
+    Args:
+        num_images: Size of the dataset.
+        num_replicas: Ranks.
+        batch_size: Samples per rank and step.
+        num_repeats: Copies of an image.
+        seed: Seed of the permutations.
+    """
+
+    num_images: int
+    num_replicas: int
+    batch_size: int
+    num_repeats: int
+    seed: int
+
+    def __len__(self) -> int:
+        """Samples of an epoch, a multiple of ``num_replicas``."""
+        return math.ceil(self.num_images / self.num_replicas) * self.num_replicas
+
+    def _images(self, epoch: int) -> list[int]:
+        """The distinct images of an epoch: its part of the permutation of its cycle."""
+        cycle, part = divmod(epoch, self.num_repeats)
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, cycle))
+        order = torch.randperm(self.num_images, generator=generator).tolist()
+        count = math.ceil(len(self) / self.num_repeats)
+        return [order[i % self.num_images] for i in range(part * count, (part + 1) * count)]
+
+    def _block_size(self) -> int:
+        """Distinct images of which all copies come before the next ones."""
+        if self.num_replicas >= self.num_repeats:
+            return 1
+        replicas = self.num_replicas
+        return max(2 * replicas, self.batch_size * replicas // self.num_repeats)
+
+    def samples(self, epoch: int) -> Iterator[Draw]:
+        """The samples of an epoch in their order."""
+        images, block_size = self._images(epoch), self._block_size()
+        starts = list(range(0, len(images), block_size))
+        if len(starts) > 1 and len(images) - starts[-1] < block_size:
+            starts.pop()  # a short last block would put copies side by side
+        stops = [*starts[1:], len(images)]
+        samples = (
+            Draw(image, epoch, copy)
+            for start, stop in zip(starts, stops, strict=True)
+            for copy in range(self.num_repeats)
+            for image in images[start:stop]
+        )
+        return islice(samples, len(self))
+
+
 class RASampler(Sampler[Draw]):
     """Repeated augmentation over the ranks of a distributed run.
 
@@ -42,6 +97,9 @@ class RASampler(Sampler[Draw]):
 
     Every rank gets the same number of samples. With ``num_repeats=1`` this is the usual
     shuffled distributed sampler.
+
+    An epoch may be continued where it was interrupted, on another number of ranks, too: what the
+    ranks have not seen of its samples is dealt anew.
 
     Args:
         num_images: Size of the dataset.
@@ -68,51 +126,55 @@ class RASampler(Sampler[Draw]):
             raise ValueError(f"cannot sample from {num_images} images")
         if not 0 <= rank < num_replicas:
             raise ValueError(f"rank {rank} is not within 0..{num_replicas - 1}")
-        self.num_images = num_images
-        self.num_replicas = num_replicas
-        self.rank = rank
-        self.num_repeats = num_repeats
-        self.seed = seed
-        self.epoch = 0
-        self.num_samples = math.ceil(num_images / num_replicas)
-        if num_replicas >= num_repeats:
-            self.block_size = 1
-        else:
-            self.block_size = max(2 * num_replicas, batch_size * num_replicas // num_repeats)
+        self.num_replicas, self.rank, self.batch_size = num_replicas, rank, batch_size
+        self._own = Deck(num_images, num_replicas, batch_size, num_repeats, seed)
+        self.epoch, self._deck, self.dealt = 0, self._own, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the images and the order of ``epoch``."""
-        self.epoch = epoch
+        """Choose the images and the order of ``epoch``, from its start."""
+        self.epoch, self._deck, self.dealt = epoch, self._own, 0
 
-    def _epoch_images(self) -> list[int]:
-        """The distinct images of this epoch: its part of the permutation of its cycle."""
-        cycle, part = divmod(self.epoch, self.num_repeats)
-        generator = torch.Generator().manual_seed(mix_seed(self.seed, cycle))
-        order = torch.randperm(self.num_images, generator=generator).tolist()
-        count = math.ceil(self.num_samples * self.num_replicas / self.num_repeats)
-        return [order[i % self.num_images] for i in range(part * count, (part + 1) * count)]
+    def state_dict(self, steps: int) -> dict[str, int]:
+        """Where the epoch is after ``steps`` batches of every rank since it was last set.
+
+        Returns:
+            Plain numbers: the epoch, what its order was made from, and the samples that have
+            been dealt to all ranks together.
+        """
+        dealt = self.dealt + steps * self.batch_size * self.num_replicas
+        return {"epoch": self.epoch, "dealt": dealt, **asdict(self._deck)}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue the epoch of a ``state_dict`` with the samples that were not dealt yet.
+
+        Raises:
+            ValueError: It is of a dataset of another size.
+        """
+        numbers = dict(state)
+        epoch, dealt = numbers.pop("epoch"), numbers.pop("dealt")
+        if numbers["num_images"] != self._own.num_images:
+            raise ValueError(
+                f"the dataset has {self._own.num_images} images, and had {numbers['num_images']}"
+            )
+        self.epoch, self._deck, self.dealt = epoch, Deck(**numbers), dealt
+
+    @property
+    def is_continued_elsewhere(self) -> bool:
+        """Whether other ranks or batches than these began the epoch."""
+        return self._deck != self._own
+
+    @property
+    def steps_done(self) -> int:
+        """Batches, of this size on this number of ranks, that what has been dealt comes to."""
+        return self.dealt // (self.batch_size * self.num_replicas)
 
     def __iter__(self) -> Iterator[Draw]:
-        images = self._epoch_images()
-        starts = list(range(0, len(images), self.block_size))
-        if len(starts) > 1 and len(images) - starts[-1] < self.block_size:
-            starts.pop()  # a short last block would put copies side by side
-        stops = [*starts[1:], len(images)]
-        samples = (
-            Draw(image, self.epoch, copy)
-            for start, stop in zip(starts, stops, strict=True)
-            for copy in range(self.num_repeats)
-            for image in images[start:stop]
-        )
-        total = self.num_samples * self.num_replicas
-        for position, sample in enumerate(samples):
-            if position >= total:
-                return
-            if position % self.num_replicas == self.rank:
-                yield sample
+        stop = self.dealt + len(self) * self.num_replicas
+        samples = self._deck.samples(self.epoch)
+        return islice(samples, self.dealt + self.rank, stop, self.num_replicas)
 
     def __len__(self) -> int:
-        return self.num_samples
+        return (len(self._deck) - self.dealt) // self.num_replicas
 
 
 class EvalBatchSampler(Sampler[list[int]]):

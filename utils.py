@@ -1,37 +1,44 @@
 """Processes, random numbers, saving and logging of a run."""
 
 import contextlib
-import json
+import errno
+import multiprocessing
 import os
 import random
+import shutil
+import signal
 import sys
 import tempfile
+import threading
 import traceback
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import yaml
 from torch import nn
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from configs import LaunchError, Place, find_place, rendezvous
+from datasets import die_with_parent
 from models import CheckpointError
+from models.seal import check_seal, write_sealed
 
-CHECKPOINT = "checkpoint.pth"
-BEST = "best.pth"
-LOG = "log.txt"
+TEMPORARY = ".tmp"
+T = TypeVar("T")
 
 
 class OutputError(RuntimeError):
     """The output folder cannot be written."""
+
+
+class ElsewhereError(RuntimeError):
+    """Another process of the run failed."""
 
 
 def log(message: str) -> None:
@@ -51,6 +58,8 @@ def process_group(args: Namespace, env: Mapping[str, str] = os.environ):
         LaunchError: The environment, the device or the meeting of the processes fails.
     """
     place = find_place(env)
+    if "TORCHELASTIC_RUN_ID" in env:
+        die_with_parent(signal.SIGTERM)  # torchrun: without it, nobody would end this process
     if args.world_size not in (1, place.world_size):
         raise LaunchError(
             f"--world_size {args.world_size}, but {place.world_size} process(es) were started: "
@@ -68,12 +77,18 @@ def process_group(args: Namespace, env: Mapping[str, str] = os.environ):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
+        timeout = timedelta(seconds=args.dist_timeout)
+        where = {"init_method": init_method}
+        if place.restarts and env.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun may keep its store when it starts again, with the addresses of the dead
+            store, *_ = next(dist.rendezvous(init_method, place.rank, place.world_size))
+            where = {"store": dist.PrefixStore(f"start {place.restarts}", store)}
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
-            init_method=init_method,
             rank=place.rank,
             world_size=place.world_size,
-            timeout=timedelta(seconds=args.dist_timeout),
+            timeout=timeout,
+            **where,
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise LaunchError(
@@ -123,6 +138,53 @@ def sum_over_processes(tensor: torch.Tensor, device: torch.device) -> torch.Tens
     return total.to(tensor.device)
 
 
+def control_group(timeout: float) -> dist.ProcessGroup | None:
+    """A group of all processes that talk over the CPU, beside the gradients; None for one."""
+    if not dist.is_initialized():
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+
+
+def all_or_none(call: Callable[[], T], group: dist.ProcessGroup | None) -> T:
+    """What ``call`` returns on this process, if it fails on none.
+
+    Raises:
+        ElsewhereError: It failed on another process, which raises the error itself.
+    """
+    if group is None:
+        return call()
+    failed, result = None, None
+    try:
+        result = call()
+    except Exception as error:  # of any kind: the others must not wait for this process
+        failed = error
+    count = torch.tensor(int(failed is not None))
+    dist.all_reduce(count, group=group)
+    if failed is not None:
+        raise failed
+    if count:
+        raise ElsewhereError("another process failed")
+    return result
+
+
+def from_first(value: Any, group: dist.ProcessGroup | None) -> Any:
+    """The first process's ``value``, on every process."""
+    if group is None:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0, group=group)
+    return values[0]
+
+
+def gather_lines(lines: Sequence[str], group: dist.ProcessGroup | None) -> list[str]:
+    """The lines of all processes."""
+    if group is None:
+        return list(lines)
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, list(lines), group=group)
+    return [line for part in gathered for line in part]
+
+
 def broadcast_buffers(module: nn.Module) -> None:
     """Give every process the first one's buffers (BatchNorm's statistics differ by process)."""
     if dist.is_initialized():
@@ -138,32 +200,45 @@ def last_message(error: BaseException) -> str:
     return text
 
 
-def exit_status(command: Callable[[], None], expected: tuple[type[Exception], ...]) -> int:
+def exit_status(command: Callable[[], int | None], expected: tuple[type[Exception], ...]) -> int:
     """Run a program; what a user can mend is printed as one line.
 
     Args:
-        command: The program.
+        command: The program, which may return a status.
         expected: Errors whose message says what is wrong and what would be right.
 
     Returns:
-        0, or after an error 1, or 130 after an interrupt.
+        The program's status or 0, or after an error 1, or 130 after an interrupt.
     """
     try:
         try:
-            command()
+            return command() or 0
+        except ElsewhereError:
+            return 1  # the process that it happened to says what it is
         except expected as error:
             return fail(last_message(error))
         except (ConnectionError, EOFError, RuntimeError) as error:
-            return fail(_loader_message(error))
+            return fail(loader_message(error))
         except KeyboardInterrupt:
             return fail("interrupted; --resume auto continues from the last checkpoint", 130)
     except RuntimeError as error:
         # PyTorch's signal handler may also raise while the connection's error is dealt with
-        return fail(_loader_message(error))
-    return 0
+        return fail(loader_message(error))
+    finally:
+        end_children()
 
 
-def _loader_message(error: Exception) -> str:
+def end_children() -> None:
+    """Kill the loader processes that are left: they ignore what would ask them to end."""
+    children = multiprocessing.active_children()
+    if children and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise an error
+    for child in children:
+        child.kill()
+
+
+def loader_message(error: Exception) -> str:
+    """What to say of a dead loader process; raises any other error."""
     if not loader_died(error):
         raise error
     return (
@@ -217,6 +292,30 @@ def seed_everything(*numbers: int) -> None:
     torch.manual_seed(seed % 2**63)
 
 
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The state of this process's random numbers, as plain values and tensors."""
+    name, keys, *rest = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Go on with the random numbers of :func:`random_state`."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
 # --- output ---------------------------------------------------------------------------------
 
 
@@ -235,131 +334,120 @@ def plain(value: Any) -> Any:
     raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}")
 
 
-class _KeepsError:
-    """A file that remembers why writing failed; torch.save reports only that it did."""
-
-    def __init__(self, file: Any):
-        self.file, self.error = file, None
-
-    def write(self, data: bytes) -> int:
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
+def write_atomically(
+    path: Path,
+    write: Callable[[Any], None],
+    prove: Callable[[Path], object] = lambda path: None,
+    also: Sequence[Path] = (),
+    keep: Path | None = None,
+) -> None:
     """Let ``write`` fill a temporary file beside ``path``, sync it, and rename it to ``path``.
 
     Until the rename the previous file stays whole.
 
+    Args:
+        path: The file.
+        write: Fills a binary file, open for writing and reading.
+        prove: Called with the temporary file once it is on the disk; raises unless it is good.
+        also: Further names that the new file gets, before ``path`` itself.
+        keep: Name that the file which was at ``path`` before gets.
+
     Raises:
         OutputError: The disk is full, or the folder cannot be written.
     """
-    temporary, target = None, None
+    temporary = None
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-            temporary, target = Path(file.name), _KeepsError(file)
-            write(target)
+        options = {"prefix": f".{path.name}-", "suffix": TEMPORARY, "delete": False}
+        with tempfile.NamedTemporaryFile(dir=path.parent, **options) as file:
+            temporary = Path(file.name)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
+        prove(temporary)
         temporary.chmod(0o644)
+        for name in also:
+            _give_name(temporary, name)
+        if keep is not None and path.exists():
+            _give_name(path, keep)
         temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except (OSError, RuntimeError) as error:
-        cause = (target and target.error) or error
-        reason = getattr(cause, "strerror", None) or cause
-        raise OutputError(
-            f"cannot write {path}: {reason}; what was there before is unchanged"
-        ) from error
+        _sync_folder(path.parent)
+    except (OSError, CheckpointError) as error:
+        name = getattr(error, "filename2", None) or path  # of two, the one to be replaced
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"cannot write {name}: {reason}; what was there is unchanged") from error
     finally:
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
+            _remove(temporary)
 
 
-def save_checkpoint(state: Mapping[str, Any], path: Path) -> None:
-    """Write a checkpoint of plain types and tensors, whole or not at all."""
-    content = plain(state)
-    write_atomically(path, lambda file: torch.save(content, file))
+def _remove(temporary: Path) -> None:
+    # a folder that cannot be written any more has a first error, which this one must not replace
+    with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
 
 
-class Output:
-    """The output folder of a run: checkpoints, ``log.txt``, ``args.yaml``, TensorBoard events.
+def _give_name(file: Path, name: Path) -> None:
+    """Let ``name`` stand for ``file`` as well, in place of what it stood for."""
+    temporary = file.with_name(f".{name.name}-{os.getpid()}{TEMPORARY}")
+    temporary.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(file, temporary)
+        except OSError:  # a file system without links
+            with file.open("rb") as source, temporary.open("wb") as copy:
+                shutil.copyfileobj(source, copy)
+                copy.flush()
+                os.fsync(copy.fileno())
+        temporary.replace(name)
+    finally:
+        _remove(temporary)  # renaming leaves it where both names already are of the same file
 
-    Only the first process writes. Without a folder nothing is written.
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that cannot sync folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def size_of(value: Any) -> int:
+    """Bytes of the tensors within plain values."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(size_of(item) for item in value.values())
+    return sum(size_of(item) for item in value) if isinstance(value, list | tuple) else 0
+
+
+def _prove(path: Path) -> None:
+    if not check_seal(path):
+        raise CheckpointError(f"{path} is damaged: its seal is missing")
+
+
+def save_checkpoint(
+    state: Mapping[str, Any], path: Path, also: Sequence[Path] = (), keep: Path | None = None
+) -> None:
+    """Write a checkpoint of plain types and tensors with a checksum, whole or not at all.
 
     Args:
-        folder: ``--output_dir``, or an empty string.
-        args: What to write into ``args.yaml``, if anything.
-        start_epoch: Lines and events of this and later epochs, left by an interrupted run,
-            are removed.
+        state, path: Content and file.
+        also, keep: Names of the new and of the previous file, see :func:`write_atomically`.
 
     Raises:
-        OutputError: The folder cannot be made or written.
+        OutputError: It cannot be written; names the bytes needed and those that are free.
     """
-
-    def __init__(self, folder: str, args: Namespace | None = None, start_epoch: int = 0):
-        self.folder = Path(folder) if folder else None
-        self.writer = None
-        if not self.folder or not is_main_process():
-            return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot make --output_dir {folder}: {error.strerror}") from error
-        content = yaml.safe_dump(plain(vars(args)), sort_keys=False)
-        write_atomically(self.folder / "args.yaml", lambda file: file.write(content.encode()))
-        self._drop_lines_from(start_epoch)
-        self.writer = SummaryWriter(str(self.folder), purge_step=start_epoch)
-
-    def _drop_lines_from(self, epoch: int) -> None:
-        path = self.folder / LOG
-        if not path.exists():
-            return
-        lines = path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if _epoch_of(line) < epoch]
-        if kept != lines:
-            write_atomically(path, lambda file: file.write("".join(kept).encode()))
-
-    def log_epoch(self, stats: Mapping[str, float], epoch: int) -> None:
-        """Append a line to ``log.txt`` and the numbers to TensorBoard."""
-        if self.writer is None:
-            return
-        try:
-            with (self.folder / LOG).open("a") as file:
-                file.write(json.dumps(stats) + "\n")
-        except OSError as error:
-            raise OutputError(f"cannot write {self.folder / LOG}: {error.strerror}") from error
-        for name, value in stats.items():
-            if name not in ("epoch", "n_parameters"):
-                self.writer.add_scalar(name.replace("_", "/", 1), value, epoch)
-        self.writer.flush()
-
-    def add_images(self, name: str, images: torch.Tensor) -> None:
-        """Write a picture ``3 H W`` of values in 0..1 to TensorBoard."""
-        if self.writer is not None:
-            self.writer.add_image(name, images)
-
-    def save(self, state: Callable[[], Mapping[str, Any]], best: bool) -> None:
-        """Write ``checkpoint.pth`` and, if ``best``, ``best.pth``."""
-        if self.writer is not None:
-            content = state()
-            save_checkpoint(content, self.folder / CHECKPOINT)
-            if best:
-                save_checkpoint(content, self.folder / BEST)
-
-    def close(self) -> None:
-        """Close the TensorBoard events."""
-        if self.writer is not None:
-            self.writer.close()
+    content = plain(state)
+    try:
+        write_atomically(path, lambda file: write_sealed(content, file), _prove, also, keep)
+    except OutputError as error:
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(path.parent).free
+            error.args = (f"{error} ({size_of(content):,} bytes needed, {free:,} free)",)
+        raise
 
 
 class Progress:
@@ -372,10 +460,21 @@ class Progress:
         epoch: Number of this epoch, from 0.
         epochs: Number of the first epoch that will not be trained.
         world_size: Processes, all as fast as this one.
+        done: Steps of the epoch that the loader does not bring any more.
+        waiting: Told True before every batch and False after it.
     """
 
-    def __init__(self, loader: DataLoader, epoch: int, epochs: int, world_size: int):
+    def __init__(
+        self,
+        loader: DataLoader,
+        epoch: int,
+        epochs: int,
+        world_size: int,
+        done: int = 0,
+        waiting: Callable[[bool], None] = lambda begins: None,
+    ):
         self.loader, self.epoch, self.epochs, self.world_size = loader, epoch, epochs, world_size
+        self.steps, self.done, self.waiting = done + len(loader), done, waiting
         self.bar = None
 
     def __len__(self) -> int:
@@ -383,25 +482,23 @@ class Progress:
 
     def __iter__(self) -> Iterator:
         shown = is_main_process() and sys.stderr.isatty()
-        self.bar = tqdm(
-            self.loader, f"epoch {self.epoch}", leave=False, disable=not shown, dynamic_ncols=True
-        )
-        return iter(self.bar)
+        options = {"leave": False, "disable": not shown, "dynamic_ncols": True}
+        sizes = {"initial": self.done, "total": self.steps}
+        self.bar = tqdm(self.loader, f"epoch {self.epoch}", **sizes, **options)
+        self.waiting(True)
+        for batch in self.bar:
+            self.waiting(False)
+            yield batch
+            self.waiting(True)
+        self.waiting(False)
 
     def report(self, step: int, loss: float, lr: float, rate: float) -> None:
         """Show ``step`` steps done, the mean loss, the learning rate and images per second."""
-        steps_left = len(self) - step + len(self) * (self.epochs - self.epoch - 1)
+        steps_left = self.steps - step + self.steps * (self.epochs - self.epoch - 1)
         eta = timedelta(seconds=int(steps_left * self.loader.batch_size / rate))
         rate *= self.world_size
         text = f"loss {loss:.4f} lr {lr:.3g} {rate:.0f} images/s eta {eta}"
         if self.bar is not None and not self.bar.disable:
             self.bar.set_postfix_str(text)
-        if step == len(self) or self.bar is None or self.bar.disable:
-            log(f"epoch {self.epoch} step {step}/{len(self)} {text}")
-
-
-def _epoch_of(line: str) -> float:
-    try:
-        return json.loads(line)["epoch"]
-    except (ValueError, KeyError):
-        return float("inf")  # a line cut short
+        if step == self.steps or self.bar is None or self.bar.disable:
+            log(f"epoch {self.epoch} step {step}/{self.steps} {text}")

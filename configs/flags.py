@@ -78,6 +78,11 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     add("--stop-epoch", type=int, help="stop before this epoch, the schedule being for --epochs")
     add("--eval", action="store_true", help="evaluate the checkpoint of --resume and leave")
     add("--seed", type=int, default=0)
+    add("--save-every-steps", type=int, metavar="N", help="checkpoints within an epoch, too")
+    add("--save-every-minutes", type=float, metavar="M", help="checkpoints within an epoch, too")
+    add("--keep-checkpoints", type=int, default=1, metavar="K", help="the last and the best ones")
+    add("--deterministic", action="store_true", help="the same bits on CUDA, too; slower")
+    add("--max-nonfinite", type=int, default=10, help="losses in a row, not finite, to give up at")
     add("--log-interval", type=int, default=50, help="steps between readings of the loss")
 
 
@@ -233,8 +238,11 @@ def _recipe_argv(parser: argparse.ArgumentParser, path: str) -> list[str]:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ("batch_size", "epochs", "accum_iter", "log_interval"):
-        if getattr(args, name) < 1:
+    positive = ("batch_size", "epochs", "accum_iter", "log_interval", "keep_checkpoints")
+    positive += ("max_nonfinite", "save_every_steps", "save_every_minutes", "dist_timeout")
+    for name in positive:
+        value = getattr(args, name)
+        if value is not None and value <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} must be positive")
     if args.input_size is not None and args.input_size < 1:
         raise ConfigError(f"--input-size {args.input_size} must be positive")

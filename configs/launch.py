@@ -14,13 +14,15 @@ class LaunchError(RuntimeError):
 class Place:
     """Where this process stands among all of a run: global rank, number of processes, local rank.
 
-    ``launcher`` names what started it: torchrun, srun, mpirun or, alone, python.
+    ``launcher`` names what started it: torchrun, srun, mpirun or, alone, python. ``restarts``
+    says how often torchrun or Slurm has started the run again.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     launcher: str = "python"
+    restarts: int = 0
 
 
 class _Launcher(NamedTuple):
@@ -57,12 +59,13 @@ def find_place(env: Mapping[str, str]) -> Place:
         LaunchError: A variable is missing, is no number or contradicts another.
     """
     launcher = next((x for x in _LAUNCHERS if any(mark in env for mark in x.marks)), None)
+    restarts = _read(env, ["TORCHELASTIC_RESTART_COUNT"]) or _read(env, ["SLURM_RESTART_COUNT"])
     if launcher is None:
-        return Place()
+        return Place(restarts=restarts or 0)
     variables = (launcher.rank, launcher.size, launcher.local_rank)
     rank, size, local_rank = (_read(env, [name]) for name in variables)
     if rank == 0 and size == 1:
-        return Place()
+        return Place(restarts=restarts or 0)
     missing = [name for name in variables if name not in env]
     if missing:
         present = next(name for name in (*variables, *launcher.marks) if name in env)
@@ -75,7 +78,7 @@ def find_place(env: Mapping[str, str]) -> Place:
             f"{launcher.rank}={rank} and {launcher.local_rank}={local_rank} must lie within "
             f"0..{size - 1} ({launcher.size}={size})"
         )
-    return Place(rank, size, local_rank, launcher.name)
+    return Place(rank, size, local_rank, launcher.name, restarts or 0)
 
 
 def _read(env: Mapping[str, str], names: Iterable[str]) -> int | None:

@@ -3,6 +3,7 @@
 ``python -m object_detection.torchvision_rcnn --help`` lists the flags.
 """
 
+import contextlib
 import sys
 import time
 from argparse import Namespace
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from timm.optim import param_groups_weight_decay
 from torch import nn
 from torch.utils.data import DataLoader
@@ -25,11 +27,13 @@ from configs import ConfigError, LaunchError, Place
 from object_detection import coco, coco_evaluation
 from object_detection.mask_rcnn import CHANNELS, MAX_SIZE, MIN_SIZE, build_mask_rcnn
 from object_detection.rcnn_flags import MODEL, WARMUP_ITERS, parse_args
+from training import Output, read_resume
 from utils import log
 
 __all__ = ["build_mask_rcnn", "main"]
 
 WARMUP_START = 0.001  # of the learning rate
+MAX_NONFINITE = 10
 DECAYS = (8, 11)  # twelfths of the training after which the learning rate falls to a tenth
 
 EXPECTED_ERRORS = (
@@ -90,10 +94,13 @@ def train_one_epoch(
         ``images_per_second`` over all processes.
 
     Raises:
-        engine.NonFiniteLossError: The loss is infinite or not a number.
+        engine.NonFiniteLossError: The loss is infinite or not a number, in float16 ten times in
+            a row: the loss scaler leaves out the updates of such steps.
     """
     model.train()
     body = engine.unwrap(model).backbone.body
+    meter = engine.Meter(precision.device)
+    limit = MAX_NONFINITE if precision.scaler.is_enabled() else 1
     device, steps, images_seen, total = precision.device, len(loader), 0, 0.0
     started = time.perf_counter()
     for step, (images, targets) in enumerate(loader):
@@ -109,8 +116,10 @@ def train_one_epoch(
             losses = model(images, targets)
         parts = torch.stack([part.float() for part in losses.values()])
         loss = parts.sum()
-        # torchvision's sampling waits for the device anyway, so that this costs nothing
-        engine.check_finite(None if loss.isfinite() else step, epoch, lr, precision, body)
+        meter.lr = lr
+        meter.add(loss.detach())
+        meter.read()  # torchvision's sampling waits for the device anyway: this costs nothing
+        engine.check_finite(meter, limit, epoch, precision, body)
         optimizer.zero_grad()
         precision.scaler.scale(loss).backward()
         if max_norm is not None:
@@ -118,7 +127,7 @@ def train_one_epoch(
             nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         precision.scaler.step(optimizer)
         precision.scaler.update()
-        total = total + parts.detach().double()
+        total = total + parts.detach().double().nan_to_num(0.0, 0.0, 0.0)
         images_seen += len(images)
         if (step + 1) % log_interval == 0 or step + 1 == steps:
             rate = images_seen / (time.perf_counter() - started)
@@ -166,9 +175,8 @@ class Run:
             "args": vars(self.args),
         }
 
-    def restore(self, checkpoint: Mapping[str, Any]) -> None:
+    def restore(self, checkpoint: Mapping[str, Any], source: str) -> None:
         """Continue from a checkpoint."""
-        source = self.args.resume
         log(str(models.load_weights(self.model, checkpoint, source)))
         utils.restore_optimizer(self.optimizer, checkpoint["optimizer"], source)
         if checkpoint["scaler"]:  # empty unless the run used float16
@@ -176,25 +184,18 @@ class Run:
         self.epoch, self.best_ap = checkpoint["epoch"], checkpoint["best_ap"]
 
 
-def read_resume(args: Namespace) -> dict[str, Any]:
-    """The checkpoint that ``--resume`` names, or an empty dict."""
-    path = args.resume
-    if path == "auto":
-        path = Path(args.output_dir, utils.CHECKPOINT)
-        if not path.exists():
-            log(f"--resume auto: no {path} yet, starting afresh")
-            return {}
-    if not path:
-        return {}
-    log(f"reading {path}")
-    checkpoint = models.read_checkpoint(path)
+def check_resume(checkpoint: Mapping[str, Any], source: str) -> None:
+    """Refuse what is no checkpoint of this program.
+
+    Raises:
+        CheckpointError: Names what it lacks.
+    """
     missing = {"model", "optimizer", "scaler", "epoch", "best_ap", "categories"} - set(checkpoint)
-    if missing:
+    if checkpoint and missing:
         raise models.CheckpointError(
-            f"{path} is no checkpoint of this program, as it has no {', '.join(sorted(missing))}; "
-            f"--finetune takes the weights of a classifier"
+            f"{source} is no checkpoint of this program, as it has no "
+            f"{', '.join(sorted(missing))}; --finetune takes the weights of a classifier"
         )
-    return checkpoint
 
 
 def annotation_file(args: Namespace, split: str) -> Path:
@@ -288,7 +289,22 @@ def run(args: Namespace, place: Place, device: torch.device) -> None:
     """One run: build everything, then evaluate or train."""
     log(f"device {device}, {place.world_size} process(es) started by {place.launcher}")
     coco.require_pycocotools()
-    checkpoint = read_resume(args)
+    group = utils.control_group(args.dist_timeout)
+    folder = "" if args.eval else args.output_dir  # evaluation locks and writes nothing there
+    with contextlib.closing(utils.all_or_none(lambda: Output(folder), group)) as output:
+        run_in(output, args, place, device, group)
+
+
+def run_in(
+    output: Output,
+    args: Namespace,
+    place: Place,
+    device: torch.device,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """One run, its folder being its own."""
+    source, checkpoint = read_resume(args, place, group)
+    check_resume(checkpoint, source)
     utils.seed_everything(args.seed)
     share = (args.batch_size, args.num_workers, place.world_size, place.rank)
 
@@ -299,9 +315,9 @@ def run(args: Namespace, place: Place, device: torch.device) -> None:
         train, train_folder = read_split(args, "train")
         categories = train.categories
         if checkpoint:
-            coco.check_categories(train, checkpoint["categories"], args.resume)
+            coco.check_categories(train, checkpoint["categories"], source)
             categories = checkpoint["categories"]
-    coco.check_categories(val, categories, args.resume if args.eval else train.path)
+    coco.check_categories(val, categories, source if args.eval else train.path)
     labels = {key: label for label, key in enumerate(categories, start=1)}
     val_set = coco.CocoDataset(val, val_folder, labels, is_train=False)
     val_loader = coco.build_loader(val_set, *share)
@@ -317,7 +333,7 @@ def run(args: Namespace, place: Place, device: torch.device) -> None:
         f"parameters, {precision}"
     )
     if args.eval:
-        log(str(models.load_weights(model, checkpoint, args.resume)))
+        log(str(models.load_weights(model, checkpoint, source)))
         evaluate(val_loader, model, precision, categories)
         return
 
@@ -327,15 +343,14 @@ def run(args: Namespace, place: Place, device: torch.device) -> None:
         log(str(models.load_backbone(model.backbone.body, args.finetune)))
     state = Run(args, model, settings, precision)
     if checkpoint:
-        state.restore(checkpoint)
-    output = utils.Output(args.output_dir, args, start_epoch=state.epoch + 1)
+        state.restore(checkpoint, source)
+    utils.all_or_none(lambda: output.begin(args, state.epoch + 1), group)
     train_epochs(state, output, train_loader, val_loader, place, n_parameters)
-    output.close()
 
 
 def train_epochs(
     state: Run,
-    output: utils.Output,
+    output: Output,
     train_loader: DataLoader,
     val_loader: DataLoader,
     place: Place,
@@ -377,7 +392,9 @@ def train_epochs(
         stats = {f"train_{key}": value for key, value in train_stats.items()}
         stats |= {f"test_{key}": value for key, value in test_stats.items()}
         output.log_epoch(stats | {"epoch": epoch, "n_parameters": n_parameters}, epoch)
-        output.save(state.state, best=is_best)
+        if place.rank == 0:
+            output.save(state.state(), is_best)
+    output.finish_saving()
     log(f"Max box AP {state.best_ap:.4f}")
     if state.epoch + 1 < args.epochs:
         log(f"stopped before epoch {stop} of {args.epochs} (--stop-epoch)")

@@ -106,6 +106,33 @@ def read_log(folder):
     return [json.loads(line) for line in (Path(folder) / "log.txt").read_text().splitlines()]
 
 
+def same_log(first, second):
+    """Whether two logs tell of the same run, speed apart."""
+
+    def lines(folder):
+        return [
+            {key: value for key, value in line.items() if key != "train_images_per_second"}
+            for line in read_log(folder)
+        ]
+
+    return lines(first) == lines(second)
+
+
+def same_state(first, second):
+    """Whether the checkpoints of two folders hold bitwise the same run."""
+    one, other = (torch.load(Path(f, "checkpoint.pth"), weights_only=True) for f in (first, second))
+    for key in ("model", "model_ema"):
+        assert one[key].keys() == other[key].keys()
+        if not all(torch.equal(value, other[key][name]) for name, value in one[key].items()):
+            return False
+    moments = [
+        [v for s in c["optimizer"]["state"].values() for v in s.values()] for c in (one, other)
+    ]
+    same = all(torch.equal(a, b) for a, b in zip(*moments, strict=True))
+    keys = ("epoch", "best_acc1", "scaler", "lr_scheduler", "model_kwargs")
+    return same and all(one[key] == other[key] for key in keys)
+
+
 @pytest.fixture
 def main(capsys, monkeypatch):
     """``main(*flags) -> (status, output, errors)``: main.py in this process.

@@ -1,22 +1,29 @@
 """Datasets, augmentation, loaders, and images that cannot be decoded."""
 
 import hashlib
+import os
 import pickle
 import random
 import shutil
+import struct
 import tarfile
+import traceback
+import zlib
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from conftest import write_images
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
+from torch.utils.data._utils.pin_memory import pin_memory
 from torchvision import transforms
 
 import datasets
 from configs import parse_args
 from samplers import Draw
+
+ORANGE = (200, 100, 50)
 
 
 def flags(*words):
@@ -126,17 +133,56 @@ def names_of(transform):
 
 def test_training_transforms():
     deit = names_of(datasets.build_transform(True, flags("--data-path", "x")))
-    assert deit[0] == "RandomResizedCropAndInterpolation"
+    assert deit[:2] == ["EnlargeTiny", "RandomResizedCropAndInterpolation"]
     assert {"RandAugment", "RandomErasing", "RandomHorizontalFlip"} <= set(deit)
     plain = names_of(datasets.build_transform(True, flags("--data-path", "x", "--std-aug")))
-    assert plain[:2] == ["RandomResizedCropAndInterpolation", "RandomHorizontalFlip"]
-    assert len(plain) == 4  # to tensor, normalise
+    assert plain[1:3] == ["RandomResizedCropAndInterpolation", "RandomHorizontalFlip"]
+    assert len(plain) == 5  # to tensor, normalise
     small = datasets.build_transform(True, flags("--data-path", "x", "--input-size", 32))
     assert names_of(small)[:2] == ["Resize", "RandomCrop"]
     assert small.transforms[1].padding == 4
     three = datasets.build_transform(True, flags("--data-path", "x", "--ThreeAugment", "--src"))
-    assert names_of(three)[:2] == ["Resize", "RandomCrop"]
+    assert names_of(three)[:3] == ["CropLongSide", "Resize", "RandomCrop"]
     assert "ColorJitter" in names_of(three)
+
+
+@pytest.mark.parametrize("size", [(30000, 10), (10, 30000), (1, 999), (1, 1)])
+@pytest.mark.parametrize("words", [("eval",), ("train",), ("train", "--src")])
+def test_extreme_shapes_need_little_memory(size, words):
+    """No step makes an image of more than 8 times 256x256 pixels out of a smaller one."""
+    is_train = words[0] == "train"
+    transform = datasets.build_transform(is_train, flags("--data-path", "x", *words[1:]))
+    image = Image.new("RGB", size, ORANGE)
+    limit = max(8 * 256 * 256, size[0] * size[1])
+    for step in transform.transforms:
+        image = step(image)
+        if isinstance(image, Image.Image):
+            assert image.width * image.height <= limit
+    assert image.shape == (3, 224, 224)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (3, 1), (2, 2), (1, 4), (5, 1)])
+def test_tiny_images_can_be_cropped_at_random(size):
+    words = ("--data-path", "x", "--input-size", 40, "--std-aug")
+    transform = datasets.build_transform(True, flags(*words))
+    for seed in range(50):
+        with datasets.random_numbers(seed):
+            image = transform(Image.new("RGB", size, ORANGE))
+        pixels = datasets.denormalize(image[None])[0] * 255
+        expected = torch.tensor(ORANGE).view(3, 1, 1).expand(3, 40, 40)
+        torch.testing.assert_close(pixels, expected.float(), atol=0.01, rtol=0)
+
+
+def test_long_images_lose_their_ends_and_others_nothing():
+    ramp = Image.fromarray(np.tile(np.arange(100, dtype=np.uint8)[:, None], (1, 5)))
+    crop, enlarge = pickle.loads(pickle.dumps((datasets.CropLongSide(), datasets.EnlargeTiny())))
+    high, wide = np.asarray(crop(ramp)), np.asarray(crop(ramp.transpose(Image.Transpose.ROTATE_90)))
+    np.testing.assert_array_equal(high[:, 0], np.arange(30, 70))
+    np.testing.assert_array_equal(wide[0], np.arange(30, 70))
+    assert enlarge(Image.new("RGB", (1, 4))).size == (4, 16)
+    for size in ((8, 1), (1, 8), (5, 1), (500, 400)):
+        image = Image.new("RGB", size, ORANGE)
+        assert crop(image) is image and enlarge(image) is image
 
 
 def test_posterize_keeps_a_bit():
@@ -194,11 +240,12 @@ def test_corrupt_image_is_named(image_folder, damage, workers):
         path.unlink()
     else:
         path.write_bytes(b"" if damage == "empty" else b"not an image" * 99)
-    with pytest.raises(datasets.CorruptImageError, match=str(path)):
+    with pytest.raises(datasets.CorruptImageError, match=str(path)) as caught:
         list(datasets.build_train_loader(dataset, args, 1, 0))
+    traceback.clear_frames(caught.tb)  # or they keep the workers until some garbage collection
 
 
-def test_skipping_replaces_in_training_and_counts_in_evaluation(image_folder):
+def test_skipping_replaces_in_training_and_reports_in_evaluation(image_folder):
     args = folder_args(image_folder, "--on-corrupt", "skip", "--batch-size", 4, "--no-repeated-aug")
     train, _ = datasets.build_dataset(True, args)
     for name in ("3", "4"):
@@ -206,20 +253,34 @@ def test_skipping_replaces_in_training_and_counts_in_evaluation(image_folder):
     damaged = 8 + 3
     assert train.images.samples[damaged][0].endswith("dog/3.jpg")
     sample = train[damaged]
-    assert (sample.target, sample.corrupt) == (1, 2)
+    paths = [image_folder / "train" / "dog" / f"{name}.jpg" for name in ("3", "4")]
+    assert sample.target == 1
+    assert [text.rsplit(": ", 1)[0] for text in sample.corrupt] == [
+        f"cannot decode image {path}" for path in paths
+    ]
     plain = transforms.ToTensor()
     train.transform = plain
     assert torch.equal(train[damaged].image, train[8 + 5].image)
     batches = list(datasets.build_train_loader(train, args, 1, 0))
     assert [len(batch.images) for batch in batches] == [4] * 4
-    assert sum(batch.corrupt for batch in batches) == 3  # 3 -> 4 -> 5, and 4 -> 5
+    assert sum(len(batch.corrupt) for batch in batches) == 3  # 3 -> 4 -> 5, and 4 -> 5
 
     val, _ = datasets.build_dataset(False, args)
     for name in ("cat/0", "cat/1", "cat/2", "dog/0"):
         truncate(image_folder / "val" / f"{name}.jpg")
     args.batch_size = 2  # three images per evaluation batch: the first batch has none left
     batches = list(datasets.build_eval_loader(val, args, 1, 0))
-    assert [(len(batch.images), batch.corrupt) for batch in batches] == [(0, 3), (2, 1)]
+    assert [(len(batch.images), len(batch.corrupt)) for batch in batches] == [(0, 3), (2, 1)]
+    assert str(image_folder / "val" / "dog" / "0.jpg") in batches[1].corrupt[0]
+
+
+def test_messages_survive_pinning(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)  # needs a GPU
+    sound = datasets.Sample(torch.ones(3, 2, 2), 1, ("a", "b"))
+    batch = datasets.collate([sound, datasets.Sample(None, 0, ("c",)), sound])
+    pinned = pin_memory(batch)
+    assert isinstance(pinned, datasets.Batch)
+    assert (pinned.targets.tolist(), pinned.corrupt) == ([1, 1], ["a", "b", "c", "a", "b"])
 
 
 def test_class_of_corrupt_images_only(image_folder):
@@ -237,6 +298,70 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     source = source.convert("I").convert(mode) if mode == "I;16" else source.convert(mode)
     source.save(path)
     assert (datasets.load_image(path).mode, datasets.load_image(path).size) == ("RGB", (5, 4))
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("missing", "No such file or directory"),
+        ("dangling link", "No such file or directory"),
+        ("directory", "not a regular file"),
+        ("named pipe", "not a regular file"),  # opening one would wait for a writer
+        ("unreadable", "Permission denied"),
+    ],
+)
+def test_what_is_no_file_to_read(tmp_path, kind, why):
+    path = tmp_path / "x.jpg"
+    if kind == "dangling link":
+        path.symlink_to(tmp_path / "none.jpg")
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "named pipe":
+        os.mkfifo(path)
+    elif kind == "unreadable":
+        Image.new("RGB", (4, 4)).save(path)
+        path.chmod(0)
+        if os.access(path, os.R_OK):
+            pytest.skip("this user may read every file")
+    with pytest.raises(datasets.CorruptImageError, match=f"^cannot decode image {path}: {why}$"):
+        datasets.load_image(path)
+
+
+def test_link_to_an_image(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "image.png")
+    (tmp_path / "x.jpg").symlink_to(tmp_path / "image.png")
+    assert datasets.load_image(tmp_path / "x.jpg").size == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (struct.error("s"), "s"),
+        (zlib.error("two\nlines"), "two lines"),
+        (EOFError(), "EOFError"),
+        (IndexError(" "), "IndexError"),
+        (TypeError("t"), "t"),
+    ],
+)
+def test_decoders_may_raise_anything(tmp_path, monkeypatch, error, why):
+    def load(self):
+        raise error
+
+    Image.new("RGB", (4, 4)).save(path := tmp_path / "x.jpg")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    with pytest.raises(datasets.CorruptImageError, match=f"x.jpg: {why}$") as caught:
+        datasets.load_image(path)
+    assert caught.value.__cause__ is error
+
+
+def test_lack_of_memory_is_not_the_file_s_fault(tmp_path, monkeypatch):
+    def load(self):
+        raise MemoryError
+
+    Image.new("RGB", (4, 4)).save(path := tmp_path / "x.jpg")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    with pytest.raises(MemoryError):
+        datasets.load_image(path)
 
 
 def test_batch_larger_than_the_training_set(image_folder):

@@ -27,7 +27,7 @@ def batches(count, size=4, classes=3, seed=0):
         Batch(
             torch.randn(size, 3, 2, 2, generator=generator),
             torch.randint(classes, (size,), generator=generator),
-            0,
+            [],
         )
         for _ in range(count)
     ]
@@ -110,7 +110,7 @@ def test_accumulated_batches_equal_large_ones(count):
     train(small, data, accum_iter=3)
     groups = [data[i : i + 3] for i in range(0, count, 3)]
     joined = [
-        Batch(torch.cat([b.images for b in g]), torch.cat([b.targets for b in g]), 0)
+        Batch(torch.cat([b.images for b in g]), torch.cat([b.targets for b in g]), [])
         for g in groups
     ]
     train(large, joined)
@@ -187,7 +187,7 @@ def test_reports_and_statistics():
     assert stats["loss"] == pytest.approx(reports[-1][1])
     assert stats["lr"] == 0.1
     assert stats["images_per_second"] > 0
-    data = [batch._replace(corrupt=i) for i, batch in enumerate(batches(3))]
+    data = [batch._replace(corrupt=["bad"] * i) for i, batch in enumerate(batches(3))]
     assert train(model, data)["corrupt"] == 3
 
 
@@ -256,7 +256,7 @@ def test_train_mode_off_leaves_statistics_alone():
 def test_evaluation_counts(classes):
     model = linear(classes)
     data = batches(5, size=7, classes=classes)
-    data.insert(2, Batch(torch.empty(0), torch.empty(0, dtype=torch.long), 4))
+    data.insert(2, Batch(torch.empty(0), torch.empty(0, dtype=torch.long), ["bad"] * 4))
     stats = engine.evaluate(data, model, CPU)
     images = torch.cat([b.images for b in data if len(b.images)])
     targets = torch.cat([b.targets for b in data])
@@ -269,7 +269,7 @@ def test_evaluation_counts(classes):
 
 
 def test_evaluation_of_nothing_is_an_error():
-    data = [Batch(torch.empty(0), torch.empty(0, dtype=torch.long), 4)]
+    data = [Batch(torch.empty(0), torch.empty(0, dtype=torch.long), ["bad"] * 4)]
     with pytest.raises(engine.NoImagesError, match="4 corrupt images"):
         engine.evaluate(data, linear(), CPU)
 

@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, clean_env, read_log, run_python, write_images
+from conftest import (
+    ROOT,
+    clean_env,
+    read_log,
+    run_python,
+    same_log,
+    same_state,
+    write_images,
+)
 
 import models
 
@@ -24,33 +32,6 @@ RICH = [
 
 def accuracy_lines(output):
     return [line for line in output.splitlines() if "* Acc@1" in line]
-
-
-def same_log(first, second):
-    """Whether two logs tell of the same run, speed apart."""
-
-    def lines(folder):
-        return [
-            {k: v for k, v in line.items() if k != "train_images_per_second"}
-            for line in read_log(folder)
-        ]
-
-    return lines(first) == lines(second)
-
-
-def same_state(first, second):
-    """Whether the checkpoints of two folders hold bitwise the same run."""
-    one, other = (torch.load(Path(f, "checkpoint.pth"), weights_only=True) for f in (first, second))
-    for key in ("model", "model_ema"):
-        assert one[key].keys() == other[key].keys()
-        if not all(torch.equal(value, other[key][name]) for name, value in one[key].items()):
-            return False
-    moments = [
-        [v for s in c["optimizer"]["state"].values() for v in s.values()] for c in (one, other)
-    ]
-    same = all(torch.equal(a, b) for a, b in zip(*moments, strict=True))
-    keys = ("epoch", "best_acc1", "scaler", "lr_scheduler", "model_kwargs")
-    return same and all(one[key] == other[key] for key in keys)
 
 
 @pytest.fixture(scope="module")
@@ -467,7 +448,7 @@ def test_dead_loader_process_is_an_error():
     assert "lower --num_workers" in errors
 
 
-def test_interrupt_says_how_to_go_on():
+def test_interrupt_without_a_folder_says_that_nothing_is_saved():
     command = [sys.executable, "main.py", "--model", "visformer_tiny", "--log-interval", "1"]
     with subprocess.Popen(
         command,
@@ -483,4 +464,5 @@ def test_interrupt_says_how_to_go_on():
                 break
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "interrupted; --resume auto continues" in errors
+    assert "stopped by SIGINT in epoch 0 after step" in errors
+    assert "without --output_dir nothing is saved" in errors

@@ -6,8 +6,9 @@ import pytest
 from conftest import ROOT, run_python
 
 ALLOWED = {
-    "main": {"configs", "datasets", "engine", "models", "utils"},
-    "tools": {"configs", "datasets", "models", "utils", "tools"},
+    "main": {"configs", "datasets", "engine", "models", "training", "utils"},
+    "tools": {"configs", "datasets", "models", "tools", "training", "utils"},
+    "training": {"configs", "engine", "models", "samplers", "training", "utils"},
     "object_detection": {
         "configs",
         "datasets",
@@ -15,10 +16,11 @@ ALLOWED = {
         "models",
         "object_detection",
         "samplers",
+        "training",
         "utils",
     },
     "engine": {"utils"},
-    "utils": {"configs", "models"},
+    "utils": {"configs", "datasets", "models"},
     "configs": {"datasets", "configs"},
     "datasets": {"samplers"},
     "samplers": set(),

@@ -1,0 +1,211 @@
+"""Runs that are told to stop, in the middle of an epoch, and go on as if they had not been."""
+
+import random
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, clean_env, read_log, run_python, same_log, same_state, write_images
+from test_distributed import free_port
+
+import utils
+from training.control import Agreement, StopSignals
+
+RUN = [
+    *("--model", "visformer_tiny", "--input-size", 32, "--batch-size", 2, "--num_workers", 0),
+    *("--epochs", 2, "--warmup-epochs", 1, "--accum-iter", 3, "--clip-grad", 1.0),
+    *("--amp", "--amp-dtype", "bfloat16", "--model-ema-decay", 0.9, "--log-interval", 1),
+    *("--drop-path", 0.3, "--drop", 0.1, "--on-corrupt", "skip", "--device", "cpu"),
+    "--no-repeated-aug",
+]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """24 training images, of which one is broken, and 10 for evaluation."""
+    root = write_images(tmp_path_factory.mktemp("data") / "images", train=12, val=5)
+    (root / "train" / "cat" / "3.jpg").write_bytes(b"broken")
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory):
+    """The folder of a run that was never interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = run_python("main.py", *RUN, "--data-path", images, "--output_dir", folder)
+    assert done.returncode == 0, done.stderr
+    assert "train_corrupt" in read_log(folder)[0]
+    return folder
+
+
+def interrupted(words, line, number, env=None):
+    """Run, send a signal when a line begins so; (status, output, errors)."""
+    with subprocess.Popen(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        env=clean_env(**env or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        output = ""
+        for text in process.stdout:
+            output += text
+            if text.startswith(line):
+                process.send_signal(number)
+                break
+        rest, errors = process.communicate(timeout=200)
+    return process.returncode, output + rest, errors
+
+
+@pytest.mark.parametrize(
+    ("number", "line", "status"),
+    [
+        (signal.SIGTERM, "epoch 1 step 2/", 0),
+        (signal.SIGUSR1, "epoch 0 step 12/", 0),  # on the way to the evaluation
+        (signal.SIGINT, "epoch 0 step 4/", 130),
+    ],
+)
+def test_what_is_stopped_goes_on_bit_by_bit(images, whole, tmp_path, number, line, status):
+    words = ["main.py", *RUN, "--data-path", images, "--output_dir", tmp_path]
+    code, output, errors = interrupted(words, line, number)
+    assert code == status, errors
+    (where,) = re.findall(rf"stopped by {number.name} in epoch (\d) after step (\d+);", output)
+    checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    assert (checkpoint["epoch"] + 1, checkpoint["step"]) == tuple(map(int, where))
+    assert checkpoint["step"] % 3 == 0 and checkpoint["step"]
+    done = run_python("main.py", *words[1:], "--resume", "auto", "--num_workers", 2)
+    assert done.returncode == 0, done.stderr
+    assert f"going on in epoch {where[0]} after step {where[1]}" in done.stdout
+    assert same_log(tmp_path, whole)
+    assert same_state(tmp_path, whole)
+    (listed,) = (tmp_path / "corrupt.txt").read_text().splitlines()
+    assert "3.jpg" in listed
+
+
+@pytest.mark.parametrize("flag", [("--save-every-steps", 3), ("--save-every-minutes", 1e-9)])
+def test_checkpoints_within_an_epoch(images, whole, tmp_path, flag):
+    words = ["main.py", *RUN, "--data-path", images, "--output_dir", tmp_path]
+    # before the evaluation begins, what is on its way to the disk is waited for
+    code, _, _ = interrupted([*words, *flag], "* Acc@1", signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    assert checkpoint["epoch"] == -1 and checkpoint["step"] > 0
+    done = run_python("main.py", *words[1:], "--resume", "auto")
+    assert done.returncode == 0, done.stderr
+    assert same_log(tmp_path, whole)
+    assert same_state(tmp_path, whole)
+
+
+def test_the_second_signal_ends_at_once():
+    code = (
+        "from training.control import StopSignals\n"
+        "with StopSignals() as signals:\n"
+        "    print('ready', flush=True)\n"
+        "    while signals.requested is None: pass\n"
+        "    print(signals.requested.name, flush=True)\n"
+        "    while True: pass\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env=clean_env(), stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGUSR1)
+        assert process.stdout.readline() == "SIGUSR1\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == -signal.SIGTERM
+
+
+def test_a_launcher_and_its_cluster_make_one_request():
+    with StopSignals({"SLURM_JOB_ID": "7"}) as signals:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.requested is signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_alone_wishes_are_granted_at_once():
+    assert Agreement().exchange([0, 3, 1]) == [0, 3, 1]
+    assert Agreement().now([2]) == [2]
+
+
+def ranks(count, words, **env):
+    """Processes as torchrun would start them, each with its output in pipes."""
+    port = str(free_port())
+    places = [
+        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+        for rank in range(count)
+    ]
+    return [
+        subprocess.Popen(
+            [sys.executable, "main.py", *map(str, words)],
+            cwd=ROOT,
+            env=clean_env(**place, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **env),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for place in places
+    ]
+
+
+def together(count, words, rank=None, number=None, line=None):
+    """Run on several ranks, one of which gets a signal when the first prints a line."""
+    processes = ranks(count, words)
+    output = ""
+    if line is not None:
+        for text in processes[0].stdout:
+            output += text
+            if text.startswith(line):
+                processes[rank].send_signal(number)
+                break
+    results = [process.communicate(timeout=300) for process in processes]
+    return [p.returncode for p in processes], output + results[0][0], [e for _, e in results]
+
+
+DISTRIBUTED = [*RUN, "--epochs", 1, "--accum-iter", 1]
+
+
+def test_a_signal_to_one_rank_stops_all(images, tmp_path):
+    words = [*DISTRIBUTED, "--data-path", images]
+    codes, output, errors = together(2, [*words, "--output_dir", tmp_path / "whole"])
+    assert codes == [0, 0], errors
+    stopped = [*words, "--output_dir", tmp_path / "stopped"]
+    codes, output, errors = together(2, stopped, 1, signal.SIGUSR1, "epoch 0 step 1/")
+    assert codes == [0, 0], errors
+    assert "stopped by SIGUSR1 in epoch 0 after step" in output
+    assert 0 < torch.load(tmp_path / "stopped/checkpoint.pth", weights_only=True)["step"] < 6
+    codes, output, errors = together(2, [*stopped, "--resume", "auto"])
+    assert codes == [0, 0], errors
+    assert same_log(tmp_path / "stopped", tmp_path / "whole")
+    assert same_state(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_other_ranks_go_on_with_what_was_not_seen(images, tmp_path):
+    words = [*DISTRIBUTED, "--data-path", images, "--output_dir", tmp_path]
+    codes, output, errors = together(2, words, 0, signal.SIGTERM, "epoch 0 step 1/")
+    assert codes == [0, 0], errors
+    done = run_python("main.py", *words, "--resume", "auto")
+    assert done.returncode == 0, done.stderr
+    assert "epoch 0 was begun by 2 process(es) with batches of 2" in done.stdout
+    # two ranks of batches of 2 dealt 4 samples at a step, which are two steps of one process
+    (steps,) = re.findall(r"stopped by SIGTERM in epoch 0 after step (\d+);", output)
+    assert f"going on in epoch 0 after step {2 * int(steps)}\n" in done.stdout
+    assert "epoch 0 step 12/12" in done.stdout
+
+
+def test_random_numbers_go_on():
+    device = torch.device("cpu")
+    utils.seed_everything(3)
+    state = utils.random_state(device)
+
+    def draw():
+        return random.gauss(0, 1), np.random.standard_normal(), torch.randn(1).item()
+
+    first = [draw() for _ in range(3)]
+    utils.set_random_state(utils.plain(state), device)
+    assert [draw() for _ in range(3)] == first

@@ -1,0 +1,18 @@
+"""What keeps a training run whole: its state and folder, signals, a watch over its processes."""
+
+from training.output import CHECKPOINT, Output
+from training.resume import find_checkpoint, read_resume
+from training.run import Run
+from training.trainer import Evaluation, Trainer
+from training.watchdog import ProcessError
+
+__all__ = [
+    "CHECKPOINT",
+    "Evaluation",
+    "Output",
+    "ProcessError",
+    "Run",
+    "Trainer",
+    "find_checkpoint",
+    "read_resume",
+]

@@ -1,0 +1,361 @@
+"""The output folder of a run: its lock, checkpoints, log and TensorBoard events."""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import socket
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+
+from utils import (
+    OutputError,
+    is_main_process,
+    log,
+    plain,
+    save_checkpoint,
+    write_atomically,
+)
+
+CHECKPOINT = "checkpoint.pth"
+PREVIOUS = "previous.pth"
+BEST = "best.pth"
+LOG = "log.txt"
+LOCK = "run.lock"
+CORRUPT = "corrupt.txt"
+
+
+class RunLock:
+    """Holds an output folder for one process; the system lets go of it when the process ends.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        OutputError: Another process holds it; names the host and the process.
+    """
+
+    def __init__(self, folder: Path):
+        self._file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            holder = os.pread(self._file, 1000, 0).decode(errors="replace").strip()
+            os.close(self._file)
+            raise OutputError(
+                f"--output_dir {folder} is in use by {holder or 'another process'}: stop that run, "
+                f"or give this one another folder"
+            ) from error
+        except OSError as error:
+            log(f"warning: {folder} cannot be locked against a second run: {error.strerror}")
+        left = os.pread(self._file, 1000, 0).decode(errors="replace").strip()
+        if left:
+            log(f"{folder} was last used by {left}, which did not end by itself")
+        self._write(
+            f"process {os.getpid()} on {socket.gethostname()} since "
+            f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+        )
+
+    def _write(self, text: str) -> None:
+        # a full disk need not stop a run here: what counts is the lock, not its text
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, text.encode(), 0)
+
+    def release(self) -> None:
+        """Let go of the folder."""
+        self._write("")
+        os.close(self._file)
+
+
+def snapshot(value: Any) -> Any:
+    """A copy on the CPU of :func:`utils.plain` values, which training then leaves alone."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: snapshot(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(snapshot(item) for item in value)
+    return value
+
+
+class Saver:
+    """Writes checkpoints in a thread, one at a time.
+
+    What cannot be written (a full disk) is warned about and kept in memory until the next
+    attempt: the newest state, and the best one where that is another.
+
+    Args:
+        folder: Where to.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._thread: threading.Thread | None = None
+        # to be written, the newest first: content, names, and what to do afterwards
+        self._jobs: list[tuple[Any, list[str], Callable[[], None]]] = []
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is on its way."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def submit(self, content: Any, names: Sequence[str], then: Callable[[], None]) -> None:
+        """Write ``content`` as the newest checkpoint, and under other names; the last one is kept.
+
+        Waits for the one before. Once it is written, ``then`` is called.
+        """
+        self.wait()
+        missed = [
+            (old, [name for name in theirs if name not in (CHECKPOINT, *names)], lambda: None)
+            for old, theirs, _ in self._jobs
+            if BEST in theirs and BEST not in names  # of older states no other is worth its memory
+        ]
+        self._jobs = [(content, [CHECKPOINT, *names], then), *missed]
+        self._thread = threading.Thread(target=self._write)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for what is on its way."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def finish(self) -> None:
+        """Wait, and try once more what could not be written.
+
+        Raises:
+            OutputError: It still cannot be.
+        """
+        self.wait()
+        for error in self._attempt():
+            raise error
+
+    def _write(self) -> None:
+        for error in self._attempt():
+            log(f"warning: {error}; training goes on, and the next save tries again")
+
+    def _attempt(self) -> list[OutputError]:
+        """Write what is to be written; the errors of what could not be."""
+        errors, left = [], []
+        for job in self._jobs:
+            content, (first, *others), then = job
+            keep = self.folder / PREVIOUS if first == CHECKPOINT else None
+            also = [self.folder / name for name in others]
+            try:
+                save_checkpoint(content, self.folder / first, also=also, keep=keep)
+            except OutputError as error:
+                errors.append(error)
+                left.append(job)
+            else:
+                then()
+        self._jobs = left
+        return errors
+
+
+class Output:
+    """The output folder of a run: checkpoints, ``log.txt``, ``args.yaml``, TensorBoard events.
+
+    Only the first process writes. Without a folder nothing is written. Once made, the folder
+    is locked against other runs; :meth:`begin` starts the log.
+
+    Args:
+        folder: ``--output_dir``, or an empty string.
+        keep: How many last and how many best checkpoints stay.
+
+    Raises:
+        OutputError: The folder cannot be made or written, or another run is using it.
+    """
+
+    def __init__(self, folder: str, keep: int = 1):
+        self.folder = Path(folder) if folder else None
+        self.keep = keep
+        self.writer: SummaryWriter | None = None
+        self._saver: Saver | None = None
+        self._lines: list[str] = []  # of the log, not written yet
+        if not self.folder or not is_main_process():
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = RunLock(self.folder)
+            for left in self.folder.glob(".*.tmp"):  # by a process that was killed
+                left.unlink()
+        except OSError as error:
+            raise OutputError(f"cannot make --output_dir {folder}: {error.strerror}") from error
+        self._saver = Saver(self.folder)
+
+    def begin(self, args: Namespace, start_epoch: int) -> None:
+        """Write ``args.yaml``; drop what the log tells of ``start_epoch`` and later ones."""
+        if self._saver is None:
+            return
+        content = yaml.safe_dump(plain(vars(args)), sort_keys=False)
+        write_atomically(self.folder / "args.yaml", lambda file: file.write(content.encode()))
+        self._drop_lines_from(start_epoch)
+        try:
+            self.writer = SummaryWriter(str(self.folder), purge_step=start_epoch)
+        except OSError as error:
+            log(f"warning: TensorBoard gets no events: {error.strerror or error}")
+
+    def _drop_lines_from(self, epoch: int) -> None:
+        path = self.folder / LOG
+        if not path.exists():
+            return
+        lines = path.read_text(errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if _epoch_of(line) < epoch]
+        if kept != lines:
+            write_atomically(path, lambda file: file.write("".join(kept).encode()))
+
+    def log_epoch(self, stats: Mapping[str, float], epoch: int) -> None:
+        """Append a line to ``log.txt`` and the numbers to TensorBoard."""
+        if self._saver is None:
+            return
+        self._lines.append(json.dumps(stats) + "\n")
+        try:
+            self._write_lines()
+        except OSError as error:
+            log(
+                f"warning: cannot write {self.folder / LOG}: {error.strerror}; "
+                f"its lines are kept for the next attempt"
+            )
+
+        def add(writer: SummaryWriter) -> None:
+            for name, value in stats.items():
+                if name not in ("epoch", "n_parameters"):
+                    writer.add_scalar(name.replace("_", "/", 1), value, epoch)
+            writer.flush()
+
+        self._to_tensorboard(add)
+
+    def _write_lines(self) -> None:
+        text = "".join(self._lines).encode()
+        with (self.folder / LOG).open("ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                if file.write(text) < len(text):
+                    raise OSError(28, os.strerror(28))
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(before)
+                raise
+        self._lines.clear()
+
+    def _to_tensorboard(self, add: Callable[[SummaryWriter], None]) -> None:
+        if self.writer is None:
+            return
+        try:
+            add(self.writer)
+        except OSError as error:
+            log(f"warning: TensorBoard's events end here: {error.strerror or error}")
+            self.writer = None
+
+    def add_images(self, name: str, images: torch.Tensor) -> None:
+        """Write a picture ``3 H W`` of values in 0..1 to TensorBoard."""
+        self._to_tensorboard(lambda writer: writer.add_image(name, images))
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._saver is not None and self._saver.busy
+
+    def save(
+        self,
+        state: Mapping[str, Any],
+        is_best: bool = False,
+        epoch: int | None = None,
+        best_epochs: Sequence[int] = (),
+    ) -> None:
+        """Write ``checkpoint.pth``, the one before becoming ``previous.pth``, without waiting.
+
+        Args:
+            state: The content, copied at once.
+            is_best: Write ``best.pth`` as well.
+            epoch: The epoch that has ended, if one has; kept by number where several are to stay.
+            best_epochs: Epochs whose checkpoints are the best ones, kept by number as well.
+        """
+        if self._saver is None:
+            return
+        names = [BEST] if is_best else []
+        if epoch is not None and self.keep > 1:
+            names.append(f"checkpoint-{epoch:04d}.pth")
+            names += [f"best-{epoch:04d}.pth"] if epoch in best_epochs else []
+        prune = partial(self._prune, epoch, tuple(best_epochs))
+        self._saver.submit(snapshot(plain(state)), names, prune)
+
+    def _prune(self, epoch: int | None, best_epochs: Sequence[int]) -> None:
+        """Remove checkpoints that are neither among the last nor among the best any more."""
+        if epoch is None or self.keep == 1:
+            return
+        last = range(epoch + 1 - self.keep, epoch + 1)
+        for path in self.folder.glob("*-*.pth"):
+            match = re.fullmatch(r"(checkpoint|best)-(\d+)\.pth", path.name)
+            if match and int(match[2]) not in (last if match[1] == "checkpoint" else best_epochs):
+                with contextlib.suppress(OSError):  # tried again after the next epoch
+                    path.unlink()
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is on its way."""
+        if self._saver is not None:
+            self._saver.wait()
+
+    def finish_saving(self) -> None:
+        """Wait for the last checkpoint, and try again if it failed.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        if self._saver is not None:
+            self._saver.finish()
+
+    def list_corrupt(self, messages: Sequence[str]) -> None:
+        """Add corrupt images to ``corrupt.txt``, each once."""
+        if self.folder:
+            list_corrupt(self.folder, messages)
+
+    def close(self) -> None:
+        """End the log and let go of the folder.
+
+        Raises:
+            OutputError: The last checkpoint or lines of the log cannot be written.
+        """
+        if self._saver is None:
+            return
+        self._to_tensorboard(lambda writer: writer.close())
+        with contextlib.ExitStack() as last:  # each is done, whatever becomes of the others
+            last.callback(self._lock.release)
+            last.callback(self._saver.finish)
+            try:
+                if self._lines:
+                    self._write_lines()
+            except OSError as error:
+                raise OutputError(f"cannot write {self.folder / LOG}: {error.strerror}") from error
+
+
+def list_corrupt(folder: Path, messages: Sequence[str]) -> None:
+    """Add corrupt images to ``corrupt.txt``, each once, on the first process."""
+    if not is_main_process():
+        return
+    path = folder / CORRUPT
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        known = set(path.read_text().splitlines()) if path.exists() else set()
+        with path.open("a") as file:
+            file.writelines(f"{line}\n" for line in dict.fromkeys(messages) if line not in known)
+    except OSError as error:
+        log(f"warning: cannot write {path}: {error.strerror}")
+
+
+def _epoch_of(line: str) -> float:
+    try:
+        return json.loads(line)["epoch"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line cut short

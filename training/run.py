@@ -1,0 +1,212 @@
+"""All that a checkpoint of training holds, and going on from one."""
+
+from argparse import Namespace
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import engine
+import models
+import utils
+from configs import Place
+from samplers import RASampler
+from utils import log
+
+UNTOLD = ("resume", "stop_epoch", "finetune", "output_dir")  # flags that may differ in silence
+
+
+class Run:
+    """Model, moving average, optimizer, schedule, scaler, random numbers and progress of a run.
+
+    Args:
+        args: The flags.
+        model: The model, on its device.
+        model_name, model_kwargs: How :func:`models.build_model` made it.
+        precision: Mixed precision.
+        lr: Learning rate, scaled.
+        updates_per_epoch: Optimizer steps of an epoch.
+        sampler: Of the training set.
+        place: Of this process.
+        group: Processes to gather from, over the CPU; None for a single one.
+    """
+
+    def __init__(
+        self,
+        args: Namespace,
+        model: nn.Module,
+        model_name: str,
+        model_kwargs: dict[str, Any],
+        precision: engine.Precision,
+        lr: float,
+        updates_per_epoch: int,
+        sampler: RASampler,
+        place: Place,
+        group: dist.ProcessGroup | None = None,
+    ):
+        self.args, self.model = args, model
+        self.model_name, self.model_kwargs = model_name, model_kwargs
+        self.precision, self.updates_per_epoch = precision, updates_per_epoch
+        self.sampler, self.place, self.group = sampler, place, group
+        self.epoch = args.start_epoch - 1
+        self.meter = engine.Meter(precision.device)
+        self.best_acc1 = 0.0
+        self.best: list[tuple[float, int]] = []  # accuracies and epochs, the best first
+        self.gelu = "none"
+        self.ema = self.start_average()
+        self.optimizer = engine.build_optimizer(args, model, lr)
+        self.scheduler = engine.build_scheduler(args, self.optimizer, updates_per_epoch)
+        self._random: Mapping[str, Any] | None = None  # to go on with, in the middle of an epoch
+        self._steps_before = 0  # of the epoch, by which the sampler already begins later
+
+    def start_average(self) -> ModelEmaV3 | None:
+        """A moving average that begins at the model's present weights, if there is to be one."""
+        if not self.args.model_ema:
+            return None
+        return ModelEmaV3(
+            self.model,
+            self.args.model_ema_decay,
+            use_warmup=self.args.model_ema_warmup,
+            device=torch.device("cpu") if self.args.model_ema_force_cpu else None,
+        )
+
+    def state(self) -> dict[str, Any] | None:
+        """The content of a checkpoint, on the first process; all must call it."""
+        mine = {"random": utils.random_state(self.precision.device)}
+        mine["meter"] = self.meter.state_dict()
+        ranks: list[Any] = [mine]
+        if self.group is not None:
+            ranks = [None] * self.place.world_size
+            dist.gather_object(mine, ranks if self.place.rank == 0 else None, group=self.group)
+        if self.place.rank:
+            return None
+        return {
+            "model": self.model.state_dict(),
+            "model_ema": self.ema.module.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": engine.scheduler_state(self.scheduler),
+            "scaler": self.precision.scaler.state_dict(),
+            "epoch": self.epoch,
+            "step": self.meter.steps,
+            "sampler": self.sampler.state_dict(self.meter.steps - self._steps_before),
+            "ranks": ranks,
+            "best_acc1": self.best_acc1,
+            "best": self.best,
+            "model_name": self.model_name,
+            "model_kwargs": self.model_kwargs,
+            "input_size": self.args.input_size,
+            "gelu": self.gelu,
+            "args": vars(self.args),
+        }
+
+    def is_poisoned(self, content: Mapping[str, Any]) -> bool:
+        """Whether the last loss of any process has spoilt the weights of a state.
+
+        In float16, the loss scaler keeps them from that.
+        """
+        bad = any(rank["meter"]["in_row"] for rank in content["ranks"])
+        return bad and not self.precision.scaler.is_enabled()
+
+    def restore(self, checkpoint: Mapping[str, Any], source: str) -> None:
+        """Continue from a checkpoint; one of weights alone starts at ``--start_epoch``."""
+        self.load(checkpoint, source)
+        self.ema = self.start_average()
+        if self.ema is not None and checkpoint.get("model_ema"):
+            models.load_weights(self.ema.module, checkpoint, source, ema=True)
+        if "optimizer" not in checkpoint or "epoch" not in checkpoint:
+            log(f"{source} holds no optimizer: its weights start a new run")
+            return
+        utils.restore_optimizer(self.optimizer, checkpoint["optimizer"], source)
+        if checkpoint.get("scaler"):  # empty unless the run used float16
+            self.precision.scaler.load_state_dict(checkpoint["scaler"])
+        self.best_acc1 = checkpoint.get("best_acc1", 0.0)
+        self.best = [tuple(pair) for pair in checkpoint.get("best", ())]
+        self.epoch = checkpoint["epoch"]
+        self.tell_changes(checkpoint.get("args"))
+        engine.restore_scheduler(self.scheduler, checkpoint["lr_scheduler"])
+        if checkpoint.get("step"):
+            self._restore_progress(checkpoint, source)
+
+    def _restore_progress(self, checkpoint: Mapping[str, Any], source: str) -> None:
+        """Go on in the middle of an epoch."""
+        epoch, ranks, place = self.epoch + 1, checkpoint["ranks"], self.place
+        try:
+            self.sampler.load_state_dict(checkpoint["sampler"])
+        except ValueError as error:
+            log(f"warning: {source} is of the middle of epoch {epoch}, which begins anew: {error}")
+            return
+        if len(ranks) == place.world_size and not self.sampler.is_continued_elsewhere:
+            self.meter.load_state_dict(ranks[place.rank]["meter"])
+        else:
+            steps = self.sampler.steps_done // self.args.accum_iter * self.args.accum_iter
+            meters = [state["meter"] for state in ranks]
+            self.meter.load_state_dict(
+                engine.merge_meters(meters, steps, place.world_size, place.rank)
+            )
+            log(
+                f"epoch {epoch} was begun by {len(ranks)} process(es) with batches of "
+                f"{checkpoint['sampler']['batch_size']}: the samples that they have not seen are "
+                f"dealt anew"
+            )
+        log(f"going on in epoch {epoch} after step {self.meter.steps}")
+        self._steps_before = self.meter.steps
+        self._random = ranks[place.rank]["random"] if place.rank < len(ranks) else {}
+
+    def finetune(self, path: str) -> None:
+        """Start from the weights of a checkpoint, with a new classifier for other classes."""
+        self.load(models.read_checkpoint(path), path, new_head=True)
+        self.ema = self.start_average()
+
+    def load(self, checkpoint: Mapping[str, Any], source: str, new_head: bool = False) -> None:
+        """Load weights, and remember what they say about the function of the model."""
+        log(str(models.load_weights(self.model, checkpoint, source, new_head=new_head)))
+        self.gelu = checkpoint.get("gelu", self.gelu)
+        if hasattr(self.model, "qk_scale_factor"):
+            self.model_kwargs["qk_scale_factor"] = self.model.qk_scale_factor
+
+    def tell_changes(self, saved: Any) -> None:
+        """Say which flags differ from those of the checkpoint: they hold from here on."""
+        if not isinstance(saved, Mapping):
+            return
+        changed = [
+            f"{name} {value} (was {saved[name]})"
+            for name, value in vars(self.args).items()
+            if name in saved and saved[name] != value and name not in UNTOLD
+        ]
+        if changed:
+            log(f"flags other than the checkpoint's: {', '.join(changed)}")
+
+    def set_lr(self, metric: float | None = None) -> None:
+        """The learning rate of where the run is, in the epoch that follows ``self.epoch``."""
+        self.scheduler.step(self.epoch + 1, metric)
+        updates = -(-self.meter.steps // self.args.accum_iter)
+        self.scheduler.step_update((self.epoch + 1) * self.updates_per_epoch + updates)
+
+    def begin_epoch(self) -> int:
+        """Seed and deal the epoch that follows ``self.epoch``, or go on in it; its number."""
+        epoch, seed = self.epoch + 1, self.args.seed
+        if self._random is None:
+            utils.seed_everything(seed, epoch, self.place.rank)
+            self.sampler.set_epoch(epoch)
+            self._steps_before = 0
+        else:
+            utils.seed_everything(seed, epoch, self.place.rank, self._steps_before)
+            if self._random:  # not of a process that is new
+                utils.set_random_state(self._random, self.precision.device)
+            self._random = None
+        return epoch
+
+    def end_epoch(self, accuracy: float) -> bool:
+        """Count the epoch as done; whether its top-1 accuracy is the best so far."""
+        self.epoch += 1
+        self.meter.restart()
+        self._steps_before = 0
+        self.set_lr(metric=accuracy)
+        ranked = sorted([*self.best, (accuracy, self.epoch)], key=lambda pair: (-pair[0], pair[1]))
+        self.best = ranked[: self.args.keep_checkpoints]
+        is_best = accuracy > self.best_acc1
+        self.best_acc1 = max(accuracy, self.best_acc1)
+        return is_best

@@ -1,0 +1,152 @@
+"""Tells which process died or hangs, and ends the others in bounded time."""
+
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+
+import utils
+
+T = TypeVar("T")
+TICK = 1.0  # seconds between signs of life
+ANSWER = 5.0  # seconds that the store has to answer
+SHOWN = 4  # processes named in a message
+
+# how gloo and NCCL say that the other side does not answer
+LOST = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Tt]imed out")
+
+
+class ProcessError(RuntimeError):
+    """A process that this one depends on died or hangs."""
+
+
+def _within(seconds: float, call: Callable[[], T]) -> T | None:
+    """What ``call`` returns, or None if it fails or takes longer."""
+    answers: list[T] = []
+
+    def run() -> None:
+        try:
+            answers.append(call())
+        except Exception:  # whatever the store's connection raises: there is no answer
+            return
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answers[0] if answers else None
+
+
+class Watchdog:
+    """Publishes where this process is, and ends it when nothing has moved for too long.
+
+    A process that waits for a dead or stuck one cannot end by itself, and would not know whom it
+    waits for. So each process tells the others, through the store at which they met, where it is
+    and that it lives.
+
+    Args:
+        rank: This process's.
+        world_size: Processes.
+        timeout: Seconds without a step after which the process is ended with status 1.
+    """
+
+    def __init__(self, rank: int, world_size: int, timeout: float):
+        self.rank, self.world_size, self.timeout = rank, world_size, timeout
+        self.where = ""
+        self._since: float | None = None  # when it was last moving; None: not watched
+        self._loading = False
+        self._moved = False  # the first step may take any time: it may compile
+        self._store = None
+        if world_size > 1:
+            self._store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store())
+        self._ended = threading.Event()
+
+    def __enter__(self) -> "Watchdog":
+        threads = [self._watch] + ([self._publish] if self._store else [])
+        for work in threads:
+            threading.Thread(target=work, daemon=True).start()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """End the watch; say where it was that a loader process or another one was lost."""
+        if error is not None:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # of PyTorch: it would raise once more
+        self._ended.set()
+        if isinstance(error, ConnectionError | EOFError | RuntimeError):
+            if utils.loader_died(error):
+                raise ProcessError(f"{utils.loader_message(error)} (at {self.where})") from error
+            if LOST.search(str(error)) or isinstance(error, dist.DistError):
+                reason = str(error).strip().splitlines()[0][:200]
+                message = f"another process is lost or stuck at {self.where}{self.others()}"
+                raise ProcessError(f"{message} ({reason})") from error
+
+    def at(self, where: str) -> None:
+        """Note progress: where the process is now."""
+        self.where, self._moved, self._since = where, True, time.monotonic()
+
+    def loading(self, begins: bool) -> None:
+        """Note that the process begins, or has ceased, to wait for data."""
+        self._loading = begins
+        self._since = time.monotonic() if begins or self._moved else None
+
+    def pause(self) -> None:
+        """Do not watch what may take any time, until progress is noted again."""
+        self._since = None
+
+    def _publish(self) -> None:
+        count = 0
+        while not self._ended.wait(TICK):
+            count += 1
+            doing = " waiting for its loader" if self._loading else ""
+            try:
+                self._store.set(str(self.rank), f"{count}|{self.where}{doing}")
+            except Exception:  # the store is gone, and so is the run: the watch below ends it
+                return
+
+    def _watch(self) -> None:
+        while not self._ended.wait(min(TICK, self.timeout / 4)):
+            since = self._since
+            if since is None or time.monotonic() - since < self.timeout:
+                continue
+            if self.world_size == 1 and not self._loading:
+                continue  # alone and computing: a long step, however long
+            doing = "waiting for its loader" if self._loading else "in a step"
+            message = (
+                f"no progress for {self.timeout:g} s (--dist-timeout) at {self.where}, {doing}"
+                f"{self.others()}"
+            )
+            print(f"error on rank {self.rank}: {message}", file=sys.stderr, flush=True)
+            utils.end_children()
+            os._exit(1)
+
+    def others(self) -> str:
+        """Who does not answer, and who is elsewhere, as the end of a message."""
+        if self._store is None:
+            return ""
+        first = _within(ANSWER, self._ask)
+        if first is None:
+            return "; where all met, at rank 0 or its launcher, nothing answers"
+        time.sleep(2.5 * TICK)
+        second = _within(ANSWER, self._ask) or first
+        parts = []
+        for rank, sign in second.items():
+            where = sign.partition("|")[2] or "the start"
+            if sign == first[rank]:
+                parts.append(f"rank {rank} gives no sign of life, last at {where}")
+            elif where != self.where:
+                parts.append(f"rank {rank} is at {where}")
+        return "".join(f"; {part}" for part in parts[:SHOWN])
+
+    def _ask(self) -> dict[int, str]:
+        """The last signs of the other processes."""
+        ranks = [rank for rank in range(self.world_size) if rank != self.rank]
+        signs = (
+            self._store.get(str(rank)).decode() if self._store.check([str(rank)]) else ""
+            for rank in ranks
+        )
+        return dict(zip(ranks, signs, strict=True))
