@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils import random_state, set_random_state, sum_over_processes
 
+SETTLING_STEPS = 3  # of a distributed model; one more than PyTorch is seen to need
 REFERENCE_BATCH = 512  # the batch that --lr is meant for
 # PyTorch's own; fused, they also take the gradient scaler's verdict without a device sync
 FUSED_OPTIMIZERS = ("adamw", "adam", "sgd", "momentum")
@@ -160,7 +161,7 @@ def restore_scheduler(scheduler: Scheduler, state: Mapping[str, Any]) -> None:
 
     The other ones are functions of the time and of the flags, which may have changed.
     """
-    if isinstance(scheduler, PlateauLRScheduler):
+    if isinstance(scheduler, PlateauLRScheduler) and state:
         scheduler.load_state_dict(dict(state))
         if "plateau" in state:
             scheduler.lr_scheduler.load_state_dict(dict(state["plateau"]))
@@ -474,20 +475,21 @@ def distribute(
 
 
 def settle(model: nn.Module, precision: Precision, batch_size: int, input_size: int) -> None:
-    """Let a distributed model find the order of exchanging gradients, by a step for nothing.
+    """Let a distributed model find the order of exchanging gradients, by steps for nothing.
 
-    DistributedDataParallel regroups gradients after its first backward pass, and groups decide how
-    sums are rounded: without this, the first step after a resumption would not be the step that an
-    uninterrupted run takes. Statistics and random numbers are left as they were.
+    DistributedDataParallel regroups gradients after its first backward passes, and groups decide
+    how sums over three and more processes are rounded: without this, the first steps after a
+    resumption would not be those that an uninterrupted run takes. Statistics and random numbers are left as they were.
     """
     buffers = [buffer.clone() for buffer in model.buffers()]
     state = random_state(precision.device)
     model.train()
     images = precision.move(torch.zeros(batch_size, 3, input_size, input_size))
-    with precision.autocast():
-        output = model(images)
-    output.float().sum().backward()
-    model.zero_grad()
+    for _ in range(SETTLING_STEPS):
+        with precision.autocast():
+            output = model(images)
+        output.float().sum().backward()
+        model.zero_grad()
     set_random_state(state, precision.device)
     for buffer, before in zip(model.buffers(), buffers, strict=True):
         buffer.copy_(before)

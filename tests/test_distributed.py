@@ -1,5 +1,6 @@
 """Several processes: exact evaluation, resume, every launcher, and starts that go wrong."""
 
+import json
 import re
 import socket
 import subprocess
@@ -138,3 +139,63 @@ def test_an_error_on_the_processes_ends_the_run(cifar, tmp_path):
     done = launch(2, *flags)
     assert done.returncode == 1
     assert "--batch-size 1002 is larger than the training set: 2000 images" in done.stderr
+
+
+EXACT = """
+import json, multiprocessing, os, sys, torch, torch.distributed as dist
+import engine
+from datasets import Batch
+from samplers import EvalBatchSampler
+
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+generator = torch.Generator().manual_seed(0)
+images = torch.randn(501, 3, 2, 2, generator=generator)
+targets = torch.randint(7, (501,), generator=generator)
+torch.manual_seed(1)
+model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 7))
+
+
+def loader(size, world, rank):
+    for indices in EvalBatchSampler(size, 48, world, rank):
+        yield Batch(images[indices], targets[indices], ["bad"] * (indices[0] == 0))
+
+
+def work(rank, world, port):
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
+    for size in (1, 2, 7, 500, 501):
+        stats = engine.evaluate(loader(size, world, rank), model, CPU)
+        del stats["messages"]
+        os.write(1, f"{json.dumps([world, size, stats])}\\n".encode())
+    dist.destroy_process_group()
+
+
+for world, port in zip((1, 2, 3, 4), map(int, sys.argv[1:])):
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=(rank, world, port)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+"""
+
+
+def test_evaluation_of_any_size_is_exact_on_any_number_of_processes(tmp_path):
+    script = tmp_path / "exact.py"
+    script.write_text(EXACT)
+    done = run_python(script, *(free_port() for _ in range(4)))
+    assert done.returncode == 0, done.stderr
+    found = {}
+    for line in done.stdout.splitlines():
+        world, size, stats = json.loads(line)
+        assert stats["images"] == size
+        assert stats["corrupt"] == 1  # of the first batch, which one process has
+        found.setdefault(size, []).append((world, stats))
+    assert sorted(found) == [1, 2, 7, 500, 501]
+    for results in found.values():
+        assert sorted(world for world, _ in results) == [1, 2, 2, 3, 3, 3, 4, 4, 4, 4]
+        assert all(stats == results[0][1] for _, stats in results)
+    # one image more, and the accuracy says so: a duplicate or a lost image would, too
+    assert found[500][0][1]["loss"] != found[501][0][1]["loss"]

@@ -204,6 +204,104 @@ def test_a_loss_that_is_not_finite_stops_and_says_where(interval):
         assert part in message
 
 
+def bad_batches(count, bad):
+    """Batches of which some make an infinite loss."""
+    data = batches(count)
+    for step in bad:
+        data[step].images[0] = math.inf
+    return data
+
+
+def test_in_float16_bad_losses_are_left_out_and_counted():
+    model, reference = linear(), linear()
+    options = {"set_training_mode": False, "max_nonfinite": 3}
+    data = bad_batches(7, [1, 2, 5])
+    precision = Precision(CPU, torch.float16)
+    precision.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=10**6)
+    stats = train(model, data, precision=precision, **options)
+    assert (stats["nonfinite"], stats["skipped"]) == (3, 3)
+    assert precision.scaler.get_scale() == 0.5
+    good = [batch for step, batch in enumerate(data) if step not in (1, 2, 5)]
+    expected = train(reference, good, precision=Precision(CPU, torch.float16), **options)
+    assert "skipped" not in expected
+    assert stats["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    torch.testing.assert_close(weights(model), weights(reference), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [[1, 2, 3], [3, 4, 5]])
+def test_losses_that_stay_bad_end_the_training(bad):
+    precision = Precision(CPU, torch.float16)
+    message = rf"epoch 0, step {bad[0]}, in 3 steps in a row .* float16, .* bfloat16 or --qk-scale"
+    with pytest.raises(engine.NonFiniteLossError, match=message):
+        train(linear(), bad_batches(6, bad), precision=precision, max_nonfinite=3, log_interval=4)
+
+
+def test_a_row_of_bad_losses_goes_on_in_the_next_epoch():
+    meter, model, precision = engine.Meter(CPU), linear(), Precision(CPU, torch.float16)
+    train(model, bad_batches(4, [2, 3]), precision=precision, max_nonfinite=3, meter=meter)
+    meter.restart()
+    with pytest.raises(engine.NonFiniteLossError, match="in 3 steps in a row"):
+        train(model, bad_batches(4, [0]), precision=precision, max_nonfinite=3, meter=meter)
+
+
+def test_a_meter_goes_on_where_it_was():
+    meter, other = engine.Meter(CPU), engine.Meter(CPU)
+    for step, value in enumerate([1.0, math.nan, 0.1, math.inf, math.inf]):
+        meter.add(torch.tensor(value))
+        meter.corrupt.append(f"image {step}")
+    meter.add_skipped(torch.tensor(True))
+    other.load_state_dict(meter.state_dict())
+    for each in (meter, other):
+        each.add(torch.tensor(0.3))
+        each.read()
+    assert other.mean() == meter.mean() == pytest.approx(1.4 / 3)
+    assert other.counts() == meter.counts() == {"nonfinite": 3, "skipped": 1}
+    assert (other.steps, other.bad_in_row, other.bad_step) == (6, 2, 1)
+    assert other.state_dict() == meter.state_dict()
+
+
+def test_meters_of_other_processes_are_merged():
+    states = []
+    for losses in ([1.0, 3.0], [5.0, math.nan]):
+        meter = engine.Meter(CPU)
+        for value in losses:
+            meter.add(torch.tensor(value))
+        meter.images, meter.corrupt = 8, ["x"]
+        states.append(meter.state_dict())
+    merged = [engine.merge_meters(states, 4, 1, rank=rank) for rank in (0, 1)]
+    meters = [engine.Meter(CPU) for _ in merged]
+    for meter, state in zip(meters, merged, strict=True):
+        meter.load_state_dict(state)
+    assert [meter.mean() for meter in meters] == [3.0, 3.0]
+    assert [meter.steps for meter in meters] == [4, 4]
+    assert sum(meter.counts()["nonfinite"] for meter in meters) == 1
+    assert sum(len(meter.corrupt) for meter in meters) == 2
+    assert meters[0].images == 16
+
+
+def test_plateau_goes_on_where_it_was():
+    words = ["--sched", "plateau", "--patience-epochs", 2, "--warmup-epochs", 1, "--lr", 1]
+    args = flags(*words, "--lr-noise", 0.0, "--epochs", 9)
+    rates = []
+    for stop in (99, 4):
+        optimizer = torch.optim.SGD(linear().parameters(), lr=1.0)
+        scheduler = engine.build_scheduler(args, optimizer, 1)
+        series = []
+        for epoch, metric in enumerate([50.0, 40.0, 30.0, 20.0, 10.0, 9.0, 8.0, 7.0], start=1):
+            if epoch == stop:
+                state = engine.scheduler_state(scheduler)
+                groups = optimizer.state_dict()
+                optimizer = torch.optim.SGD(linear().parameters(), lr=1.0)
+                scheduler = engine.build_scheduler(args, optimizer, 1)
+                optimizer.load_state_dict(groups)
+                engine.restore_scheduler(scheduler, state)
+            scheduler.step(epoch, metric)
+            series.append(optimizer.param_groups[0]["lr"])
+        rates.append(series)
+    assert rates[0] == rates[1]
+    assert len(set(rates[0])) > 3
+
+
 @pytest.mark.parametrize(
     ("words", "kind"),
     [

@@ -105,3 +105,49 @@ def test_mixed_seeds_differ():
     }
     assert len(seeds) == 3 * 9 * 99 * 2
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+@pytest.mark.parametrize("num_images", [7, 64, 255, 1000])
+def test_an_epoch_goes_on_where_it_was(num_images, repeats):
+    options = {"batch_size": 2, "num_repeats": repeats, "seed": 5}
+    for rank in range(3):
+        whole = RASampler(num_images, 3, rank, **options)
+        whole.set_epoch(4)
+        samples = [(int(draw), draw.epoch, draw.copy) for draw in whole]
+        for steps in (0, 1, len(samples) // 2):
+            state = pickle.loads(pickle.dumps(whole.state_dict(steps)))
+            other = RASampler(num_images, 3, rank, **options)
+            other.load_state_dict(state)
+            assert not other.is_continued_elsewhere and other.steps_done == steps
+            rest = [(int(draw), draw.epoch, draw.copy) for draw in other]
+            assert rest == samples[2 * steps :]
+            assert len(rest) == len(other)
+            other.set_epoch(4)
+            assert len(other) == len(samples)
+
+
+def test_other_ranks_go_on_with_what_no_rank_has_seen():
+    """4 ranks, then 3, then 1: every sample of the epoch comes once, but a rest of less than 3."""
+    dealt, state = [], None
+    for world, batch_size, steps in ((4, 8, 10), (3, 16, 5), (1, 4, None)):
+        samplers = [RASampler(1000, world, rank, batch_size, 3, seed=1) for rank in range(world)]
+        for sampler in samplers:
+            sampler.set_epoch(2)
+            if state is not None:
+                sampler.load_state_dict(state)
+                assert sampler.is_continued_elsewhere
+        assert len({len(sampler) for sampler in samplers}) == 1
+        for sampler in samplers:
+            stop = None if steps is None else steps * batch_size
+            dealt += [(int(draw), draw.copy) for draw in itertools.islice(sampler, stop)]
+        state = samplers[0].state_dict(steps or 0)
+    whole = RASampler(1000, 4, 0, 8, 3, seed=1)
+    expected = [(int(draw), draw.copy) for draw in whole._deck.samples(2)]
+    assert sorted(dealt) == sorted(expected)
+
+
+def test_another_dataset_s_epoch_is_refused():
+    state = RASampler(10).state_dict(1)
+    with pytest.raises(ValueError, match="the dataset has 11 images, and had 10"):
+        RASampler(11).load_state_dict(state)

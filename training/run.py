@@ -126,7 +126,7 @@ class Run:
         self.best = [tuple(pair) for pair in checkpoint.get("best", ())]
         self.epoch = checkpoint["epoch"]
         self.tell_changes(checkpoint.get("args"))
-        engine.restore_scheduler(self.scheduler, checkpoint["lr_scheduler"])
+        engine.restore_scheduler(self.scheduler, checkpoint.get("lr_scheduler") or {})
         if checkpoint.get("step"):
             self._restore_progress(checkpoint, source)
 

@@ -1,0 +1,145 @@
+"""What it costs a run to be safe: steps per second with everything that resumption needs, and bare.
+
+``python -m tools.benchmark.saving`` trains on one batch from memory, in turn with the trainer's
+agreement on signals, watch, and checkpoints in the background, and without any; under
+``torchrun --nproc_per_node N -m tools.benchmark.saving``, on N processes.
+"""
+
+import argparse
+import contextlib
+import io
+import statistics
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+import engine
+import models
+import utils
+from configs import LaunchError, Place, parse_args
+from datasets import Batch
+from samplers import RASampler
+from tools.benchmark.__main__ import machine
+from training import Output, Run, Trainer
+from utils import log
+
+CLASSES = 1000
+
+
+class OneBatch:
+    """A loader that yields the same batch ``steps`` times."""
+
+    def __init__(self, batch_size: int, size: int, steps: int, place: Place):
+        self.batch_size, self.steps = batch_size, steps
+        images = torch.randn(batch_size, 3, size, size)
+        self.batch = Batch(images, torch.randint(CLASSES, (batch_size,)), [])
+        count = steps * batch_size * place.world_size
+        self.sampler = RASampler(count, place.world_size, place.rank, batch_size, 1)
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter([self.batch] * self.steps)
+
+
+class Bare(Trainer):
+    """A trainer that neither listens, watches nor saves."""
+
+    def after_update(self, meter: engine.Meter) -> bool:
+        """Go on."""
+        return False
+
+
+def build(
+    kind: type[Trainer], args: Namespace, place: Place, group: dist.ProcessGroup | None
+) -> Trainer:
+    """A trainer of its own model, with nothing but its folder to tell it from the other."""
+    size = args.input_size
+    model, kwargs = models.build_model(args.model, {"num_classes": CLASSES}, {"img_size": size})
+    dtype = getattr(torch, args.amp_dtype) if args.amp else None
+    precision = engine.Precision(torch.device(args.device), dtype)
+    precision.place(model)
+    loader = OneBatch(args.batch_size, size, args.steps, place)
+    parts = (args, model, args.model, kwargs, precision, 1e-4, args.steps, loader.sampler)
+    return kind(
+        Run(*parts, place, group),
+        Output(args.output_dir if kind is Trainer else ""),
+        loader,
+        None,
+        None,
+        torch.nn.CrossEntropyLoss(),
+    )
+
+
+def seconds(trainer: Trainer, model: torch.nn.Module) -> float:
+    """Time of an epoch of steps, until the device is done; the saving may go on behind it."""
+    started = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer.train_epoch(model, stop=10**6)
+    elapsed = time.perf_counter() - started
+    trainer.state.meter.restart()
+    trainer.state.epoch += 1
+    trainer.output.wait()
+    return elapsed
+
+
+def compare(args: Namespace, rounds: int, place: Place) -> None:
+    """Measure both in turn and print their ratio."""
+    group = utils.control_group(args.dist_timeout)
+    trainers = [build(kind, args, place, group) for kind in (Trainer, Bare)]
+    times: list[list[float]] = [[], []]
+    with trainers[0].signals, trainers[0].watchdog:
+        nets = [trainer.wrapped() for trainer in trainers]
+        for _ in range(rounds + 1):
+            for trainer, net, series in zip(trainers, nets, times, strict=True):
+                series.append(seconds(trainer, net))
+    trainers[0].output.close()
+    safe, bare = (statistics.median(series[1:]) for series in times)  # the first one warms up
+    log(
+        f"{args.model} {place.world_size} process(es), a checkpoint every "
+        f"{args.save_every_steps} of {args.steps} steps: with/without steps per second "
+        f"{bare / safe:.3f} ({args.steps / safe:.2f} and {args.steps / bare:.2f})"
+    )
+    log(f"{machine(args.device)}, {args.input_size} pixels, batch {args.batch_size}")
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser("tools.benchmark.saving", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("model", nargs="?", default="visformer_tiny")
+    add("--batch-size", type=int, default=32)
+    add("--input-size", type=int, default=64)
+    add("--steps", type=int, default=100, help="of a measurement")
+    add("--save-every-steps", type=int, default=50)
+    add("--rounds", type=int, default=7, help="measurements of each; the median counts")
+    add("--device", choices=["cpu", "cuda"], help="cuda if present, if not given")
+    add("--amp", action="store_true", help="float16")
+    return parser
+
+
+def start(argv: list[str]) -> None:
+    """Run with the flags ``argv``."""
+    given = get_parser().parse_args(argv)
+    args, _ = parse_args([])
+    with tempfile.TemporaryDirectory() as folder:
+        flags = {key: value for key, value in vars(given).items() if value is not None}
+        args = Namespace(**vars(args) | flags | {"output_dir": folder, "log_interval": 10**9})
+        with utils.process_group(args) as (place, device):
+            settled = Namespace(**vars(args) | {"device": device.type})
+            compare(settled, given.rounds, place)
+
+
+def main(argv: list[str]) -> int:
+    """Run with the flags ``argv``; returns the exit status."""
+    return utils.exit_status(lambda: start(argv), (LaunchError, models.ModelError))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
