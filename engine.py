@@ -479,7 +479,8 @@ def settle(model: nn.Module, precision: Precision, batch_size: int, input_size: 
 
     DistributedDataParallel regroups gradients after its first backward passes, and groups decide
     how sums over three and more processes are rounded: without this, the first steps after a
-    resumption would not be those that an uninterrupted run takes. Statistics and random numbers are left as they were.
+    resumption would not be those that an uninterrupted run takes. Statistics and random numbers
+    are left as they were.
     """
     buffers = [buffer.clone() for buffer in model.buffers()]
     state = random_state(precision.device)

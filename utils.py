@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -30,6 +31,7 @@ from models import CheckpointError
 from models.seal import check_seal, write_sealed
 
 TEMPORARY = ".tmp"
+ANSWER = 10.0  # seconds for a launcher to answer
 T = TypeVar("T")
 
 
@@ -59,7 +61,7 @@ def process_group(args: Namespace, env: Mapping[str, str] = os.environ):
     """
     place = find_place(env)
     if "TORCHELASTIC_RUN_ID" in env:
-        die_with_parent(signal.SIGTERM)  # torchrun: without it, nobody would end this process
+        stay_with_torchrun(place, env)
     if args.world_size not in (1, place.world_size):
         raise LaunchError(
             f"--world_size {args.world_size}, but {place.world_size} process(es) were started: "
@@ -97,6 +99,23 @@ def process_group(args: Namespace, env: Mapping[str, str] = os.environ):
         ) from error
     yield place, device
     dist.destroy_process_group()  # not after an error: others may be gone, and this would wait
+
+
+def stay_with_torchrun(place: Place, env: Mapping[str, str]) -> None:
+    """End with the torchrun that started this process: without it, nobody else would do it.
+
+    Raises:
+        LaunchError: It has ended already.
+    """
+    die_with_parent(signal.SIGTERM)
+    if place.world_size > 1 and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        address = rendezvous(place, env)  # where torchrun has listened since before this process
+        try:
+            socket.create_connection(address, timeout=ANSWER).close()
+        except ConnectionRefusedError as error:
+            raise LaunchError(f"torchrun, which started rank {place.rank}, is gone") from error
+        except OSError:
+            return  # an address that is hard to reach: the meeting itself will tell
 
 
 def select_device(name: str | None, place: Place) -> torch.device:

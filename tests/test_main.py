@@ -398,8 +398,10 @@ def test_loss_that_is_not_finite_keeps_the_last_checkpoint(images, tmp_path, mai
     run += ["--clip-grad", 1e30, "--epochs", 2]
     assert main(*run, "--stop-epoch", 1)[0] == 0
     before = (tmp_path / "checkpoint.pth").read_bytes()
-    status, _, errors = main(*run, "--resume", "auto", "--lr", 1e30, "--unscale-lr")
+    run += ["--save-every-steps", 1]  # the weights are spoilt one step before the loss tells
+    status, output, errors = main(*run, "--resume", "auto", "--lr", 1e30, "--unscale-lr")
     assert status == 1
+    assert "warning: loss or weights are not finite: the last checkpoint is kept" in output
     assert "the loss is not finite at epoch 1, step" in errors
     assert "float32, query/key pre-scale exponent -0.25" in errors
     assert (tmp_path / "checkpoint.pth").read_bytes() == before

@@ -12,6 +12,8 @@ from conftest import ROOT, clean_env, read_log, run_python, same_log, same_state
 from test_distributed import LAUNCH, free_port
 from test_stop import ranks
 
+from training.watchdog import ProcessError, Watchdog
+
 needs_proc = pytest.mark.skipif(
     not Path("/proc/self/task").is_dir(), reason="finds processes through /proc"
 )
@@ -45,6 +47,18 @@ def until(process, line):
         if text.startswith(line):
             return output
     raise AssertionError(f"no line {line!r} in {output}{process.stderr.read()}")
+
+
+def started(words, **env):
+    """A Python process in the project's folder, with its output in pipes."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        env=clean_env(**env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def is_gone(pid):
@@ -89,15 +103,8 @@ def test_a_rank_that_dies_or_hangs_is_named(tmp_path, victim, number):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_loader_process_that_dies_or_hangs(tmp_path, number):
-    words = [sys.executable, "main.py", *map(str, RUN), "--dist-timeout", "6"]
-    with subprocess.Popen(
-        words,
-        cwd=ROOT,
-        env=clean_env(MARK=tmp_path.name),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    words = ["main.py", *RUN, "--dist-timeout", 6]
+    with started(words, MARK=tmp_path.name) as process:
         until(process, "epoch 0 step 2/")
         (worker,) = children(process.pid)
         os.kill(worker, number)
@@ -114,10 +121,8 @@ def test_a_loader_process_that_dies_or_hangs(tmp_path, number):
 
 
 def test_loader_processes_die_with_the_run(tmp_path):
-    words = [sys.executable, "main.py", *map(str, RUN)]
-    with subprocess.Popen(
-        words, cwd=ROOT, env=clean_env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    words = ["main.py", *RUN]
+    with started(words) as process:
         until(process, "epoch 0 step 1/")
         (worker,) = children(process.pid)
         os.kill(worker, signal.SIGTERM)  # a launcher's, to all of its processes
@@ -147,14 +152,7 @@ def torchrun(restarts):
 def test_the_launcher_starts_again_and_goes_on(whole, tmp_path):
     words = [*torchrun(1), *JOB, "--output_dir", tmp_path, "--save-every-steps", 2]
     mark = f"MARK={tmp_path.name}"
-    with subprocess.Popen(
-        [sys.executable, *map(str, words)],
-        cwd=ROOT,
-        env=clean_env(MARK=tmp_path.name),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    with started(words, MARK=tmp_path.name) as process:
         until(process, "epoch 0 step 9/")
         ranks_of_it = [
             pid
@@ -173,17 +171,17 @@ def test_the_launcher_starts_again_and_goes_on(whole, tmp_path):
 
 def test_ranks_end_with_their_launcher(tmp_path):
     words = [*LAUNCH, "--nproc_per_node", 2, "--master_port", free_port(), "main.py", *RUN]
-    with subprocess.Popen(
-        [sys.executable, *map(str, words), "--output_dir", str(tmp_path)],
-        cwd=ROOT,
-        env=clean_env(MARK=tmp_path.name),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    with started([*words, "--output_dir", tmp_path], MARK=tmp_path.name) as process:
         until(process, "epoch 0 step 2/")
         everyone = marked(f"MARK={tmp_path.name}")
         assert len(everyone) >= 5
         process.kill()
         assert all(is_gone(pid) for pid in everyone)
     assert (tmp_path / "checkpoint.pth").is_file()  # saved on the way out
+
+
+def test_memory_that_runs_out_is_an_error_with_a_place():
+    message = r"out of memory at epoch 2 step 7 \(no more\): a smaller --batch-size"
+    with pytest.raises(ProcessError, match=message), Watchdog(0, 1, 60.0) as watchdog:
+        watchdog.at("epoch 2 step 7")
+        raise MemoryError("no more")

@@ -103,12 +103,13 @@ class Run:
         }
 
     def is_poisoned(self, content: Mapping[str, Any]) -> bool:
-        """Whether the last loss of any process has spoilt the weights of a state.
+        """Whether the weights of a state are spoilt, or will be found to be.
 
-        In float16, the loss scaler keeps them from that.
+        In float16, the loss scaler keeps a loss that is not finite from that.
         """
         bad = any(rank["meter"]["in_row"] for rank in content["ranks"])
-        return bad and not self.precision.scaler.is_enabled()
+        norm = nn.utils.get_total_norm(list(self.model.parameters()))
+        return (bad and not self.precision.scaler.is_enabled()) or not norm.isfinite().item()
 
     def restore(self, checkpoint: Mapping[str, Any], source: str) -> None:
         """Continue from a checkpoint; one of weights alone starts at ``--start_epoch``."""

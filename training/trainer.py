@@ -231,7 +231,7 @@ class Trainer:
         if content is None:
             return
         if self.state.is_poisoned(content):
-            log("warning: the loss is not finite: no checkpoint is written, the last one is kept")
+            log("warning: loss or weights are not finite: the last checkpoint is kept as it is")
         else:
             self.output.save(content, *names)
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 import utils
@@ -77,6 +78,11 @@ class Watchdog:
         if error is not None:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # of PyTorch: it would raise once more
         self._ended.set()
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            raise ProcessError(
+                f"out of memory at {self.where} ({utils.last_message(error)[:200]}): a smaller "
+                f"--batch-size, --grad-checkpointing or fewer --num_workers may help"
+            ) from error
         if isinstance(error, ConnectionError | EOFError | RuntimeError):
             if utils.loader_died(error):
                 raise ProcessError(f"{utils.loader_message(error)} (at {self.where})") from error

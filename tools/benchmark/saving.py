@@ -63,7 +63,9 @@ def build(
     size = args.input_size
     model, kwargs = models.build_model(args.model, {"num_classes": CLASSES}, {"img_size": size})
     dtype = getattr(torch, args.amp_dtype) if args.amp else None
-    precision = engine.Precision(torch.device(args.device), dtype)
+    last = getattr(model, "channels_last", False)
+    layout = torch.channels_last if last else torch.contiguous_format
+    precision = engine.Precision(torch.device(args.device), dtype, layout)
     precision.place(model)
     loader = OneBatch(args.batch_size, size, args.steps, place)
     parts = (args, model, args.model, kwargs, precision, 1e-4, args.steps, loader.sampler)
