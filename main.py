@@ -15,7 +15,15 @@ import engine
 import models
 import utils
 from configs import ConfigError, LaunchError, Place, parse_args
-from training import Evaluation, Output, ProcessError, Run, Trainer, read_resume
+from training import (
+    Evaluation,
+    Output,
+    OutputError,
+    ProcessError,
+    Run,
+    Trainer,
+    read_resume,
+)
 from utils import log
 
 EXPECTED_ERRORS = (
@@ -28,7 +36,7 @@ EXPECTED_ERRORS = (
     models.ModelError,
     LaunchError,
     ProcessError,
-    utils.OutputError,
+    OutputError,
 )
 
 

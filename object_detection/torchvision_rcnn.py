@@ -27,7 +27,7 @@ from configs import ConfigError, LaunchError, Place
 from object_detection import coco, coco_evaluation
 from object_detection.mask_rcnn import CHANNELS, MAX_SIZE, MIN_SIZE, build_mask_rcnn
 from object_detection.rcnn_flags import MODEL, WARMUP_ITERS, parse_args
-from training import Output, read_resume
+from training import Output, OutputError, read_resume
 from utils import log
 
 __all__ = ["build_mask_rcnn", "main"]
@@ -43,7 +43,7 @@ EXPECTED_ERRORS = (
     LaunchError,
     models.CheckpointError,
     models.ModelError,
-    utils.OutputError,
+    OutputError,
 )
 
 

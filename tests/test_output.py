@@ -24,13 +24,12 @@ import pytest
 import torch
 from conftest import ROOT, read_log, run_python
 
-import utils
 from models import read_checkpoint, seal
-from training import Output, find_checkpoint
+from training import Output, files, find_checkpoint
 from training import output as module
-from utils import OutputError, save_checkpoint
+from training.files import OutputError, save_checkpoint
 
-WRITER = {module.__file__, utils.__file__, seal.__file__}
+WRITER = {module.__file__, files.__file__, seal.__file__}
 NOBODY = 65534
 UNTRACED = {"log", "plain", "snapshot", "size_of"}  # functions that touch no file
 BEST_EPOCHS = [[0], [0, 1], [2, 0]]  # of a run of three epochs, after each
@@ -338,12 +337,12 @@ def test_lost_permission_is_warned_about(own_folder):
 
 
 def lose_permission_while_writing(folder):
-    prove = utils._prove
-    utils._prove = lambda path: (prove(path), folder.chmod(0o555))
+    prove = files._prove
+    files._prove = lambda path: (prove(path), folder.chmod(0o555))
     output = Output(str(folder))
     output.save(state(0))
     output.wait()
-    utils._prove = prove
+    files._prove = prove
     folder.chmod(0o755)
     output.save(state(1))
     output.close()
@@ -527,7 +526,7 @@ def test_none_is_removed_for_one_that_cannot_be_written(tmp_path, monkeypatch):
     output.wait()
     kept = numbers(tmp_path)
     with monkeypatch.context() as full:
-        full.setattr(utils, "write_sealed", partial(fail, errno.ENOSPC))
+        full.setattr(files, "write_sealed", partial(fail, errno.ENOSPC))
         end_epoch(output, 2, [10, 20, 30, 0])
         output.wait()
     assert numbers(tmp_path) == kept

@@ -14,6 +14,7 @@ from test_distributed import free_port
 
 import utils
 from training.control import Agreement, StopSignals
+from training.files import plain
 
 RUN = [
     *("--model", "visformer_tiny", "--input-size", 32, "--batch-size", 2, "--num_workers", 0),
@@ -209,5 +210,5 @@ def test_random_numbers_go_on():
         return random.gauss(0, 1), np.random.standard_normal(), torch.randn(1).item()
 
     first = [draw() for _ in range(3)]
-    utils.set_random_state(utils.plain(state), device)
+    utils.set_random_state(plain(state), device)
     assert [draw() for _ in range(3)] == first

@@ -7,7 +7,7 @@ from conftest import ROOT, run_python
 
 ALLOWED = {
     "main": {"configs", "datasets", "engine", "models", "training", "utils"},
-    "tools": {"configs", "datasets", "models", "tools", "training", "utils"},
+    "tools": {"configs", "datasets", "engine", "models", "samplers", "tools", "training", "utils"},
     "training": {"configs", "engine", "models", "samplers", "training", "utils"},
     "object_detection": {
         "configs",

@@ -15,8 +15,8 @@ import safetensors.torch
 import torch
 
 import models
-import utils
 from models.checkpoint import state_dict_of
+from training import files
 
 HEADS = ("head.weight", "classifier.weight", "head.fc.weight")
 
@@ -34,9 +34,9 @@ def write(path: Path, content: Mapping[str, Any], layout: str) -> None:
         texts = {} if layout == "timm" else {k: v for k, v in content.items() if k != name}
         metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in texts.items()}
         data = safetensors.torch.save(weights, metadata={"format": "pt", **metadata})
-        utils.write_atomically(path, lambda file: file.write(data))
+        files.write_atomically(path, lambda file: file.write(data))
     else:
-        utils.save_checkpoint(weights if layout == "timm" else content, path)
+        files.save_checkpoint(weights if layout == "timm" else content, path)
 
 
 def convert(args: argparse.Namespace) -> str:
@@ -46,10 +46,10 @@ def convert(args: argparse.Namespace) -> str:
     if name is None:
         raise models.ModelError(f"{args.input} does not say which model it is: give --model NAME")
     if args.output.suffix not in (".safetensors", ".pth"):
-        raise utils.OutputError(f"{args.output} must end in .safetensors or .pth")
+        raise files.OutputError(f"{args.output} must end in .safetensors or .pth")
     to = convert_for_detection if args.to == "detection" else convert_classifier
     report, content = to(args, checkpoint, name)
-    write(args.output, utils.plain(content), args.to)
+    write(args.output, files.plain(content), args.to)
     return f"{report}\nwritten to {args.output}"
 
 
@@ -117,7 +117,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--qk-scale-factor", type=float, help="exponent that it was trained with")
     try:
         print(convert(parser.parse_args(argv)))
-    except (models.CheckpointError, models.ModelError, utils.OutputError) as error:
+    except (models.CheckpointError, models.ModelError, files.OutputError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

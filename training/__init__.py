@@ -1,5 +1,6 @@
 """What keeps a training run whole: its state and folder, signals, a watch over its processes."""
 
+from training.files import OutputError
 from training.output import CHECKPOINT, Output
 from training.resume import find_checkpoint, read_resume
 from training.run import Run
@@ -10,6 +11,7 @@ __all__ = [
     "CHECKPOINT",
     "Evaluation",
     "Output",
+    "OutputError",
     "ProcessError",
     "Run",
     "Trainer",

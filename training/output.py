@@ -18,14 +18,8 @@ import torch
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from utils import (
-    OutputError,
-    is_main_process,
-    log,
-    plain,
-    save_checkpoint,
-    write_atomically,
-)
+from training.files import OutputError, plain, save_checkpoint, write_atomically
+from utils import is_main_process, log
 
 CHECKPOINT = "checkpoint.pth"
 PREVIOUS = "previous.pth"
@@ -79,7 +73,7 @@ class RunLock:
 
 
 def snapshot(value: Any) -> Any:
-    """A copy on the CPU of :func:`utils.plain` values, which training then leaves alone."""
+    """A copy on the CPU of plain values and tensors, which training then leaves alone."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):

@@ -8,8 +8,9 @@ import torch.distributed as dist
 
 from configs import Place
 from models import CheckpointError, read_checkpoint
+from training.files import OutputError
 from training.output import BEST, CHECKPOINT, PREVIOUS
-from utils import OutputError, all_or_none, from_first, log
+from utils import all_or_none, from_first, log
 
 DAMAGED = ".damaged"
 

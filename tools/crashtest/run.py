@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tools.crashtest.compare import compare, survey
 from tools.crashtest.job import HAS_PROC, CrashError, Job, end_orphans, processes, send
-from utils import TEMPORARY
+from training.files import TEMPORARY
 
 STEPS = 6  # within whose time a moment between two saves falls
 VAIN = 0.1  # share of moments at which a run has hardly started
