@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from conftest import ROOT, clean_env, read_log, run_python, same_log, same_state
 from test_distributed import LAUNCH, free_port
 from test_stop import ranks
 
+from datasets import DataError
 from training.watchdog import ProcessError, Watchdog
 
 needs_proc = pytest.mark.skipif(
@@ -185,3 +187,21 @@ def test_memory_that_runs_out_is_an_error_with_a_place():
     with pytest.raises(ProcessError, match=message), Watchdog(0, 1, 60.0) as watchdog:
         watchdog.at("epoch 2 step 7")
         raise MemoryError("no more")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer"), ProcessError),
+        (ConnectionResetError("Connection reset by peer"), ProcessError),
+        (dist.DistBackendError("NCCL error: unhandled system error"), ProcessError),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), RuntimeError),
+        (DataError("cannot decode image /data/gloomy/NCCL.jpg: timed out"), DataError),
+    ],
+)
+def test_the_loss_of_another_process_is_told_from_other_errors(error, kind):
+    with pytest.raises(kind) as caught, Watchdog(0, 1, 60.0) as watchdog:
+        watchdog.at("epoch 2 step 7")
+        raise error
+    assert type(caught.value) is kind
+    assert ("at epoch 2 step 7" in str(caught.value)) == (kind is ProcessError)

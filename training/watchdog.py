@@ -86,7 +86,8 @@ class Watchdog:
         if isinstance(error, ConnectionError | EOFError | RuntimeError):
             if utils.loader_died(error):
                 raise ProcessError(f"{utils.loader_message(error)} (at {self.where})") from error
-            if LOST.search(str(error)) or isinstance(error, dist.DistError):
+            foreign = type(error).__module__ == "builtins" and LOST.search(str(error))
+            if foreign or isinstance(error, dist.DistError):
                 reason = str(error).strip().splitlines()[0][:200]
                 message = f"another process is lost or stuck at {self.where}{self.others()}"
                 raise ProcessError(f"{message} ({reason})") from error
