@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m tools.demo
 
 test: $(VENV)/.installed-tests
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-tests
 	$(BIN)/ruff check .

@@ -248,8 +248,9 @@ def loader_message(error: Exception) -> str:
     """What to say of a dead loader process; raises any other error."""
     if not loader_died(error):
         raise error
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return (
-        f"a loader process died ({str(error).splitlines()[0]}): it may have run out of memory; "
+        f"a loader process died ({reason}): it may have run out of memory; "
         f"lower --num_workers. The last checkpoint is kept"
     )
 

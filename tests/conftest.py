@@ -18,6 +18,15 @@ SHARED = ROOT.parent / "shared"
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # two cores, whoever shares them
 
 
+# minutes each, as they start programs: first, so that no process is left alone with one of them
+SLOW = ("mmdet_commands", "torchvision_rcnn", "watchdog", "stop", "main", "crashtest", "mmdet")
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the slow files."""
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in SLOW)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def few_threads():
     """Leave no thread to contend with the processes that tests start."""

@@ -348,7 +348,7 @@ def test_a_detection_in_a_crowd_is_no_error(few, tmp_path):
 
 
 SCORE = """
-import json, sys
+import json, os, sys
 from argparse import Namespace
 from pathlib import Path
 sys.path.insert(0, "tests")
@@ -365,7 +365,7 @@ with utils.process_group(args) as (place, _):
     batches = EvalBatchSampler(len(truth.images), 2, place.world_size, place.rank)
     mine = {truth.images[index]["id"] for batch in batches for index in batch}
     stats = score_together(truth, [result for result in results if result["image_id"] in mine])
-    print(json.dumps(stats), end="\\n", flush=True)
+    os.write(1, (json.dumps(stats) + "\\n").encode())  # whole, among those of the others
 """
 
 

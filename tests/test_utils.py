@@ -7,6 +7,7 @@ import sys
 from argparse import Namespace
 
 import numpy as np
+import pytest
 import torch
 from torch.utils.data import DataLoader
 
@@ -81,6 +82,17 @@ def test_seeds_depend_on_every_number():
         draws.append(draw())
     assert draws[0] == draws[-1]
     assert len({values[i] for values in draws for i in range(3)}) == 12
+
+
+def test_a_dead_loader_process_is_told_from_other_errors():
+    message = "DataLoader worker (pid 7) is killed by signal: Killed. "
+    assert f"a loader process died ({message})" in utils.loader_message(RuntimeError(message))
+    with pytest.raises(RuntimeError, match="another"):
+        utils.loader_message(RuntimeError("another"))
+    code = compile("raise EOFError", "/x/torch/utils/data/dataloader.py", "exec")
+    with pytest.raises(EOFError) as caught:
+        exec(code)
+    assert "a loader process died (EOFError): it may" in utils.loader_message(caught.value)
 
 
 def test_messages_lose_the_traceback_of_a_loader_process():
