@@ -85,7 +85,7 @@ def test_seeds_depend_on_every_number():
 
 
 def test_a_dead_loader_process_is_told_from_other_errors():
-    message = "DataLoader worker (pid 7) is killed by signal: Killed. "
+    message = "DataLoader worker (pid 7) is killed by signal: Killed."
     assert f"a loader process died ({message})" in utils.loader_message(RuntimeError(message))
     with pytest.raises(RuntimeError, match="another"):
         utils.loader_message(RuntimeError("another"))
