@@ -164,3 +164,19 @@ def test_backbones_beside_the_originals_attention(capsys):
         assert f"\n{kind} swin_visformer_tiny_v2 ours/original " in output
     assert backbone_benchmark(["convit_tiny", "--device", "cpu"]) == 1
     assert "convit_tiny has no windows to compare" in capsys.readouterr().err
+
+
+def test_the_price_of_saving(tmp_path):
+    flags = ["--steps", 2, "--save-every-steps", 1, "--rounds", 1, "--batch-size", 2]
+    done = run_python(
+        "-m", "tools.benchmark.saving", *flags, "--input-size", 32, TMPDIR=str(tmp_path)
+    )
+    assert done.returncode == 0, done.stderr
+    first, last = done.stdout.splitlines()
+    assert re.match(
+        r"visformer_tiny 1 process\(es\), a checkpoint every 1 of 2 steps: with/without steps per "
+        r"second \d\.\d{3} \(\d+\.\d\d and \d+\.\d\d\)$",
+        first,
+    )
+    assert last.endswith("32 pixels, batch 2")
+    assert not list(tmp_path.iterdir())  # its checkpoints went with it
