@@ -151,3 +151,100 @@ def test_another_dataset_s_epoch_is_refused():
     state = RASampler(10).state_dict(1)
     with pytest.raises(ValueError, match="the dataset has 11 images, and had 10"):
         RASampler(11).load_state_dict(state)
+
+
+def odd_shards(num_images, size=13):
+    """Numbers of images in shards of up to ``size``, one of which is empty."""
+    full, rest = divmod(num_images, size)
+    return [*[size] * (full // 2), rest, 0, *[size] * (full - full // 2)]
+
+
+@pytest.mark.parametrize("window", [1, 3, 100])
+@pytest.mark.parametrize("repeats", [1, 3])
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("num_images", SIZES)
+def test_images_of_shards_come_as_often_as_others(num_images, world, repeats, window):
+    shards, options = odd_shards(num_images), {"batch_size": 4, "num_repeats": repeats}
+    seen = Counter()
+    for epoch in range(repeats):
+        ranks = epoch_of(num_images, world, epoch, shards=shards, window=window, **options)
+        seen.update(draw for rank in ranks for draw in rank)
+        plain = epoch_of(num_images, world, epoch, **options)
+        assert [len(rank) for rank in ranks] == [len(rank) for rank in plain]
+        copies = Counter(Counter(draw for rank in ranks for draw in rank).values())
+        assert copies == Counter(Counter(draw for rank in plain for draw in rank).values())
+    assert seen.keys() == set(range(num_images))
+
+
+def test_a_window_of_shards_is_shuffled_together():
+    """Each shard is read in one stretch of the order, and mixed with those of its window."""
+    sizes = [13] * 76 + [12]
+    shard_of = [shard for shard, size in enumerate(sizes) for _ in range(size)]
+    orders = []
+    for epoch in range(2):
+        (order,) = epoch_of(1000, 1, epoch, num_repeats=1, shards=sizes, window=5)
+        orders.append([shard_of[draw] for draw in order])
+        stretches, start = [], 0
+        while start < 1000:
+            shards = set(itertools.islice(dict.fromkeys(orders[-1][start:]), 5))
+            count = sum(shard in shards for shard in shard_of)
+            assert set(orders[-1][start : start + count]) == shards
+            assert orders[-1][start : start + count] != sorted(orders[-1][start : start + count])
+            stretches.append(shards)
+            start += count
+        assert len(stretches) == 16
+        assert sum(len(shards) for shards in stretches) == 77
+    assert orders[0] != orders[1]
+
+
+def test_without_shards_the_order_is_what_it_was():
+    (order,) = epoch_of(10, 1, 0, batch_size=2, num_repeats=1, seed=7)
+    assert order == [7, 1, 2, 6, 9, 8, 0, 4, 3, 5]
+    sampler = RASampler(12, 2, 1, 2, 3, 7)
+    sampler.set_epoch(1)
+    assert [(int(draw), draw.copy) for draw in sampler] == [
+        (0, 0),
+        (4, 0),
+        (0, 1),
+        (4, 1),
+        (0, 2),
+        (4, 2),
+    ]
+
+
+def test_an_epoch_of_shards_goes_on_anywhere():
+    """2 ranks, then 3, then 1: every sample of the epoch comes once."""
+    dealt, state, shards = [], None, odd_shards(300)
+    for world, steps in ((2, 9), (3, 5), (1, None)):
+        samplers = [RASampler(300, world, rank, 4, 3, 1, shards, 2) for rank in range(world)]
+        for sampler in samplers:
+            sampler.set_epoch(5)
+            if state is not None:
+                sampler.load_state_dict(pickle.loads(pickle.dumps(state)))
+                assert sampler.is_continued_elsewhere
+            stop = None if steps is None else 4 * steps
+            dealt += [(int(draw), draw.copy) for draw in itertools.islice(sampler, stop)]
+        state = samplers[0].state_dict(steps or 0)
+    whole = RASampler(300, 2, 0, 4, 3, 1, shards, 2)
+    assert sorted(dealt) == sorted((int(draw), draw.copy) for draw in whole._deck.samples(5))
+
+
+def test_states_from_before_shards_are_taken():
+    state = RASampler(10, batch_size=2).state_dict(1)
+    old = {key: value for key, value in state.items() if key not in ("shards", "window")}
+    sampler = RASampler(10, batch_size=2)
+    sampler.load_state_dict(old)
+    assert (sampler.dealt, sampler.is_continued_elsewhere) == (2, False)
+    with pytest.raises(ValueError, match=r"lies in 2 shards \(4 to 6 images\), and lay in single"):
+        RASampler(10, shards=[4, 6]).load_state_dict(old)
+    listed = RASampler(10, shards=[4, 6]).state_dict(1) | {"shards": [4, 6]}
+    RASampler(10, shards=[4, 6]).load_state_dict(listed)
+    with pytest.raises(ValueError, match=r"lies in 3 shards .* and lay in 2 shards"):
+        RASampler(10, shards=[4, 3, 3]).load_state_dict(listed)
+
+
+def test_impossible_shards_raise():
+    with pytest.raises(ValueError, match="shards of 9 images cannot hold 10"):
+        RASampler(10, shards=[4, 5])
+    with pytest.raises(ValueError, match="a window of 0 shards is not positive"):
+        RASampler(10, shards=[4, 6], window=0)

@@ -1,0 +1,383 @@
+"""Pack an image folder into shards, tar files in WebDataset's format with an index.
+
+``python -m tools.pack_dataset --data-path FOLDER --output OUT`` packs FOLDER/train and FOLDER/val
+into ``OUT/train-000000.tar``, ... and ``OUT/val-000000.tar``, ..., in random order, so that every
+shard has images of all classes. ``--index PATTERN`` writes the index of shards that were made
+elsewhere.
+
+A split is written in ``OUT/.SPLIT.partial``, and moved when it is whole, the index last. Started
+again after it was stopped, the same command goes on after the last whole shard.
+"""
+
+import argparse
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+from webdataset import TarWriter
+
+from configs.flags import usable_cpus
+from datasets import open_image_folder
+from pipeline.fetch import REMOTE, Cache, default_folder, locked
+from pipeline.images import CorruptImageError, DataError
+from pipeline.shard_index import (
+    Index,
+    Members,
+    Part,
+    Shard,
+    expand_pattern,
+    index_name,
+    scan_shard,
+    sha256_of,
+    split_place,
+)
+from pipeline.shards import scan_shards
+from pipeline.sources import Encoded
+from pipeline.workers import settle_worker
+from training.files import OutputError, write_atomically
+
+
+class Sample(NamedTuple):
+    """An image as it is packed; without data it is corrupt, and ``suffix`` says why."""
+
+    data: bytes | None
+    suffix: str
+
+
+class Encoder(Dataset):
+    """Images as they are packed: sound, and with a short side of at most ``short_side`` pixels.
+
+    Larger ones are resized as evaluation does it, bicubic with antialiasing and by torchvision's
+    rounding, so that evaluation at that size resizes no more. All others keep their bytes.
+
+    Args:
+        images: Files.
+        short_side: In pixels; ``None`` for any.
+        quality: Of the JPEGs that resized images become.
+    """
+
+    def __init__(self, images: Encoded, short_side: int | None, quality: int):
+        self.images, self.short_side, self.quality = images, short_side, quality
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Sample:
+        try:
+            data = self.images.read(index)
+            image = self.images.decode(data, index)
+        except CorruptImageError as error:
+            return Sample(None, str(error))
+        if self.short_side is None or min(image.size) <= self.short_side:
+            return Sample(data, Path(self.images.name(index)).suffix[1:].lower())
+        short = min(image.size)
+        size = [self.short_side * side // short for side in image.size]
+        file = io.BytesIO()
+        image.resize(size, resample=3).save(file, "JPEG", quality=self.quality)
+        return Sample(file.getvalue(), "jpg")
+
+
+def make_keys(images: Encoded, root: Path) -> list[str]:
+    """A key for each image: class and file name, without dots, which would end it."""
+    keys, seen = [], set()
+    for index in range(len(images)):
+        parts = Path(images.name(index)).relative_to(root).with_suffix("").parts[1:]
+        stem = re.sub(r"^__", "x__", "/".join(parts).replace(".", "_"))  # __NAME__ is passed over
+        numbered = (f"{stem}-{number}" for number in itertools.count(2))
+        key = next(key for key in itertools.chain([stem], numbered) if key not in seen)
+        seen.add(key)
+        keys.append(key)
+    return keys
+
+
+class Split:
+    """One split on its way into shards.
+
+    Args:
+        name: ``train`` or ``val``.
+        args: The flags.
+
+    Raises:
+        DataError: The image folder cannot be used.
+    """
+
+    def __init__(self, name: str, args: argparse.Namespace):
+        self.name, self.args = name, args
+        self.images = open_image_folder(args.data_path, name == "train", False)
+        self.keys = make_keys(self.images, args.data_path)
+        self.order = np.random.default_rng(args.seed).permutation(len(self.keys)).tolist()
+        self.output, self.partial = args.output, args.output / f".{name}.partial"
+        listing = json.dumps([self.images.classes, self.keys, self.images.targets.tolist()])
+        self.plan = {
+            "images": len(self.keys),
+            "listing": hashlib.sha256(listing.encode()).hexdigest(),
+            "seed": args.seed,
+            "short_side": args.short_side,
+            "quality": args.quality if args.short_side else None,
+            "shard_size": args.shard_size,
+            "shard_images": args.shard_images,
+        }
+
+    def pack(self) -> None:
+        """Write all shards and the index, or what is missing of them.
+
+        Raises:
+            DataError: An image is corrupt, unless those are to be skipped.
+            OutputError: There are other shards, or the disk cannot take these.
+        """
+        if self._is_packed():
+            print(f"{self.output / self.name}.json is whole: nothing to do")
+        else:
+            self.partial.mkdir(parents=True, exist_ok=True)
+            with locked(self.partial / "lock"):
+                if not self._is_packed():  # by another process, meanwhile
+                    records = self._records()
+                    self._write_shards(records)
+                    self._publish(records)
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _is_packed(self) -> bool:
+        index = self.output / f"{self.name}.json"
+        if not index.exists():
+            return False
+        if read_json(index).get("plan") == self.plan:
+            return True
+        raise OutputError(
+            f"{index} is of shards that were packed from other images or with other flags: remove"
+            f" it and its shards, or choose another --output"
+        )
+
+    def _records(self) -> list[dict[str, Any]]:
+        """What an earlier run has written, if it had the same plan; else all of it is removed."""
+        plan = self.partial / "plan.json"
+        same = plan.exists() and read_json(plan) == self.plan
+        found = [read_json(path) for path in sorted(self.partial.glob(f"{self.name}-*.json"))]
+        if not same and found:
+            print(f"{self.partial} is of other images or flags: starting over")
+            for record in found:  # shards that were moved already
+                (self.output / record["shard"]["name"]).unlink(missing_ok=True)
+        for path in self.partial.iterdir():
+            if path.name != "lock" and (not same or path.suffix == ".tmp"):
+                path.unlink()
+        known = {record["shard"]["name"] for record in found} if same else set()
+        others = {path.name for path in self.output.glob(f"{self.name}-*.tar")} - known
+        if others:
+            raise OutputError(
+                f"{self.output} has shards without an index, as {min(others)}: remove them, or"
+                f" choose another --output"
+            )
+        write_json(plan, self.plan)
+        return found if same else []
+
+    def _write_shards(self, records: list[dict[str, Any]]) -> None:
+        """Write the shards that are missing, and append their records."""
+        position = sum(record["taken"] for record in records)
+        if records and position < len(self.order):
+            print(f"{self.name}: going on after {len(records)} shards")
+        encoder = Encoder(self.images, self.args.short_side, self.args.quality)
+        loader = DataLoader(
+            encoder,
+            batch_size=None,
+            sampler=self.order[position:],
+            num_workers=self.args.num_workers,
+            worker_init_fn=settle_worker,
+            collate_fn=as_it_is,
+        )
+        samples = zip(self.order[position:], loader, strict=True)
+        while position < len(self.order):
+            record, members = self._write_shard(len(records), samples)
+            name = self.partial / record["shard"]["name"]
+            data = members.to_bytes()
+            write_atomically(name.with_suffix(".npz"), lambda file, data=data: file.write(data))
+            write_json(name.with_suffix(".json"), record)
+            records.append(record)
+            position += record["taken"]
+            print("{name}: {images:,} images, {size:,} bytes".format(**record["shard"]))
+
+    def _write_shard(
+        self, number: int, samples: Iterator[tuple[int, Sample]]
+    ) -> tuple[dict[str, Any], Members]:
+        """Write a shard; returns its record and members, as they were read back from it."""
+        path = self.partial / f"{self.name}-{number:06d}.tar"
+        record: dict[str, Any] = {"taken": 0, "left_out": []}
+        written: list[tuple[str, int, int]] = []
+        proven: list[Members] = []
+
+        def write(file: BinaryIO) -> None:
+            # that format, for names of any length
+            writer, size = TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT"), 0
+            for index, sample in samples:
+                record["taken"] += 1
+                if sample.data is None:
+                    self._leave_out(sample.suffix, record)
+                    continue
+                key, target = self.keys[index], int(self.images.targets[index])
+                parts = {sample.suffix: sample.data, "cls": str(target).encode()}
+                writer.write({"__key__": key, **parts})
+                written.append((f"{key}.{sample.suffix}", target, zlib.crc32(sample.data)))
+                size += len(sample.data)
+                if self._is_full(len(written), size):
+                    break
+            writer.close()
+
+        def prove(temporary: Path) -> None:
+            with temporary.open("rb") as file:
+                members = scan_shard(file, str(temporary), with_checksums=True)
+                if list(rows(members)) != written:
+                    raise OSError("the disk does not hold what was written")
+                digest = sha256_of(file)
+            proven.append(members)
+            size = temporary.stat().st_size
+            record["shard"] = asdict(Shard(path.name, size, digest, len(written)))
+
+        write_atomically(path, write, prove)
+        return record, proven[0]
+
+    def _leave_out(self, reason: str, record: dict[str, Any]) -> None:
+        if self.args.on_corrupt == "error":
+            raise DataError(f"{reason} (--on-corrupt skip leaves such images out)")
+        print(f"left out: {reason}", file=sys.stderr)
+        record["left_out"].append(reason)
+
+    def _is_full(self, count: int, size: int) -> bool:
+        if self.args.shard_images:
+            return count >= self.args.shard_images
+        return size >= self.args.shard_size * 1e6
+
+    def _publish(self, records: list[dict[str, Any]]) -> None:
+        """Move the whole shards to their place, the index last."""
+        parts, shards = [], [Shard(**record["shard"]) for record in records]
+        for shard in shards:
+            path = (self.partial / shard.name).with_suffix(".npz")
+            parts.append(Members.from_bytes(path.read_bytes(), str(path)))
+            if (self.partial / shard.name).exists():  # else it was moved before
+                os.replace(self.partial / shard.name, self.output / shard.name)
+        index = Index(list(self.images.classes), shards, Members.joined(parts))
+        left_out = [reason for record in records for reason in record["left_out"]]
+        write_index(index, self.partial / self.name, plan=self.plan, left_out=left_out)
+        for kind in ("npz", "json"):
+            name = f"{self.name}.{kind}"
+            os.replace(self.partial / name, self.output / name)
+        count = f"{sum(shard.images for shard in shards):,} images in {len(shards)} shards"
+        print(f"{self.name}: {count}, {len(left_out)} corrupt ones left out")
+
+
+def as_it_is(sample: Sample) -> Sample:
+    """No collation."""
+    return sample
+
+
+def rows(members: Members) -> Iterable[tuple[str, int, int]]:
+    """Name, class and checksum of each image."""
+    ends = np.cumsum(members.name_sizes, dtype=np.int64)
+    names = (part.tobytes() for part in np.split(members.names, ends[:-1]))
+    texts = [name.decode("utf-8", "surrogateescape") for name in names]
+    return zip(texts, members.targets.tolist(), members.checksums.tolist(), strict=False)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file that this tool wrote."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: {error}") from error
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    write_atomically(path, lambda file: file.write(json.dumps(content).encode()))
+
+
+def write_index(index: Index, stem: Path, **notes: Any) -> None:
+    """Write an index as ``STEM.npz`` and ``STEM.json``, the latter last."""
+    data = index.members.to_bytes()
+    part = Part(f"{stem.name}.npz", len(data), hashlib.sha256(data).hexdigest())
+    text = index.to_json(part, **notes).encode()
+    write_atomically(stem.with_name(part.name), lambda file: file.write(data))
+    write_atomically(stem.with_name(f"{stem.name}.json"), lambda file: file.write(text))
+
+
+def index_shards(args: argparse.Namespace) -> None:
+    """Write the index of the shards of ``args.index``.
+
+    Raises:
+        DataError: They cannot be used.
+    """
+    places = expand_pattern(args.index)
+    folders = {split_place(place)[0] for place in places}
+    if len(folders) > 1 or args.index.startswith("pipe:"):
+        raise DataError(f"{args.index}: an index lies beside its shards, in one folder")
+    remote = args.index.startswith(REMOTE)
+    if remote and args.output is None:
+        raise DataError(f"{args.index} is remote: --output FOLDER says where to write its index")
+    classes = args.classes.read_text().splitlines() if args.classes else None
+    cache = Cache(args.shard_cache or default_folder(args.index)) if remote else None
+    index = scan_shards(places, cache, classes, with_checksums=True)
+    stem = Path(args.output or folders.pop()) / index_name(args.index)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    write_index(index, stem)
+    print(
+        f"{stem}.json: {len(index.members.sizes):,} images of {len(index.classes):,} classes in"
+        f" {len(places)} shards"
+    )
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--data-path", type=Path, help="image folder with train/ and val/")
+    add("--output", type=Path, help="folder of the shards")
+    add("--splits", nargs="+", choices=["train", "val"], default=["train", "val"])
+    add("--short-side", type=int, metavar="S", help="resize images to this short side, in pixels")
+    add("--quality", type=int, default=90, help="of the JPEGs that resized images become")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--shard-size", type=float, default=256, metavar="MB", help="of 10^6 bytes")
+    size.add_argument("--shard-images", type=int, metavar="N", help="images per shard instead")
+    add("--num_workers", "--num-workers", type=int, default=usable_cpus())
+    add("--on-corrupt", choices=["error", "skip"], default="error", help="skip: leave them out")
+    add("--seed", type=int, default=0, help="of the order")
+    add("--index", metavar="PATTERN", help="write an index for these shards, and nothing else")
+    add("--classes", type=Path, metavar="FILE", help="with --index: names, a line for each class")
+    add("--shard-cache", type=Path, help="with --index: folder for remote shards")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Pack with the flags ``argv``; returns the exit status."""
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    if args.index is None and (args.data_path is None or args.output is None):
+        parser.error("give --data-path and --output, or --index")
+    if min(args.shard_size, args.shard_images or 1, args.short_side or 1) <= 0:
+        parser.error("--shard-size, --shard-images and --short-side are positive")
+    if not 1 <= args.quality <= 100:
+        parser.error(f"--quality {args.quality} is not within 1..100")
+    try:
+        if args.index is not None:
+            index_shards(args)
+        else:
+            for split in [Split(name, args) for name in args.splits]:
+                split.pack()
+    except (DataError, OutputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
