@@ -1,0 +1,245 @@
+"""Collections of the literature on transfer: iNaturalist, Flowers, Cars and Pets, as files.
+
+torchvision fetches and indexes what it knows; its own decoding is never used. Nothing here opens
+an image.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+from torchvision.datasets import Flowers102, INaturalist, OxfordIIITPet, StanfordCars
+
+from pipeline.images import DataError
+from pipeline.sources import Files
+
+# DeiT's spellings of --inat-category
+INAT_CATEGORIES = (
+    "name",
+    "kingdom",
+    "phylum",
+    "class",
+    "order",
+    "supercategory",
+    "family",
+    "genus",
+)
+DOWNLOAD = "; --download fetches it"
+
+
+def open_inat(
+    root: Path, is_train: bool, download: bool, year: int = 2018, category: str = "name"
+) -> Files:
+    """iNaturalist 2018 or 2019 (Van Horn et al., https://github.com/visipedia/inat_comp).
+
+    ``root`` has ``trainYEAR.json`` and ``valYEAR.json`` (COCO's format), ``categories.json``, and
+    the images where the former say: ``train_valYEAR/SUPERCATEGORY/NUMBER/*.jpg``. DeiT's layout
+    without the folder of the supercategory is taken as well. As in DeiT, classes are numbered in
+    the order in which the training annotations bring them.
+
+    Args:
+        root: Folder of the files.
+        is_train: Which of the two splits.
+        download: Without effect: the parts have to be fetched by hand.
+        year: 2018 or 2019.
+        category: Level of the label, one of ``INAT_CATEGORIES``.
+
+    Raises:
+        DataError: A file is missing or damaged, or the parts do not belong together.
+    """
+    listings = {split: root / f"{split}{year}.json" for split in ("train", "val")}
+    train = _read_listing(listings["train"])
+    chosen = train if is_train else _read_listing(listings["val"])
+    labels = _read_labels(root / "categories.json", category)
+    unknown = {number for _, number in train} - labels.keys()
+    if unknown:
+        raise DataError(f"{root / 'categories.json'} has no category {min(unknown)}")
+    classes = list(dict.fromkeys(labels[number] for _, number in train))
+    index = {name: target for target, name in enumerate(classes)}
+    try:
+        targets = [index[labels[number]] for _, number in chosen]
+    except KeyError as error:
+        raise DataError(
+            f"category {error} of {listings['val']} is none of {listings['train']}"
+        ) from error
+    return Files(_find_images(root, [name for name, _ in chosen]), targets, classes)
+
+
+def _read_listing(path: Path) -> list[tuple[str, int]]:
+    """File name and number of the category of each annotated image."""
+    content = _read_json(path)
+    try:
+        files = {image["id"]: image["file_name"] for image in content["images"]}
+        listing = [(files[one["image_id"]], one["category_id"]) for one in content["annotations"]]
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path} is not in COCO's format: {error!r}") from error
+    if not listing:
+        raise DataError(f"{path} has no annotations")
+    return listing
+
+
+def _read_labels(path: Path, category: str) -> dict[int, str]:
+    """The label of each category, by its number."""
+    try:
+        return {entry["id"]: entry[category] for entry in _read_json(path)}
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} is no list of categories with id and {category}: {error!r}"
+        ) from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(
+            f"cannot read {path}: {error.strerror} (https://github.com/visipedia/inat_comp has it)"
+        ) from error
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: {error}") from error
+
+
+def _find_images(root: Path, names: Sequence[str]) -> list[Path]:
+    """Paths of the images, in the published layout or in DeiT's."""
+    folder = (root / names[0]).parent
+    if not folder.is_dir():
+        names = [_without_supercategory(name) for name in names]
+        if not (root / names[0]).parent.is_dir():
+            raise DataError(f"no folder {folder} of images, as the json files name it")
+    return [root / name for name in names]
+
+
+def _without_supercategory(name: str) -> str:
+    first, *folders, file = name.split("/")
+    return "/".join([first, *folders[1:], file])
+
+
+def open_inat2021(
+    root: Path, is_train: bool, download: bool, category: str = "name", mini: bool = False
+) -> Files:
+    """iNaturalist 2021 (Van Horn et al., CVPR 2021), 10,000 species: torchvision's layout.
+
+    ``root`` has the folders ``2021_train`` (2.7 million images; with ``mini``
+    ``2021_train_mini``, 500,000) and ``2021_valid``, and in each one folder for every species.
+    Within it the files are sorted, so that all machines agree on the order.
+
+    Args:
+        root: Folder of the splits.
+        is_train: Training or validation.
+        download: Fetch what is missing, up to 224 GB.
+        category: Level of the label, one of ``INAT_CATEGORIES`` but ``supercategory``.
+        mini: Train on the small training set.
+
+    Raises:
+        DataError: The split is missing or damaged, or has no such level.
+    """
+    version = "2021_valid" if not is_train else "2021_train_mini" if mini else "2021_train"
+    place = root / version
+    if category not in INAT_CATEGORIES or category == "supercategory":
+        raise DataError(f"iNaturalist 2021 in {root} has no level {category}")
+    if not download and not place.is_dir():
+        raise DataError(f"no folder {place}{DOWNLOAD}")
+
+    level = "full" if category == "name" else category
+    open_it = partial(INaturalist, root, version, level, download=download, loader=str)
+    dataset, paths, targets = _list_images(open_it, place)
+    if category == "name":  # of the folders: NUMBER_KINGDOM_..._GENUS_SPECIES
+        classes = [" ".join(name.split("_")[-2:]) for name in dataset.all_categories]
+    else:
+        classes = list(dataset.categories_index[category])
+    order = sorted(range(len(paths)), key=paths.__getitem__)
+    return _files(place, [paths[i] for i in order], [targets[i] for i in order], classes)
+
+
+def open_flowers(root: Path, is_train: bool, download: bool) -> Files:
+    """Oxford 102 Flowers (Nilsback and Zisserman, ICVGIP 2008), in ``root/flowers-102``.
+
+    As usual for transfer, training takes the official training and validation splits together
+    (2,040 images), and evaluation the test split (6,149).
+
+    Raises:
+        DataError: A file is missing or damaged.
+    """
+    place, hint = root / "flowers-102", "" if download else DOWNLOAD
+    paths, targets = [], []
+    for split in ("train", "val") if is_train else ("test",):
+        open_it = partial(Flowers102, root, split, download=download, loader=str)
+        _, more_paths, more_targets = _list_images(open_it, place, hint)
+        paths += more_paths
+        targets += more_targets
+    return _files(place, paths, targets, Flowers102.classes)
+
+
+def open_cars(root: Path, is_train: bool, download: bool) -> Files:
+    """Stanford Cars (Krause et al., 3dRR 2013), 8,144 and 8,041 images of 196 models.
+
+    Its site is gone, so nothing can be fetched. ``root/stanford_cars`` has ``devkit/`` with
+    ``cars_meta.mat`` and ``cars_train_annos.mat``, ``cars_test_annos_withlabels.mat``,
+    ``cars_train/`` and ``cars_test/``.
+
+    Raises:
+        DataError: A file is missing or damaged.
+    """
+    place, split = root / "stanford_cars", "train" if is_train else "test"
+    annotations = "devkit/cars_train_annos.mat" if is_train else "cars_test_annos_withlabels.mat"
+    for name in ("devkit/cars_meta.mat", annotations, f"cars_{split}"):
+        if not (place / name).exists():
+            raise DataError(
+                f"no {place / name}; the site of Stanford Cars is gone, and --download cannot"
+                f" fetch it: {place} wants devkit/cars_meta.mat, {annotations} and cars_{split}/"
+            )
+    open_it = partial(StanfordCars, root, split, loader=str)
+    dataset, paths, targets = _list_images(open_it, place)
+    return _files(place, paths, targets, dataset.classes)
+
+
+def open_pets(root: Path, is_train: bool, download: bool) -> Files:
+    """Oxford-IIIT Pet (Parkhi et al., CVPR 2012), in ``root/oxford-iiit-pet``.
+
+    37 breeds; training takes the split ``trainval`` (3,680 images), evaluation ``test`` (3,669).
+
+    Raises:
+        DataError: A file is missing or damaged.
+    """
+    place, split = root / "oxford-iiit-pet", "trainval" if is_train else "test"
+    hint = "" if download else DOWNLOAD
+    listing = place / "annotations" / f"{split}.txt"
+    try:
+        dataset = OxfordIIITPet(root, split, download=download)
+        # its items are decoded images, so the listing has to be read once more
+        rows = [line.split() for line in listing.read_text().splitlines()]
+        paths = [place / "images" / f"{image}.jpg" for image, _, _, _ in rows]
+        targets = [int(number) - 1 for _, number, _, _ in rows]
+    except (RuntimeError, OSError) as error:
+        raise DataError(f"cannot read {listing}: {error}{hint}") from error
+    except ValueError as error:
+        raise DataError(f"{listing} is damaged: {error}") from error
+    return _files(listing, paths, targets, dataset.classes)
+
+
+def _list_images(
+    open_it: Callable[[], Dataset], place: Path, hint: str = ""
+) -> tuple[Any, list[str], list[int]]:
+    """A dataset of torchvision's with ``loader=str``, and the path and target of each image."""
+    try:
+        dataset = open_it()
+        pairs = [dataset[index] for index in range(len(dataset))]
+    except Exception as error:  # on damaged files the readers raise errors of any kind
+        raise DataError(f"cannot read {place}: {error}{hint}") from error
+    return dataset, [path for path, _ in pairs], [int(target) for _, target in pairs]
+
+
+def _files(
+    place: Path, paths: Sequence[str | Path], targets: Sequence[int], classes: Sequence[str]
+) -> Files:
+    """The files, once their targets are known to be classes."""
+    if not len(paths):
+        raise DataError(f"{place} lists no images")
+    if min(targets) < 0 or max(targets) >= len(classes):
+        raise DataError(
+            f"{place} is damaged: targets {min(targets)}..{max(targets)} of {len(classes)} classes"
+        )
+    return Files(paths, targets, classes)

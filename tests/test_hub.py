@@ -1,0 +1,278 @@
+"""Datasets of the Hugging Face library, whose name is that of a module of ours."""
+
+import importlib.util
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, run_python, write_images
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.hub import OURS, open_hub
+from pipeline.images import CorruptImageError, DataError
+
+# pyarrow comes with the library; here the name of the library itself means our module
+HAS_LIBRARY = importlib.util.find_spec("pyarrow") is not None and any(
+    Path(folder, "datasets", "load.py").is_file() for folder in sys.path
+)
+library = pytest.mark.skipif(not HAS_LIBRARY, reason="needs Hugging Face's datasets")
+FAKE = """
+import os, sys
+print("noise on the output")
+def load_dataset(name, **options):
+    facts = [name, options["cache_dir"], os.environ.get("HF_DATASETS_OFFLINE"), __file__]
+    raise ValueError("|".join(map(str, facts)))
+"""
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """A package called as the library, the first that another process finds."""
+    (tmp_path / "site" / "datasets").mkdir(parents=True)
+    (tmp_path / "site" / "datasets" / "__init__.py").write_text(FAKE)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{tmp_path / 'site'}")
+    return tmp_path / "site" / "datasets" / "__init__.py"
+
+
+def png(number):
+    """A PNG file whose pixels are ``number``."""
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), (number, number, number)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_parquet(folder, images=None, labels=(0, 1, 2, 0, 1), names="abc", split="train"):
+    """A split of PNG images 0, 1, ...: as the library writes it, or plain if there are no names."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if images is None:
+        images = [{"bytes": png(i), "path": f"{i}.png"} for i in range(len(labels))]
+    table = pa.table({"image": images, "label": list(labels)})
+    if names:
+        label = {"names": list(names), "_type": "ClassLabel"}
+        info = {"info": {"features": {"image": {"_type": "Image"}, "label": label}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
+    folder.mkdir(exist_ok=True)
+    pq.write_table(table, folder / f"{split}.parquet", row_group_size=2)
+    return folder
+
+
+def pixel(source, index):
+    return np.asarray(source.open(index))[0, 0, 0]
+
+
+def test_our_module_stays_and_another_process_finds_the_other_package(fake, tmp_path):
+    program = f"""
+        import pickle, sys, datasets
+        ours = datasets
+        from pipeline.hub import DataError, open_hub
+        try:
+            open_hub("some/name", "cache", True, False)
+        except DataError as error:
+            print(error)
+        import datasets
+        assert datasets is ours is sys.modules["datasets"]
+        assert datasets.__file__ == {str(ROOT / "datasets.py")!r}
+        assert not any(name.startswith("datasets.") for name in sys.modules)
+        assert pickle.loads(pickle.dumps(ours.build_dataset)) is ours.build_dataset
+    """
+    path = os.environ["PYTHONPATH"]
+    done = run_python("-c", textwrap.dedent(program), PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (
+        f"cannot load hfds/some/name: ValueError: some/name|cache|1|{fake}; --download fetches it\n"
+    )
+    assert done.stderr == "noise on the output\n"
+
+
+@pytest.mark.parametrize("folder", [ROOT, "/"])
+def test_the_folder_and_the_network(fake, tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("HF_DATASETS_OFFLINE", raising=False)
+    with pytest.raises(DataError, match=rf"x\|None\|None\|{fake}$"):
+        open_hub("x", None, True, True)
+    with pytest.raises(DataError, match=rf"{tmp_path}\|{tmp_path}\|1\|{fake}$"):
+        open_hub(str(tmp_path), tmp_path, True, False)  # is there: nothing to fetch
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    with pytest.raises(DataError, match=rf"x\|None\|1\|{fake}$"):
+        open_hub("x", None, True, True)
+
+
+def test_package_that_ends_the_process(fake):
+    fake.write_text("import os; os._exit(3)")
+    with pytest.raises(DataError, match="loading hfds/x ended with status 3"):
+        open_hub("x", None, True, False)
+
+
+@pytest.mark.parametrize("data_folder", [False, True])
+def test_without_the_library(tmp_path, monkeypatch, data_folder):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # no installed packages
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{tmp_path}")
+    if data_folder:
+        (tmp_path / "datasets").mkdir()  # could be imported, as a package without a file
+    with pytest.raises(DataError, match=r"hfds/x needs .*: pip install datasets$"):
+        open_hub("x", None, True, False)
+
+
+def test_our_folder():
+    assert (Path(OURS) / "datasets.py").samefile(ROOT / "datasets.py")
+
+
+@library
+def test_parquet(tmp_path):
+    folder = write_parquet(tmp_path / "set")
+    write_parquet(folder, labels=(2, 1), split="validation")
+    write_parquet(folder, labels=(0,), split="test")  # of the Hub's, many have no labels
+    for is_train, targets in ((True, [0, 1, 2, 0, 1]), (False, [2, 1])):
+        source = open_hub(str(folder), tmp_path / "cache", is_train, False)
+        assert source.classes == ["a", "b", "c"]
+        assert (source.targets.dtype, source.targets.tolist()) == (np.int64, targets)
+        assert [source.read(i) for i in range(len(source))] == [png(i) for i in range(len(targets))]
+    assert source.name(1) == f"hfds/{folder} validation[1] (1.png)"
+    assert pixel(source, 1) == 1
+
+
+@library
+def test_images_in_folders_are_not_copied(tmp_path):
+    root = write_images(tmp_path / "set")
+    source = open_hub(str(root), tmp_path / "cache", False, False)
+    assert source.classes == ["cat", "dog"]
+    assert source.targets.tolist() == [0] * 3 + [1] * 3
+    path = root / "val" / "dog" / "0.jpg"
+    assert source.read(3) == path.read_bytes()
+    assert source.name(3) == f"hfds/{root} validation[3] ({path})"
+    path.unlink()
+    with pytest.raises(CorruptImageError, match=f"{path}: No such file"):
+        source.read(3)
+
+
+@library
+def test_arrow_files_of_many_batches(tmp_path):
+    import pyarrow as pa
+
+    (tmp_path / "set").mkdir()
+    kind, rows = pa.struct({"bytes": pa.binary(), "path": pa.string()}), iter(range(99))
+    schema = pa.schema({"image": kind, "label": pa.int32()})
+    for name in ("train-0", "train-1"):
+        path = str(tmp_path / "set" / f"{name}.arrow")
+        with pa.OSFile(path, "w") as file, pa.ipc.new_stream(file, schema) as stream:
+            for size in (3, 1, 0, 4):
+                labels = list(itertools.islice(rows, size))
+                images = [{"bytes": png(label), "path": None} for label in labels]
+                arrays = [pa.array(images, kind), pa.array(labels, pa.int32())]
+                stream.write_batch(pa.record_batch(arrays, schema=schema))
+    source = open_hub(str(tmp_path / "set"), tmp_path / "cache", True, False)
+    assert source.targets.tolist() == list(range(16))
+    assert [pixel(source, i) for i in range(16)] == list(range(16))
+    assert source.name(9) == f"hfds/{tmp_path / 'set'} train[9]"
+    assert source.classes == [str(i) for i in range(16)]
+
+
+@library
+@pytest.mark.parametrize("kind", ["bytes", "path", "none"])
+def test_plain_columns(tmp_path, kind):
+    """Without the library's own types, and without names of classes."""
+    (tmp_path / "7.png").write_bytes(png(7))
+    image = {"bytes": png(7), "path": str(tmp_path / "7.png"), "none": None}[kind]
+    images = [image] * 3 if image else [{"bytes": None, "path": None}] * 3
+    folder = write_parquet(tmp_path / "set", images, (0, 2, 0), names=None)
+    write_parquet(folder, images, (-1, 4, 1), names=None, split="test")
+    source = open_hub(str(folder), tmp_path / "cache", True, False)
+    assert source.classes == ["0", "1", "2", "3", "4"]  # of both splits
+    if image:
+        assert pixel(source, 1) == 7
+    else:
+        with pytest.raises(CorruptImageError, match=r"train\[1\]: no bytes, no path"):
+            source.open(1)
+    with pytest.raises(DataError, match="test has images without a class: row 0"):
+        open_hub(str(folder), tmp_path / "cache", False, False)
+
+
+@library
+def test_what_is_missing_is_named_with_what_is_there(tmp_path):
+    def refused(message, is_train=True, **keys):
+        with pytest.raises(DataError, match=message):
+            open_hub(str(folder), tmp_path / "cache", is_train, False, **keys)
+
+    folder = write_parquet(tmp_path / "set")
+    columns = r"it has image \(struct<.*>\), label \(int64\)$"
+    refused(f"set train has no column img; {columns}", image_key="img")
+    refused(f"set train has no column fine; {columns}", label_key="fine")
+    refused("column label of .* holds int64, no images", image_key="label")
+    refused("column image of .* holds struct<.*> instead of numbers", label_key="image")
+    refused("has no split validation, val, test; it has train$", is_train=False)
+    write_parquet(folder, labels="xyz", names=None)
+    refused(f"column label of .* holds .*string instead of numbers of classes; {columns[:12]}")
+    write_parquet(folder, labels=(0, None), names=None)
+    refused("images without a class: row 1")
+    (folder / "train.parquet").write_bytes(b"PAR1 and no more")
+    refused(f"cannot load hfds/{folder}: ")
+    with pytest.raises(DataError, match=r"load hfds/no/where: .*; --download fetches it"):
+        open_hub("no/where", tmp_path / "cache", True, False)
+
+
+@library
+def test_prepared_files_that_go_are_named(tmp_path):
+    source = open_hub(str(write_parquet(tmp_path / "set")), tmp_path / "cache", True, False)
+    copy = pickle.dumps(source)
+    (file,) = (tmp_path / "cache").rglob("*.arrow")
+    file.write_bytes(b"")
+    with pytest.raises(DataError, match=f"cannot read {file}: "):
+        pickle.loads(copy)
+    file.unlink()
+    with pytest.raises(DataError, match=f"cannot read {file}: "):
+        pickle.loads(copy)
+
+
+@library
+def test_prepared_dataset_of_the_hub_needs_no_network(tmp_path):
+    folder, cache = write_parquet(tmp_path / "set"), tmp_path / "cache"
+    open_hub(str(folder), cache, True, False)
+    (cache / "set").rename(cache / "user___set")  # as the library keeps what it fetched
+    (prepared,) = (cache / "user___set" / "default" / "0.0.0").glob("*/")
+    prepared.rename(prepared.with_name("0123456789" * 4))
+    shutil.rmtree(folder)
+    source = open_hub("user/set", cache, True, False)
+    assert source.classes == ["a", "b", "c"]
+    assert [pixel(source, i) for i in range(5)] == list(range(5))
+
+
+class Reads(Dataset):
+    """Of a source, what a loader's process can tell of it."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        import datasets
+
+        assert Path(datasets.__file__).parent == ROOT
+        return [self.source.read(index), int(self.source.targets[index])]
+
+
+@library
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+def test_loaders_however_started(tmp_path, method):
+    source = open_hub(str(write_parquet(tmp_path / "set")), tmp_path / "cache", True, False)
+    assert len(pickle.dumps(source)) < 2000
+    loader = DataLoader(
+        Reads(source), batch_size=None, num_workers=2, multiprocessing_context=method
+    )
+    assert list(loader) == [[png(i), target] for i, target in enumerate([0, 1, 2, 0, 1])]

@@ -1,0 +1,372 @@
+"""iNaturalist, Flowers, Cars and Pets, in small but complete layouts of their files."""
+
+import json
+
+import numpy as np
+import pytest
+import torchvision.datasets as tv
+from PIL import Image
+
+from pipeline import transfer
+from pipeline.images import CorruptImageError, DataError
+
+savemat = pytest.importorskip("scipy.io", reason="writing .mat files needs scipy").savemat
+
+
+def write_image(path, value):
+    """A JPEG file of one grey."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), (value, value, value)).save(path)
+
+
+def check(source, expected, classes):
+    """``expected`` has path and target of each image."""
+    assert [source.name(i) for i in range(len(source))] == [str(path) for path, _ in expected]
+    assert source.targets.dtype == np.int64
+    assert source.targets.tolist() == [target for _, target in expected]
+    assert list(source.classes) == classes
+    for i, (path, _) in enumerate(expected):
+        assert source.read(i) == path.read_bytes()
+        assert source.open(i).size == (8, 8)
+
+
+def refused(open_it, *names, **options):
+    """What opening raises; ``names`` are parts of the message."""
+    with pytest.raises(DataError) as caught:
+        open_it(**{"download": False} | options)
+    for name in names:
+        assert str(name) in str(caught.value)
+
+
+# Ids as published: of images with gaps, of categories from 0. Both species of Animalia are Aves,
+# so the levels differ in their numbers of classes.
+SUPER = ("Aves", "Aves", "Plantae")
+CATEGORIES = [
+    {
+        "id": number,
+        "name": name,
+        "kingdom": kingdom,
+        "phylum": phylum,
+        "class": "c",
+        "order": "o",
+        "supercategory": SUPER[number],
+        "family": f"f{number % 2}",
+        "genus": name.split()[0],
+    }
+    for number, name, kingdom, phylum in (
+        (0, "Alca torda", "Animalia", "Chordata"),
+        (1, "Uria aalge", "Animalia", "Chordata"),
+        (2, "Acer rubrum", "Plantae", "Tracheophyta"),
+    )
+]
+
+
+def write_inat(root, year, supercategories=True):
+    """Three images for training, two for validation; returns their paths and categories."""
+    root.mkdir()
+    (root / "categories.json").write_text(json.dumps(CATEGORIES))
+    listings = {}
+    for split, numbers in (("train", [2, 0, 1]), ("val", [0, 2])):
+        images, annotations, listings[split] = [], [], []
+        for i, number in enumerate(numbers):
+            name = f"train_val{year}/{SUPER[number]}/{number}/{split}{i}.jpg"
+            images.append({"id": 10 * i + 7, "file_name": name, "height": 8, "width": 8})
+            annotations.append({"id": i, "image_id": 10 * i + 7, "category_id": number})
+            folders = [f"train_val{year}", SUPER[number], str(number)]
+            path = root.joinpath(*(folders if supercategories else folders[::2]), f"{split}{i}.jpg")
+            write_image(path, 50 * number)
+            listings[split].append((path, number))
+        content = {"images": images[::-1], "annotations": annotations, "categories": CATEGORIES}
+        (root / f"{split}{year}.json").write_text(json.dumps(content))
+    return listings
+
+
+@pytest.mark.parametrize("year", [2018, 2019])
+@pytest.mark.parametrize("supercategories", [True, False])
+def test_inat(tmp_path, year, supercategories):
+    listings = write_inat(tmp_path / "inat", year, supercategories)
+    target = {2: 0, 0: 1, 1: 2}  # as the training annotations bring them
+    for is_train, split in ((True, "train"), (False, "val")):
+        source = transfer.open_inat(tmp_path / "inat", is_train, False, year)
+        expected = [(path, target[number]) for path, number in listings[split]]
+        check(source, expected, ["Acer rubrum", "Alca torda", "Uria aalge"])
+
+
+@pytest.mark.parametrize(
+    ("category", "classes", "targets"),
+    [
+        ("name", ["Acer rubrum", "Alca torda", "Uria aalge"], [0, 1, 2]),
+        ("kingdom", ["Plantae", "Animalia"], [0, 1, 1]),
+        ("phylum", ["Tracheophyta", "Chordata"], [0, 1, 1]),
+        ("class", ["c"], [0, 0, 0]),
+        ("order", ["o"], [0, 0, 0]),
+        ("supercategory", ["Plantae", "Aves"], [0, 1, 1]),
+        ("family", ["f0", "f1"], [0, 0, 1]),
+        ("genus", ["Acer", "Alca", "Uria"], [0, 1, 2]),
+    ],
+)
+def test_levels_of_inat(tmp_path, category, classes, targets):
+    write_inat(tmp_path / "inat", 2018)
+    assert category in transfer.INAT_CATEGORIES
+    source = transfer.open_inat(tmp_path / "inat", True, False, category=category)
+    assert (source.classes, source.targets.tolist()) == (classes, targets)
+
+
+def test_inat_that_is_missing_or_damaged(tmp_path):
+    root = tmp_path / "inat"
+    write_inat(root, 2018)
+
+    def broken(name, content, *parts):
+        path = root / name
+        sound = path.read_bytes()
+        path.write_bytes(content) if content is not None else path.unlink()
+        refused(transfer.open_inat, path, *parts, root=root, is_train=False)
+        path.write_bytes(sound)
+
+    for name in ("train2018.json", "val2018.json", "categories.json"):
+        broken(name, None, "cannot read", "No such file", "github.com/visipedia/inat_comp")
+        broken(name, b'{"images": [', "is damaged", "line 1")
+        broken(name, b"\xff\xfe\x00", "is damaged")
+    for name in ("train2018.json", "val2018.json"):
+        broken(name, b"[]", "not in COCO's format")
+        broken(name, b'{"images": []}', "not in COCO's format", "annotations")
+        broken(name, b'{"images": [], "annotations": []}', "has no annotations")
+        lost = b'{"images": [], "annotations": [{"image_id": 3, "category_id": 0}]}'
+        broken(name, lost, "not in COCO's format", "3")
+    broken("categories.json", b'[{"id": 0}]', "no list of categories", "name")
+    broken("categories.json", b'{"0": "x"}', "no list of categories")
+    broken("categories.json", json.dumps(CATEGORIES[:2]).encode(), "has no category 2")
+    one = json.loads((root / "val2018.json").read_text())
+    other = one | {"annotations": [one["annotations"][0] | {"category_id": 9}]}
+    broken("val2018.json", json.dumps(other).encode(), "category 9", root / "train2018.json")
+    refused(transfer.open_inat, "train2019.json", root=root, is_train=True, year=2019)
+    (root / "train_val2018").rename(root / "images")
+    folder = root / "train_val2018" / "Plantae" / "2"
+    refused(transfer.open_inat, folder, "no folder", root=root, is_train=True)
+
+
+SPECIES = (
+    "00000_Animalia_Annelida_Clitellata_Haplotaxida_Lumbricidae_Lumbricus_terrestris",
+    "00001_Animalia_Chordata_Aves_Charadriiformes_Alcidae_Alca_torda",
+    "00002_Plantae_Tracheophyta_Magnoliopsida_Sapindales_Sapindaceae_Acer_rubrum",
+)
+
+
+def write_inat2021(root):
+    expected = {}
+    for version, count in (("2021_train", 2), ("2021_train_mini", 1), ("2021_valid", 2)):
+        expected[version] = []
+        for target, name in enumerate(SPECIES):
+            paths = [root / version / name / f"{i}.jpg" for i in reversed(range(count))]
+            for path in paths:
+                write_image(path, 20 * target)
+            expected[version] += [(path, target) for path in sorted(paths)]
+    return expected
+
+
+def test_inat2021(tmp_path):
+    expected = write_inat2021(tmp_path)
+    names = ["Lumbricus terrestris", "Alca torda", "Acer rubrum"]
+    for version, is_train, mini in (
+        ("2021_train", True, False),
+        ("2021_train_mini", True, True),
+        ("2021_valid", False, False),
+        ("2021_valid", False, True),
+    ):
+        source = transfer.open_inat2021(tmp_path, is_train, False, mini=mini)
+        check(source, expected[version], names)
+
+
+@pytest.mark.parametrize(
+    ("category", "classes", "targets"),
+    [
+        ("kingdom", ["Animalia", "Plantae"], [0, 0, 0, 0, 1, 1]),
+        ("phylum", ["Annelida", "Chordata", "Tracheophyta"], [0, 0, 1, 1, 2, 2]),
+        ("class", ["Clitellata", "Aves", "Magnoliopsida"], [0, 0, 1, 1, 2, 2]),
+        ("order", ["Haplotaxida", "Charadriiformes", "Sapindales"], [0, 0, 1, 1, 2, 2]),
+        ("family", ["Lumbricidae", "Alcidae", "Sapindaceae"], [0, 0, 1, 1, 2, 2]),
+        ("genus", ["Lumbricus", "Alca", "Acer"], [0, 0, 1, 1, 2, 2]),
+    ],
+)
+def test_levels_of_inat2021(tmp_path, category, classes, targets):
+    write_inat2021(tmp_path)
+    source = transfer.open_inat2021(tmp_path, False, False, category)
+    assert (source.classes, source.targets.tolist()) == (classes, targets)
+
+
+def test_inat2021_that_is_missing_or_damaged(tmp_path):
+    def broken(*parts, **options):
+        place = tmp_path / "2021_valid"
+        refused(transfer.open_inat2021, place, *parts, root=tmp_path, is_train=False, **options)
+
+    broken("no folder", "--download fetches it")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "2021_valid").mkdir()
+    broken("not found")
+    (tmp_path / "2021_valid" / SPECIES[0]).mkdir()
+    broken("lists no images")
+    (tmp_path / "2021_valid" / SPECIES[2]).mkdir()
+    broken("Unexpected category id 00002")
+    for level in ("supercategory", "species"):
+        options = {"root": tmp_path, "is_train": True, "category": level}
+        refused(transfer.open_inat2021, f"no level {level}", tmp_path, **options)
+
+
+def write_flowers(root):
+    """Images 1 to 6; of the splits each has two."""
+    labels, splits = [102, 1, 2, 3, 77, 1], {"trnid": [6, 1], "valid": [4, 2], "tstid": [3, 5]}
+    folder = root / "flowers-102"
+    for i in range(1, 7):
+        write_image(folder / "jpg" / f"image_{i:05d}.jpg", i)
+    savemat(folder / "imagelabels.mat", {"labels": np.array([labels], np.uint8)})
+    savemat(folder / "setid.mat", {key: np.array([ids]) for key, ids in splits.items()})
+
+    def expected(*names):
+        ids = [i for name in names for i in splits[name]]
+        return [(folder / "jpg" / f"image_{i:05d}.jpg", labels[i - 1] - 1) for i in ids]
+
+    return expected
+
+
+def test_flowers(tmp_path, monkeypatch):
+    expected = write_flowers(tmp_path)
+    # the sums are those of the published files
+    monkeypatch.setattr(tv.flowers102, "check_integrity", lambda path, md5: True)
+    names = list(tv.Flowers102.classes)
+    assert len(names) == 102
+    check(transfer.open_flowers(tmp_path, True, False), expected("trnid", "valid"), names)
+    check(transfer.open_flowers(tmp_path, False, False), expected("tstid"), names)
+    (tmp_path / "flowers-102" / "jpg" / "image_00003.jpg").unlink()
+    source = transfer.open_flowers(tmp_path, False, False)
+    with pytest.raises(CorruptImageError, match=r"image_00003\.jpg: No such file"):
+        source.read(0)
+
+
+def test_flowers_that_are_missing_or_damaged(tmp_path, monkeypatch):
+    place = tmp_path / "flowers-102"
+
+    def broken(*parts):
+        for is_train in (True, False):
+            refused(transfer.open_flowers, place, *parts, root=tmp_path, is_train=is_train)
+
+    broken("not found", "--download fetches it")
+    write_flowers(tmp_path)
+    broken("corrupted")  # the sums differ
+    monkeypatch.setattr(tv.flowers102, "check_integrity", lambda path, md5: True)
+    savemat(place / "imagelabels.mat", {"labels": np.full((1, 6), 103)})
+    broken("is damaged: targets 102..102 of 102 classes")
+    (place / "imagelabels.mat").write_bytes(b"no matrix" * 99)
+    broken("cannot read")
+
+
+def write_cars(root):
+    """Two training and three test images of three models."""
+    place, names = root / "stanford_cars", ["AM General Hummer", "Acura RL", "Zenvo ST1"]
+    (place / "devkit").mkdir(parents=True)
+    savemat(place / "devkit" / "cars_meta.mat", {"class_names": np.array([names], object)})
+    expected = {}
+    for split, numbers, annotations in (
+        ("train", [3, 1], "devkit/cars_train_annos.mat"),
+        ("test", [2, 3, 2], "cars_test_annos_withlabels.mat"),
+    ):
+        kind = [("bbox_x1", "O"), ("class", "O"), ("fname", "O")]
+        rows = np.zeros((1, len(numbers)), kind)
+        expected[split] = []
+        for i, number in enumerate(numbers):
+            rows[0, i] = (7, np.array([[number]], np.uint8), f"{i:05d}.jpg")
+            write_image(place / f"cars_{split}" / f"{i:05d}.jpg", i)
+            expected[split].append((place / f"cars_{split}" / f"{i:05d}.jpg", number - 1))
+        savemat(place / annotations, {"annotations": rows})
+    return expected, names
+
+
+def test_cars(tmp_path):
+    expected, names = write_cars(tmp_path)
+    for download in (False, True):
+        check(transfer.open_cars(tmp_path, True, download), expected["train"], names)
+        check(transfer.open_cars(tmp_path, False, download), expected["test"], names)
+
+
+def test_cars_that_are_missing_or_damaged(tmp_path):
+    place = tmp_path / "stanford_cars"
+    options = {"root": tmp_path, "is_train": False, "download": True}
+    refused(transfer.open_cars, place, "cannot fetch it", "cars_test/", **options)
+    write_cars(tmp_path)
+    for name in ("cars_test_annos_withlabels.mat", "devkit/cars_meta.mat"):
+        sound = (place / name).read_bytes()
+        for damaged in (b"", b"no matrix" * 99, sound[:200]):
+            (place / name).write_bytes(damaged)
+            refused(transfer.open_cars, f"cannot read {place}", **options)
+        (place / name).unlink()
+        refused(transfer.open_cars, f"no {place / name}", **options)
+        (place / name).write_bytes(sound)
+    meta = {"class_names": np.array([["A", "B"]], object)}
+    savemat(place / "devkit" / "cars_meta.mat", meta)
+    refused(transfer.open_cars, place, "targets 1..2 of 2 classes", **options)
+    (place / "cars_test").rename(place / "elsewhere")
+    refused(transfer.open_cars, f"no {place / 'cars_test'}", **options)
+
+
+def write_pets(root):
+    """Names of cats have capitals; the numbers of the breeds are those of all 37."""
+    place = root / "oxford-iiit-pet"
+    rows = {
+        "trainval": ["Abyssinian_100 1 1 1", "great_pyrenees_7 2 2 1", "Bengal_1 3 1 2"],
+        "test": ["Bengal_9 3 1 2", "Abyssinian_2 1 1 1", "great_pyrenees_70 2 2 1"],
+    }
+    (place / "annotations").mkdir(parents=True)
+    expected = {}
+    for split, lines in rows.items():
+        (place / "annotations" / f"{split}.txt").write_text("\n".join(lines) + "\n")
+        expected[split] = []
+        for line in lines:
+            name, number, *_ = line.split()
+            write_image(path := place / "images" / f"{name}.jpg", int(number))
+            expected[split].append((path, int(number) - 1))
+    return expected, ["Abyssinian", "Great Pyrenees", "Bengal"]
+
+
+def test_pets(tmp_path):
+    expected, names = write_pets(tmp_path)
+    check(transfer.open_pets(tmp_path, True, False), expected["trainval"], names)
+    check(transfer.open_pets(tmp_path, False, False), expected["test"], names)
+
+
+def test_pets_that_are_missing_or_damaged(tmp_path):
+    listing = tmp_path / "oxford-iiit-pet" / "annotations" / "test.txt"
+
+    def broken(*parts):
+        refused(transfer.open_pets, listing, *parts, root=tmp_path, is_train=False)
+
+    broken("cannot read", "--download fetches it")
+    write_pets(tmp_path)
+    for content in (b"Bengal_9 3\n", b"Bengal_9 three 1 2\n", b"\xff\xfe\n"):
+        listing.write_bytes(content)
+        broken("is damaged")
+    listing.write_text("")
+    broken("lists no images")
+    listing.write_text("Bengal_9 3 1 2\n")
+    broken("targets 2..2 of 1 classes")
+    listing.unlink()
+    broken("No such file")
+
+
+@pytest.mark.parametrize(
+    ("open_it", "cls"),
+    [
+        (transfer.open_inat2021, "INaturalist"),
+        (transfer.open_flowers, "Flowers102"),
+        (transfer.open_pets, "OxfordIIITPet"),
+    ],
+)
+def test_download_is_asked_for_and_may_fail(tmp_path, monkeypatch, open_it, cls):
+    def fetch(*words, **options):
+        asked.append(options["download"])
+        raise OSError("no network")
+
+    asked = []
+    monkeypatch.setattr(transfer, cls, fetch)
+    with pytest.raises(DataError) as caught:
+        open_it(tmp_path, True, True)
+    assert asked == [True]
+    assert "no network" in str(caught.value) and "--download" not in str(caught.value)
