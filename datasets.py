@@ -1,46 +1,38 @@
-"""Datasets, augmentation and loaders."""
+"""Datasets by name, their augmentation, and loaders."""
 
-import contextlib
-import ctypes
-import os
-import random
-import signal
-import stat
-import sys
-import threading
-import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform
 from timm.data.auto_augment import AugmentOp
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
+from torch.utils.data import DataLoader
 from torchvision import transforms
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
-from samplers import Draw, EvalBatchSampler, RASampler, mix_seed
+from pipeline.fast import FastDataset, RawBatch
+from pipeline.fetch import Cache
+from pipeline.finish import Feed, Finish, Move
+from pipeline.hub import open_hub
+from pipeline.images import CropLongSide, DataError, EnlargeTiny
+from pipeline.reference import AugmentedDataset, Batch
+from pipeline.shards import open_shards
+from pipeline.sources import Pixels, Source
+from pipeline.standard import open_cifar10, open_cifar100, open_digits, open_image_folder
+from pipeline.transfer import open_cars, open_flowers, open_inat, open_inat2021, open_pets
+from pipeline.workers import settle_worker
+from samplers import EvalBatchSampler, RASampler
 
 SMALL_SIZE = 32
 EVAL_BATCH_FACTOR = 1.5
-MAX_ASPECT = 8
-# Pillow also reads formats that it recognises by guesswork, or by calling Ghostscript.
-IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
-GREY_OF_16_BITS = ((np.arange(2**16) + 128) // 257).astype(np.uint8)  # 0..65535 to 0..255
-
-
-class DataError(RuntimeError):
-    """The data cannot be used as given; the message names the path and what would be right."""
-
-
-class CorruptImageError(DataError):
-    """An image file cannot be decoded."""
+CPU = torch.device("cpu")
+HUB = "hfds/"  # begins names of the Hugging Face Hub, as in timm
 
 
 @dataclass(frozen=True)
@@ -48,158 +40,79 @@ class DataSet:
     """What ``--data-set`` stands for.
 
     Attributes:
-        open: ``(root, is_train, download) -> dataset`` of PIL images with ``classes``.
-        default_path: Where the files lie if ``--data-path`` is not given, ``None`` if it must be.
+        open: Makes of the flags and ``is_train`` the images.
         input_size: Size of the network's input if ``--input-size`` is not given.
         hflip: Probability of mirroring a training image.
     """
 
-    open: Callable[[Path, bool, bool], Dataset]
-    default_path: str | None
+    open: Callable[[Namespace, bool], Source]
     input_size: int = 224
     hflip: float = 0.5
 
 
-class Digits(Dataset):
-    """The 1,797 handwritten digits that scikit-learn brings, 8x8 grey, as RGB images.
+def _at_path(
+    open_folder: Callable[..., Source], default: str | None = None, **options: Any
+) -> Callable[[Namespace, bool], Source]:
+    """Opens what lies at ``--data-path``, or at ``default`` if it is not given."""
 
-    E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI 1998. Of each
-    class every fifth image is kept for validation (1,442 for training, 355 for validation).
-    """
+    def open_source(args: Namespace, is_train: bool) -> Source:
+        path = args.data_path or default
+        if path is None:
+            raise DataError(f"--data-set {data_set_name(args)} needs --data-path")
+        return open_folder(Path(path), is_train, args.download, **options)
 
-    def __init__(self, is_train: bool):
-        from sklearn.datasets import load_digits  # optional: only this dataset needs it
-
-        digits = load_digits()
-        self.classes = [str(digit) for digit in range(10)]
-        self.targets: list[int] = []
-        self.images: list[np.ndarray] = []
-        seen = [0] * 10
-        for grey, target in zip(digits.images, digits.target.tolist(), strict=True):
-            seen[target] += 1
-            if (seen[target] % 5 != 0) == is_train:
-                self.images.append(np.round(grey * (255 / 16)).astype(np.uint8))
-                self.targets.append(target)
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[index]).convert("RGB"), self.targets[index]
+    return open_source
 
 
-def load_image(path: str | Path) -> Image.Image:
-    """Decode an image file to RGB, 8 bits a channel.
-
-    The format is told by the content, not by the name. Of several frames or pages the first
-    counts. As in the published results, alpha is dropped, and neither the EXIF orientation nor a
-    colour profile is applied. Grey of 16 bits is scaled to 8. Up to 179 million pixels (twice
-    ``PIL.Image.MAX_IMAGE_PIXELS``) are decoded without a warning, more are an error.
-
-    Raises:
-        CorruptImageError: The file is missing, no regular file, truncated, no image, too large,
-            or of a colour mode without a defined range; names the path and the reason.
-    """
-    try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):  # opening a named pipe would block
-            raise OSError("not a regular file")
-        if status.st_size == 0:
-            raise OSError("empty file")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd EXIF, palette transparency, many pixels
-            with Image.open(path, formats=IMAGE_FORMATS) as image:
-                return _to_rgb(image)
-    except MemoryError:  # says nothing about the file
-        raise
-    except Exception as error:  # on damaged files the decoders raise errors of any kind
-        raise CorruptImageError(f"cannot decode image {path}: {_reason(error)}") from error
+def _open_inat(args: Namespace, is_train: bool, opener: Callable[..., Source]) -> Source:
+    return _at_path(opener, category=args.inat_category)(args, is_train)
 
 
-def _reason(error: Exception) -> str:
-    """What ``error`` says, in one line and never empty, without the path."""
-    if isinstance(error, UnidentifiedImageError):
-        return "no image of a known format"
-    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+def _open_wds(args: Namespace, is_train: bool) -> Source:
+    if args.data_path is None:
+        raise DataError("--data-set WDS needs --data-path, a folder or pattern of shards")
+    cache = Cache(Path(args.shard_cache)) if args.shard_cache else None
+    return open_shards(args.data_path, is_train, args.val_path, cache)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB; where Pillow would clip 16 bits to white, scale to 8 bits.
-
-    Raises:
-        ValueError: The values have no defined range.
-    """
-    if image.mode == "F":
-        raise ValueError("mode F (floating point) has no defined range of values")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        values = np.asarray(image)
-        low, high = int(values.min()), int(values.max())
-        if low < 0 or high >= 2**16:
-            raise ValueError(
-                f"mode I (32-bit integers) has no defined range of values: {low}..{high} is not"
-                " within 0..65535"
-            )
-        bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # a TIFF may have 12
-        image = Image.fromarray(GREY_OF_16_BITS[values << max(0, 16 - bits)])
-    return image.convert("RGB")
+def _open_hub(args: Namespace, is_train: bool) -> Source:
+    name = data_set_name(args).removeprefix(HUB)
+    root = Path(args.data_path) if args.data_path else None
+    return open_hub(name, root, is_train, args.download, args.input_key, args.target_key)
 
 
-def open_image_folder(root: Path, is_train: bool, download: bool = False) -> ImageFolder:
-    """ImageNet layout: ``train/CLASS/*`` and ``val/CLASS/*`` (or ``validation``).
-
-    Raises:
-        DataError: A folder is missing, a class has no image, or the two splits have
-            different classes.
-    """
-    if not root.is_dir():
-        raise DataError(f"data folder {root} does not exist (--data-path)")
-    train = root / "train"
-    val = next((root / name for name in ("val", "validation") if (root / name).is_dir()), None)
-    folder = train if is_train else val
-    if folder is None or not folder.is_dir():
-        wanted = "train/" if is_train else "val/ or validation/"
-        raise DataError(f"{root} has no folder {wanted} (--data-path wants train/ and val/)")
-    try:
-        dataset = ImageFolder(str(folder), loader=load_image)
-    except FileNotFoundError as error:  # no classes, or a class without images
-        raise DataError(f"{folder}: {error}") from error
-    other = val if is_train else train
-    if other is not None and other.is_dir():
-        others = {entry.name for entry in other.iterdir() if entry.is_dir()}
-        if others != set(dataset.classes):
-            lone = sorted(others ^ set(dataset.classes))
-            raise DataError(
-                f"{folder} and {other} have different classes: {', '.join(lone[:5])}"
-                f"{', ...' if len(lone) > 5 else ''} in only one of them"
-            )
-    return dataset
-
-
-def _open_cifar(cls: type[CIFAR10]) -> Callable[[Path, bool, bool], Dataset]:
-    def open_cifar(root: Path, is_train: bool, download: bool) -> Dataset:
-        try:
-            return cls(str(root), train=is_train, download=download)
-        except (RuntimeError, OSError) as error:
-            hint = "" if download else "; --download fetches it"
-            raise DataError(f"no {cls.__name__} in {root}: {error}{hint}") from error
-
-    return open_cifar
-
-
-def _open_digits(root: Path | None, is_train: bool, download: bool) -> Dataset:
-    return Digits(is_train)
-
-
-_FOLDER = DataSet(open_image_folder, default_path=None)
+_FOLDER = DataSet(_at_path(open_image_folder))
+_CIFAR100 = DataSet(_at_path(open_cifar100, "./dataset"))
 DATA_SETS = {
     "IMNET": _FOLDER,
     "IMNET100": _FOLDER,  # names of Visformer's command lines; classes are counted anyway
     "IMNET10": _FOLDER,
-    "CIFAR": DataSet(_open_cifar(CIFAR100), default_path="./dataset"),
-    "CIFAR10": DataSet(_open_cifar(CIFAR10), default_path="./dataset"),
-    "CIFAR100": DataSet(_open_cifar(CIFAR100), default_path="./dataset"),
-    "DIGITS": DataSet(_open_digits, default_path="", input_size=SMALL_SIZE, hflip=0.0),
+    "CIFAR": _CIFAR100,
+    "CIFAR10": DataSet(_at_path(open_cifar10, "./dataset")),
+    "CIFAR100": _CIFAR100,
+    "DIGITS": DataSet(_at_path(open_digits, ""), input_size=SMALL_SIZE, hflip=0.0),
+    "INAT": DataSet(partial(_open_inat, opener=open_inat)),
+    "INAT19": DataSet(partial(_open_inat, opener=partial(open_inat, year=2019))),
+    "INAT2021": DataSet(partial(_open_inat, opener=open_inat2021)),
+    "INAT2021_MINI": DataSet(partial(_open_inat, opener=partial(open_inat2021, mini=True))),
+    "FLOWERS": DataSet(_at_path(open_flowers, "./dataset")),
+    "CARS": DataSet(_at_path(open_cars, "./dataset")),
+    "PETS": DataSet(_at_path(open_pets, "./dataset")),
+    "WDS": DataSet(_open_wds),
 }
+
+
+def data_set_named(name: str) -> DataSet:
+    """What ``name`` stands for.
+
+    Raises:
+        ValueError: It stands for nothing.
+    """
+    if name.startswith(HUB) and name != HUB:
+        return DataSet(_open_hub)
+    if name not in DATA_SETS:
+        raise ValueError(f"{name!r} is none of {', '.join(DATA_SETS)} and {HUB}NAME")
+    return DATA_SETS[name]
 
 
 def data_set_name(args: Namespace) -> str:
@@ -209,138 +122,7 @@ def data_set_name(args: Namespace) -> str:
 
 def input_size_of(args: Namespace) -> int:
     """``--input-size``, or the usual one of the dataset."""
-    return args.input_size or DATA_SETS[data_set_name(args)].input_size
-
-
-class Sample(NamedTuple):
-    """One augmented image; ``image`` is None where the file is corrupt and skipped.
-
-    ``corrupt`` has the message of each corrupt file met: ``cannot decode image PATH: WHY``.
-    """
-
-    image: torch.Tensor | None
-    target: int
-    corrupt: tuple[str, ...]
-
-
-class Batch(NamedTuple):
-    """Images ``B 3 H W``, targets ``B`` and the messages of the corrupt files met for them."""
-
-    images: torch.Tensor
-    targets: torch.Tensor
-    corrupt: list[str]
-
-
-class AugmentedDataset(Dataset):
-    """Images under a transform whose random numbers depend on the draw alone.
-
-    Args:
-        images: Dataset of ``(PIL image, class)`` with ``classes`` and ``targets``.
-        transform: PIL image to tensor ``3 H W``.
-        seed: Seed of the run; with a :class:`Draw` as index, each draw has its own numbers.
-        skip_corrupt: Instead of raising, replace a corrupt training image by the next sound
-            one of its class, and leave a corrupt evaluation image out; both are reported.
-        is_train: Whether these are training images.
-    """
-
-    def __init__(
-        self,
-        images: Dataset,
-        transform: Callable[[Image.Image], torch.Tensor],
-        is_train: bool,
-        seed: int = 0,
-        skip_corrupt: bool = False,
-    ):
-        self.images = images
-        self.transform = transform
-        self.is_train = is_train
-        self.seed = seed
-        self.skip_corrupt = skip_corrupt
-        self.classes: Sequence[str] = images.classes
-        self.targets = np.asarray(images.targets)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Sample:
-        (image, target), corrupt = self._read(int(index))
-        if image is None:
-            return Sample(None, target, corrupt)
-        if not isinstance(index, Draw):
-            return Sample(self.transform(image), target, corrupt)
-        with random_numbers(mix_seed(self.seed, index.epoch, index, index.copy)):
-            return Sample(self.transform(image), target, corrupt)
-
-    def _read(self, index: int) -> tuple[tuple[Image.Image | None, int], tuple[str, ...]]:
-        """The image of ``index``, or what stands for it, and the messages of corrupt files."""
-        corrupt: tuple[str, ...] = ()
-        for candidate in self._candidates(index):
-            try:
-                return self.images[candidate], corrupt
-            except CorruptImageError as error:
-                if not self.skip_corrupt:
-                    raise
-                corrupt += (str(error),)
-        if self.is_train:
-            name = self.classes[self.targets[index]]
-            raise DataError(f"class {name} has no image that can be decoded")
-        return (None, int(self.targets[index])), corrupt
-
-    def _candidates(self, index: int) -> Iterator[int]:
-        yield index
-        if self.is_train and self.skip_corrupt:
-            same = np.flatnonzero(self.targets == self.targets[index])
-            start = int(np.searchsorted(same, index))
-            yield from (int(same[(start + i) % len(same)]) for i in range(1, len(same)))
-
-
-@contextlib.contextmanager
-def random_numbers(seed: int) -> Iterator[None]:
-    """Seed Python, NumPy and torch's CPU generator; in the main process only for the block.
-
-    A loader worker has no other use of random numbers, so there the state is not restored.
-    """
-    restore = get_worker_info() is None
-    if restore:
-        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        if restore:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-            torch.set_rng_state(states[2])
-
-
-class CropLongSide:
-    """Crop an image around its centre to at most 8 times its short side.
-
-    Resizing 30000x10 pixels by the short side to 256 would make 768000x256 of them, 790 MB.
-    Other images pass untouched.
-    """
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        longest = MAX_ASPECT * min(image.size)
-        if max(image.size) <= longest:
-            return image
-        size = [min(image.height, longest), min(image.width, longest)]
-        return transforms.functional.center_crop(image, size)
-
-
-class EnlargeTiny:
-    """Repeat the pixels of an image of fewer than 5 pixels 4 times in each direction.
-
-    Of so few, timm's random crop may take a part whose sides round to 0. Other images pass
-    untouched.
-    """
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        if image.width * image.height >= 5:
-            return image
-        return image.resize((4 * image.width, 4 * image.height), Image.Resampling.NEAREST)
+    return args.input_size or data_set_named(data_set_name(args)).input_size
 
 
 def build_transform(is_train: bool, args: Namespace) -> transforms.Compose:
@@ -369,7 +151,7 @@ def build_transform(is_train: bool, args: Namespace) -> transforms.Compose:
     transform = create_transform(
         input_size=size,
         is_training=True,
-        hflip=DATA_SETS[data_set_name(args)].hflip,
+        hflip=data_set_named(data_set_name(args)).hflip,
         color_jitter=None if standard else args.color_jitter,
         auto_augment=None if standard else "3a" if three_augment else args.aa,
         interpolation=args.train_interpolation,
@@ -398,12 +180,12 @@ def denormalize(images: torch.Tensor) -> torch.Tensor:
 
 
 def keep_posterize_possible(transform: transforms.Compose) -> None:
-    """Let RandAugment's posterize keep at least one bit.
+    """Let the posterize of RandAugment or AutoAugment keep at least one bit.
 
     At the highest magnitudes timm asks for 0 bits, which Pillow refuses.
     """
     for step in transform.transforms:
-        for operation in getattr(step, "ops", ()):
+        for operation in chain(getattr(step, "ops", ()), *getattr(step, "policy", ())):
             if isinstance(operation, AugmentOp) and operation.name.startswith("Posterize"):
                 operation.level_fn = _AtLeastOneBit(operation.level_fn)
 
@@ -416,64 +198,57 @@ class _AtLeastOneBit:
         return (max(self.level_fn(level, hparams)[0], 1),)
 
 
-def build_dataset(is_train: bool, args: Namespace) -> tuple[AugmentedDataset, int]:
+LoadedDataset = FastDataset | AugmentedDataset
+
+
+def is_augmented_on_device(args: Namespace, device: torch.device) -> bool:
+    """``--augment-on``, or what suits the device."""
+    if args.augment_on == "auto":
+        return device.type == "cuda"
+    return args.augment_on == "device"
+
+
+def fits(pixels: int, device: torch.device) -> bool:
+    """Whether images of so many pixels take at most a tenth of the memory that is free."""
+    if device.type != "cuda":
+        return True  # they are in memory already
+    free, _ = torch.cuda.mem_get_info(device)
+    return 3 * pixels <= free / 10
+
+
+def build_dataset(
+    is_train: bool, args: Namespace, device: torch.device = CPU
+) -> tuple[LoadedDataset, int]:
     """The training or validation set under its transform, and the number of classes.
+
+    Args:
+        is_train: Which.
+        args: The flags.
+        device: Of the training.
 
     Raises:
         DataError: The data is missing or inconsistent.
     """
-    name = data_set_name(args)
-    data_set = DATA_SETS[name]
-    path = args.data_path or data_set.default_path
-    if path is None:
-        raise DataError(f"--data-set {name} needs --data-path")
-    dataset = AugmentedDataset(
-        data_set.open(Path(path), is_train, args.download),
-        build_transform(is_train, args),
-        is_train=is_train,
-        seed=args.seed,
-        skip_corrupt=args.on_corrupt == "skip",
-    )
-    return dataset, len(dataset.classes)
+    source = data_set_named(data_set_name(args)).open(args, is_train)
+    transform = build_transform(is_train, args)
+    options = {"seed": args.seed, "skip_corrupt": args.on_corrupt == "skip"}
+    if args.loader == "timm":
+        return AugmentedDataset(source, transform, is_train, **options), len(source.classes)
+    size = input_size_of(args)
+    resident = size <= SMALL_SIZE and isinstance(source, Pixels)
+    if resident and (resident := fits(len(source) * size * size, device)):
+        source = resized(source, transform.transforms[0], size)
+    options["augment"] = not is_augmented_on_device(args, device)
+    options |= {"resident": resident, "decode": not args.decode_on_device}
+    return FastDataset(source, transform, is_train, size, **options), len(source.classes)
 
 
-def collate(samples: list[Sample]) -> Batch:
-    """Stack the sound samples; gather the messages of the corrupt files."""
-    corrupt = [message for sample in samples for message in sample.corrupt]
-    sound = [(sample.image, sample.target) for sample in samples if sample.image is not None]
-    if not sound:
-        return Batch(torch.empty(0), torch.empty(0, dtype=torch.long), corrupt)
-    return Batch(*default_collate(sound), corrupt)
-
-
-def die_with_parent(number: int) -> None:
-    """Let the system send this process a signal when the one that started it ends (Linux)."""
-    if sys.platform == "linux":
-        parent = os.getppid()
-        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it ended meanwhile
-            os.kill(os.getpid(), number)
-
-
-def settle_worker(worker: int) -> None:
-    """Leave signals to the process that this loader process works for, and die with it.
-
-    A terminal, Slurm and torchrun send what asks a run to stop to all of its processes, and the
-    step at hand needs its data still. Only that process itself may end this one.
-    """
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # it tells who sent a signal; macOS does not have it
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
-    die_with_parent(signal.SIGKILL)
-
-
-def _obey(parent: int) -> None:
-    """End this process when its parent asks for it, and nobody else."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        continue
-    os._exit(0)
+def resized(source: Pixels, resize: transforms.Resize, size: int) -> Pixels:
+    """A source whose images are resized once and for all."""
+    if source.pixels.shape[1:3] == (size, size):
+        return source
+    images = [np.asarray(resize(source.open(index))) for index in range(len(source))]
+    return Pixels(np.stack(images), source.targets, source.classes)
 
 
 def _loader_options(args: Namespace) -> dict:
@@ -482,14 +257,19 @@ def _loader_options(args: Namespace) -> dict:
         "num_workers": args.num_workers,
         "pin_memory": args.pin_mem and torch.cuda.is_available(),
         "persistent_workers": args.num_workers > 0,
-        "collate_fn": collate,
+        "collate_fn": as_it_is,
         # of its own, so that the number of workers does not change the run's random numbers
         "generator": torch.Generator(),
     }
 
 
+def as_it_is(batch: Batch | RawBatch) -> Batch | RawBatch:
+    """What a dataset made of the indices of a batch."""
+    return batch
+
+
 def build_train_loader(
-    dataset: AugmentedDataset, args: Namespace, num_replicas: int, rank: int
+    dataset: LoadedDataset, args: Namespace, num_replicas: int, rank: int
 ) -> DataLoader:
     """Loader of this rank's part of the training set; ``loader.sampler`` has ``set_epoch``.
 
@@ -498,7 +278,13 @@ def build_train_loader(
     """
     repeats = 3 if args.repeated_aug else 1
     sampler = RASampler(
-        len(dataset), num_replicas, rank, args.batch_size, num_repeats=repeats, seed=args.seed
+        len(dataset),
+        num_replicas,
+        rank,
+        args.batch_size,
+        num_repeats=repeats,
+        seed=args.seed,
+        shards=dataset.source.shards,
     )
     if args.batch_size > len(sampler):
         raise DataError(
@@ -515,9 +301,32 @@ def build_train_loader(
 
 
 def build_eval_loader(
-    dataset: AugmentedDataset, args: Namespace, num_replicas: int, rank: int
+    dataset: LoadedDataset, args: Namespace, num_replicas: int, rank: int
 ) -> DataLoader:
     """Loader of this rank's batches of the evaluation set."""
     batch_size = max(1, int(EVAL_BATCH_FACTOR * args.batch_size))
     sampler = EvalBatchSampler(len(dataset), batch_size, num_replicas, rank)
     return DataLoader(dataset, batch_sampler=sampler, **_loader_options(args))
+
+
+def build_feed(
+    loader: DataLoader,
+    args: Namespace,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Feed:
+    """Batches of a loader of these functions as the network takes them.
+
+    Args:
+        loader: Of the training or evaluation set.
+        args: The flags.
+        device: Of the network.
+        dtype, memory_format: Of the images.
+    """
+    dataset = loader.dataset
+    if isinstance(dataset, AugmentedDataset):
+        return Feed(loader, Move(device, dtype, memory_format), device)
+    resident = torch.from_numpy(dataset.source.pixels) if dataset.resident else None
+    finish = Finish(dataset.recipe, device, dtype, memory_format, args.remode, resident)
+    return Feed(loader, finish, device)

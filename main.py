@@ -15,6 +15,8 @@ import engine
 import models
 import utils
 from configs import ConfigError, LaunchError, Place, parse_args
+from pipeline.finish import Feed
+from samplers import Draw
 from training import (
     Evaluation,
     Output,
@@ -126,7 +128,7 @@ def run(args: Namespace, given: set[str], place: Place, device: torch.device) ->
         engine.set_determinism(args.deterministic)
 
         share = (place.world_size, place.rank)
-        eval_set, num_classes = datasets.build_dataset(False, args)
+        eval_set, num_classes = datasets.build_dataset(False, args, device)
         part = share if args.dist_eval else (1, 0)
         eval_loader = datasets.build_eval_loader(eval_set, args, *part)
         name, required, optional = choose_model(args, given, checkpoint, source, num_classes)
@@ -140,7 +142,9 @@ def run(args: Namespace, given: set[str], place: Place, device: torch.device) ->
             recompute_blocks(model, name)
         n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         log(f"model {name} {model_kwargs}: {n_parameters / 1e6:.2f} M parameters, {precision}")
-        evaluation = Evaluation(args, eval_loader, precision, group)
+        placement = (device, torch.float32, precision.memory_format)
+        eval_feed = datasets.build_feed(eval_loader, args, *placement)
+        evaluation = Evaluation(args, eval_feed, precision, group)
 
         if args.eval:
             log(str(models.load_weights(model, checkpoint, source)))
@@ -150,8 +154,14 @@ def run(args: Namespace, given: set[str], place: Place, device: torch.device) ->
                 evaluation(fused(model, name, args), "EMA ")
             return 0
 
-        train_set, _ = datasets.build_dataset(True, args)
+        train_set, train_classes = datasets.build_dataset(True, args, device)
+        if train_classes != num_classes:
+            raise datasets.DataError(
+                f"the training set has {train_classes} classes, the validation set {num_classes}"
+            )
         train_loader = datasets.build_train_loader(train_set, args, *share)
+        placement = (device, precision.dtype or torch.float32, precision.memory_format)
+        train_feed = datasets.build_feed(train_loader, args, *placement)
         mixup_fn = engine.build_mixup(args, num_classes)
         criterion = engine.build_criterion(args, mixup_fn, num_classes).to(device)
         lr = engine.scaled_lr(args, place.world_size)
@@ -169,17 +179,16 @@ def run(args: Namespace, given: set[str], place: Place, device: torch.device) ->
         state.set_lr()
         utils.all_or_none(lambda: output.begin(args, state.epoch + 1), group)
         if state.epoch < 0 and not state.meter.steps:
-            output.add_images("train/images", example_images(train_set))
-        trainer = Trainer(state, output, train_loader, evaluation, mixup_fn, criterion)
+            output.add_images("train/images", example_images(train_feed, len(train_set)))
+        trainer = Trainer(state, output, train_feed, evaluation, mixup_fn, criterion)
         status = trainer.train(n_parameters)
     return status
 
 
-def example_images(dataset: datasets.AugmentedDataset, count: int = 32) -> torch.Tensor:
+def example_images(feed: Feed, num_images: int, count: int = 32) -> torch.Tensor:
     """A picture of augmented training images, spread over the classes."""
-    indices = [i * len(dataset) // count for i in range(count)]
-    images = [dataset[datasets.Draw(index)].image for index in indices]
-    return make_grid(datasets.denormalize(torch.stack(images)), nrow=8)
+    images = feed.batch([Draw(i * num_images // count) for i in range(count)]).images
+    return make_grid(datasets.denormalize(images.float().cpu()), nrow=8)
 
 
 def start(argv: list[str]) -> int:

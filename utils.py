@@ -19,12 +19,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from configs import LaunchError, Place, find_place, rendezvous
-from datasets import die_with_parent
 from models import CheckpointError
+from pipeline.finish import Feed
+from pipeline.workers import die_with_parent
 
 ANSWER = 10.0  # seconds for a launcher to answer
 T = TypeVar("T")
@@ -340,7 +340,7 @@ class Progress:
 
     def __init__(
         self,
-        loader: DataLoader,
+        loader: Feed,
         epoch: int,
         epochs: int,
         world_size: int,

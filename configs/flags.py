@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import yaml
 
-from datasets import DATA_SETS
+from datasets import DATA_SETS, HUB, data_set_named
+from pipeline.transfer import INAT_CATEGORIES
 
 
 class ConfigError(ValueError):
@@ -126,6 +127,7 @@ def _add_optimisation(group: argparse._ArgumentGroup) -> None:
         help="compile the model by torch.compile (inductor, if no backend is named)",
     )
     add("--grad-checkpointing", action="store_true", help="recompute blocks to save memory")
+    add("--fsdp", action="store_true", help="share weights and moments among the processes")
     add("--bce-loss", action="store_true", help="binary cross-entropy per class")
     add("--smoothing", type=float, default=0.1, help="label smoothing")
     add("--sched", default="cosine", help="any schedule that timm knows")
@@ -165,11 +167,34 @@ def _add_augmentation(group: argparse._ArgumentGroup) -> None:
     add("--mixup-mode", default="batch", choices=["batch", "pair", "elem"])
 
 
+def _data_set(name: str) -> str:
+    try:
+        data_set_named(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return name
+
+
 def _add_data(group: argparse._ArgumentGroup) -> None:
     add = flags_of(group)
-    add("--data-set", choices=list(DATA_SETS), help="IMNET with --data-path, else DIGITS")
-    add("--data-path", help="folder of the dataset")
-    add("--download", action="store_true", help="fetch CIFAR into --data-path")
+    names = ", ".join(DATA_SETS)
+    add(
+        "--data-set",
+        type=_data_set,
+        metavar="NAME",
+        help=f"{names}, or {HUB}NAME for the Hugging Face Hub; IMNET with --data-path, else DIGITS",
+    )
+    add("--data-path", help="folder of the dataset; for WDS, also a pattern of shards, or a URL")
+    add("--val-path", help="for WDS: the validation shards, if they are elsewhere")
+    add("--shard-cache", metavar="FOLDER", help="for WDS: where remote shards are kept")
+    add("--download", action="store_true", help="fetch the dataset into --data-path")
+    add("--inat-category", choices=INAT_CATEGORIES, default="name", help="level of the classes")
+    add("--input-key", default="image", help=f"for {HUB}NAME: column of the images")
+    add("--target-key", default="label", help=f"for {HUB}NAME: column of the classes")
+    add("--loader", choices=["fast", "timm"], default="fast", help="timm: the slow reference")
+    where = ["auto", "workers", "device"]
+    add("--augment-on", choices=where, default="auto", help="auto: the device, if it is CUDA")
+    add("--decode-on-device", action="store_true", help="decode training JPEGs there, too")
     add("--on-corrupt", choices=["error", "skip"], default="error", help="unreadable images")
     add("--eval-crop-ratio", type=float, default=0.875)
     add("--dist-eval", action=OnOff, default=True, help="share evaluation among the processes")

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.ops import box_convert, clip_boxes_to_image
 from torchvision.transforms.functional import pil_to_tensor
 
-from datasets import DataError, load_image
+from pipeline.images import DataError, load_image
 from samplers import Draw, EvalBatchSampler, RASampler, mix_seed
 
 MIN_SIDE = 1.0  # pixels; smaller boxes are slips of annotation

@@ -21,6 +21,7 @@ from torchvision import transforms
 
 import datasets
 from configs import parse_args
+from pipeline.images import CorruptImageError, load_image
 
 ORANGE = (200, 100, 50)
 SIZE = (48, 40)
@@ -326,11 +327,11 @@ def test_outcome_of(tmp_path, capfd, name, data, outcome):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         if isinstance(outcome, Error):
-            with pytest.raises(datasets.CorruptImageError, match=outcome.why) as caught:
-                datasets.load_image(path)
+            with pytest.raises(CorruptImageError, match=outcome.why) as caught:
+                load_image(path)
             assert str(caught.value).startswith(f"cannot decode image {path}: ")
         else:
-            image = datasets.load_image(path)
+            image = load_image(path)
             assert (image.mode, image.size) == ("RGB", outcome.size)
             if outcome.pixel is not None:
                 errors = np.abs(np.subtract(image.getpixel((0, 0)), outcome.pixel))
@@ -346,7 +347,7 @@ def test_corpus_is_large_and_its_names_differ():
 @pytest.mark.parametrize("name", ["png_16_bits.png", "tiff_16_bits.tif"])
 def test_16_bits_are_scaled_not_clipped(tmp_path, name):
     (path := tmp_path / name).write_bytes(dict(row[:2] for row in CORPUS)[name])
-    pixels = np.asarray(datasets.load_image(path))
+    pixels = np.asarray(load_image(path))
     np.testing.assert_array_equal(pixels, np.tile(np.array(GREY16_IN_8)[:, None], (6, 1, 3)))
 
 
@@ -358,11 +359,11 @@ def test_many_pixels(tmp_path, monkeypatch, limit, passes):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         if passes:
-            assert datasets.load_image(path).size == SIZE
+            assert load_image(path).size == SIZE
             return
         monkeypatch.setattr(ImageFile.ImageFile, "load", None)  # is not reached: nothing is held
-        with pytest.raises(datasets.CorruptImageError, match=r"x.png: Image size \(1920 pixels\)"):
-            datasets.load_image(path)
+        with pytest.raises(CorruptImageError, match=r"x.png: Image size \(1920 pixels\)"):
+            load_image(path)
 
 
 def arguments(*words):
@@ -387,7 +388,8 @@ def fill(folder):
     return folder
 
 
-def test_runs_over_the_corpus(tmp_path):
+@pytest.mark.parametrize("loader", ["fast", "timm"])
+def test_runs_over_the_corpus(tmp_path, loader):
     folder = fill(tmp_path / "images")
     refused = REFUSED | {"link.jpg", "pipe.jpg"}
     runs = []
@@ -395,12 +397,14 @@ def test_runs_over_the_corpus(tmp_path):
         args = arguments(
             *("--data-path", folder, "--input-size", 48, "--on-corrupt", "skip"),
             *("--batch-size", 2, "--num_workers", workers, "--no-repeated-aug"),
+            *("--loader", loader),
         )
         train, _ = datasets.build_dataset(True, args)
-        loader = datasets.build_train_loader(train, args, 1, 0)
-        loader.sampler.set_epoch(1)
+        feed = datasets.build_feed(datasets.build_train_loader(train, args, 1, 0), args)
+        feed.sampler.set_epoch(1)
         val, _ = datasets.build_dataset(False, args)
-        runs.append((list(loader), list(datasets.build_eval_loader(val, args, 1, 0))))
+        evaluated = datasets.build_feed(datasets.build_eval_loader(val, args, 1, 0), args)
+        runs.append((list(feed), list(evaluated)))
     for batches, again in zip(*runs, strict=True):
         for batch, other in zip(batches, again, strict=True):
             assert torch.equal(batch.images, other.images)
@@ -422,10 +426,12 @@ def test_runs_over_the_corpus(tmp_path):
 
 
 def test_replacement_is_the_next_sound_image_of_the_class(tmp_path):
-    args = arguments("--data-path", fill(tmp_path), "--input-size", 48, "--on-corrupt", "skip")
+    words = ("--input-size", 48, "--on-corrupt", "skip", "--loader", "timm")
+    args = arguments("--data-path", fill(tmp_path), *words)
     train, _ = datasets.build_dataset(True, args)
     train.transform = transforms.ToTensor()
-    names = [os.path.basename(path) for path, target in train.images.samples if target == 0]
+    first = np.flatnonzero(train.targets == 0)
+    names = [os.path.basename(train.source.name(index)) for index in first]
     sound = [i for i, name in enumerate(names) if name not in REFUSED | {"link.jpg", "pipe.jpg"}]
     for index in set(range(len(names))) - set(sound):
         after = next((i for i in sound if i > index), sound[0])

@@ -1,6 +1,7 @@
 """Datasets, augmentation, loaders, and images that cannot be decoded."""
 
 import hashlib
+import itertools
 import os
 import pickle
 import random
@@ -17,10 +18,12 @@ import torch
 from conftest import write_images
 from PIL import Image, ImageFile, ImageOps
 from torch.utils.data._utils.pin_memory import pin_memory
-from torchvision import transforms
 
 import datasets
 from configs import parse_args
+from pipeline.images import CorruptImageError, CropLongSide, DataError, EnlargeTiny, load_image
+from pipeline.reference import Batch, seed_generators
+from pipeline.standard import CIFAR10, CIFAR100, open_digits
 from samplers import Draw
 
 ORANGE = (200, 100, 50)
@@ -34,15 +37,22 @@ def folder_args(folder, *words):
     return flags("--data-path", folder, "--input-size", 32, "--num_workers", 0, *words)
 
 
+def train_feed(dataset, args, num_replicas=1, rank=0):
+    return datasets.build_feed(datasets.build_train_loader(dataset, args, num_replicas, rank), args)
+
+
+LOADERS = pytest.mark.parametrize("loader", ["fast", "timm"])
+
+
 def test_digits_are_split_by_class_without_overlap():
-    train, val = datasets.Digits(True), datasets.Digits(False)
+    train, val = (open_digits(None, is_train, False) for is_train in (True, False))
     assert (len(train), len(val)) == (1442, 355)
-    parts = Counter(val.targets)
-    whole = parts + Counter(train.targets)
+    parts = Counter(val.targets.tolist())
+    whole = parts + Counter(train.targets.tolist())
     assert all(abs(parts[c] / whole[c] - 0.2) < 0.01 for c in range(10))
-    image, target = train[0]
-    assert (image.size, image.mode, target) == ((8, 8), "RGB", 0)
-    assert max(np.asarray(train[i][0]).max() for i in range(10)) == 255
+    image = train.open(0)
+    assert (image.size, image.mode, train.targets[0]) == ((8, 8), "RGB", 0)
+    assert max(np.asarray(train.open(i)).max() for i in range(10)) == 255
 
 
 def test_defaults_follow_the_dataset(image_folder):
@@ -51,13 +61,12 @@ def test_defaults_follow_the_dataset(image_folder):
     assert datasets.input_size_of(flags("--data-path", image_folder)) == 224
     dataset, classes = datasets.build_dataset(True, flags())
     assert (len(dataset), classes) == (1442, 10)
-    steps = [type(step).__name__ for step in dataset.transform.transforms]
-    assert "RandomHorizontalFlip" not in steps  # a mirrored digit is another sign
+    assert dataset.recipe.hflip == 0  # a mirrored digit is another sign
 
 
 @pytest.mark.parametrize(("name", "classes"), [("CIFAR10", 10), ("CIFAR100", 100), ("CIFAR", 100)])
 def test_cifar(tmp_path, monkeypatch, name, classes):
-    cls = {10: datasets.CIFAR10, 100: datasets.CIFAR100}[classes]
+    cls = {10: CIFAR10, 100: CIFAR100}[classes]
     label = "labels" if classes == 10 else "fine_labels"
     names = "label_names" if classes == 10 else "fine_label_names"
     folder = tmp_path / cls.base_folder
@@ -73,16 +82,21 @@ def test_cifar(tmp_path, monkeypatch, name, classes):
     monkeypatch.setattr(cls, "train_list", [part])
     monkeypatch.setattr(cls, "test_list", [part])
     monkeypatch.setattr(cls, "meta", {"filename": "meta", "key": names, "md5": meta[1]})
-    args = flags("--data-set", name, "--data-path", tmp_path, "--input-size", 32)
-    for is_train in (True, False):
+    for is_train, loader in itertools.product((True, False), ("fast", "timm")):
+        words = ("--data-set", name, "--data-path", tmp_path, "--input-size", 32)
+        args = flags(*words, "--loader", loader)
         dataset, count = datasets.build_dataset(is_train, args)
-        assert (len(dataset), count, dataset[3].target) == (6, classes, 3)
-        assert dataset[0].image.shape == (3, 32, 32)
+        assert (len(dataset), count, dataset.targets[3]) == (6, classes, 3)
+        batch = next(
+            iter(datasets.build_feed(datasets.build_eval_loader(dataset, args, 1, 0), args))
+        )
+        assert (batch.images.shape, batch.targets.tolist()) == ((6, 3, 32, 32), [0, 1, 2, 3, 4, 5])
 
 
 def test_image_folder(image_folder):
     for is_train, count in ((True, 16), (False, 6)):
-        dataset, classes = datasets.build_dataset(is_train, folder_args(image_folder))
+        args = folder_args(image_folder, "--loader", "timm")
+        dataset, classes = datasets.build_dataset(is_train, args)
         assert (len(dataset), classes) == (count, 2)
         assert dataset[0].image.shape == (3, 32, 32)
     (image_folder / "val").rename(image_folder / "validation")
@@ -90,28 +104,28 @@ def test_image_folder(image_folder):
 
 
 def test_missing_folders_are_named(image_folder, tmp_path):
-    with pytest.raises(datasets.DataError, match=f"{tmp_path}/none does not exist"):
+    with pytest.raises(DataError, match=f"{tmp_path}/none does not exist"):
         datasets.build_dataset(True, folder_args(tmp_path / "none"))
-    with pytest.raises(datasets.DataError, match="IMNET needs --data-path"):
+    with pytest.raises(DataError, match="IMNET needs --data-path"):
         datasets.build_dataset(True, flags("--data-set", "IMNET"))
     shutil.rmtree(image_folder / "val")
-    with pytest.raises(datasets.DataError, match="no folder val/ or validation/"):
+    with pytest.raises(DataError, match="no folder val/ or validation/"):
         datasets.build_dataset(False, folder_args(image_folder))
-    with pytest.raises(datasets.DataError, match=r"no CIFAR10 in .*--download fetches it"):
+    with pytest.raises(DataError, match=r"no CIFAR10 in .*--download fetches it"):
         datasets.build_dataset(True, flags("--data-set", "CIFAR10", "--data-path", tmp_path))
 
 
 def test_class_without_images_is_named(image_folder):
     (image_folder / "train" / "emu").mkdir()
     (image_folder / "val" / "emu").mkdir()
-    with pytest.raises(datasets.DataError, match="emu"):
+    with pytest.raises(DataError, match="emu"):
         datasets.build_dataset(True, folder_args(image_folder))
 
 
 @pytest.mark.parametrize("is_train", [True, False])
 def test_splits_must_have_the_same_classes(image_folder, is_train):
     shutil.copytree(image_folder / "val" / "cat", image_folder / "val" / "lynx")
-    with pytest.raises(datasets.DataError, match="different classes: lynx in only one"):
+    with pytest.raises(DataError, match="different classes: lynx in only one"):
         datasets.build_dataset(is_train, folder_args(image_folder))
 
 
@@ -166,8 +180,8 @@ def test_tiny_images_can_be_cropped_at_random(size):
     words = ("--data-path", "x", "--input-size", 40, "--std-aug")
     transform = datasets.build_transform(True, flags(*words))
     for seed in range(50):
-        with datasets.random_numbers(seed):
-            image = transform(Image.new("RGB", size, ORANGE))
+        seed_generators(seed)
+        image = transform(Image.new("RGB", size, ORANGE))
         pixels = datasets.denormalize(image[None])[0] * 255
         expected = torch.tensor(ORANGE).view(3, 1, 1).expand(3, 40, 40)
         torch.testing.assert_close(pixels, expected.float(), atol=0.01, rtol=0)
@@ -175,7 +189,7 @@ def test_tiny_images_can_be_cropped_at_random(size):
 
 def test_long_images_lose_their_ends_and_others_nothing():
     ramp = Image.fromarray(np.tile(np.arange(100, dtype=np.uint8)[:, None], (1, 5)))
-    crop, enlarge = pickle.loads(pickle.dumps((datasets.CropLongSide(), datasets.EnlargeTiny())))
+    crop, enlarge = pickle.loads(pickle.dumps((CropLongSide(), EnlargeTiny())))
     high, wide = np.asarray(crop(ramp)), np.asarray(crop(ramp.transpose(Image.Transpose.ROTATE_90)))
     np.testing.assert_array_equal(high[:, 0], np.arange(30, 70))
     np.testing.assert_array_equal(wide[0], np.arange(30, 70))
@@ -196,15 +210,17 @@ def test_posterize_keeps_a_bit():
     assert set(np.unique(posterize(image))) == {0, 128}
 
 
+@LOADERS
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_augmentation_depends_on_the_draw_alone(image_folder, workers):
+def test_augmentation_depends_on_the_draw_alone(image_folder, workers, loader):
     def epoch(number, workers):
-        args = folder_args(image_folder, "--batch-size", 4, "--num_workers", workers)
+        words = ("--batch-size", 4, "--num_workers", workers, "--loader", loader)
+        args = folder_args(image_folder, *words)
         dataset, _ = datasets.build_dataset(True, args)
-        loader = datasets.build_train_loader(dataset, args, 1, 0)
-        loader.sampler.set_epoch(number)
+        feed = train_feed(dataset, args)
+        feed.sampler.set_epoch(number)
         random.seed(workers), np.random.seed(workers), torch.manual_seed(workers)
-        return torch.cat([batch.images for batch in loader])
+        return torch.cat([batch.images for batch in feed])
 
     first = epoch(1, workers)
     assert torch.equal(first, epoch(1, 0))
@@ -212,12 +228,13 @@ def test_augmentation_depends_on_the_draw_alone(image_folder, workers):
     assert len({image.numpy().tobytes() for image in first}) == 16  # copies differ too
 
 
-def test_loading_leaves_the_process_s_random_numbers_alone(image_folder):
-    dataset, _ = datasets.build_dataset(True, folder_args(image_folder))
+@LOADERS
+def test_loading_leaves_the_process_s_random_numbers_alone(image_folder, loader):
+    dataset, _ = datasets.build_dataset(True, folder_args(image_folder, "--loader", loader))
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     expected = random.random(), np.random.rand(), torch.rand(1)
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    dataset[Draw(3)]
+    dataset.__getitems__([Draw(3)])
     assert (random.random(), np.random.rand(), torch.rand(1)) == expected
 
 
@@ -227,11 +244,10 @@ def truncate(path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "missing"])
-@pytest.mark.parametrize("workers", [0, 1])
-def test_corrupt_image_is_named(image_folder, damage, workers):
-    args = folder_args(
-        image_folder, "--batch-size", 16, "--num_workers", workers, "--no-repeated-aug"
-    )
+@pytest.mark.parametrize(("workers", "loader"), [(0, "fast"), (1, "fast"), (1, "timm")])
+def test_corrupt_image_is_named(image_folder, damage, workers, loader):
+    words = ("--batch-size", 16, "--num_workers", workers, "--no-repeated-aug")
+    args = folder_args(image_folder, *words, "--loader", loader)
     dataset, _ = datasets.build_dataset(True, args)
     path = image_folder / "train" / "dog" / "3.jpg"
     if damage == "truncated":
@@ -240,28 +256,28 @@ def test_corrupt_image_is_named(image_folder, damage, workers):
         path.unlink()
     else:
         path.write_bytes(b"" if damage == "empty" else b"not an image" * 99)
-    with pytest.raises(datasets.CorruptImageError, match=str(path)) as caught:
+    with pytest.raises(CorruptImageError, match=str(path)) as caught:
         list(datasets.build_train_loader(dataset, args, 1, 0))
     traceback.clear_frames(caught.tb)  # or they keep the workers until some garbage collection
 
 
-def test_skipping_replaces_in_training_and_reports_in_evaluation(image_folder):
-    args = folder_args(image_folder, "--on-corrupt", "skip", "--batch-size", 4, "--no-repeated-aug")
+@LOADERS
+def test_skipping_replaces_in_training_and_reports_in_evaluation(image_folder, loader):
+    words = ("--on-corrupt", "skip", "--batch-size", 4, "--no-repeated-aug", "--loader", loader)
+    args = folder_args(image_folder, *words)
     train, _ = datasets.build_dataset(True, args)
     for name in ("3", "4"):
         truncate(image_folder / "train" / "dog" / f"{name}.jpg")
     damaged = 8 + 3
-    assert train.images.samples[damaged][0].endswith("dog/3.jpg")
-    sample = train[damaged]
+    assert train.source.name(damaged).endswith("dog/3.jpg")
     paths = [image_folder / "train" / "dog" / f"{name}.jpg" for name in ("3", "4")]
-    assert sample.target == 1
-    assert [text.rsplit(": ", 1)[0] for text in sample.corrupt] == [
+    found, target, corrupt = train.find(damaged, train.source.open)
+    assert (np.asarray(found) == np.asarray(train.source.open(8 + 5))).all()
+    assert target == 1
+    assert [text.rsplit(": ", 1)[0] for text in corrupt] == [
         f"cannot decode image {path}" for path in paths
     ]
-    plain = transforms.ToTensor()
-    train.transform = plain
-    assert torch.equal(train[damaged].image, train[8 + 5].image)
-    batches = list(datasets.build_train_loader(train, args, 1, 0))
+    batches = list(train_feed(train, args))
     assert [len(batch.images) for batch in batches] == [4] * 4
     assert sum(len(batch.corrupt) for batch in batches) == 3  # 3 -> 4 -> 5, and 4 -> 5
 
@@ -269,26 +285,24 @@ def test_skipping_replaces_in_training_and_reports_in_evaluation(image_folder):
     for name in ("cat/0", "cat/1", "cat/2", "dog/0"):
         truncate(image_folder / "val" / f"{name}.jpg")
     args.batch_size = 2  # three images per evaluation batch: the first batch has none left
-    batches = list(datasets.build_eval_loader(val, args, 1, 0))
+    batches = list(datasets.build_feed(datasets.build_eval_loader(val, args, 1, 0), args))
     assert [(len(batch.images), len(batch.corrupt)) for batch in batches] == [(0, 3), (2, 1)]
     assert str(image_folder / "val" / "dog" / "0.jpg") in batches[1].corrupt[0]
 
 
 def test_messages_survive_pinning(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)  # needs a GPU
-    sound = datasets.Sample(torch.ones(3, 2, 2), 1, ("a", "b"))
-    batch = datasets.collate([sound, datasets.Sample(None, 0, ("c",)), sound])
-    pinned = pin_memory(batch)
-    assert isinstance(pinned, datasets.Batch)
-    assert (pinned.targets.tolist(), pinned.corrupt) == ([1, 1], ["a", "b", "c", "a", "b"])
+    pinned = pin_memory(Batch(torch.ones(2, 3, 2, 2), torch.tensor([1, 1]), ["a", "b"]))
+    assert isinstance(pinned, Batch)
+    assert (pinned.targets.tolist(), pinned.corrupt) == ([1, 1], ["a", "b"])
 
 
 def test_class_of_corrupt_images_only(image_folder):
     dataset, _ = datasets.build_dataset(True, folder_args(image_folder, "--on-corrupt", "skip"))
     for path in (image_folder / "train" / "dog").iterdir():
         truncate(path)
-    with pytest.raises(datasets.DataError, match="class dog has no image that can be decoded"):
-        dataset[15]
+    with pytest.raises(DataError, match="class dog has no image that can be decoded"):
+        dataset.__getitems__([15])
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "P", "LA", "RGBA", "1", "I;16"])
@@ -297,7 +311,7 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     source = Image.new("L", (5, 4), 99)
     source = source.convert("I").convert(mode) if mode == "I;16" else source.convert(mode)
     source.save(path)
-    assert (datasets.load_image(path).mode, datasets.load_image(path).size) == ("RGB", (5, 4))
+    assert (load_image(path).mode, load_image(path).size) == ("RGB", (5, 4))
 
 
 @pytest.mark.parametrize(
@@ -323,14 +337,14 @@ def test_what_is_no_file_to_read(tmp_path, kind, why):
         path.chmod(0)
         if os.access(path, os.R_OK):
             pytest.skip("this user may read every file")
-    with pytest.raises(datasets.CorruptImageError, match=f"^cannot decode image {path}: {why}$"):
-        datasets.load_image(path)
+    with pytest.raises(CorruptImageError, match=f"^cannot decode image {path}: {why}$"):
+        load_image(path)
 
 
 def test_link_to_an_image(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "image.png")
     (tmp_path / "x.jpg").symlink_to(tmp_path / "image.png")
-    assert datasets.load_image(tmp_path / "x.jpg").size == (4, 4)
+    assert load_image(tmp_path / "x.jpg").size == (4, 4)
 
 
 @pytest.mark.parametrize(
@@ -349,8 +363,8 @@ def test_decoders_may_raise_anything(tmp_path, monkeypatch, error, why):
 
     Image.new("RGB", (4, 4)).save(path := tmp_path / "x.jpg")
     monkeypatch.setattr(ImageFile.ImageFile, "load", load)
-    with pytest.raises(datasets.CorruptImageError, match=f"x.jpg: {why}$") as caught:
-        datasets.load_image(path)
+    with pytest.raises(CorruptImageError, match=f"x.jpg: {why}$") as caught:
+        load_image(path)
     assert caught.value.__cause__ is error
 
 
@@ -361,14 +375,14 @@ def test_lack_of_memory_is_not_the_file_s_fault(tmp_path, monkeypatch):
     Image.new("RGB", (4, 4)).save(path := tmp_path / "x.jpg")
     monkeypatch.setattr(ImageFile.ImageFile, "load", load)
     with pytest.raises(MemoryError):
-        datasets.load_image(path)
+        load_image(path)
 
 
 def test_batch_larger_than_the_training_set(image_folder):
     args = folder_args(image_folder, "--batch-size", 9)
     dataset, _ = datasets.build_dataset(True, args)
     assert len(datasets.build_train_loader(dataset, args, 1, 0)) == 1
-    with pytest.raises(datasets.DataError, match=r"--batch-size 9 is larger.*leave 8 each"):
+    with pytest.raises(DataError, match=r"--batch-size 9 is larger.*leave 8 each"):
         datasets.build_train_loader(dataset, args, 2, 0)
 
 
@@ -376,13 +390,13 @@ def test_real_jpegs_of_any_kind(shared, tmp_path):
     with tarfile.open(shared / "data" / "imagenet_sample.tar") as archive:
         archive.extractall(tmp_path, filter="data")
     grey = next((tmp_path / "imagenet_sample" / "val").glob("*/n02096051_Airedale*"))
-    assert datasets.load_image(grey).mode == "RGB"
+    assert load_image(grey).mode == "RGB"
     root = tmp_path / "imagenet_sample"
     (root / "train").symlink_to(root / "val")
     args = flags("--data-path", root, "--num_workers", 2, "--batch-size", 32, "--src")
     dataset, classes = datasets.build_dataset(True, args)
     assert classes == 256
-    images = next(iter(datasets.build_train_loader(dataset, args, 8, 0))).images
+    images = next(iter(train_feed(dataset, args, 8))).images
     assert images.shape == (32, 3, 224, 224)
 
 

@@ -144,7 +144,7 @@ def test_an_error_on_the_processes_ends_the_run(cifar, tmp_path):
 EXACT = """
 import json, multiprocessing, os, sys, torch, torch.distributed as dist
 import engine
-from datasets import Batch
+from pipeline.reference import Batch
 from samplers import EvalBatchSampler
 
 torch.set_num_threads(1)

@@ -11,8 +11,8 @@ from torch import nn
 
 import engine
 from configs import parse_args
-from datasets import Batch
 from engine import Precision
+from pipeline.reference import Batch
 
 CPU = torch.device("cpu")
 

@@ -130,8 +130,8 @@ def photographs(cifar):
     """32 training images of CIFAR-10 as ``B 3 64 64``, and their classes."""
     args, _ = parse_args(["--data-path", str(cifar), "--input-size", "64"])
     dataset = datasets.build_dataset(False, args)[0]
-    samples = [dataset[index] for index in range(0, len(dataset), len(dataset) // 32)][:32]
-    return torch.stack([s.image for s in samples]), torch.tensor([s.target for s in samples])
+    feed = datasets.build_feed(datasets.build_eval_loader(dataset, args, 1, 0), args)
+    return feed.batch(range(0, len(dataset), len(dataset) // 32)[:32])[:2]
 
 
 @pytest.mark.parametrize("name", SMALL)

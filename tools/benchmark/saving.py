@@ -22,7 +22,7 @@ import engine
 import models
 import utils
 from configs import LaunchError, Place, parse_args
-from datasets import Batch
+from pipeline.reference import Batch
 from samplers import RASampler
 from tools.benchmark.__main__ import machine
 from training import Output, Run, Trainer
