@@ -3,6 +3,7 @@
 import io
 import pickle
 import tarfile
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -283,6 +284,35 @@ def test_batches_have_the_type_and_layout_of_the_network(image_folder, loader, d
     assert images.dtype == dtype and images.is_contiguous(memory_format=torch.channels_last)
     plain = datasets.build_feed(batch, args, CPU, dtype).batch([Draw(0), Draw(1)]).images
     assert plain.is_contiguous() and torch.equal(plain, images)
+
+
+@pytest.mark.parametrize("kind", ["files", "memory"])
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (3, 0), (3, 2)])
+def test_every_image_once_over_ranks_and_workers(tmp_path, kind, ranks, workers):
+    """41 images, each its own class."""
+    pixels = np.stack([np.asarray(photograph(32, 32, seed)) for seed in range(41)])
+    source = Pixels(pixels, range(41), map(str, range(41)))
+    if kind == "files":
+        named = {
+            f"{i}.jpg": encode(Image.fromarray(image), "JPEG") for i, image in enumerate(pixels)
+        }
+        found = files(tmp_path, named)
+        source = Files([found.name(i) for i in range(41)], range(41), map(str, range(41)))
+    words = ("--batch-size", 2, "--num_workers", workers, "--no-repeated-aug")
+    args = flags("--data-set", "CIFAR10", "--input-size", 32, *words)
+    for is_train in (True, False):
+        transform = datasets.build_transform(is_train, args)
+        dataset = FastDataset(source, transform, is_train, 32, resident=kind == "memory")
+        build = datasets.build_train_loader if is_train else datasets.build_eval_loader
+        feeds = [datasets.build_feed(build(dataset, args, ranks, r), args) for r in range(ranks)]
+        for epoch in range(2 if is_train else 1):
+            if is_train:
+                [feed.sampler.set_epoch(epoch) for feed in feeds]
+            seen = Counter(t for feed in feeds for batch in feed for t in batch.targets.tolist())
+            # ranks train on as many images each, so that one comes twice on three of them; and a
+            # rank on whole batches, so that one is left out on one
+            total = 41 if not is_train else 40 if ranks == 1 else 42
+            assert (sum(seen.values()), len(seen)) == (total, min(total, 41))
 
 
 def test_parts_of_deit_s_transform():

@@ -88,6 +88,25 @@ def test_what_is_stopped_goes_on_bit_by_bit(images, whole, tmp_path, number, lin
     assert "3.jpg" in listed
 
 
+def test_a_run_on_packed_shards_goes_on_bit_by_bit(images, tmp_path):
+    shards = tmp_path / "shards"
+    words = ["--data-path", images, "--output", shards, "--shard-images", 5]
+    packed = run_python("-m", "tools.pack_dataset", *words, "--on-corrupt", "skip")
+    assert packed.returncode == 0, packed.stderr
+    pattern = shards / "train-{000000..000004}.tar"
+    words = ["main.py", *RUN, "--data-set", "WDS", "--data-path", pattern, "--epochs", 1]
+    done = run_python(*words, "--output_dir", tmp_path / "whole")
+    assert done.returncode == 0, done.stderr
+    words += ["--output_dir", tmp_path / "parts"]
+    code, output, errors = interrupted(words, "epoch 0 step 4/", signal.SIGTERM)
+    assert code == 0 and "stopped by SIGTERM in epoch 0" in output, errors
+    done = run_python(*words, "--resume", "auto", "--num_workers", 2)
+    assert done.returncode == 0, done.stderr
+    assert "going on in epoch 0" in done.stdout
+    assert same_log(tmp_path / "parts", tmp_path / "whole")
+    assert same_state(tmp_path / "parts", tmp_path / "whole")
+
+
 @pytest.mark.parametrize("flag", [("--save-every-steps", 3), ("--save-every-minutes", 1e-9)])
 def test_checkpoints_within_an_epoch(images, whole, tmp_path, flag):
     words = ["main.py", *RUN, "--data-path", images, "--output_dir", tmp_path]

@@ -23,6 +23,8 @@ from torchvision.datasets import ImageFolder
 
 from configs import parse_args
 from datasets import SMALL_SIZE
+from engine import SettingError
+from models import ModelError
 from pipeline.images import DataError
 from pipeline.shards import open_shards
 from pipeline.sources import Encoded, Files
@@ -188,7 +190,7 @@ def plot(rows: Sequence[dict], path: str) -> None:
         axes.barh([row["side"] for row in rows], widths, left=left, label=stage)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     axes.set_xlabel("milliseconds per image on one core")
-    axes.legend(loc="outside right upper")
+    figure.legend(loc="outside right upper")
     axes.invert_yaxis()
     figure.savefig(path, dpi=150)
 
@@ -283,7 +285,7 @@ def feed(args: argparse.Namespace) -> None:
     print(f"{len(source)} images of {args.data_path}; {machine(device.type)}", flush=True)
     kinds = {"files": (source, False)}
     if args.input_size <= SMALL_SIZE:
-        kinds["memory"] = (in_memory(source), True)
+        kinds["memory"] = (in_memory(source, args.input_size), True)
     rows = []
     for name, (images, resident) in kinds.items():
         training = Training(flags, images, resident, device)
@@ -303,7 +305,7 @@ def main(argv: list[str]) -> int:
     args = get_parser().parse_args(argv)
     try:
         feed(args) if args.model else run(args)
-    except DataError as error:
+    except (DataError, ModelError, SettingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

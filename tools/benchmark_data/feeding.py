@@ -35,9 +35,10 @@ class Steps:
         return islice(self.batches, self.count)
 
 
-def in_memory(source: Source) -> Pixels:
-    """Images of one size, decoded."""
-    pixels = np.stack([np.asarray(source.open(index)) for index in range(len(source))])
+def in_memory(source: Source, size: int) -> Pixels:
+    """Images, decoded and resized to ``size``."""
+    images = (source.open(index).resize((size, size)) for index in range(len(source)))
+    pixels = np.stack([np.asarray(image) for image in images])
     return Pixels(pixels, source.targets, source.classes)
 
 

@@ -80,7 +80,12 @@ def batches(function: Callable[[Sequence[Any]], Any], size: int) -> Stage:
 def mixing(args: Namespace) -> Stage:
     """Mixup and cutmix, which change a batch in place: here a copy, for both sides."""
     mixup = build_mixup(args, CLASSES)
-    return each(lambda images: mixup(images.clone(), torch.zeros(len(images), dtype=torch.long)))
+
+    def mix(images: torch.Tensor) -> torch.Tensor:
+        pairs = images[: len(images) // 2 * 2].clone()
+        return mixup(pairs, torch.zeros(len(pairs), dtype=torch.long))[0]
+
+    return each(mix)
 
 
 def reference_stages(source: Encoded, args: Namespace) -> dict[str, Stage]:

@@ -1,0 +1,73 @@
+"""The benchmark of the input pipeline runs, and says what it measures."""
+
+import csv
+import mmap
+import os
+import re
+
+import pytest
+from conftest import write_images
+
+from tools.benchmark_data.__main__ import main as benchmark
+from tools.benchmark_data.workers import memory_of
+
+QUICK = ["--rounds", "1", "--batch-size", "4"]
+LAST = r"fast/reference images/s per core: raw [\d.]+ packed [\d.]+ host-raw [\d.]+ host-packed "
+
+
+@pytest.fixture
+def images(tmp_path):
+    return write_images(tmp_path, train=6, size=90) / "train"
+
+
+def test_stages_and_rates(images, tmp_path, capsys):
+    words = ["--data-path", str(images), "--images", "9", "--input-size", "48"]
+    words += ["--short-side", "64", "--num_workers", "1", "--csv", str(tmp_path / "stages.csv")]
+    assert benchmark([*words, "--plot", str(tmp_path / "stages.png"), *QUICK]) == 0
+    output = capsys.readouterr().out
+    assert re.fullmatch(LAST + r"[\d.]+", output.splitlines()[-1])
+    assert output.startswith("9 images")
+    for side in ("reference", "fast", "host"):
+        for name in ("raw", "packed"):
+            rows = re.findall(rf"^\| {side} {name} \| (.*?) \| (\d+) \|", output, re.M)
+            assert [where for where, _ in rows] == ["one core", "1 workers"]
+            assert all(int(rate) > 0 for _, rate in rows)
+            assert float(re.search(rf"^\| {side} {name} \| (\d+) \|$", output, re.M)[1]) > 10  # MiB
+    with open(tmp_path / "stages.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["side"] for row in rows] == [
+        f"{side} {name}" for name in ("raw", "packed") for side in ("reference", "fast")
+    ]
+    for row in rows:
+        times = [float(value) for key, value in row.items() if key not in ("side", "sum")]
+        assert len(times) == 9 and min(times) > 0
+        assert abs(sum(times) - float(row["sum"])) < 1e-9
+    assert (tmp_path / "stages.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_training_on_what_the_loader_brings(images, capsys):
+    words = ["--data-path", str(images), "--model", "visformer_tiny", "--input-size", "32"]
+    words += ["--device", "cpu", "--steps", "1", "--num_workers", "1"]
+    assert benchmark([*words, *QUICK]) == 0
+    output = capsys.readouterr().out
+    rows = re.findall(r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", output, re.M)
+    assert [row[0] for row in rows] == ["files", "memory"]
+    for _, fed, at_hand, ratio in rows:
+        assert abs(float(ratio) - float(fed) / float(at_hand)) < 0.2
+
+
+def test_what_cannot_be_measured_is_named(images, tmp_path, capsys):
+    for words, message in (
+        (["--data-path", str(tmp_path / "none")], "none"),
+        (["--data-path", str(images), "--input-size", "32"], "--input-size 32 must be above 32"),
+    ):
+        assert benchmark([*words, *QUICK]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_memory_of_a_process_is_that_of_the_system():
+    with mmap.mmap(-1, 64 << 20) as held:
+        before = memory_of(os.getpid())
+        held.write(b"x" * len(held))
+        assert 60 < memory_of(os.getpid()) - before < 70
+    assert memory_of(0x7FFFFFFF) != memory_of(0x7FFFFFFF)  # not a number
