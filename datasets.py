@@ -16,7 +16,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from pipeline.fast import FastDataset, RawBatch
+from pipeline.fast import FastDataset, RawBatch, take_apart
 from pipeline.fetch import Cache
 from pipeline.finish import Feed, Finish, Move
 from pipeline.hub import open_hub
@@ -236,6 +236,7 @@ def build_dataset(
         return AugmentedDataset(source, transform, is_train, **options), len(source.classes)
     size = input_size_of(args)
     resident = size <= SMALL_SIZE and isinstance(source, Pixels)
+    resident = resident and not take_apart(transform, size).others  # these are for PIL images
     if resident and (resident := fits(len(source) * size * size, device)):
         source = resized(source, transform.transforms[0], size)
     options["augment"] = not is_augmented_on_device(args, device)

@@ -38,7 +38,7 @@ class Memory:
     def like(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor of the same shape on the same device, with any content."""
         if tensor.device.type != "cpu":
-            return torch.empty_like(tensor, dtype=torch.float32)
+            return torch.empty(tensor.shape, device=tensor.device)
         self._arrays = [array for array in self._arrays if array.shape == tensor.shape]
         for index in range(len(self._arrays)):
             if _references(self._arrays, index) == FREE:
@@ -89,8 +89,7 @@ class Finish:
         if raw.boxes.shape[1]:
             generator = torch.Generator(self.device).manual_seed(raw.seed)
             images = erase(images, raw.boxes, self.mode, generator)
-        images = images.to(self.dtype, memory_format=self.memory_format)
-        return Batch(images, targets, raw.corrupt)
+        return Batch(images.to(self.dtype), targets, raw.corrupt)
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device, non_blocking=True)
@@ -124,13 +123,24 @@ class Finish:
         return images
 
     def normalized(self, images: torch.Tensor) -> torch.Tensor:
-        """``(x / 255 - mean) / std`` of ``B 3 H W``, rounded as torchvision's transforms do."""
+        """``(x / 255 - mean) / std`` of ``B 3 H W``, rounded as torchvision's transforms do.
+
+        On the CPU image by image, as one fits into its cache.
+        """
         count, _, height, width = images.shape
-        pixels = images.permute(0, 2, 3, 1).reshape(count, height, width * 3)  # a view
-        rows = self.memory.like(pixels)
-        mean, std = (value.repeat(width) for value in (self.mean, self.std))
-        rows.copy_(pixels).div_(255).sub_(mean).div_(std)
-        return rows.view(count, height, width, 3).permute(0, 3, 1, 2)
+        if self.memory_format == torch.channels_last:
+            pixels = images.permute(0, 2, 3, 1).reshape(count, height, width * 3)  # a view
+            mean, std = (value.repeat(width) for value in (self.mean, self.std))
+        else:
+            pixels = images
+            mean, std = (value.view(3, 1, 1) for value in (self.mean, self.std))
+        found = self.memory.like(pixels)
+        parts = zip(found, pixels, strict=True) if found.device.type == "cpu" else [(found, pixels)]
+        for result, part in parts:
+            result.copy_(part).div_(255).sub_(mean).div_(std)
+        if self.memory_format == torch.channels_last:
+            return found.view(count, height, width, 3).permute(0, 3, 1, 2)
+        return found
 
 
 class Move:

@@ -233,6 +233,8 @@ def test_small_sets_are_on_the_device_and_others_are_not(image_folder):
         assert datasets.build_dataset(True, flags(*words))[0].resident == resident
     args = flags("--data-path", image_folder, "--input-size", 32)
     assert not datasets.build_dataset(True, args)[0].resident
+    jitter, _ = datasets.build_dataset(True, flags("--aa", ""))
+    assert not jitter.resident and jitter.__getitems__([Draw(0)]).images.shape == (1, 32, 32, 3)
 
 
 @pytest.mark.parametrize("size", [32, 56])
