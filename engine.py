@@ -21,6 +21,7 @@ from timm.scheduler.plateau_lr import PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from utils import random_state, set_random_state, sum_over_processes
@@ -29,6 +30,7 @@ SETTLING_STEPS = 3  # of a distributed model; one more than PyTorch is seen to n
 REFERENCE_BATCH = 512  # the batch that --lr is meant for
 # PyTorch's own; fused, they also take the gradient scaler's verdict without a device sync
 FUSED_OPTIMIZERS = ("adamw", "adam", "sgd", "momentum")
+FUSED_SHARDED_OPTIMIZERS = ("adamw", "adam")
 
 
 class NonFiniteLossError(RuntimeError):
@@ -112,7 +114,8 @@ def scaled_lr(args: Namespace, world_size: int) -> float:
 def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """timm's optimizer named ``--opt``; norms, biases and ``no_weight_decay`` do not decay."""
     options = {"eps": args.opt_eps, "betas": args.opt_betas}
-    if args.opt.lower() in FUSED_OPTIMIZERS:
+    sharded = isinstance(model, FSDPModule)
+    if args.opt.lower() in (FUSED_SHARDED_OPTIMIZERS if sharded else FUSED_OPTIMIZERS):
         options["fused"] = True
     return create_optimizer_v2(
         model,
@@ -485,7 +488,8 @@ def settle(model: nn.Module, precision: Precision, batch_size: int, input_size: 
     buffers = [buffer.clone() for buffer in model.buffers()]
     state = random_state(precision.device)
     model.train()
-    images = precision.move(torch.zeros(batch_size, 3, input_size, input_size))
+    size = (batch_size, 3, input_size, input_size)
+    images = precision.move(torch.zeros(size, dtype=precision.dtype or torch.float32))
     for _ in range(SETTLING_STEPS):
         with precision.autocast():
             output = model(images)
@@ -510,6 +514,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 def gradient_sync(model: nn.Module, sync: bool) -> contextlib.AbstractContextManager:
     """Context of a backward pass that averages gradients over processes only if ``sync``."""
     model = getattr(model, "_orig_mod", model)
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(sync)
     if sync or not isinstance(model, DistributedDataParallel):
         return contextlib.nullcontext()
     return model.no_sync()

@@ -14,6 +14,7 @@ import models
 import utils
 from configs import Place
 from samplers import RASampler
+from training import sharding
 from utils import log
 
 UNTOLD = ("resume", "stop_epoch", "finetune", "output_dir")  # flags that may differ in silence
@@ -56,17 +57,32 @@ class Run:
         self.best_acc1 = 0.0
         self.best: list[tuple[float, int]] = []  # accuracies and epochs, the best first
         self.gelu = "none"
-        self.ema = self.start_average()
+        self.ema: ModelEmaV3 | None = None
+        if args.fsdp:
+            self._shard()
+        else:
+            self.ema = self.start_average()
         self.optimizer = engine.build_optimizer(args, model, lr)
         self.scheduler = engine.build_scheduler(args, self.optimizer, updates_per_epoch)
         self._random: Mapping[str, Any] | None = None  # to go on with, in the middle of an epoch
         self._steps_before = 0  # of the epoch, by which the sampler already begins later
 
+    def _shard(self) -> None:
+        """Share model and moving average among the processes."""
+        sharding.check(self.args, self.place.world_size)
+        self.model.cpu()
+        self.ema = self.start_average()
+        for model in [self.model] + ([self.ema.module] if self.ema else []):
+            sharding.shard(model, self.precision.device)
+
     def start_average(self) -> ModelEmaV3 | None:
         """A moving average that begins at the model's present weights, if there is to be one."""
         if not self.args.model_ema:
             return None
-        return ModelEmaV3(
+        if self.ema is not None and self.args.fsdp:
+            return self.ema  # shards cannot be copied; it was loaded together with the model
+        kind = sharding.ShardedAverage if self.args.fsdp else ModelEmaV3
+        return kind(
             self.model,
             self.args.model_ema_decay,
             use_warmup=self.args.model_ema_warmup,
@@ -81,12 +97,16 @@ class Run:
         if self.group is not None:
             ranks = [None] * self.place.world_size
             dist.gather_object(mine, ranks if self.place.rank == 0 else None, group=self.group)
-        if self.place.rank:
-            return None
-        return {
+        weights = {
             "model": self.model.state_dict(),
             "model_ema": self.ema.module.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
+        }
+        weights = sharding.gather(weights, keep=self.place.rank == 0)
+        if self.place.rank:
+            return None
+        return {
+            **weights,
             "lr_scheduler": engine.scheduler_state(self.scheduler),
             "scaler": self.precision.scaler.state_dict(),
             "epoch": self.epoch,
@@ -108,7 +128,8 @@ class Run:
         In float16, the loss scaler keeps a loss that is not finite from that.
         """
         bad = any(rank["meter"]["in_row"] for rank in content["ranks"])
-        norm = nn.utils.get_total_norm(list(self.model.parameters()))
+        weights = [content["model"][name] for name, _ in self.model.named_parameters()]
+        norm = nn.utils.get_total_norm(weights)
         return (bad and not self.precision.scaler.is_enabled()) or not norm.isfinite().item()
 
     def restore(self, checkpoint: Mapping[str, Any], source: str) -> None:
@@ -120,7 +141,8 @@ class Run:
         if "optimizer" not in checkpoint or "epoch" not in checkpoint:
             log(f"{source} holds no optimizer: its weights start a new run")
             return
-        utils.restore_optimizer(self.optimizer, checkpoint["optimizer"], source)
+        moments = sharding.spread_moments(self.optimizer, checkpoint["optimizer"])
+        utils.restore_optimizer(self.optimizer, moments, source)
         if checkpoint.get("scaler"):  # empty unless the run used float16
             self.precision.scaler.load_state_dict(checkpoint["scaler"])
         self.best_acc1 = checkpoint.get("best_acc1", 0.0)
@@ -164,6 +186,8 @@ class Run:
     def load(self, checkpoint: Mapping[str, Any], source: str, new_head: bool = False) -> None:
         """Load weights, and remember what they say about the function of the model."""
         log(str(models.load_weights(self.model, checkpoint, source, new_head=new_head)))
+        if self.ema is not None and self.args.fsdp:
+            models.load_weights(self.ema.module, checkpoint, source, new_head=new_head)
         self.gelu = checkpoint.get("gelu", self.gelu)
         if hasattr(self.model, "qk_scale_factor"):
             self.model_kwargs["qk_scale_factor"] = self.model.qk_scale_factor

@@ -12,10 +12,11 @@ from typing import Any
 import torch.distributed as dist
 from timm.data import Mixup
 from torch import nn
-from torch.utils.data import DataLoader
 
 import engine
 import utils
+from pipeline.finish import Feed
+from training import sharding
 from training.control import Agreement, StopSignals
 from training.output import Output, list_corrupt
 from training.run import Run
@@ -36,7 +37,7 @@ class Evaluation:
     def __init__(
         self,
         args: Namespace,
-        loader: DataLoader,
+        loader: Feed,
         precision: engine.Precision,
         group: dist.ProcessGroup | None,
     ):
@@ -50,14 +51,15 @@ class Evaluation:
         if next(model.parameters()).device.type != precision.device.type:  # --model-ema-force-cpu
             model = copy.deepcopy(model).to(precision.device)
         utils.broadcast_buffers(model)
-        stats = engine.evaluate(
-            self.loader,
-            engine.compiled(model, args.compile),
-            precision.device,
-            precision,
-            args.dist_eval,
-            after_batch,
-        )
+        with sharding.gathered(model):
+            stats = engine.evaluate(
+                self.loader,
+                engine.compiled(model, args.compile),
+                precision.device,
+                precision,
+                args.dist_eval,
+                after_batch,
+            )
         images, corrupt, messages = (stats.pop(key) for key in ("images", "corrupt", "messages"))
         if corrupt and args.output_dir:
             list_corrupt(Path(args.output_dir), utils.gather_lines(messages, self.group))
@@ -85,7 +87,7 @@ class Trainer:
         self,
         state: Run,
         output: Output,
-        loader: DataLoader,
+        loader: Feed,
         evaluation: Evaluation,
         mixup_fn: Mixup | None,
         criterion: nn.Module,
@@ -127,6 +129,8 @@ class Trainer:
     def wrapped(self) -> nn.Module:
         """The model as it is trained: distributed, compiled."""
         args, precision, model = self.args, self.state.precision, self.state.model
+        if args.fsdp:
+            return model  # sharded already, in groups that do not change
         if self.place.world_size > 1:
             static = args.accum_iter == 1 and args.compile is None
             model = engine.distribute(model, precision.device, static)
