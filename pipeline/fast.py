@@ -4,6 +4,7 @@ What is drawn, from the very numbers that the transforms of timm would draw, is 
 (:mod:`pipeline.finish`), in most cases for the whole batch at once.
 """
 
+import contextlib
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -31,10 +32,18 @@ from pipeline.draws import (
     encode,
 )
 from pipeline.images import EnlargeTiny
-from pipeline.jpeg import decode_crop, is_readable, read_header
+from pipeline.jpeg import Header, decode_crop, is_readable, read_header
 from pipeline.reference import LabelledImages, kept_random_numbers
-from pipeline.sources import Encoded, Pixels, Source
+from pipeline.sources import Encoded, Source
 from samplers import Draw, mix_seed
+
+TO_TENSOR = (MaybeToTensor, transforms.ToTensor)
+SIZING = (  # the last of these gives an image the size of the input
+    transforms.RandomCrop,
+    transforms.CenterCrop,
+    transforms.Resize,
+    RandomResizedCropAndInterpolation,
+)
 
 
 @dataclass(frozen=True)
@@ -80,34 +89,23 @@ class Recipe:
 def take_apart(transform: transforms.Compose, size: int) -> Recipe:
     """The parts of what :func:`datasets.build_transform` builds for images of ``size``."""
     steps = list(transform.transforms)
-    kinds = [type(step) for step in steps]
-    end = next(i for i, kind in enumerate(kinds) if kind in (MaybeToTensor, transforms.ToTensor))
-    flip = transforms.RandomHorizontalFlip
-    middle = kinds.index(flip) if flip in kinds else None
-    hflip = steps[middle].p if middle is not None else 0.0
-    start = middle + 1 if middle is not None else _first_after_crop(kinds, end)
-    before, others = steps[: start if middle is None else middle], steps[start:end]
-    crop = None
-    if kinds[:2] == [EnlargeTiny, RandomResizedCropAndInterpolation]:
-        (_, crop), before = before, []
-    policy = None
+    end = next(i for i, step in enumerate(steps) if isinstance(step, TO_TENSOR))
+    start = max(i + 1 for i, step in enumerate(steps[:end]) if isinstance(step, SIZING))
+    before, others = steps[:start], steps[start:end]
+    hflip = 0.0
+    if others and isinstance(others[0], transforms.RandomHorizontalFlip):
+        hflip = others.pop(0).p
+    crop = policy = None
+    if isinstance(before[-1], RandomResizedCropAndInterpolation):
+        crop, before = before[-1], []
     if len(others) == 1 and isinstance(others[0], RandAugment | AutoAugment):
-        try:
+        with contextlib.suppress(UnsupportedPolicy):
             policy, others = PolicyRecorder(others[0], size, size), []
-        except UnsupportedPolicy:
-            policy = None
     normalize, *rest = steps[end + 1 :]
     erasing = next((step for step in rest if isinstance(step, RandomErasing)), None)
     erasing = erasing and ErasingRecorder(erasing, size, size)
     mean, std = (torch.as_tensor(value) for value in (normalize.mean, normalize.std))
     return Recipe(crop, before, hflip, policy, others, mean, std, erasing)
-
-
-def _first_after_crop(kinds: Sequence[type], end: int) -> int:
-    """Where the transforms that make an image of the right size end."""
-    sizing = (transforms.RandomCrop, transforms.CenterCrop, RandomResizedCropAndInterpolation)
-    sizing += (transforms.Resize,)
-    return max((i + 1 for i in range(end) if kinds[i] in sizing), default=0)
 
 
 class RawBatch(NamedTuple):
@@ -231,11 +229,7 @@ class FastDataset(LabelledImages):
             crops = torch.tensor([(*one.crop, one.flip) for one in drawn])
         return RawBatch(
             *(images, indices, targets, corrupt, flips, offsets, operations, boxes),
-            {
-                i: torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                for i, data in encoded.items()
-            },
-            *(crops, seed),
+            *(encoded, crops, seed),
         )
 
     def _draw(self, index: int) -> Drawn:
@@ -268,27 +262,28 @@ class FastDataset(LabelledImages):
 
     def _crop(self, index: int) -> tuple[np.ndarray | None, bytes, Box]:
         """A random crop, resized; or its JPEG and where to crop it."""
-        if isinstance(self.source, Pixels):
-            pixels = self.source.pixels[index]
-            box, mode = self.draw_crop(*pixels.shape[:2])
-            return resize(pixels[crop_slices(box)], self.size, mode), b"", box
         if isinstance(self.source, Encoded):
             data = self.source.read(index)
             header = read_header(data)
             if is_readable(header) and header.height * header.width >= 5:
-                box, mode = self.draw_crop(header.height, header.width)
-                if not self.decode:
-                    return None, data, box
-                pixels = decode_crop(data, header, box, self.size)
-                if pixels is None:
-                    pixels = np.array(self.source.decode(data, index))[crop_slices(box)]
-                return resize(pixels, self.size, mode), b"", box
+                return self._crop_jpeg(data, header, index)
             image = self.source.decode(data, index)
         else:
             image = self.source.open(index)
         pixels = np.array(EnlargeTiny()(image))
         box, mode = self.draw_crop(*pixels.shape[:2])
         return resize(pixels[crop_slices(box)], self.size, mode), b"", box
+
+    def _crop_jpeg(
+        self, data: bytes, header: Header, index: int
+    ) -> tuple[np.ndarray | None, bytes, Box]:
+        box, mode = self.draw_crop(header.height, header.width)
+        if not self.decode:
+            return None, data, box
+        pixels = decode_crop(data, header, box, self.size)
+        if pixels is None:
+            pixels = np.array(self.source.decode(data, index))[crop_slices(box)]
+        return resize(pixels, self.size, mode), b"", box
 
     def draw_crop(self, height: int, width: int) -> tuple[Box, str]:
         """Where to crop, and how to interpolate, as timm's transform draws it."""
