@@ -235,11 +235,12 @@ def build_dataset(
     if args.loader == "timm":
         return AugmentedDataset(source, transform, is_train, **options), len(source.classes)
     size = input_size_of(args)
-    resident = size <= SMALL_SIZE and isinstance(source, Pixels)
+    on_device = is_augmented_on_device(args, device)
+    resident = on_device and size <= SMALL_SIZE and isinstance(source, Pixels)
     resident = resident and not take_apart(transform, size).others  # these are for PIL images
     if resident and (resident := fits(len(source) * size * size, device)):
         source = resized(source, transform.transforms[0], size)
-    options["augment"] = not is_augmented_on_device(args, device)
+    options["augment"] = not on_device
     options |= {"resident": resident, "decode": not args.decode_on_device}
     return FastDataset(source, transform, is_train, size, **options), len(source.classes)
 

@@ -34,7 +34,7 @@ from pipeline.draws import (
 from pipeline.images import EnlargeTiny
 from pipeline.jpeg import Header, decode_crop, is_readable, read_header
 from pipeline.reference import LabelledImages, kept_random_numbers
-from pipeline.sources import Encoded, Source
+from pipeline.sources import Encoded, Pixels, Source
 from samplers import Draw, mix_seed
 
 TO_TENSOR = (MaybeToTensor, transforms.ToTensor)
@@ -81,9 +81,10 @@ class Recipe:
 
     @property
     def padding(self) -> int:
-        """Pixels by which the last transform before mirroring pads an image to crop it."""
+        """Black pixels around a resized image, of which a part is then cropped."""
         last = self.before[-1] if self.before else None
-        return last.padding if isinstance(last, transforms.RandomCrop) else 0
+        is_plain = isinstance(last, transforms.RandomCrop) and last.padding_mode == "constant"
+        return last.padding if is_plain else 0
 
 
 def take_apart(transform: transforms.Compose, size: int) -> Recipe:
@@ -120,8 +121,9 @@ class RawBatch(NamedTuple):
         offsets: ``B 2``, top and left of the crop of a padded image; or None.
         operations: ``B S 8``, see :func:`pipeline.draws.encode`; S is 0 where all are done.
         boxes: ``B K 4``, top, left, height and width of what is erased; zeros for nothing.
-        encoded: By position in the batch, JPEGs that are to be decoded on the device.
-        crops: ``B 5``, of these: top, left, height, width and whether to mirror; or None.
+        encoded: JPEGs that are to be decoded on the device, one after the other; or None.
+        crops: ``B 6``: length of the JPEG (0 for an image of ``images``), top, left, height and
+            width of its crop, and whether to mirror it; or None.
         seed: Of random numbers that are drawn on the device.
     """
 
@@ -133,7 +135,7 @@ class RawBatch(NamedTuple):
     offsets: torch.Tensor | None
     operations: torch.Tensor
     boxes: torch.Tensor
-    encoded: dict[int, torch.Tensor]
+    encoded: torch.Tensor | None
     crops: torch.Tensor | None
     seed: int
 
@@ -201,7 +203,7 @@ class FastDataset(LabelledImages):
         self, drawn: Sequence[Drawn], targets: torch.Tensor, corrupt: list[str], seed: int
     ) -> RawBatch:
         count, recipe = len(drawn), self.recipe
-        images = indices = flips = offsets = crops = None
+        images = indices = flips = offsets = encoded = crops = None
         slots = 0 if self.augment else recipe.slots
         operations = torch.zeros(count, slots, ENCODED, dtype=torch.float64)
         boxes = torch.zeros(count, recipe.boxes, 4, dtype=torch.long)
@@ -210,11 +212,6 @@ class FastDataset(LabelledImages):
                 operations[i] = torch.from_numpy(encode(one.operations, slots))
             if one.boxes:
                 boxes[i, : len(one.boxes)] = torch.tensor(one.boxes)
-        encoded = {
-            i: torch.frombuffer(bytearray(one.encoded), dtype=torch.uint8)
-            for i, one in enumerate(drawn)
-            if one.encoded
-        }
         if self.resident:
             indices = torch.tensor([one.index for one in drawn], dtype=torch.long)
             flips = torch.tensor([one.flip for one in drawn], dtype=torch.bool)
@@ -225,8 +222,9 @@ class FastDataset(LabelledImages):
             for i, one in enumerate(drawn):
                 if one.pixels is not None:
                     pixels[i] = one.pixels
-        if encoded:
-            crops = torch.tensor([(*one.crop, one.flip) for one in drawn])
+        if data := b"".join(one.encoded for one in drawn):
+            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            crops = torch.tensor([(len(one.encoded), *one.crop, one.flip) for one in drawn])
         return RawBatch(
             *(images, indices, targets, corrupt, flips, offsets, operations, boxes),
             *(encoded, crops, seed),
@@ -239,6 +237,9 @@ class FastDataset(LabelledImages):
             offset = self._draw_offset()
         elif recipe.crop is not None:
             pixels, encoded, crop = self._crop(index)
+        elif recipe.padding:
+            whole = self._whole(index)
+            pixels = crop_padded(whole, *self._draw_offset(), recipe.padding)
         else:
             pixels = np.array(_apply(recipe.before, self.source.open(index)))
         flip = recipe.hflip > 0 and torch.rand(1).item() < recipe.hflip
@@ -251,6 +252,26 @@ class FastDataset(LabelledImages):
             pixels = np.array(_apply(recipe.others, Image.fromarray(pixels)))
         boxes = recipe.erasing.draw() if recipe.erasing else []
         return Drawn(index, pixels, encoded, crop, flip, offset, operations, boxes)
+
+    def _whole(self, index: int) -> np.ndarray:
+        """An image of the input's size, ``H W 3``, as the transforms before the crop make it."""
+        *resizing, _ = self.recipe.before
+        pixels = None
+        if isinstance(self.source, Pixels):
+            pixels = self.source.pixels[index]
+        elif isinstance(self.source, Encoded):
+            data = self.source.read(index)
+            header = read_header(data)
+            if is_readable(header):
+                box = Box(0, 0, header.height, header.width)
+                pixels = decode_crop(data, header, box, max(header.height, header.width))
+            if pixels is None:
+                return np.array(_apply(resizing, self.source.decode(data, index)))
+        if pixels is None:
+            return np.array(_apply(resizing, self.source.open(index)))
+        if pixels.shape[:2] == (self.size, self.size):
+            return pixels
+        return np.array(_apply(resizing, Image.fromarray(pixels)))
 
     def _draw_offset(self) -> tuple[int, int]:
         if not self.recipe.padding:
@@ -300,6 +321,17 @@ def crop_slices(box: Box) -> tuple[slice, slice]:
     """Rows and columns of a box."""
     top, left, height, width = box
     return slice(top, top + height), slice(left, left + width)
+
+
+def crop_padded(pixels: np.ndarray, top: int, left: int, padding: int) -> np.ndarray:
+    """The part ``H W 3`` from ``top`` and ``left`` of an image ``H W 3`` with a black margin."""
+    height, width, _ = pixels.shape
+    part = np.zeros_like(pixels)
+    rows, columns = top - padding, left - padding
+    part[max(0, -rows) : height - rows, max(0, -columns) : width - columns] = pixels[
+        max(0, rows) : height + rows, max(0, columns) : width + columns
+    ]
+    return part
 
 
 def _apply(steps: Sequence[Callable], image: Image.Image) -> Image.Image:

@@ -97,7 +97,7 @@ class Finish:
     def _pixels(self, raw: RawBatch) -> torch.Tensor:
         if raw.indices is None:
             images = self._to_device(raw.images)
-            if raw.encoded:
+            if raw.encoded is not None:
                 images = self._decoded(raw, images)
             return images.permute(0, 3, 1, 2)
         images = self.resident[self._to_device(raw.indices)].permute(0, 3, 1, 2)
@@ -109,13 +109,15 @@ class Finish:
         """``images`` with those that came encoded in their places."""
         size = images.shape[1]
         mode = self.recipe.crop.interpolation.value
-        data = list(raw.encoded.values())
+        lengths = raw.crops[:, 0].tolist()
+        data = [part for part in raw.encoded.split(lengths) if len(part)]
         try:
             decoded = decode_jpeg(data, ImageReadMode.RGB, device=self.device)
         except RuntimeError:  # one that the device cannot decode
             decoded = [_decoded_here(one).to(self.device) for one in data]
-        for position, whole in zip(raw.encoded, decoded, strict=True):
-            top, left, height, width, mirrored = raw.crops[position].tolist()
+        positions = [position for position, length in enumerate(lengths) if length]
+        for position, whole in zip(positions, decoded, strict=True):
+            _, top, left, height, width, mirrored = raw.crops[position].tolist()
             crop = whole[None, :, top : top + height, left : left + width].float()
             crop = F.interpolate(crop, (size, size), mode=mode, antialias=True)
             crop = crop.flip(-1) if mirrored else crop

@@ -255,13 +255,37 @@ def test_images_on_the_device_are_the_reference_s(name):
         assert difference.mean() < 0.05 and difference.mean((1, 2, 3)).max() < 1
 
 
-def test_small_sets_are_on_the_device_and_others_are_not(image_folder):
-    for words, resident in (((), True), (("--input-size", 48), False)):
-        assert datasets.build_dataset(True, flags(*words))[0].resident == resident
-    args = flags("--data-path", image_folder, "--input-size", 32)
-    assert not datasets.build_dataset(True, args)[0].resident
-    jitter, _ = datasets.build_dataset(True, flags("--aa", ""))
-    assert not jitter.resident and jitter.__getitems__([Draw(0)]).images.shape == (1, 32, 32, 3)
+def test_small_sets_are_on_the_device_if_they_are_augmented_there(image_folder):
+    there = ("--augment-on", "device")
+    for words, resident in (
+        ((), False),
+        (there, True),
+        ((*there, "--input-size", 48), False),
+        ((*there, "--data-path", image_folder, "--input-size", 32), False),
+        ((*there, "--aa", ""), False),  # colour jitter is for PIL images
+    ):
+        dataset, _ = datasets.build_dataset(True, flags(*words))
+        assert dataset.resident == resident
+        assert (dataset.__getitems__([Draw(0)]).images is None) == resident
+
+
+@pytest.mark.parametrize("kind", ["memory", "files of the size", "other files"])
+def test_small_images_of_the_workers_are_the_reference_s(tmp_path, kind):
+    images = [photograph(32, 32, seed) for seed in range(10)]
+    if kind == "other files":
+        images = [photograph(50, 41, seed) for seed in range(10)]
+    if kind == "memory":
+        source = Pixels(np.stack([np.asarray(image) for image in images]), range(10), range(10))
+    else:
+        named = {f"{i}.jpg": encode(image, "JPEG") for i, image in enumerate(images)}
+        source = files(tmp_path, named | {"x.png": encode(images[0], "PNG")})
+    args = flags("--data-set", "CIFAR10", "--input-size", 32, "--reprob", 0)
+    transform = datasets.build_transform(True, args)
+    fast = FastDataset(source, transform, True, 32)
+    draws = [Draw(i, epoch) for epoch in range(20) for i in range(len(source))]
+    found = feed_of(fast, args).finish(fast.__getitems__(draws)).images
+    expected = AugmentedDataset(source, transform, True).__getitems__(draws).images
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("size", [32, 56])
@@ -283,12 +307,12 @@ def test_jpegs_may_be_decoded_where_the_network_is(photographs):
     there = FastDataset(photographs, transform, True, 224, augment=False, decode=False)
     here = FastDataset(photographs, transform, True, 224, augment=False)
     raw = there.__getitems__(draws)
-    assert len(raw.encoded) == len(photographs) - 1  # a PNG is decoded by the loader
+    assert (raw.crops[:, 0] > 0).sum() == len(photographs) - 1  # a PNG is decoded by the loader
     feed = feed_of(there, args)
     found, expected = feed.finish(raw).images, feed.finish(here.__getitems__(draws)).images
     difference = (found - expected).abs().mean((1, 2, 3)) * 255 * 0.23
     assert difference.max() < 5 and difference.median() < 0.3
-    raw.encoded[0] = torch.frombuffer(bytearray(b"\xff\xd8 no image"), dtype=torch.uint8)
+    raw.encoded[:99] = 7  # the first is no JPEG
     with pytest.raises(CorruptImageError, match="cannot decode image"):
         feed.finish(raw)
 

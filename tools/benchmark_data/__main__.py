@@ -285,7 +285,7 @@ def feed(args: argparse.Namespace) -> None:
     print(f"{len(source)} images of {args.data_path}; {machine(device.type)}", flush=True)
     kinds = {"files": (source, False)}
     if args.input_size <= SMALL_SIZE:
-        kinds["memory"] = (in_memory(source, args.input_size), True)
+        kinds["memory"] = (in_memory(source, args.input_size), device.type == "cuda")
     rows = []
     for name, (images, resident) in kinds.items():
         training = Training(flags, images, resident, device)
