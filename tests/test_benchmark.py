@@ -11,6 +11,7 @@ from conftest import run_python
 
 import models
 from tools.benchmark.__main__ import main as benchmark
+from tools.benchmark.__main__ import verdicts
 from tools.benchmark.backbone import KINDS
 from tools.benchmark.backbone import main as backbone_benchmark
 from tools.benchmark.candidates import (
@@ -74,13 +75,19 @@ def test_inference_beside_timm_and_an_original(original, tmp_path, capsys):
     assert timm.create_model("visformer_tiny").__module__ == "models.visformer"
 
 
-def test_training_and_memory(capsys):
-    words = ["convit_tiny", "--mode", "train", "--device", "cpu", "--input-size", "64", "--memory"]
+def test_training(capsys):
+    words = ["convit_tiny", "--mode", "train", "--device", "cpu", "--input-size", "64"]
     assert benchmark([*words, "--configs", "eager", *QUICK]) == 0
     output = capsys.readouterr().out
     assert "train convit_tiny ours/best peer " in output
     assert "train convit_tiny cost/ViT " in output
-    assert "train convit_tiny memory per image ours/timm " in output
+
+
+def test_memory_is_set_beside_the_peer_s():
+    row = {"mode": "train", "model": "convit_tiny", "best": True}
+    rows = [row | {"side": "ours", "per_image": 50.0}, row | {"side": "timm", "per_image": 100.0}]
+    rows += [row | {"side": "timm", "per_image": 1.0, "best": False}]
+    assert list(verdicts(rows)) == ["train convit_tiny memory per image ours/timm 0.50"]
 
 
 def test_every_model_of_timms_has_it_as_a_peer():
