@@ -227,7 +227,7 @@ def build_dataset(
         device: Of the training.
 
     Raises:
-        DataError: The data is missing or inconsistent.
+        DataError: The data is missing or inconsistent, or flags are.
     """
     source = data_set_named(data_set_name(args)).open(args, is_train)
     transform = build_transform(is_train, args)
@@ -236,6 +236,8 @@ def build_dataset(
         return AugmentedDataset(source, transform, is_train, **options), len(source.classes)
     size = input_size_of(args)
     on_device = is_augmented_on_device(args, device)
+    if args.decode_on_device and not on_device:
+        raise DataError("--decode-on-device needs --augment-on device")
     resident = on_device and size <= SMALL_SIZE and isinstance(source, Pixels)
     resident = resident and not take_apart(transform, size).others  # these are for PIL images
     if resident and (resident := fits(len(source) * size * size, device)):

@@ -295,6 +295,9 @@ def test_messages_survive_pinning(monkeypatch):
     pinned = pin_memory(Batch(torch.ones(2, 3, 2, 2), torch.tensor([1, 1]), ["a", "b"]))
     assert isinstance(pinned, Batch)
     assert (pinned.targets.tolist(), pinned.corrupt) == ([1, 1], ["a", "b"])
+    raw = datasets.build_dataset(True, flags())[0].__getitems__([Draw(0), Draw(1)])
+    for value, same in zip(raw, pin_memory(raw), strict=True):
+        assert torch.equal(value, same) if isinstance(value, torch.Tensor) else value == same
 
 
 def test_class_of_corrupt_images_only(image_folder):

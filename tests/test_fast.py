@@ -16,7 +16,7 @@ from configs import parse_args
 from pipeline.draws import Box
 from pipeline.fast import FastDataset, resize, take_apart
 from pipeline.finish import Memory
-from pipeline.images import CorruptImageError
+from pipeline.images import CorruptImageError, DataError
 from pipeline.jpeg import decode_crop, is_readable, read_header
 from pipeline.reference import AugmentedDataset
 from pipeline.sources import Files, Pixels
@@ -301,6 +301,8 @@ def test_evaluation_is_the_reference_s_to_the_last_bit(photographs, size):
 
 
 def test_jpegs_may_be_decoded_where_the_network_is(photographs):
+    with pytest.raises(DataError, match="--decode-on-device needs --augment-on device"):
+        datasets.build_dataset(True, flags("--decode-on-device", "--augment-on", "workers"))
     args = flags("--data-path", "x", "--decode-on-device", "--reprob", 0)
     transform = datasets.build_transform(True, args)
     draws = [Draw(i) for i in range(len(photographs))]

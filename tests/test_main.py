@@ -1,6 +1,7 @@
 """main.py from the outside: train, stop, resume, evaluate, and what it says to bad input."""
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -259,8 +260,8 @@ def test_args_yaml_repeats_the_run(images, trained, tmp_path, main):
 @pytest.mark.parametrize(
     "words",
     [
-        "--opt sgd --sched step --decay-epochs 1 --mixup 0 --std-aug",
-        "--mixup 0 --cutmix 0 --sched-on-updates --model-ema-force-cpu",
+        "--opt sgd --sched step --decay-epochs 1 --mixup 0 --std-aug --loader timm",
+        "--mixup 0 --cutmix 0 --sched-on-updates --model-ema-force-cpu --augment-on device",
         "--bce-loss --sched plateau --no-repeated-aug --ThreeAugment --amp --amp-dtype float16",
         "--model test_vit --no-model-ema --unscale-lr --warmup-epochs 0 --no-dist-eval",
         "--model resnet10t --mixup_mode elem --drop 0.1 --cutmix-minmax 0.2 0.8 --train_mode",
@@ -275,6 +276,23 @@ def test_flags_train(images, main, tmp_path, words):
     status, output, errors = main(*run, *shlex.split(words), "--resume", "auto", "--epochs", 3)
     assert (status, errors) == (0, "")
     assert "training epochs 2 to 2 of 3" in output
+
+
+def test_a_set_that_lies_on_the_device(main, tmp_path):
+    """Digits that are augmented in batches: stopped between epochs, and evaluated."""
+    run = ["--model", "test_vit", "--batch-size", 200, "--augment-on", "device", "--device", "cpu"]
+    run += ["--epochs", 2, "--warmup-epochs", 0, "--num_workers", 0, "--lr", 0.004]
+    for folder, first in (("whole", []), ("parts", ["--stop-epoch", 1])):
+        status, output, errors = main(*run, *first, "--output_dir", tmp_path / folder)
+        assert (status, errors) == (0, "")
+    status, output, errors = main(*run, "--output_dir", tmp_path / "parts", "--resume", "auto")
+    assert (status, errors) == (0, "")
+    assert same_log(tmp_path / "whole", tmp_path / "parts")
+    assert same_state(tmp_path / "whole", tmp_path / "parts")
+    (accuracy,) = re.findall(r"^\* (Acc@1 .*)", output, re.M)
+    for loader in ("fast", "timm"):
+        words = ["--eval", "--resume", tmp_path / "parts" / "checkpoint.pth", "--loader", loader]
+        assert f"* {accuracy}" in main(*words, "--device", "cpu", "--num_workers", 0)[1]
 
 
 def test_old_command_lines_parse(main):
