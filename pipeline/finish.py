@@ -8,7 +8,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from pipeline.batched import augment, crop_padded, erase, flip
 from pipeline.fast import RawBatch, Recipe
@@ -107,6 +106,9 @@ class Finish:
 
     def _decoded(self, raw: RawBatch, images: torch.Tensor) -> torch.Tensor:
         """``images`` with those that came encoded in their places."""
+        # here, as torchvision 0.29 says that it will not have it for ever
+        from torchvision.io import ImageReadMode, decode_jpeg
+
         size = images.shape[1]
         mode = self.recipe.crop.interpolation.value
         lengths = raw.crops[:, 0].tolist()

@@ -60,9 +60,7 @@ def test_stopped_and_resumed_on_two_processes(whole, tmp_path):
 
 
 # a batch of 400 makes evaluation batches of 600: the second process gets none of the 500 images
-@pytest.mark.parametrize(
-    ("processes", "batch_size"), [(1, 32), (2, 32), (3, 32), (4, 32), (2, 400)]
-)
+@pytest.mark.parametrize(("processes", "batch_size"), [(1, 32), (3, 32), (4, 32), (2, 400)])
 def test_evaluation_is_exact_on_any_number_of_processes(whole, cifar, processes, batch_size):
     _, folder, output = whole
     flags = ["--eval", "--resume", folder / "checkpoint.pth", "--data-path", cifar]
