@@ -25,6 +25,7 @@ from pipeline.reference import AugmentedDataset, Batch
 from pipeline.shards import open_shards
 from pipeline.sources import Pixels, Source
 from pipeline.standard import open_cifar10, open_cifar100, open_digits, open_image_folder
+from pipeline.subset import share_of
 from pipeline.transfer import open_cars, open_flowers, open_inat, open_inat2021, open_pets
 from pipeline.workers import settle_worker
 from samplers import EvalBatchSampler, RASampler
@@ -230,6 +231,8 @@ def build_dataset(
         DataError: The data is missing or inconsistent, or flags are.
     """
     source = data_set_named(data_set_name(args)).open(args, is_train)
+    if is_train:
+        source = share_of(source, args.sampling_ratio)
     transform = build_transform(is_train, args)
     options = {"seed": args.seed, "skip_corrupt": args.on_corrupt == "skip"}
     if args.loader == "timm":

@@ -24,6 +24,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from models import rest_frozen
 from utils import random_state, set_random_state, sum_over_processes
 
 SETTLING_STEPS = 3  # of a distributed model; one more than PyTorch is seen to need
@@ -112,12 +113,19 @@ def scaled_lr(args: Namespace, world_size: int) -> float:
 
 
 def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """timm's optimizer named ``--opt``; norms, biases and ``no_weight_decay`` do not decay."""
-    options = {"eps": args.opt_eps, "betas": args.opt_betas}
+    """timm's optimizer named ``--opt``; norms, biases and ``no_weight_decay`` do not decay.
+
+    With ``--layer-decay``, the learning rate falls by that factor with every layer from the
+    classifier down (BEiT, arXiv 2106.08254, section 3.1).
+
+    Raises:
+        SettingError: The model does not say what its layers are.
+    """
+    options = {"eps": args.opt_eps, "betas": args.opt_betas, "layer_decay": args.layer_decay}
     sharded = isinstance(model, FSDPModule)
     if args.opt.lower() in (FUSED_SHARDED_OPTIMIZERS if sharded else FUSED_OPTIMIZERS):
         options["fused"] = True
-    return create_optimizer_v2(
+    optimizer = create_optimizer_v2(
         model,
         opt=args.opt,
         lr=lr,
@@ -125,6 +133,15 @@ def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim
         momentum=args.momentum,
         **{key: value for key, value in options.items() if value is not None},
     )
+    if args.layer_decay not in (None, 1) and len(layer_scales(optimizer)) == 1:
+        name = type(model).__name__
+        raise SettingError(f"{name} does not say what its layers are: leave --layer-decay out")
+    return optimizer
+
+
+def layer_scales(optimizer: torch.optim.Optimizer) -> list[float]:
+    """What ``--layer-decay`` multiplies the learning rate by, layer by layer from the stem up."""
+    return sorted({group.get("lr_scale", 1.0) for group in optimizer.param_groups})
 
 
 def build_scheduler(
@@ -371,6 +388,7 @@ def train_one_epoch(
             reading, or once, outside of float16, noticed at the end of the epoch.
     """
     model.train(set_training_mode)
+    rest_frozen(model)
     meter = Meter(device) if meter is None else meter
     steps = meter.steps + len(data_loader)
     updates = epoch * -(-steps // accum_iter) + -(-meter.steps // accum_iter)
@@ -493,7 +511,8 @@ def settle(model: nn.Module, precision: Precision, batch_size: int, input_size: 
     for _ in range(SETTLING_STEPS):
         with precision.autocast():
             output = model(images)
-        output.float().sum().backward()
+        outputs = output if isinstance(output, tuple) else (output,)  # of a student of a teacher
+        sum(logits.float().sum() for logits in outputs).backward()
         model.zero_grad()
     set_random_state(state, precision.device)
     for buffer, before in zip(model.buffers(), buffers, strict=True):

@@ -3,10 +3,12 @@
 import contextlib
 import sys
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torchvision.utils import make_grid
 
@@ -18,12 +20,16 @@ from configs import ConfigError, LaunchError, Place, parse_args
 from pipeline.finish import Feed
 from samplers import Draw
 from training import (
+    DistillationLoss,
     Evaluation,
     Output,
     OutputError,
     ProcessError,
     Run,
+    Taught,
     Trainer,
+    build_teacher,
+    learn_from_teacher,
     read_resume,
 )
 from utils import log
@@ -57,6 +63,9 @@ def choose_model(
     optional = {"img_size": args.input_size, "drop_rate": args.drop}
     optional |= {"drop_path_rate": args.drop_path}
     required = {"num_classes": num_classes, "qk_scale_factor": args.qk_scale_factor}
+    for key in ("locality_strength", "local_up_to_layer"):
+        if getattr(args, key) is not None:
+            required[key] = getattr(args, key)
     for flag, key in (("drop", "drop_rate"), ("drop_path", "drop_path_rate")):
         if flag in given:
             required[key] = optional.pop(key)
@@ -111,8 +120,70 @@ def recompute_blocks(model: nn.Module, name: str) -> None:
         raise models.ModelError(message) from error
 
 
+@dataclass
+class Network:
+    """The model of a run, on its device, and how it was built."""
+
+    model: nn.Module
+    name: str
+    kwargs: dict[str, Any]
+    precision: engine.Precision
+
+
+def build_network(
+    args: Namespace,
+    given: set[str],
+    checkpoint: Mapping[str, Any],
+    source: str,
+    num_classes: int,
+    device: torch.device,
+) -> Network:
+    """The model that the flags and the checkpoint ask for, frozen as flagged."""
+    name, required, optional = choose_model(args, given, checkpoint, source, num_classes)
+    model, kwargs = models.build_model(name, required, optional)
+    if hasattr(model, "qk_scale_factor"):
+        kwargs["qk_scale_factor"] = model.qk_scale_factor
+    models.check_input_size(model, name, args.input_size)
+    precision = choose_precision(args, model, device)
+    precision.place(model)
+    if args.grad_checkpointing:
+        recompute_blocks(model, name)
+    freeze(args, model)
+    learning = count_parameters(model)
+    whole = sum(p.numel() for p in model.parameters())
+    part = "" if learning == whole else f" ({learning / 1e6:.3f} M learn)"
+    log(f"model {name} {kwargs}: {whole / 1e6:.2f} M parameters{part}, {precision}")
+    return Network(model, name, kwargs, precision)
+
+
+def freeze(args: Namespace, model: nn.Module) -> None:
+    """Stop the learning of what ``--linear-probe`` or ``--freeze-stages`` keeps."""
+    if args.linear_probe:
+        models.freeze_all_but_classifier(model)
+    elif args.freeze_stages is not None:
+        models.freeze_stages(model, args.freeze_stages)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters that learn."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def compare_classes(checkpoint: Mapping[str, Any], source: str, names: Sequence[str]) -> None:
+    """Warn where a classifier was trained for classes of other names than the dataset's."""
+    saved = list(checkpoint.get("classes") or names)
+    if len(saved) == len(names) and saved != list(names):
+        number = next(
+            i for i, pair in enumerate(zip(saved, names, strict=True)) if len({*pair}) > 1
+        )
+        log(
+            f"warning: class {number} of {source} is {saved[number]!r}, that of the dataset is "
+            f"{names[number]!r}"
+        )
+
+
 def run(args: Namespace, given: set[str], place: Place, device: torch.device) -> int:
-    """One run: build everything, then evaluate or train; the exit status."""
+    """One run: build what evaluation and training share, then do either; the exit status."""
     found = "found" if device.type == "cuda" else "not found"
     why = "" if args.device else f" (CUDA {found})"
     log(f"device {device}{why}, {place.world_size} process(es) started by {place.launcher}")
@@ -127,62 +198,86 @@ def run(args: Namespace, given: set[str], place: Place, device: torch.device) ->
         utils.seed_everything(args.seed)
         engine.set_determinism(args.deterministic)
 
-        share = (place.world_size, place.rank)
         eval_set, num_classes = datasets.build_dataset(False, args, device)
-        part = share if args.dist_eval else (1, 0)
+        compare_classes(checkpoint, source, eval_set.classes)
+        part = (place.world_size, place.rank) if args.dist_eval else (1, 0)
         eval_loader = datasets.build_eval_loader(eval_set, args, *part)
-        name, required, optional = choose_model(args, given, checkpoint, source, num_classes)
-        model, model_kwargs = models.build_model(name, required, optional)
-        if hasattr(model, "qk_scale_factor"):
-            model_kwargs["qk_scale_factor"] = model.qk_scale_factor
-        models.check_input_size(model, name, size)
-        precision = choose_precision(args, model, device)
-        precision.place(model)
-        if args.grad_checkpointing:
-            recompute_blocks(model, name)
-        n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        log(f"model {name} {model_kwargs}: {n_parameters / 1e6:.2f} M parameters, {precision}")
-        placement = (device, torch.float32, precision.memory_format)
+        network = build_network(args, given, checkpoint, source, num_classes, device)
+        placement = (device, torch.float32, network.precision.memory_format)
         eval_feed = datasets.build_feed(eval_loader, args, *placement)
-        evaluation = Evaluation(args, eval_feed, precision, group)
-
+        evaluation = Evaluation(args, eval_feed, network.precision, group)
         if args.eval:
-            log(str(models.load_weights(model, checkpoint, source)))
-            evaluation(fused(model, name, args))
-            if checkpoint.get("model_ema"):
-                models.load_weights(model, checkpoint, source, ema=True)
-                evaluation(fused(model, name, args), "EMA ")
-            return 0
+            return evaluate(args, network, evaluation, checkpoint, source)
+        return train(args, network, evaluation, (checkpoint, source), place, output, group)
 
-        train_set, train_classes = datasets.build_dataset(True, args, device)
-        if train_classes != num_classes:
-            raise datasets.DataError(
-                f"the training set has {train_classes} classes, the validation set {num_classes}"
-            )
-        train_loader = datasets.build_train_loader(train_set, args, *share)
-        placement = (device, precision.dtype or torch.float32, precision.memory_format)
-        train_feed = datasets.build_feed(train_loader, args, *placement)
-        mixup_fn = engine.build_mixup(args, num_classes)
-        criterion = engine.build_criterion(args, mixup_fn, num_classes).to(device)
-        lr = engine.scaled_lr(args, place.world_size)
-        global_batch = args.batch_size * args.accum_iter * place.world_size
-        log(f"learning rate {lr:.6g} (--lr {args.lr:g}) for {global_batch} images per step")
-        updates = -(-len(train_loader) // args.accum_iter)
-        state = Run(
-            *(args, model, name, model_kwargs, precision, lr, updates),
-            *(train_loader.sampler, place, group),
+
+def evaluate(
+    args: Namespace,
+    network: Network,
+    evaluation: Evaluation,
+    checkpoint: Mapping[str, Any],
+    source: str,
+) -> int:
+    """Evaluate a checkpoint and its moving average; the exit status."""
+    model, name = network.model, network.name
+    log(str(models.load_weights(model, checkpoint, source)))
+    evaluation(fused(model, name, args))
+    if checkpoint.get("model_ema"):
+        models.load_weights(model, checkpoint, source, ema=True)
+        evaluation(fused(model, name, args), "EMA ")
+    return 0
+
+
+def train(
+    args: Namespace,
+    network: Network,
+    evaluation: Evaluation,
+    resumed: tuple[Mapping[str, Any], str],
+    place: Place,
+    output: Output,
+    group: dist.ProcessGroup | None,
+) -> int:
+    """Train, from a checkpoint and its name if they are not empty; the exit status."""
+    precision, device = network.precision, network.precision.device
+    train_set, num_classes = datasets.build_dataset(True, args, device)
+    if num_classes != (of_network := network.kwargs["num_classes"]):
+        raise datasets.DataError(
+            f"the training set has {num_classes} classes, the validation set {of_network}"
         )
-        if checkpoint:
-            state.restore(checkpoint, source)
-        elif args.finetune:
-            state.finetune(args.finetune)
-        state.set_lr()
-        utils.all_or_none(lambda: output.begin(args, state.epoch + 1), group)
-        if state.epoch < 0 and not state.meter.steps:
-            output.add_images("train/images", example_images(train_feed, len(train_set)))
-        trainer = Trainer(state, output, train_feed, evaluation, mixup_fn, criterion)
-        status = trainer.train(n_parameters)
-    return status
+    train_loader = datasets.build_train_loader(train_set, args, place.world_size, place.rank)
+    placement = (device, precision.dtype or torch.float32, precision.memory_format)
+    train_feed = datasets.build_feed(train_loader, args, *placement)
+    mixup_fn = engine.build_mixup(args, num_classes)
+    criterion = engine.build_criterion(args, mixup_fn, num_classes)
+    if args.distillation_type != "none":
+        normalization = (datasets.IMAGENET_DEFAULT_MEAN, datasets.IMAGENET_DEFAULT_STD)
+        teacher = build_teacher(args, num_classes, precision, normalization)
+        mixup_fn = Taught(engine.compiled(teacher, args.compile), mixup_fn, precision)
+        weights = (args.distillation_type, args.distillation_alpha, args.distillation_tau)
+        criterion = DistillationLoss(criterion, *weights)
+        learn_from_teacher(network.model)
+    lr = engine.scaled_lr(args, place.world_size)
+    global_batch = args.batch_size * args.accum_iter * place.world_size
+    share = "" if args.sampling_ratio == 1 else f" ({args.sampling_ratio:g} of the set)"
+    log(f"learning rate {lr:.6g} (--lr {args.lr:g}) for {global_batch} images per step")
+    log(f"training on {len(train_set)} images{share}")
+    n_parameters = count_parameters(network.model)
+    updates = -(-len(train_loader) // args.accum_iter)
+    state = Run(
+        *(args, network.model, network.name, network.kwargs, precision, lr, updates),
+        *(train_loader.sampler, place, group, train_set.classes),
+    )
+    checkpoint, source = resumed
+    if checkpoint:
+        state.restore(checkpoint, source)
+    elif args.finetune:
+        state.finetune(args.finetune)
+    state.set_lr()
+    utils.all_or_none(lambda: output.begin(args, state.epoch + 1), group)
+    if state.epoch < 0 and not state.meter.steps:
+        output.add_images("train/images", example_images(train_feed, len(train_set)))
+    trainer = Trainer(state, output, train_feed, evaluation, mixup_fn, criterion.to(device))
+    return trainer.train(n_parameters)
 
 
 def example_images(feed: Feed, num_images: int, count: int = 32) -> torch.Tensor:

@@ -44,6 +44,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("-c", "--config", help="YAML file of flags; the command line wins")
     _add_run(parser.add_argument_group("run"))
     _add_model(parser.add_argument_group("model"))
+    _add_finetuning(parser.add_argument_group("fine-tuning and distillation"))
     _add_optimisation(parser.add_argument_group("optimisation"))
     _add_augmentation(parser.add_argument_group("augmentation"))
     _add_data(parser.add_argument_group("data"))
@@ -74,7 +75,6 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     add("--epochs", type=int, default=300)
     add("--output_dir", default="", help="folder of checkpoints and logs; empty for none")
     add("--resume", default="", help="checkpoint (file or address), or auto: of --output_dir")
-    add("--finetune", default="", help="weights to start from; other classes, new classifier")
     add("--start_epoch", type=int, default=0)
     add("--stop-epoch", type=int, help="stop before this epoch, the schedule being for --epochs")
     add("--eval", action="store_true", help="evaluate the checkpoint of --resume and leave")
@@ -99,12 +99,27 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
         metavar="EXPONENT",
         help="queries and keys are each scaled by head_dim ** EXPONENT (models: -0.25)",
     )
+    add("--locality-strength", type=float, help="ConViT: how local heads begin (model: 1)")
+    add("--local-up-to-layer", type=int, metavar="N", help="ConViT: blocks of GPSA (model: 10)")
     add("--model-ema", action=OnOff, default=True, help="keep a moving average of the weights")
     add("--model-ema-decay", type=float, default=0.99996)
     add("--model-ema-warmup", action=OnOff, default=False, help="let the decay grow to its value")
     add("--model-ema-force-cpu", action="store_true")
     add("--fuse", action="store_true", help="with --eval: fold the net for inference first")
     add("--train-mode", action=OnOff, default=True, help="off: BatchNorm and dropout as in eval")
+
+
+def _add_finetuning(group: argparse._ArgumentGroup) -> None:
+    add = flags_of(group)
+    add("--finetune", default="", help="weights to start from; other classes, new classifier")
+    add("--layer-decay", type=float, metavar="RATE", help="of the learning rate, layer by layer")
+    add("--freeze-stages", type=int, metavar="N", help="0: the stem does not learn, 1: nor stage 1")
+    add("--linear-probe", action="store_true", help="only the classifier learns")
+    add("--teacher-model", help="any name that timm knows; not needed with a file of this project")
+    add("--teacher-path", default="", help="its weights, file or address; timm's own, if not given")
+    add("--distillation-type", choices=["none", "soft", "hard"], default="none")
+    add("--distillation-alpha", type=float, default=0.5, help="weight of the teacher's part")
+    add("--distillation-tau", type=float, default=1.0, help="temperature of soft distillation")
 
 
 def _add_optimisation(group: argparse._ArgumentGroup) -> None:
@@ -191,6 +206,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
     add("--inat-category", choices=INAT_CATEGORIES, default="name", help="level of the classes")
     add("--input-key", default="image", help=f"for {HUB}NAME: column of the images")
     add("--target-key", default="label", help=f"for {HUB}NAME: column of the classes")
+    add("--sampling-ratio", type=float, default=1.0, help="share of every class to train on")
     add("--loader", choices=["fast", "timm"], default="fast", help="timm: the slow reference")
     where = ["auto", "workers", "device"]
     add("--augment-on", choices=where, default="auto", help="auto: the device, if it is CUDA")
@@ -271,6 +287,7 @@ def _check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} must be positive")
     if args.input_size is not None and args.input_size < 1:
         raise ConfigError(f"--input-size {args.input_size} must be positive")
+    _check_finetuning(args)
     if args.resume == "auto" and not args.output_dir:
         raise ConfigError("--resume auto looks into --output_dir, which is not given")
     if args.eval and not args.resume:
@@ -280,3 +297,34 @@ def _check(args: argparse.Namespace) -> None:
     if args.compile is not None and args.compile not in torch.compiler.list_backends(None):
         backends = ", ".join(torch.compiler.list_backends())
         raise ConfigError(f"--compile {args.compile} is no backend here; there are {backends}")
+
+
+def _check_finetuning(args: argparse.Namespace) -> None:
+    if not 0 < args.sampling_ratio <= 1:
+        raise ConfigError(f"--sampling-ratio {args.sampling_ratio} must be above 0, at most 1")
+    if args.layer_decay is not None and not 0 < args.layer_decay <= 1:
+        raise ConfigError(f"--layer-decay {args.layer_decay} must be above 0, at most 1")
+    if args.freeze_stages is not None and args.freeze_stages < 0:
+        raise ConfigError(f"--freeze-stages {args.freeze_stages} must be 0 or more")
+    for flag in ("linear_probe", "freeze_stages"):
+        wanted = getattr(args, flag) not in (None, False)
+        if wanted and not (args.finetune or args.resume):
+            raise ConfigError(
+                f"--{flag.replace('_', '-')} keeps weights as they are, and here they would be "
+                f"random: give --finetune CHECKPOINT"
+            )
+    if args.linear_probe and (args.freeze_stages is not None or args.layer_decay is not None):
+        other = "--layer-decay" if args.freeze_stages is None else "--freeze-stages"
+        raise ConfigError(f"--linear-probe trains the classifier alone: leave {other} out")
+    distils, teacher = args.distillation_type != "none", args.teacher_model or args.teacher_path
+    if distils and not teacher:
+        raise ConfigError(
+            f"--distillation-type {args.distillation_type} needs a teacher: give --teacher-model "
+            f"NAME or --teacher-path CHECKPOINT"
+        )
+    if teacher and not distils:
+        raise ConfigError(f"teacher {teacher} would do nothing: give --distillation-type")
+    if not 0 <= args.distillation_alpha <= 1:
+        raise ConfigError(f"--distillation-alpha {args.distillation_alpha} must be from 0 to 1")
+    if args.distillation_tau <= 0:
+        raise ConfigError(f"--distillation-tau {args.distillation_tau} must be positive")

@@ -14,6 +14,7 @@ from models.checkpoint import (
     read_checkpoint,
 )
 from models.factory import ModelError, build_model, check_input_size
+from models.freezing import freeze_all_but_classifier, freeze_stages, rest_frozen
 
 __all__ = [
     "Backbone",
@@ -26,10 +27,13 @@ __all__ = [
     "check_input_size",
     "convit",
     "fastvit",
+    "freeze_all_but_classifier",
+    "freeze_stages",
     "load_backbone",
     "load_checkpoint",
     "load_weights",
     "read_checkpoint",
+    "rest_frozen",
     "visformer",
     "vit",
 ]

@@ -15,7 +15,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d, trunc_normal_
-from timm.models._manipulate import group_with_matcher
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -27,6 +26,7 @@ from models.checkpoint import (
     to_own_names,
 )
 from models.factory import ModelError, build_model
+from models.freezing import freeze_stages, is_frozen
 from models.layers import set_recompute_activations
 from models.visformer import Stage, Visformer
 
@@ -159,18 +159,8 @@ class Backbone(nn.Module):
         """Stop the learning of the stem and the first ``stages``; returns the modules that rest."""
         if stages < 0:
             return []
-        if not hasattr(self.net, "group_matcher"):
-            raise ModelError(f"{type(self.net).__name__} does not say what its stages are")
-        groups = group_with_matcher(
-            self.net.named_parameters(), self.net.group_matcher(coarse=True), reverse=True
-        )
-        last = max(groups.values())
-        if stages > last:
-            raise ModelError(f"frozen_stages {stages} is more than the {last} stages there are")
-        for name, parameter in self.net.named_parameters():
-            if groups[name] <= stages:
-                parameter.requires_grad_(False)
-        return [name for name, module in self.net.named_modules() if name and _rests(module)]
+        freeze_stages(self.net, stages)
+        return [name for name, module in self.net.named_modules() if name and is_frozen(module)]
 
     def train(self, mode: bool = True) -> "Backbone":
         """Set the mode; frozen stages, and with ``norm_eval`` all BatchNorm of the net, rest."""
@@ -223,12 +213,6 @@ def _is_plain(net: nn.Module) -> bool:
     """Whether all feature maps of a net are of one stride."""
     reductions = [level["reduction"] for level in net.feature_info]
     return len(reductions) > 1 and len(set(reductions)) == 1
-
-
-def _rests(module: nn.Module) -> bool:
-    """Whether a module has parameters, and all of them are frozen."""
-    parameters = list(module.parameters())
-    return bool(parameters) and not any(p.requires_grad for p in parameters)
 
 
 def _checked_indices(out_indices: Sequence[int] | None, count: int) -> tuple[int, ...]:

@@ -252,6 +252,7 @@ def load_weights(
     new_head: bool = False,
     spare: Callable[[str], bool] = _nothing,
     fresh: Callable[[str], bool] = _nothing,
+    other_classes: bool = False,
 ) -> LoadReport:
     """Load the weights of a checkpoint that has been read; see :func:`load_checkpoint`.
 
@@ -259,6 +260,7 @@ def load_weights(
         model, checkpoint, source, ema, new_head: See there.
         spare: Tells of a key of the checkpoint that the model may lack.
         fresh: Tells of a key of the model that the checkpoint may lack.
+        other_classes: With ``new_head``, leave a classifier of the same shape, too.
     """
     state, others = state_dict_of(checkpoint, source, ema)
     own = model.state_dict()
@@ -276,7 +278,7 @@ def load_weights(
     converted = {key: value for key, value in converted.items() if key not in dropped}
     # counters that other frameworks do not keep, and no function depends on
     converted = {k: own[k] for k in own if k.endswith(".num_batches_tracked")} | converted
-    left = _unfit_head(model, converted, own) if new_head else []
+    left = _unfit_head(model, converted, own, other_classes) if new_head else []
     left += [key for key in own if key not in converted and fresh(key)]
     for key in left:
         converted[key] = own[key]
@@ -322,18 +324,20 @@ def load_checkpoint(
 
 
 def _unfit_head(
-    model: nn.Module, state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]
+    model: nn.Module,
+    state: Mapping[str, torch.Tensor],
+    own: Mapping[str, torch.Tensor],
+    other_classes: bool,
 ) -> list[str]:
-    """Keys of the classifier that the state has in another shape or not at all."""
+    """Keys of the classifier that the state has in another shape, for others or not at all."""
     names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     heads = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
-    unfit = [
+    return [
         key
         for key in own
         if heads and key.startswith(heads)
-        if key not in state or state[key].shape != own[key].shape
+        if other_classes or key not in state or state[key].shape != own[key].shape
     ]
-    return unfit
 
 
 def _settings_of(checkpoint: Mapping[str, Any], source: str) -> tuple[float | None, str]:

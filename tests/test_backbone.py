@@ -281,7 +281,7 @@ def test_bad_input(tmp_path):
     error(name, match="takes no embed_dim", model_kwargs={"embed_dim": 3})
     error(name, match=r"out_indices \(4,\) must be some of \(0, 1, 2, 3\)", out_indices=[4])
     error(name, match="must ascend", out_indices=(2, 1))
-    error(name, match="frozen_stages 5 is more than the 4 stages", frozen_stages=5)
+    error(name, match="5 frozen stages are more than the 4", frozen_stages=5)
     error(name, match="level_norm 'GN' is none of BN, LN, none", level_norm="GN")
     error(name, match="must be dict", init_cfg={"type": "Xavier"})
     with pytest.raises(models.ModelError, match=r"depth \[1, 2\] must be four numbers"):

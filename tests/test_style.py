@@ -39,7 +39,7 @@ ALLOWED = {
         "training",
         "utils",
     },
-    "engine": {"utils"},
+    "engine": {"models", "utils"},
     "pipeline": {"pipeline", "samplers"},
     "utils": {"configs", "models", "pipeline"},
     "configs": {"configs", "datasets", "pipeline"},

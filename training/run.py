@@ -1,7 +1,7 @@
 """All that a checkpoint of training holds, and going on from one."""
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class Run:
         sampler: Of the training set.
         place: Of this process.
         group: Processes to gather from, over the CPU; None for a single one.
+        classes: Names of the classes, in the order of the classifier's outputs.
     """
 
     def __init__(
@@ -47,11 +48,13 @@ class Run:
         sampler: RASampler,
         place: Place,
         group: dist.ProcessGroup | None = None,
+        classes: Sequence[str] = (),
     ):
         self.args, self.model = args, model
         self.model_name, self.model_kwargs = model_name, model_kwargs
         self.precision, self.updates_per_epoch = precision, updates_per_epoch
         self.sampler, self.place, self.group = sampler, place, group
+        self.classes = [str(name) for name in classes]
         self.epoch = args.start_epoch - 1
         self.meter = engine.Meter(precision.device)
         self.best_acc1 = 0.0
@@ -63,6 +66,10 @@ class Run:
         else:
             self.ema = self.start_average()
         self.optimizer = engine.build_optimizer(args, model, lr)
+        if args.layer_decay is not None:
+            scales = engine.layer_scales(self.optimizer)
+            low, high = scales[0], scales[-1]
+            log(f"{len(scales)} layers learn at {low:.3g} (lowest) to {high:.3g} of that rate")
         self.scheduler = engine.build_scheduler(args, self.optimizer, updates_per_epoch)
         self._random: Mapping[str, Any] | None = None  # to go on with, in the middle of an epoch
         self._steps_before = 0  # of the epoch, by which the sampler already begins later
@@ -118,6 +125,7 @@ class Run:
             "model_name": self.model_name,
             "model_kwargs": self.model_kwargs,
             "input_size": self.args.input_size,
+            "classes": self.classes,
             "gelu": self.gelu,
             "args": vars(self.args),
         }
@@ -180,14 +188,16 @@ class Run:
 
     def finetune(self, path: str) -> None:
         """Start from the weights of a checkpoint, with a new classifier for other classes."""
-        self.load(models.read_checkpoint(path), path, new_head=True)
+        checkpoint = models.read_checkpoint(path)
+        others = (checkpoint.get("classes") or self.classes) != self.classes
+        self.load(checkpoint, path, new_head=True, other_classes=others)
         self.ema = self.start_average()
 
-    def load(self, checkpoint: Mapping[str, Any], source: str, new_head: bool = False) -> None:
+    def load(self, checkpoint: Mapping[str, Any], source: str, **options: bool) -> None:
         """Load weights, and remember what they say about the function of the model."""
-        log(str(models.load_weights(self.model, checkpoint, source, new_head=new_head)))
+        log(str(models.load_weights(self.model, checkpoint, source, **options)))
         if self.ema is not None and self.args.fsdp:
-            models.load_weights(self.ema.module, checkpoint, source, new_head=new_head)
+            models.load_weights(self.ema.module, checkpoint, source, **options)
         self.gelu = checkpoint.get("gelu", self.gelu)
         if hasattr(self.model, "qk_scale_factor"):
             self.model_kwargs["qk_scale_factor"] = self.model.qk_scale_factor

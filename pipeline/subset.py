@@ -1,0 +1,58 @@
+"""A fixed share of a set, the same in every class."""
+
+import numpy as np
+from PIL import Image
+
+from pipeline.sources import Encoded, Pixels, Source
+
+SEED = 2103_10697  # of the choice, which is the set's and not the run's
+
+
+def stratified_share(targets: np.ndarray, ratio: float) -> np.ndarray:
+    """Numbers of the images of a share, in ascending order, ``n`` of int64.
+
+    Every class gives ``ratio`` of its images, rounded, and at least one. The choice depends on
+    the set alone, and that of a smaller ratio lies within that of a larger one.
+
+    Args:
+        targets: Class of each image, ``N``.
+        ratio: Above 0 and at most 1.
+    """
+    generator = np.random.default_rng(SEED)
+    order = generator.permutation(len(targets))
+    chosen = []
+    for label in np.unique(targets):
+        members = order[targets[order] == label]
+        chosen.append(members[: max(1, round(ratio * len(members)))])
+    return np.sort(np.concatenate(chosen))
+
+
+def share_of(source: Source, ratio: float) -> Source:
+    """``ratio`` of every class of ``source``; see :func:`stratified_share`."""
+    if ratio == 1:
+        return source
+    indices = stratified_share(source.targets, ratio)
+    if isinstance(source, Pixels):
+        return Pixels(source.pixels[indices], source.targets[indices], source.classes)
+    return _Part(source, indices)
+
+
+class _Part(Encoded):
+    """Some images of a source, in its order."""
+
+    def __init__(self, whole: Encoded, indices: np.ndarray):
+        self._whole, self._indices = whole, indices
+        self.targets, self.classes = whole.targets[indices], whole.classes
+        if whole.shards is not None:
+            number = np.searchsorted(np.cumsum(whole.shards), indices, side="right")
+            counts = np.bincount(number, minlength=len(whole.shards))
+            self.shards = tuple(counts.tolist())
+
+    def name(self, index: int) -> str:
+        return self._whole.name(self._indices[index])
+
+    def read(self, index: int) -> bytes:
+        return self._whole.read(self._indices[index])
+
+    def decode(self, data: bytes, index: int) -> Image.Image:
+        return self._whole.decode(data, self._indices[index])

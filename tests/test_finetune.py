@@ -1,0 +1,215 @@
+"""Starting from other weights, with part of the net or of the data."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import read_log, write_images
+from PIL import Image
+from torch import nn
+
+import engine
+import models
+from configs import parse_args
+from pipeline.sources import Files, Pixels
+from pipeline.subset import share_of, stratified_share
+
+SMALL = ["--input-size", 32, "--batch-size", 4, "--num_workers", 0, "--no-model-ema"]
+FAMILIES = {
+    "visformer_tiny": (32, "stage1"),
+    "swin_visformer_tiny_v2": (32, "stage0"),
+    "convit_tiny": (32, "blocks.0"),
+    "fastvit_t8": (64, "stages.0"),
+    "vit_b_32_224": (32, "blocks.0"),
+}
+
+
+def build(name, **kwargs):
+    if not name.startswith("fastvit"):
+        kwargs["img_size"] = FAMILIES[name][0]
+    return timm.create_model(name, num_classes=3, **kwargs)
+
+
+def flags(*words):
+    return parse_args([str(word) for word in words])[0]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layers_learn_the_slower_the_deeper_they_lie(name):
+    model = build(name)
+    optimizer = engine.build_optimizer(flags("--layer-decay", 0.5), model, lr=1.0)
+    scale = {id(p): g["lr_scale"] for g in optimizer.param_groups for p in g["params"]}
+    assert len(scale) == len(list(model.parameters()))
+    scales = {key: scale[id(parameter)] for key, parameter in model.named_parameters()}
+    assert {value for key, value in scales.items() if key.startswith("head")} == {1.0}
+    row = [value for key, value in scales.items() if "blocks." in key or key.startswith("stage")]
+    assert row == sorted(row)
+    assert min(scales.values()) == 0.5 ** (len(set(scales.values())) - 1)
+    assert scales[next(key for key in scales if key.startswith(("stem", "patch_embed")))] < min(row)
+    engine.build_scheduler(flags("--warmup-lr", 0.25), optimizer, 10).step(0)
+    assert {g["lr"] for g in optimizer.param_groups} == {0.25 * s for s in scales.values()}
+
+
+def test_layers_that_a_model_does_not_tell():
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(2, 2)
+
+    with pytest.raises(engine.SettingError, match="Plain does not say what its layers are"):
+        engine.build_optimizer(flags("--layer-decay", 0.5), Plain(), lr=1.0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_frozen_stages_stay_as_they_are(name):
+    """Neither parameters nor statistics change, whatever the net is told about its mode."""
+    size, first = FAMILIES[name]
+    model = build(name)
+    models.freeze_stages(model, 1)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    optimizer = engine.build_optimizer(flags("--weight-decay", 0.5), model, lr=0.1)
+    batch = torch.randn(2, 3, size, size), torch.tensor([0, 1]), []
+    precision = engine.Precision(torch.device("cpu"))
+    loss = nn.CrossEntropyLoss()
+    engine.train_one_epoch(model, loss, [batch], optimizer, precision.device, 0, precision)
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    stem = ("stem", "patch_embed1" if name == "visformer_tiny" else "patch_embed.", "cls_token")
+    still = (first + ".", *stem)
+    assert not [key for key in changed if key.startswith(still)]
+    learning = {key for key, p in model.named_parameters() if p.requires_grad}
+    assert learning and not [key for key in learning if key.startswith(still)]
+    assert len(changed & learning) > 0.9 * len(learning)
+
+
+def test_only_the_classifier_learns():
+    for name in ("visformer_tiny", "fastvit_t8"):
+        model = build(name)
+        models.freeze_all_but_classifier(model)
+        learning = [key for key, p in model.named_parameters() if p.requires_grad]
+        assert learning and all(key.startswith("head") for key in learning)
+        model.train()
+        models.rest_frozen(model)
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        assert norms and not any(norm.training for norm in norms)
+        assert model.training
+    with pytest.raises(models.ModelError, match="no classifier"):
+        models.freeze_all_but_classifier(build("visformer_tiny").forward_features.__self__.stage1)
+
+
+def test_a_share_is_stratified_fixed_and_nested():
+    targets = np.random.default_rng(1).permutation(np.repeat([0, 1, 2, 5], [200, 40, 10, 1]))
+    tenth, fifth = (stratified_share(targets, ratio) for ratio in (0.1, 0.2))
+    assert np.bincount(targets[tenth]).tolist() == [20, 4, 1, 0, 0, 1]
+    assert np.bincount(targets[fifth]).tolist() == [40, 8, 2, 0, 0, 1]
+    assert set(tenth) < set(fifth) and (np.diff(tenth) > 0).all()
+    assert (stratified_share(targets, 1.0) == np.arange(len(targets))).all()
+    assert (tenth == stratified_share(targets, 0.1)).all()
+    spread = np.diff(np.flatnonzero(np.isin(np.flatnonzero(targets == 0), tenth)))
+    assert len(set(spread.tolist())) > 3, "chosen at random, not the first ones or every tenth"
+
+
+def test_a_share_of_files_shards_and_pixels(tmp_path):
+    targets = [0, 1] * 6
+    paths = []
+    for i in range(12):
+        paths.append(tmp_path / f"{i}.png")
+        Image.fromarray(np.full((4, 4, 3), i, np.uint8)).save(paths[-1])
+    indices = stratified_share(np.array(targets), 0.5)
+    whole = Files(paths, targets, ["a", "b"])
+    whole.shards = (5, 0, 4, 3)
+    part = share_of(whole, 0.5)
+    assert [np.asarray(part.open(i))[0, 0, 0] for i in range(len(part))] == indices.tolist()
+    assert [part.name(i) for i in range(6)] == [str(paths[i]) for i in indices]
+    shard = np.repeat([0, 2, 3], [5, 4, 3])[indices]
+    assert part.shards == tuple((shard == i).sum() for i in range(4))
+    assert part.targets.tolist() == [targets[i] for i in indices] and part.classes == ["a", "b"]
+    pixels = np.stack([np.asarray(whole.open(i)) for i in range(12)])
+    part = share_of(Pixels(pixels, targets, ["a", "b"]), 0.5)
+    assert (part.pixels == pixels[indices]).all() and part.targets.sum() == 3
+    assert share_of(whole, 1.0) is whole
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finetune")
+    images = write_images(folder / "images", train=20, val=3)
+    others = write_images(folder / "others", train=8, val=3, classes=("bird", "fish"))
+    more = write_images(folder / "more", train=8, val=3, classes=("bird", "cat", "dog"))
+    return images, others, more, folder
+
+
+def test_from_run_to_run(trained, main):
+    """A share of the set; then other classes with a new classifier; names that are told apart."""
+    images, others, more, folder = trained
+    base = ["--model", "visformer_tiny", *SMALL, "--epochs", 1, "--warmup-lr", 1e-3]
+    run = [*base, "--data-path", images, "--output_dir", folder / "a", "--sampling-ratio", 0.25]
+    status, output, errors = main(*run)
+    assert status == 0, errors
+    assert "training on 10 images (0.25 of the set)" in output
+    first = torch.load(folder / "a/checkpoint.pth", weights_only=True)
+    assert first["classes"] == ["cat", "dog"]
+
+    tuned = [*base, "--finetune", folder / "a/checkpoint.pth", "--output_dir"]
+    status, output, _ = main(*tuned, folder / "b", "--data-path", others, "--linear-probe")
+    assert status == 0 and "left at their initial value: head" in output  # of the same shape
+    assert "(0.001 M learn)" in output
+    second = torch.load(folder / "b/checkpoint.pth", weights_only=True)
+    for key, value in first["model"].items():
+        assert torch.equal(value, second["model"][key]) == (not key.startswith("head")), key
+    assert read_log(folder / "b")[0]["n_parameters"] == sum(
+        value.numel() for key, value in first["model"].items() if key.startswith("head")
+    )
+
+    words = ["--input-size", 64, "--layer-decay", 0.8, "--freeze-stages", 0]
+    status, output, errors = main(*tuned, folder / "c", "--data-path", more, *words)
+    assert status == 0, errors
+    for text in ("3 resampled", "left at their initial value: head", "18 layers learn at 0.0225"):
+        assert text in output
+
+    words = ["--resume", folder / "a/checkpoint.pth", "--eval", "--data-path", others]
+    status, output, _ = main(*words, *SMALL)
+    assert status == 0
+    assert "class 0 of " in output and "is 'cat', that of the dataset is 'bird'" in output
+
+
+def test_locality_of_convit(trained, main):
+    images, *_, folder = trained
+    words = ["--model", "convit_tiny", *SMALL, "--epochs", 1, "--data-path", images]
+    words += ["--locality-strength", 0.5, "--local-up-to-layer", 3, "--output_dir", folder / "d"]
+    assert main(*words)[0] == 0
+    saved = torch.load(folder / "d/checkpoint.pth", weights_only=True)
+    kwargs = saved["model_kwargs"]
+    assert (kwargs["locality_strength"], kwargs["local_up_to_layer"]) == (0.5, 3)
+    gates = [key for key in saved["model"] if key.endswith("gating_param")]
+    assert len(gates) == 3
+    words = ["--eval", "--resume", folder / "d/checkpoint.pth", "--data-path", images]
+    status, output, _ = main(*words)
+    assert status == 0 and "'local_up_to_layer': 3" in output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--sampling-ratio", 0], "--sampling-ratio 0.0 must be above 0, at most 1"),
+        (["--sampling-ratio", 1.5], "--sampling-ratio 1.5 must be above 0, at most 1"),
+        (["--layer-decay", 1.2], "--layer-decay 1.2 must be above 0"),
+        (["--freeze-stages", 1], "--freeze-stages keeps weights as they are"),
+        (["--linear-probe"], "--linear-probe keeps weights as they are"),
+        (["--finetune", "x", "--linear-probe", "--layer-decay", 0.5], "leave --layer-decay out"),
+        (["--finetune", "x", "--linear-probe", "--freeze-stages", 0], "leave --freeze-stages out"),
+        (["--finetune", "x", "--freeze-stages", -2], "--freeze-stages -2 must be 0 or more"),
+        (["--finetune", "x", "--freeze-stages", 7], "7 frozen stages are more than the 4"),
+        (["--locality-strength", 1], "visformer_tiny takes no locality_strength"),
+        (["--local-up-to-layer", 2], "visformer_tiny takes no local_up_to_layer"),
+        (
+            ["--model", "convit_tiny", "--local-up-to-layer", 12],
+            "local_up_to_layer 12 must be from 0 to 11",
+        ),
+        (["--finetune", "none.pth"], "cannot read checkpoint none.pth"),
+    ],
+)
+def test_bad_input_is_named(trained, main, words, message):
+    images, *_ = trained
+    base = ["--model", "visformer_tiny", *SMALL, "--epochs", 1, "--data-path", images]
+    status, _, errors = main(*base, *words)
+    assert status == 1 and message in errors

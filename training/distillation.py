@@ -1,0 +1,175 @@
+"""Learning from a teacher: DeiT (Touvron et al., arXiv 2012.12877), section 4."""
+
+from argparse import Namespace
+from collections.abc import Callable
+from typing import NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import engine
+import models
+from configs import ConfigError
+from utils import log
+
+
+class Lesson(NamedTuple):
+    """What a batch is trained on: targets of the data, and the teacher's logits ``B K``."""
+
+    targets: torch.Tensor
+    teacher: torch.Tensor
+
+
+class Teacher(nn.Module):
+    """A trained network that tells what it thinks of images, without gradients.
+
+    Args:
+        model: On the device of the training; put into evaluation mode, for good.
+        scale, shift: ``3``; what takes images from the training's normalisation to the model's.
+    """
+
+    def __init__(self, model: nn.Module, scale: torch.Tensor, shift: torch.Tensor):
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.register_buffer("scale", scale.view(3, 1, 1))
+        self.register_buffer("shift", shift.view(3, 1, 1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Images ``B 3 H W`` to logits ``B K``."""
+        return self.model(torch.addcmul(self.shift, images, self.scale))
+
+
+class Taught:
+    """Mixes a batch, and asks the teacher about the mixed images; stands for timm's ``Mixup``.
+
+    Args:
+        teacher: The teacher.
+        mixup_fn: What mixes images and targets, or None.
+        precision: Mixed precision of the teacher's forward pass.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        mixup_fn: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None,
+        precision: engine.Precision,
+    ):
+        self.teacher, self.mixup_fn, self.precision = teacher, mixup_fn, precision
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, Lesson]:
+        """Images ``B 3 H W`` and targets ``B`` to mixed images and what is to be learnt."""
+        if self.mixup_fn is not None:
+            images, targets = self.mixup_fn(images, targets)
+        with self.precision.autocast():
+            logits = self.teacher(images)
+        return images, Lesson(targets, logits.float())
+
+
+class DistillationLoss(nn.Module):
+    """``(1 - alpha) base(z, y) + alpha distance(z_d, z_t)``.
+
+    Soft (equation 2): ``tau^2 KL(softmax(z_t / tau) || softmax(z_d / tau))``, the mean over the
+    batch. Hard (equation 3): cross-entropy with ``argmax z_t``. A student with a head of its own
+    for the teacher gives the pair ``(z, z_d)``, any other one learns both by ``z_d = z``.
+
+    Args:
+        base: Loss of (logits, targets).
+        kind: ``soft`` or ``hard``.
+        alpha: Weight of the teacher's part.
+        tau: Temperature of the soft kind.
+    """
+
+    def __init__(self, base: nn.Module, kind: str, alpha: float, tau: float):
+        super().__init__()
+        self.base, self.kind, self.alpha, self.tau = base, kind, alpha, tau
+
+    def forward(
+        self, logits: torch.Tensor | tuple[torch.Tensor, torch.Tensor], lesson: Lesson
+    ) -> torch.Tensor:
+        """Logits ``B K``, or a pair of them, to the loss."""
+        own, taught = logits if isinstance(logits, tuple) else (logits, logits)
+        base = self.base(own, lesson.targets)
+        if self.kind == "hard":
+            distance = F.cross_entropy(taught, lesson.teacher.argmax(1))
+        else:
+            student, teacher = (
+                F.log_softmax(z.float() / self.tau, 1) for z in (taught, lesson.teacher)
+            )
+            distance = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+            distance = distance * self.tau**2
+        return (1 - self.alpha) * base + self.alpha * distance
+
+
+def build_teacher(
+    args: Namespace,
+    num_classes: int,
+    precision: engine.Precision,
+    normalization: tuple[tuple[float, ...], tuple[float, ...]],
+) -> Teacher:
+    """The network of ``--teacher-path`` or, without one, timm's pretrained ``--teacher-model``.
+
+    Args:
+        args: The flags.
+        num_classes: Of the training set, which the teacher must have.
+        precision: Says where the teacher goes, and in which layout.
+        normalization: Mean and deviation of the training's images. A file of this project was
+            trained with the same, any other one is given what timm says of the model.
+
+    Raises:
+        ConfigError: The teacher knows other classes, or has no weights.
+        ModelError: There is no such model, or it cannot take images of ``--input-size``.
+        CheckpointError: Its file cannot be read, or does not fit.
+    """
+    path = args.teacher_path
+    checkpoint = models.read_checkpoint(path) if path else {}
+    kwargs = dict(checkpoint.get("model_kwargs", {}))
+    name = args.teacher_model or checkpoint.get("model_name")
+    if not name:
+        raise ConfigError(f"--teacher-path {path} does not name its model: give --teacher-model")
+    if name != checkpoint.get("model_name"):
+        kwargs = {}
+    known = kwargs.get("num_classes", num_classes)
+    if not path:
+        known = _pretrained_classes(name)
+    if known != num_classes:
+        raise ConfigError(
+            f"teacher {path or name} knows {known} classes, the training set has {num_classes}"
+        )
+    required = {"num_classes": num_classes} | ({} if path else {"pretrained": True})
+    optional = kwargs | {"img_size": args.input_size}
+    try:
+        model, _ = models.build_model(name, required, optional)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"cannot get weights of teacher {name}: {reason}") from error
+    if path:
+        log(f"teacher {name}: {models.load_weights(model, checkpoint, path)}")
+    models.check_input_size(model, name, args.input_size)
+    means, deviations = (torch.tensor(values) for values in normalization)
+    scale, shift = torch.ones(3), torch.zeros(3)
+    if "args" not in checkpoint:
+        cfg = model.pretrained_cfg
+        own_means, own_deviations = torch.tensor(cfg["mean"]), torch.tensor(cfg["std"])
+        scale, shift = deviations / own_deviations, (means - own_means) / own_deviations
+    teacher = Teacher(model, scale, shift)
+    precision.place(teacher)
+    return teacher
+
+
+def _pretrained_classes(name: str) -> int:
+    """How many classes timm's weights of a model know."""
+    if not timm.is_model(name):
+        models.build_model(name, {}, {})  # says which names are near
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None or not cfg.has_weights:
+        raise ConfigError(f"timm has no weights of teacher {name}: give --teacher-path CHECKPOINT")
+    return cfg.num_classes
+
+
+def learn_from_teacher(model: nn.Module) -> None:
+    """Let a student that has a head for the teacher, as timm's distilled DeiT, use it."""
+    if hasattr(model, "set_distilled_training"):
+        model.set_distilled_training(True)
