@@ -119,20 +119,24 @@ def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim
     classifier down (BEiT, arXiv 2106.08254, section 3.1).
 
     Raises:
-        SettingError: The model does not say what its layers are.
+        SettingError: There is no such optimizer, or it does not take its flags; the model does not
+            say what its layers are.
     """
     options = {"eps": args.opt_eps, "betas": args.opt_betas, "layer_decay": args.layer_decay}
     sharded = isinstance(model, FSDPModule)
     if args.opt.lower() in (FUSED_SHARDED_OPTIMIZERS if sharded else FUSED_OPTIMIZERS):
         options["fused"] = True
-    optimizer = create_optimizer_v2(
-        model,
-        opt=args.opt,
-        lr=lr,
-        weight_decay=args.weight_decay,
-        momentum=args.momentum,
-        **{key: value for key, value in options.items() if value is not None},
-    )
+    try:
+        optimizer = create_optimizer_v2(
+            model,
+            opt=args.opt,
+            lr=lr,
+            weight_decay=args.weight_decay,
+            momentum=args.momentum,
+            **{key: value for key, value in options.items() if value is not None},
+        )
+    except ValueError as error:
+        raise SettingError(f"cannot build optimizer --opt {args.opt}: {error}") from error
     if args.layer_decay not in (None, 1) and len(layer_scales(optimizer)) == 1:
         name = type(model).__name__
         raise SettingError(f"{name} does not say what its layers are: leave --layer-decay out")
@@ -147,24 +151,33 @@ def layer_scales(optimizer: torch.optim.Optimizer) -> list[float]:
 def build_scheduler(
     args: Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int
 ) -> Scheduler:
-    """timm's schedule named ``--sched`` over ``--epochs``."""
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=args.sched,
-        num_epochs=args.epochs,
-        decay_epochs=args.decay_epochs,
-        cooldown_epochs=args.cooldown_epochs,
-        patience_epochs=args.patience_epochs,
-        decay_rate=args.decay_rate,
-        min_lr=args.min_lr,
-        warmup_lr=args.warmup_lr,
-        warmup_epochs=args.warmup_epochs,
-        noise=args.lr_noise,
-        noise_pct=args.lr_noise_pct,
-        noise_std=args.lr_noise_std,
-        step_on_epochs=not args.sched_on_updates,
-        updates_per_epoch=updates_per_epoch,
-    )
+    """timm's schedule named ``--sched`` over ``--epochs``.
+
+    Raises:
+        SettingError: There is no such schedule, or it does not take its flags.
+    """
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=args.sched,
+            num_epochs=args.epochs,
+            decay_epochs=args.decay_epochs,
+            cooldown_epochs=args.cooldown_epochs,
+            patience_epochs=args.patience_epochs,
+            decay_rate=args.decay_rate,
+            min_lr=args.min_lr,
+            warmup_lr=args.warmup_lr,
+            warmup_epochs=args.warmup_epochs,
+            noise=args.lr_noise,
+            noise_pct=args.lr_noise_pct,
+            noise_std=args.lr_noise_std,
+            step_on_epochs=not args.sched_on_updates,
+            updates_per_epoch=updates_per_epoch,
+        )
+    except ValueError as error:
+        raise SettingError(f"cannot build schedule --sched {args.sched}: {error}") from error
+    if scheduler is None:  # what older versions of timm make of a name that they do not know
+        raise SettingError(f"--sched {args.sched} is no schedule of timm's, as cosine or step")
     return scheduler
 
 

@@ -16,7 +16,7 @@ import datasets
 import engine
 import models
 import utils
-from configs import ConfigError, LaunchError, Place, parse_args
+from configs import ConfigError, LaunchError, Place, keyword_arguments, parse_args
 from pipeline.finish import Feed
 from samplers import Draw
 from training import (
@@ -62,7 +62,8 @@ def choose_model(
     """
     optional = {"img_size": args.input_size, "drop_rate": args.drop}
     optional |= {"drop_path_rate": args.drop_path}
-    required = {"num_classes": num_classes, "qk_scale_factor": args.qk_scale_factor}
+    required = keyword_arguments(args.model_kwargs)
+    required |= {"num_classes": num_classes, "qk_scale_factor": args.qk_scale_factor}
     for key in ("locality_strength", "local_up_to_layer"):
         if getattr(args, key) is not None:
             required[key] = getattr(args, key)

@@ -1,22 +1,37 @@
 """The flags of ``main.py``: DeiT's and Visformer's spellings and defaults, then our own."""
 
 import argparse
+import ast
+import math
 import os
 import sys
 from argparse import BooleanOptionalAction as OnOff
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
+from configs.recipe import ConfigError, recipe_argv
 from datasets import DATA_SETS, HUB, data_set_named
 from pipeline.transfer import INAT_CATEGORIES
 
 
-class ConfigError(ValueError):
-    """A recipe file cannot be read, or flags contradict each other."""
+def keyword_arguments(words: Sequence[str]) -> dict[str, Any]:
+    """What ``--model-kwargs`` gives: ``KEY=VALUE`` with a Python literal, or else a text, as value.
+
+    Raises:
+        ConfigError: A word is not of that form.
+    """
+    found = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key.isidentifier():
+            raise ConfigError(f"--model-kwargs {word} must be KEY=VALUE, such as depth=6")
+        try:
+            found[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[key] = value
+    return found
 
 
 class Parser(argparse.ArgumentParser):
@@ -99,6 +114,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
         metavar="EXPONENT",
         help="queries and keys are each scaled by head_dim ** EXPONENT (models: -0.25)",
     )
+    add("--model-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help="of the model's own")
     add("--locality-strength", type=float, help="ConViT: how local heads begin (model: 1)")
     add("--local-up-to-layer", type=int, metavar="N", help="ConViT: blocks of GPSA (model: 10)")
     add("--model-ema", action=OnOff, default=True, help="keep a moving average of the weights")
@@ -239,7 +255,7 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
     """
     parser = get_args_parser()
     recipe = parser.parse_args(argv).config
-    argv = _recipe_argv(parser, recipe) + list(argv) if recipe else list(argv)
+    argv = recipe_argv(parser, recipe) + list(argv) if recipe else list(argv)
     args = parser.parse_args(argv)
     del args.config  # its flags are in
     silent = get_args_parser()
@@ -248,34 +264,6 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
     given = set(vars(silent.parse_args(argv)))
     _check(args)
     return args, given
-
-
-def _recipe_argv(parser: argparse.ArgumentParser, path: str) -> list[str]:
-    """The flags of a recipe file as command-line words."""
-    try:
-        recipe = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read recipe {path}: {error}") from error
-    if not isinstance(recipe, dict):
-        raise ConfigError(f"recipe {path} must be a mapping of flags to values")
-    actions = {action.dest: action for action in parser._actions}
-    argv: list[str] = []
-    for key, value in recipe.items():
-        name = str(key).replace("-", "_")
-        if name not in actions or name in ("help", "config"):
-            raise ConfigError(f"recipe {path}: {key!r} is no flag of main.py")
-        flag = actions[name].option_strings[0]
-        if value is None:
-            continue
-        if isinstance(actions[name], OnOff):
-            argv.append(flag if value else "--no-" + flag.removeprefix("--"))
-        elif actions[name].nargs == 0:
-            argv += [flag] if value else []
-        elif isinstance(value, list):
-            argv += [flag, *map(str, value)]
-        else:
-            argv.append(f"{flag}={value}")
-    return argv
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -287,7 +275,10 @@ def _check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} must be positive")
     if args.input_size is not None and args.input_size < 1:
         raise ConfigError(f"--input-size {args.input_size} must be positive")
+    if not 0 <= args.lr < math.inf:
+        raise ConfigError(f"--lr {args.lr} must be 0 or more, and finite")
     _check_finetuning(args)
+    keyword_arguments(args.model_kwargs)
     if args.resume == "auto" and not args.output_dir:
         raise ConfigError("--resume auto looks into --output_dir, which is not given")
     if args.eval and not args.resume:

@@ -42,7 +42,7 @@ def build_model(
         except TypeError as error:
             refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             if refused is None or refused[1] not in kwargs:
-                raise
+                raise ModelError(f"cannot build {name} with {kwargs}: {error}") from error
             if refused[1] in required:
                 raise ModelError(f"model {name} takes no {refused[1]}") from error
             del optional[refused[1]]

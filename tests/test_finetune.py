@@ -176,12 +176,15 @@ def test_locality_of_convit(trained, main):
     images, *_, folder = trained
     words = ["--model", "convit_tiny", *SMALL, "--epochs", 1, "--data-path", images]
     words += ["--locality-strength", 0.5, "--local-up-to-layer", 3, "--output_dir", folder / "d"]
+    words += ["--model-kwargs", "embed_dim=96", "use_pos_embed=False"]
     assert main(*words)[0] == 0
     saved = torch.load(folder / "d/checkpoint.pth", weights_only=True)
     kwargs = saved["model_kwargs"]
     assert (kwargs["locality_strength"], kwargs["local_up_to_layer"]) == (0.5, 3)
     gates = [key for key in saved["model"] if key.endswith("gating_param")]
     assert len(gates) == 3
+    assert "pos_embed" not in saved["model"] and saved["model"]["norm.weight"].shape == (96,)
+    assert main("-c", folder / "d/args.yaml", "--epochs", 1, "--resume", "auto")[0] == 0
     words = ["--eval", "--resume", folder / "d/checkpoint.pth", "--data-path", images]
     status, output, _ = main(*words)
     assert status == 0 and "'local_up_to_layer': 3" in output
