@@ -1,0 +1,165 @@
+"""Claims of the papers on a small set: ``python -m tools.results [CLAIM ...]``.
+
+Every arm is a run of ``main.py`` with the recipe of ``--config``; runs that are done are not
+repeated, and those that were interrupted go on. Printed is a table in Markdown with the top-1
+accuracy after the last epoch, not the best one: mean and standard deviation over the seeds.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from configs import ConfigError, parse_args
+from configs.flags import usable_cpus
+from tools.results.claims import CLAIMS, Arm
+from utils import exit_status
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+class RunError(RuntimeError):
+    """A training failed."""
+
+
+def folder_of(args: Namespace, arm: Arm, seed: int) -> Path:
+    """Output folder of a run."""
+    return Path(args.output_dir) / f"{arm.name}-{seed}"
+
+
+def flags_of(args: Namespace, arm: Arm, seed: int) -> list[str]:
+    """Command line of a run of ``main.py``."""
+    flags = ["-c", args.config, *arm.flags, "--data-path", args.data_path]
+    epochs = args.epochs or parse_args(["-c", args.config])[0].epochs
+    if args.epochs or arm.share < 1:
+        flags += ["--epochs", str(round(epochs / arm.share))]
+    if arm.share < 1:
+        warmup = parse_args(["-c", args.config])[0].warmup_epochs
+        flags += ["--warmup-epochs", str(round(warmup / arm.share))]
+        flags += ["--sampling-ratio", f"{arm.share:g}"]
+    if arm.teacher:
+        flags += ["--teacher-path", str(folder_of(args, arm.teacher, seed) / "checkpoint.pth")]
+    flags += shlex.split(args.flags)
+    return [*flags, "--seed", str(seed), "--output_dir", str(folder_of(args, arm, seed))]
+
+
+def read_epochs(folder: Path) -> list[dict[str, float]]:
+    """The lines of a run's ``log.txt``; none before the first epoch is done."""
+    path = folder / "log.txt"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
+def train(args: Namespace, arm: Arm, seed: int) -> None:
+    """Train an arm, or what is left of it, in a process of its own.
+
+    Raises:
+        RunError: It failed.
+    """
+    folder, flags = folder_of(args, arm, seed), flags_of(args, arm, seed)
+    wanted = parse_args(flags)[0].epochs
+    if len(read_epochs(folder)) >= wanted:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    threads = str(max(1, usable_cpus() // args.jobs))
+    print("$ python main.py", shlex.join(flags), file=sys.stderr, flush=True)
+    with (folder / "stdout.txt").open("a") as output:
+        status = subprocess.run(
+            [sys.executable, str(ROOT / "main.py"), *flags, "--resume", "auto"],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": threads},
+        ).returncode
+    if status or len(read_epochs(folder)) < wanted:
+        raise RunError(f"{arm.name} with seed {seed} failed: see {folder / 'stdout.txt'}")
+
+
+def train_all(
+    args: Namespace, arms: Sequence[Arm], run: Callable[[Namespace, Arm, int], None] = train
+) -> None:
+    """Train arms with all seeds, ``--jobs`` at a time, teachers before their students."""
+    teachers = [arm.teacher for arm in arms if arm.teacher]
+    rounds = [arm for arm in dict.fromkeys([*teachers, *arms]) if not arm.teacher]
+    for chosen in (rounds, [arm for arm in dict.fromkeys(arms) if arm.teacher]):
+        with ThreadPoolExecutor(args.jobs) as pool:
+            jobs = [pool.submit(run, args, arm, seed) for seed in args.seeds for arm in chosen]
+            try:
+                for job in jobs:
+                    job.result()
+            finally:
+                for job in jobs:
+                    job.cancel()
+
+
+def row(args: Namespace, arm: Arm) -> str:
+    """One line of the table."""
+    logs = [read_epochs(folder_of(args, arm, seed)) for seed in args.seeds]
+    accuracies = [log[-1]["test_acc1"] for log in logs]
+    spread = f" ± {statistics.stdev(accuracies):.1f}" if len(accuracies) > 1 else ""
+    single = ", ".join(f"{accuracy:.1f}" for accuracy in accuracies)
+    words = flags_of(args, arm, args.seeds[0])
+    command = shlex.join(words).replace(f"--seed {args.seeds[0]} ", "--seed SEED ")
+    command = command.replace(f"-{args.seeds[0]}/checkpoint", "-SEED/checkpoint")
+    command = command[: command.index(" --output_dir")] + f" --output_dir {arm.name}-SEED"
+    mean = statistics.mean(accuracies)
+    return f"| {arm.name} | {mean:.1f}{spread} | {single} | `python main.py {command}` |"
+
+
+def tables(args: Namespace, names: Sequence[str]) -> Iterator[str]:
+    """A table in Markdown for each claim."""
+    seeds = ", ".join(map(str, args.seeds))
+    for name in names:
+        claim = CLAIMS[name]
+        yield f"## {claim.title}\n\n{claim.paper}.\n"
+        yield f"| run | top-1 (%) | seeds {seeds} | command |\n|---|---|---|---|"
+        yield "\n".join(row(args, arm) for arm in claim.arms) + "\n"
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """The parser of this tool's flags."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("claims", nargs="*", metavar="CLAIM", help=f"of {', '.join(CLAIMS)}; all if none")
+    add("--data-path", required=True, help="image folder with train and val")
+    add("--output_dir", default="output/results", help="one folder per run")
+    add("--config", default="configs/cifar10_claims.yaml", help="recipe of all runs")
+    add("--epochs", type=int, help="of the whole set, instead of the recipe's")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--jobs", type=int, default=1, help="trainings at a time, which share the cores")
+    add("--flags", default="", help="further flags of main.py, as one word")
+    return parser
+
+
+def start(argv: list[str]) -> int:
+    """Train what is missing, and print the tables."""
+    args = get_parser().parse_args(argv)
+    unknown = [name for name in args.claims if name not in CLAIMS]
+    if unknown:
+        raise ConfigError(f"{unknown[0]!r} is no claim; there are {', '.join(CLAIMS)}")
+    if args.jobs < 1 or len(set(args.seeds)) < len(args.seeds):
+        raise ConfigError("--jobs must be positive, and --seeds all different")
+    names = args.claims or list(CLAIMS)
+    train_all(args, [arm for name in names for arm in CLAIMS[name].arms])
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(f"torch {torch.__version__}, {device}, {usable_cpus()} cores\n")
+    for part in tables(args, names):
+        print(part)
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    """Run with the flags ``argv``; returns the exit status."""
+    return exit_status(lambda: start(argv), (ConfigError, RunError))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
