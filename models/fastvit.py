@@ -9,6 +9,7 @@ converts by :func:`checkpoint_filter_fn`.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from einops import rearrange
@@ -323,6 +324,8 @@ class FastViT(Fusible):
             projections, of attention weights.
         drop_path_rate: Stochastic depth of the last block, growing linearly from 0.
         inference_mode: Build the reparameterised form, for weights that are reparameterised.
+        overparameterize: Off leaves stem, patch embeddings and last convolution one branch each
+            in training (the ablation of section 3.2.2).
 
     Raises:
         ValueError: Widths do not fit each other, or a mixer is unknown.
@@ -344,6 +347,7 @@ class FastViT(Fusible):
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         inference_mode: bool = False,
+        overparameterize: bool = True,
     ):
         super().__init__()
         _check_stages(stages, cls_ratio)
@@ -369,6 +373,11 @@ class FastViT(Fusible):
         )
         self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate)
         self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
+        if not (overparameterize or inference_mode):
+            outside_blocks = (self.stem, self.final_conv, *(s.downsample for s in self.stages))
+            for module in chain.from_iterable(part.modules() for part in outside_blocks):
+                if isinstance(module, ReparamConv | LargeKernelConv):
+                    module.drop_extra_branches_()
         self.init_weights()
 
     def init_weights(self) -> None:

@@ -246,6 +246,26 @@ def test_reparameterised_weights_fit_inference_mode():
     assert model.stem[0].reparam_conv.weight.grad is not None
 
 
+def test_without_overparameterisation_a_convolution_is_one_branch():
+    model, whole = stir(tiny(overparameterize=False)), tiny()
+    assert set(model.state_dict()) < set(whole.state_dict())
+    gone = {key.rpartition(".")[0] for key in set(whole.state_dict()) - set(model.state_dict())}
+    assert not [key for key in gone if ".blocks." in key or ".pos_emb" in key]
+    ends = ("conv_scale.conv", "conv_scale.bn", "small_conv.conv", "small_conv.bn", "identity")
+    assert all(key.endswith(ends) for key in gone)
+    assert not [key for key in model.state_dict() if "small_conv" in key]
+    for part in (model.stem, model.stages[1].downsample, model.final_conv):
+        norms = [m for m in part.modules() if isinstance(m, nn.BatchNorm2d)]
+        convolutions = [m for m in part.modules() if isinstance(m, ReparamModule)]
+        assert len(norms) == len(convolutions) > 0
+    x = torch.randn(2, 3, 64, 64)
+    model.train()(x).sum().backward()
+    model.eval()
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(model.reparameterize()(x), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_timms_tool_reparameterises_ours():
     model = stir(tiny())
     x = torch.randn(1, 3, 64, 64)

@@ -1,5 +1,7 @@
 """Attention as one function on tokens, and the module that applies it to maps."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from timm.layers import use_fused_attn
@@ -7,6 +9,22 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from models.layers.fuse import fold_before, pack, scale_outputs
+
+
+class AttentionParts(NamedTuple):
+    """Attention weights of a layer, and what its scores of content and of position give alone.
+
+    Every row of each sums to one.
+
+    Attributes:
+        full: What the layer applies to the values, ``... h N M``.
+        content: Softmax of queries times keys.
+        position: Softmax of what depends on positions alone.
+    """
+
+    full: torch.Tensor
+    content: torch.Tensor
+    position: torch.Tensor
 
 
 def attention_weights(

@@ -13,7 +13,13 @@ from timm.layers import DropPath, Mlp, use_fused_attn
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models.layers.attention import attention, attention_weights, fold_scale, split_heads
+from models.layers.attention import (
+    AttentionParts,
+    attention,
+    attention_weights,
+    fold_scale,
+    split_heads,
+)
 from models.layers.cache import EvalCache
 from models.layers.fuse import pack, pack_mlp
 
@@ -277,10 +283,16 @@ class GPSA(nn.Module):
 
     def attention_maps(self, x: torch.Tensor) -> torch.Tensor:
         """The attention weights of a grid ``B H W C`` as ``B h N N``, N = H * W in row order."""
+        return self.attention_parts(x).full
+
+    def attention_parts(self, x: torch.Tensor) -> AttentionParts:
+        """:meth:`attention_maps`, and the two that the gate mixes: ``B h N N`` each."""
         content = attention_weights(*self.queries_and_keys(x), self.scale)
         position = self.pos_proj
         positional = positional_attention(position.weight, position.bias, *x.shape[1:3])
-        return content.lerp(positional.to(content.dtype), self.gate().to(content.dtype))
+        positional = positional.to(content.dtype)
+        full = content.lerp(positional, self.gate().to(content.dtype))
+        return AttentionParts(full, content, positional.expand_as(full))
 
     def fuse_(self) -> None:
         """Fold the pre-scale into the projection (see :class:`models.layers.fuse.Fusible`)."""

@@ -110,6 +110,11 @@ class ReparamModule(nn.Module):
 
     def kernel(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Kernel ``D C/groups k k`` and bias ``D`` of what the branches compute."""
+        weights, biases = zip(*self.branch_kernels().values(), strict=True)
+        return sum(weights[1:], weights[0]), sum(biases[1:], biases[0])
+
+    def branch_kernels(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Kernel ``D C/groups k k`` and bias ``D`` of every branch; their sum is :meth:`kernel`."""
         raise NotImplementedError
 
     def fuse_(self) -> None:
@@ -180,6 +185,11 @@ class ReparamConv(ReparamModule):
         if in_chans == out_chans and stride == 1:
             self.identity = nn.BatchNorm2d(in_chans)
 
+    def drop_extra_branches_(self) -> None:
+        """Leave one convolution with the full kernel alone, before training."""
+        self.conv_kxk = self.conv_kxk[:1]
+        self.conv_scale = self.identity = None
+
     def forward_branches(self, x: torch.Tensor) -> torch.Tensor:
         outputs = [conv(x) for conv in self.conv_kxk]
         if self.conv_scale is not None:
@@ -191,16 +201,17 @@ class ReparamConv(ReparamModule):
             outputs.append(self.identity(x))
         return sum(outputs[1:], outputs[0])
 
-    def kernel(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def branch_kernels(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         size = self.geometry["kernel_size"]
-        convs = [conv for conv in (*self.conv_kxk, self.conv_scale) if conv is not None]
-        parts = [fuse_norm(conv.conv.weight, conv.bn, size) for conv in convs]
+        convs = {f"conv_kxk.{index}": conv for index, conv in enumerate(self.conv_kxk)}
+        if self.conv_scale is not None:
+            convs["conv_scale"] = self.conv_scale
+        parts = {name: fuse_norm(conv.conv.weight, conv.bn, size) for name, conv in convs.items()}
         if self.identity is not None:
             channels, groups = self.geometry["in_channels"], self.geometry["groups"]
             eye = identity_kernel(channels, groups, size, self.identity.weight)
-            parts.append(fuse_norm(eye, self.identity, size))
-        weights, biases = zip(*parts, strict=True)
-        return sum(weights[1:], weights[0]), sum(biases[1:], biases[0])
+            parts["identity"] = fuse_norm(eye, self.identity, size)
+        return parts
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``B C H W -> B D H/stride W/stride``."""
@@ -235,14 +246,22 @@ class LargeKernelConv(ReparamModule):
             self.large_conv = conv_norm(in_chans, out_chans, kernel_size, stride, groups)
             self.small_conv = conv_norm(in_chans, out_chans, 3, stride, groups)
 
-    def forward_branches(self, x: torch.Tensor) -> torch.Tensor:
-        return self.large_conv(x) + self.small_conv(x)
+    def drop_extra_branches_(self) -> None:
+        """Leave the large convolution alone, before training."""
+        self.small_conv = None
 
-    def kernel(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward_branches(self, x: torch.Tensor) -> torch.Tensor:
+        large = self.large_conv(x)
+        return large if self.small_conv is None else large + self.small_conv(x)
+
+    def branch_kernels(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         size = self.geometry["kernel_size"]
-        large = fuse_norm(self.large_conv.conv.weight, self.large_conv.bn, size)
-        small = fuse_norm(self.small_conv.conv.weight, self.small_conv.bn, size)
-        return large[0] + small[0], large[1] + small[1]
+        convs = {"large_conv": self.large_conv, "small_conv": self.small_conv}
+        return {
+            name: fuse_norm(conv.conv.weight, conv.bn, size)
+            for name, conv in convs.items()
+            if conv is not None
+        }
 
 
 class LayerScale2d(nn.Module):
@@ -295,6 +314,18 @@ class RepMixer(ReparamModule):
     def forward_branches(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.layer_scale(self.mixer(x) - self.norm(x))
 
+    def branch_kernels(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        dim, size = self.geometry["in_channels"], self.geometry["kernel_size"]
+        parts = {f"mixer.{name}": part for name, part in self.mixer.branch_kernels().items()}
+        weight, bias = self.norm.kernel()
+        parts["-norm"] = -weight, -bias
+        if isinstance(self.layer_scale, LayerScale2d):
+            gamma = self.layer_scale.gamma.flatten()
+            parts = {
+                name: (w * gamma[:, None, None, None], b * gamma) for name, (w, b) in parts.items()
+            }
+        return {"skip": (identity_kernel(dim, dim, size, weight), torch.zeros_like(bias)), **parts}
+
     def kernel(self) -> tuple[torch.Tensor, torch.Tensor]:
         (mixer, mixer_bias), (norm, norm_bias) = self.mixer.kernel(), self.norm.kernel()
         weight, bias = mixer - norm, mixer_bias - norm_bias
@@ -323,6 +354,11 @@ class RepConditionalPosEnc(ReparamModule):
 
     def forward_branches(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.pos_enc(x)
+
+    def branch_kernels(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        weight, bias = self.pos_enc.weight, self.pos_enc.bias
+        eye = identity_kernel(weight.shape[0], weight.shape[0], weight.shape[-1], weight)
+        return {"skip": (eye, torch.zeros_like(bias)), "pos_enc": (weight, bias)}
 
     def kernel(self) -> tuple[torch.Tensor, torch.Tensor]:
         weight = self.pos_enc.weight

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from models.layers.attention import (
     Attention2d,
+    AttentionParts,
     BiasedAttention,
     attention,
     attention_weights,
@@ -252,7 +253,7 @@ class WindowAttention2d(Attention2d):
         tokens = Arrange.apply(tokens, fill, source, padding, target, None)  # B WN 3hd
         tokens = tokens.unflatten(1, (-1, self.window**2)).flatten(0, 1)  # (B W) N 3hd
         heads = split_heads(tokens, 3, self.num_heads)
-        return tuple(part.unflatten(0, (len(x), -1)) for part in heads)
+        return tuple(part.unflatten(0, (x.shape[0], -1)) for part in heads)
 
     def merge(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Heads' outputs ``B W h N d`` as a map ``B hd H W`` of this size, in channels_last."""
@@ -274,9 +275,11 @@ class WindowAttention2d(Attention2d):
             return BiasedAttention.apply(q, k, v, bias, self.mask(height, width, bias), self.scale)
         options = (self.scale, dropout_p, self.fused_attn)
         bias = self.bias(height, width, q.dtype)
-        if len(bias) == 1 or len(q) == 1:
+        images = q.shape[0]  # not len(), which would fix it in an exported graph
+        single = not torch.compiler.is_exporting() and images == 1
+        if len(bias) == 1 or single:
             out = attention(*(part.flatten(0, 1) for part in (q, k, v)), bias, *options)
-            return out.unflatten(0, (len(q), -1))
+            return out.unflatten(0, (images, -1))
         # windows differ in what they mask: beside the heads, they share it over the images
         out = attention(
             *(part.flatten(1, 2) for part in (q, k, v)), bias.flatten(0, 1)[None], *options
@@ -293,6 +296,40 @@ class WindowAttention2d(Attention2d):
         """Attention weights within every window of a map ``B C H W``, as ``B W h N N``."""
         q, k, _ = self.heads(x)
         return attention_weights(q, k, self.scale, self.bias(*x.shape[-2:], q.dtype))
+
+    def attention_parts(self, x: torch.Tensor) -> AttentionParts:
+        """:meth:`attention_maps`, and those of content and of bias alone: ``B W h N N`` each.
+
+        What a shift keeps apart is kept apart in all three.
+        """
+        q, k, _ = self.heads(x)
+        size = x.shape[-2:]
+        bias = self.bias(*size, q.dtype)
+        full = attention_weights(q, k, self.scale, bias)
+        content = attention_weights(q, k, self.scale, self.mask(*size, q))
+        return AttentionParts(full, content, bias.softmax(dim=-1).expand_as(full))
+
+    def weights_of_query(
+        self, weights: torch.Tensor, query: int, height: int, width: int
+    ) -> torch.Tensor:
+        """What one position of a map attends to, the windows back in their places.
+
+        Args:
+            weights: Attention weights of all windows, ``B W h N N``.
+            query: The position, in row order.
+            height, width: Of the map.
+
+        Returns:
+            ``B h H W``, 0 outside of the position's window; what padding gets is left out.
+        """
+        windows = self.windows(height, width, weights)
+        if windows is None:
+            return weights[:, 0, :, query].unflatten(-1, (height, width))
+        window, place = divmod(windows.target[query].item(), self.window**2)
+        spread = torch.zeros_like(weights[..., 0, :])  # B W h N
+        spread[:, window] = weights[:, window, :, place]
+        tokens = spread.transpose(1, 2).flatten(2)  # B h WN
+        return tokens.index_select(-1, windows.target).unflatten(-1, (height, width))
 
     def fold_norm_(self, norm: nn.BatchNorm2d) -> None:
         """Let the projection do what BatchNorm before it does as well; padding comes after it."""

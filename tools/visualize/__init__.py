@@ -1,0 +1,1 @@
+"""Pictures of what is within a net; see ``python -m tools.visualize --help``."""

@@ -1,0 +1,161 @@
+"""What the attention layers of a net compute on images: from real inputs, by real weights.
+
+Hooks keep what goes into each layer while the net runs in evaluation mode; the attention weights,
+which fused kernels never form, are computed from that by the layer itself.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from timm.layers import Attention as TimmAttention
+from torch import nn
+
+from models import vit
+from models.layers import Attention2d, WindowAttention2d, attention_weights
+from models.layers.attention import AttentionParts, split_heads
+from models.layers.gpsa import GPSA, SelfAttention
+from tools.visualize.loading import VisualizeError
+
+KINDS = (GPSA, SelfAttention, Attention2d, TimmAttention)
+CLASS = "class"  # the query that is the class token
+PARTS = ("full", "content", "position")
+
+
+def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The attention layers of ``model`` by name, in the order of depth.
+
+    Raises:
+        VisualizeError: It has none whose weights are known.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, KINDS)}
+    if not layers:
+        raise VisualizeError(f"{type(model).__name__} has no attention layer of a known kind")
+    return layers
+
+
+def choose(kind: str, flag: str, wanted: Iterable[int] | None, count: int) -> list[int]:
+    """``wanted`` indices of ``count`` things, or all.
+
+    Raises:
+        VisualizeError: One is out of range.
+    """
+    if wanted is None:
+        return list(range(count))
+    wanted = list(wanted)
+    for index in wanted:
+        if not 0 <= index < count:
+            raise VisualizeError(f"{flag}: there is no {kind} {index}, they are 0..{count - 1}")
+    return wanted
+
+
+def attention_parts(layer: nn.Module, x: torch.Tensor) -> AttentionParts:
+    """Attention weights of a layer for its input, as they are applied, and their parts.
+
+    Args:
+        layer: One of :func:`attention_layers`.
+        x: Its input, as the layer takes it.
+
+    Returns:
+        ``B h N N`` each, of windows ``B W h N N``. Layers that know no positions have content
+        alone.
+    """
+    if isinstance(layer, GPSA | WindowAttention2d):
+        return layer.attention_parts(x)
+    timms = isinstance(layer, TimmAttention)
+    full = _timm_weights(layer, x) if timms else layer.attention_maps(x)
+    return AttentionParts(full, full, None)
+
+
+def _timm_weights(layer: TimmAttention, x: torch.Tensor) -> torch.Tensor:
+    q, k, _ = split_heads(layer.qkv(x), 3, layer.num_heads)
+    # timm's scale is that of the product, ours that of either factor
+    scale = layer.scale if isinstance(layer, vit.Attention) else layer.scale**0.5
+    return attention_weights(layer.q_norm(q), layer.k_norm(k), scale)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """An attention layer with its input of a real forward.
+
+    Attributes:
+        name, layer: The layer.
+        x: What it got, as it takes it.
+        grid: Height and width of the map or of the grid of patches.
+        prefix: Tokens before the patches, the class token the first of them.
+    """
+
+    name: str
+    layer: nn.Module
+    x: torch.Tensor
+    grid: tuple[int, int]
+    prefix: int
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of the layer."""
+        return self.layer.num_heads
+
+    def parts(self) -> AttentionParts:
+        """See :func:`attention_parts`."""
+        with torch.no_grad():
+            return attention_parts(self.layer, self.x)
+
+    def maps(self, weights: torch.Tensor, query: tuple[int, int] | str) -> torch.Tensor:
+        """What one query attends to, as maps ``B h H W``; what prefix tokens get is left out.
+
+        Args:
+            weights: One of :meth:`parts`.
+            query: Row and column of a position, or ``"class"``.
+        """
+        height, width = self.grid
+        if query == CLASS:
+            return weights[:, :, 0, self.prefix :].unflatten(-1, self.grid)
+        index = query[0] * width + query[1]
+        if isinstance(self.layer, WindowAttention2d):
+            return self.layer.weights_of_query(weights, index, height, width)
+        row = weights[:, :, self.prefix + index, self.prefix :]
+        return row.unflatten(-1, self.grid)
+
+
+def capture(
+    model: nn.Module, layers: dict[str, nn.Module], images: torch.Tensor
+) -> Iterator[Captured]:
+    """Run ``model`` on images ``B 3 H W``; every layer with the input that it got."""
+    inputs: dict[str, torch.Tensor] = {}
+
+    def keep(name: str):
+        def hook(module: nn.Module, args: tuple) -> None:
+            inputs[name] = args[0].detach()
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
+    try:
+        with torch.no_grad():
+            model.eval()(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, layer in layers.items():
+        x = inputs.pop(name)
+        yield Captured(name, layer, x, *_geometry(model, layer, x, images.shape[-2:]))
+
+
+def _geometry(
+    model: nn.Module, layer: nn.Module, x: torch.Tensor, size: tuple[int, int]
+) -> tuple[tuple[int, int], int]:
+    """The grid that a layer's input is of, and its tokens before that."""
+    if isinstance(layer, GPSA):
+        return tuple(x.shape[1:3]), 0
+    if x.ndim == 4:
+        return tuple(x.shape[-2:]), 0
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if isinstance(patch, tuple):
+        grid = (size[0] // patch[0], size[1] // patch[1])
+        prefix = x.shape[1] - grid[0] * grid[1]
+        if prefix in (0, getattr(model, "num_prefix_tokens", 0)):
+            return grid, prefix
+    raise VisualizeError(
+        f"{type(model).__name__} does not say how its {x.shape[1]} tokens lie in the image"
+    )

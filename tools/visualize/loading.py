@@ -1,0 +1,237 @@
+"""The nets and images that pictures are made of."""
+
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import nn
+from torchvision import transforms
+
+import datasets
+import models
+from models.checkpoint import state_dict_of
+from pipeline.images import DataError, load_image
+from tools.convert_checkpoint import num_classes_of
+
+EVAL_CROP_RATIO = 0.875  # main.py's default
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm")
+
+
+class VisualizeError(RuntimeError):
+    """There is no such picture of this net; the message names what there is."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A net in evaluation mode, in float32, and how it wants its images.
+
+    Attributes:
+        model: The net, on its device.
+        label: What titles call it.
+        epoch: The last epoch that its weights have seen, from 0; None if not known.
+        size: Height and width of its images, in pixels.
+        crop_ratio: Share of the resized image's side that the centre crop keeps.
+        mean, std: Of the normalisation.
+    """
+
+    model: nn.Module
+    label: str
+    epoch: int | None
+    size: int
+    crop_ratio: float = EVAL_CROP_RATIO
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+
+    @property
+    def device(self) -> torch.device:
+        """Where the net is."""
+        return next(self.model.parameters()).device
+
+    def normalized(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Images ``B 3 H W`` of values in 0..1 as the net wants them, on its device."""
+        normalize = transforms.Normalize(self.mean, self.std)
+        return normalize(pictures).to(self.device)
+
+
+def device_of(args: Namespace) -> torch.device:
+    """``--device``, or CUDA if present, else the CPU.
+
+    Raises:
+        VisualizeError: It does not exist here.
+    """
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise VisualizeError("--device cuda, but PyTorch finds no CUDA device: use --device cpu")
+    return torch.device(name)
+
+
+def load_subject(what: str, args: Namespace) -> Subject:
+    """The net of a checkpoint file, or the registered model of a name.
+
+    Args:
+        what: File or address of a checkpoint, or a name of ``timm.list_models()``.
+        args: The flags ``model``, ``pretrained``, ``weights``, ``input_size``, ``device``.
+
+    Raises:
+        VisualizeError: It is neither, or a flag does not go with it.
+        CheckpointError, ModelError: It cannot be read or built, or not for this size.
+    """
+    is_file = Path(what).exists() or what.startswith(("http://", "https://"))
+    if not is_file and not timm.is_model(what):
+        raise VisualizeError(
+            f"{what!r} is neither a checkpoint file nor a model; timm.list_models() lists models"
+        )
+    subject = (_from_file if is_file else _from_name)(what, args)
+    models.check_input_size(subject.model, subject.label, subject.size)
+    return subject
+
+
+def _from_file(path: str, args: Namespace) -> Subject:
+    if args.pretrained:
+        raise VisualizeError(f"--pretrained goes with the name of a model, not with {path}")
+    checkpoint = models.read_checkpoint(path)
+    name = args.model or checkpoint.get("model_name")
+    if name is None:
+        raise models.ModelError(f"{path} does not say which model it is: give --model NAME")
+    ema = args.weights == "ema"
+    saved = dict(checkpoint.get("model_kwargs") or {})
+    if "num_classes" not in saved:
+        saved["num_classes"] = num_classes_of(state_dict_of(checkpoint, path, ema)[0])
+    required = {"num_classes": saved.pop("num_classes")}
+    size = args.input_size or checkpoint.get("input_size")
+    if size is not None:
+        saved["img_size"] = size
+    model, kwargs = models.build_model(name, required, saved)
+    models.load_weights(model, checkpoint, path, ema=ema)
+    flags = checkpoint.get("args")
+    flags = flags if isinstance(flags, Mapping) else {}
+    epoch = checkpoint.get("epoch")
+    return Subject(
+        model=model.to(device_of(args)).eval(),
+        label=f"{name}, {Path(path).name}{', EMA' if ema else ''}",
+        epoch=epoch if isinstance(epoch, int) else None,
+        size=_size(model, size or kwargs.get("img_size")),
+        crop_ratio=flags.get("eval_crop_ratio") or EVAL_CROP_RATIO,
+    )
+
+
+def _from_name(name: str, args: Namespace) -> Subject:
+    if args.weights == "ema":
+        raise VisualizeError(f"--weights ema goes with a checkpoint, not with the model {name}")
+    if args.model:
+        raise VisualizeError(f"--model {args.model} goes with a checkpoint, {name} is a model")
+    optional: dict[str, Any] = {"img_size": args.input_size}
+    if args.pretrained:
+        try:
+            model, kwargs = models.build_model(name, {"pretrained": True}, optional)
+        except models.ModelError:
+            raise
+        except Exception as error:  # what fetches the weights raises errors of any kind
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise models.ModelError(f"no pretrained weights of {name}: {reason}") from error
+    else:
+        torch.manual_seed(args.seed)
+        model, kwargs = models.build_model(name, {}, optional)
+    config = getattr(model, "pretrained_cfg", None) or {}
+    own = args.pretrained and {key: tuple(config[key]) for key in ("mean", "std") if key in config}
+    return Subject(
+        model=model.to(device_of(args)).eval(),
+        label=f"{name}, {'pretrained' if args.pretrained else 'random weights'}",
+        epoch=None,
+        size=_size(model, args.input_size or kwargs.get("img_size")),
+        **own or {},
+    )
+
+
+def _size(model: nn.Module, size: int | Sequence[int] | None) -> int:
+    """The size asked for, else the one that the model was made for."""
+    if size is None:
+        size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))[1:]
+    return size if isinstance(size, int) else max(size)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Numbers of a net by layer.
+
+    Attributes:
+        label, epoch: See :class:`Subject`.
+        values: By the layer's name, one per head: ``h``.
+    """
+
+    label: str
+    epoch: int | None
+    values: dict[str, torch.Tensor]
+
+
+def in_order(
+    snapshots: Sequence[Snapshot], paths: Sequence[str]
+) -> tuple[list[Snapshot], list[str]]:
+    """Snapshots by their epochs, one for each, and notes of those that are left out.
+
+    Raises:
+        VisualizeError: The epoch of one among several is not known, or they are of different nets.
+    """
+    if len(snapshots) == 1:
+        return list(snapshots), []
+    chosen: dict[int, tuple[Snapshot, str]] = {}
+    notes = []
+    for snapshot, path in zip(snapshots, paths, strict=True):
+        epoch = snapshot.epoch
+        if epoch is None:
+            raise VisualizeError(
+                f"{path} does not say its epoch, by which several are ordered: give it alone"
+            )
+        if _shape(snapshot) != _shape(snapshots[0]):
+            raise VisualizeError(
+                f"{path} has other layers or heads than {paths[0]}: give checkpoints of one net"
+            )
+        if epoch in chosen:
+            notes.append(f"{path} left out: of epoch {epoch}, as {chosen[epoch][1]} is")
+        else:
+            chosen[epoch] = snapshot, path
+    return [chosen[epoch][0] for epoch in sorted(chosen)], notes
+
+
+def _shape(snapshot: Snapshot) -> dict[str, int]:
+    return {name: len(values) for name, values in snapshot.values.items()}
+
+
+def load_pictures(subject: Subject, paths: Sequence[str | Path]) -> torch.Tensor:
+    """Images as the net sees them in evaluation, before normalisation: ``B 3 H W`` in 0..1.
+
+    Args:
+        subject: The net.
+        paths: Image files; a folder stands for the first one within it.
+
+    Raises:
+        CorruptImageError: One cannot be decoded.
+        DataError: A folder holds none.
+    """
+    files = [find_images(path, 1)[0] if Path(path).is_dir() else path for path in paths]
+    flags = Namespace(input_size=subject.size, eval_crop_ratio=subject.crop_ratio)
+    *steps, _ = datasets.build_transform(False, flags).transforms  # without the normalisation
+    view = transforms.Compose(steps)
+    return torch.stack([view(load_image(file)) for file in files])
+
+
+def find_images(folder: str | Path, count: int) -> list[Path]:
+    """``count`` images spread evenly over all within ``folder``, sorted by path.
+
+    Raises:
+        DataError: There is no folder, or fewer images.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise DataError(f"{folder} is no folder (--data-path)")
+    if count < 1:
+        raise DataError(f"--count {count} must be 1 at least")
+    found = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS)
+    if len(found) < count:
+        raise DataError(f"{folder} has {len(found)} images, {count} are wanted (--count)")
+    return [found[index * len(found) // count] for index in range(count)]

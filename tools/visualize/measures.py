@@ -1,0 +1,161 @@
+"""The numbers behind the pictures."""
+
+import math
+
+import torch
+from torch import nn
+
+from models.layers import WindowAttention2d
+from models.layers.gpsa import GPSA, positional_attention
+from tools.visualize.capture import Captured
+from tools.visualize.loading import VisualizeError
+
+MOST_PREFIX_TOKENS = 16  # class, distillation and register tokens
+
+
+def gates(model: nn.Module) -> dict[str, torch.Tensor]:
+    """sigmoid(lambda) of every head, ``h`` by layer: the share of position in its attention.
+
+    ConViT, arXiv 2103.10697, section 3.
+
+    Raises:
+        VisualizeError: No layer has gates.
+    """
+    found = {
+        name: module.gate().detach().flatten().cpu()
+        for name, module in model.named_modules()
+        if isinstance(module, GPSA)
+    }
+    if not found:
+        raise VisualizeError(f"{type(model).__name__} has no gates: ConViT's GPSA layers have them")
+    return found
+
+
+def grid_distances(height: int, width: int, like: torch.Tensor) -> torch.Tensor:
+    """Distance of every two positions of a grid, ``N N`` in row order, in positions."""
+    steps_y = torch.arange(height, dtype=like.dtype, device=like.device)
+    steps_x = torch.arange(width, dtype=like.dtype, device=like.device)
+    points = torch.cartesian_prod(steps_y, steps_x).view(-1, 2)
+    return (points[:, None] - points[None, :]).norm(dim=-1)
+
+
+def nonlocality(weights: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
+    """How far heads look: ``D = 1/L sum_ij A_ij |d_ij|`` (ConViT, arXiv 2103.10697, section 4).
+
+    Rows that do not sum to one, since tokens without a place were cut off, are scaled to do so:
+    D is the mean distance of what is attended to among the patches. Otherwise a head would look
+    the more local, the more it attends to the class token.
+
+    Args:
+        weights: Attention weights among L positions, ``B h L L``.
+        distances: ``L L``.
+
+    Returns:
+        ``B h``, in the unit of ``distances``.
+    """
+    weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-30)
+    return torch.einsum("bhij,ij->bh", weights, distances) / weights.shape[-1]
+
+
+def nonlocality_of(captured: Captured) -> torch.Tensor:
+    """:func:`nonlocality` of a layer on its images, ``B h``, in patches of its map.
+
+    The rows and columns of class and other prefix tokens are left out, and so is what windows
+    hold of padding.
+    """
+    weights = captured.parts().full
+    height, width = captured.grid
+    if isinstance(captured.layer, WindowAttention2d):
+        return _windowed_nonlocality(captured.layer, weights, height, width)
+    start = captured.prefix
+    return nonlocality(weights[..., start:, start:], grid_distances(height, width, weights))
+
+
+def _windowed_nonlocality(
+    layer: WindowAttention2d, weights: torch.Tensor, height: int, width: int
+) -> torch.Tensor:
+    """The same within windows, weights ``B W h N N``: what is outside has no weight."""
+    windows = layer.windows(height, width, weights)
+    if windows is None:
+        return nonlocality(weights[:, 0], grid_distances(height, width, weights))
+    source = windows.source
+    points = torch.stack([source // width, source % width], dim=-1).to(weights.dtype)
+    points = points.view(-1, layer.window**2, 2)  # W N 2
+    distances = (points[:, :, None] - points[:, None]).norm(dim=-1)  # W N N
+    inside = torch.ones_like(source, dtype=weights.dtype)
+    inside[windows.padding] = 0.0
+    inside = inside.view(-1, layer.window**2)  # W N
+    weights = weights * inside[None, :, None, None, :]
+    weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-30)
+    return torch.einsum("bwhij,wij,wi->bh", weights, distances, inside) / (height * width)
+
+
+def centre_positions(layer: GPSA, height: int, width: int) -> torch.Tensor:
+    """Positional attention of a GPSA layer's heads for the centre patch, ``h H W``."""
+    position = layer.pos_proj
+    with torch.no_grad():
+        weights = positional_attention(position.weight, position.bias, height, width)
+    return weights[:, height // 2 * width + width // 2].unflatten(-1, (height, width))
+
+
+def bias_pictures(layer: WindowAttention2d) -> torch.Tensor:
+    """Relative position bias of heads, ``h 2w-1 2w-1``: rows dy, columns dx, query minus key."""
+    side = 2 * layer.window - 1
+    return layer.relative_position_bias_table.detach().T.unflatten(-1, (side, side))
+
+
+def position_embeddings(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Learned absolute position embeddings by name, as maps ``C H W``; none for the class token.
+
+    Embeddings of tokens are of the grid that the net is built for, or of a square one.
+
+    Raises:
+        VisualizeError: They are of neither.
+    """
+    grid = getattr(
+        model, "grid_size", getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    )
+    found = {}
+    for name, parameter in model.named_parameters():
+        value = parameter.detach()
+        if name.startswith("pos_embed"):
+            found[name] = value[0] if value.ndim == 4 else _tokens_as_map(name, value[0], grid)
+    return found
+
+
+def _tokens_as_map(name: str, tokens: torch.Tensor, grid: tuple[int, int] | None) -> torch.Tensor:
+    side = math.isqrt(len(tokens))
+    height, width = grid or (side, side)
+    prefix = len(tokens) - height * width  # the class token and others come first
+    if not 0 <= prefix <= MOST_PREFIX_TOKENS:
+        raise VisualizeError(f"{name} has {len(tokens)} tokens: no grid of {height}x{width}")
+    return tokens[prefix:].T.unflatten(-1, (height, width))
+
+
+def cosine_similarities(embedding: torch.Tensor) -> torch.Tensor:
+    """Cosine similarity of the embeddings ``C H W`` of every two positions, ``H W H W``."""
+    flat = nn.functional.normalize(embedding.flatten(1).double(), dim=0)
+    return (flat.T @ flat).view(*embedding.shape[1:], *embedding.shape[1:])
+
+
+def principal_colours(features: torch.Tensor) -> torch.Tensor:
+    """The first three principal components of a map's channels as a picture.
+
+    Args:
+        features: ``C H W``; every position is a sample.
+
+    Returns:
+        ``H W 3``, each component scaled to 0..1; one that does not vary is 0.5. Signs, which are
+        free, are those with the largest value of the component positive.
+    """
+    height, width = features.shape[1:]
+    samples = features.flatten(1).T.double()  # N C
+    samples = samples - samples.mean(dim=0)
+    u, s, _ = torch.linalg.svd(samples, full_matrices=False)
+    colours = torch.full((len(samples), 3), 0.5, dtype=torch.float64, device=features.device)
+    for index in range(min(3, len(s))):
+        if s[index] <= 1e-9 * max(s[0].item(), 1e-30):
+            continue
+        values = u[:, index] * u[u[:, index].abs().argmax(), index].sign()
+        colours[:, index] = (values - values.min()) / (values.max() - values.min())
+    return colours.view(height, width, 3)
