@@ -1,0 +1,117 @@
+"""What is to be evaluated: every network at every size with all of its weights."""
+
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import engine
+import models
+from configs import ConfigError
+from tools.validate.classes import ClassMap, match_classes
+from tools.validate.networks import (
+    Network,
+    fused,
+    precision_of,
+    pretrained_network,
+    read_network,
+    size_of,
+    warn_of_normalization,
+)
+from tools.validate.sets import EvalSet
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network that is ready to run.
+
+    Attributes:
+        network: Where it is from.
+        weights: ``model`` or ``ema``.
+        args: The flags, with its own ``input_size``.
+        model: On the device, its weights loaded; the next case may give it others.
+        precision: How it computes.
+    """
+
+    network: Network
+    weights: str
+    args: Namespace
+    model: nn.Module
+    precision: engine.Precision
+
+    @property
+    def num_outputs(self) -> int:
+        """Classes that the network knows."""
+        return engine.unwrap(self.model).num_classes
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return f"{self.network.source} ({self.weights}, {self.args.input_size} pixels)"
+
+    def match(self, test_set: EvalSet) -> ClassMap:
+        """The outputs of the classes of a set.
+
+        Raises:
+            DataError: There is none for a class.
+        """
+        rule, title, source = self.args.classes, test_set.title, self.network.source
+        known = self.network.classes
+        return match_classes(test_set.classes, self.num_outputs, known, rule, title, source)
+
+
+def check_sources(files: list[str], args: Namespace) -> None:
+    """Refuse flags that do not say which networks, or say it twice.
+
+    Raises:
+        ConfigError: They do.
+    """
+    if args.pretrained and files:
+        raise ConfigError("--pretrained takes timm's weights: leave the checkpoints out")
+    if args.pretrained and not args.model:
+        raise ConfigError("--pretrained needs --model NAME")
+    if not args.pretrained and not files:
+        raise ConfigError("give a checkpoint, or --model NAME --pretrained")
+
+
+def cases(files: list[str], args: Namespace, device: torch.device) -> Iterator[Case]:
+    """Every case of the flags, one at a time: file by file, size by size, then the weights.
+
+    Raises:
+        CheckpointError, ModelError: A network cannot be had, or run at a size.
+    """
+    for network in _networks(files, args):
+        weights = network.weights(args.weights)
+        for asked in args.input_size or [None]:
+            yield from _cases_at(network, size_of(network, asked, args), weights, args, device)
+
+
+def _networks(files: list[str], args: Namespace) -> Iterator[Network]:
+    if args.pretrained:
+        yield pretrained_network(args.model)
+    for path in files:
+        network = read_network(path, args.model, args.qk_scale_factor)
+        exponent = network.required["qk_scale_factor"]
+        if args.qk_scale_factor not in (None, exponent):
+            print(
+                f"warning: --qk-scale-factor {args.qk_scale_factor} is ignored: {path} was trained "
+                f"with {exponent}"
+            )
+        yield network
+
+
+def _cases_at(
+    network: Network, size: int, weights: tuple[str, ...], args: Namespace, device: torch.device
+) -> Iterator[Case]:
+    model = network.build(size)
+    models.check_input_size(model, network.name, size)
+    precision = precision_of(args, model, device)
+    precision.place(model)
+    warn_of_normalization(network, model, print)
+    at_size = Namespace(**vars(args) | {"input_size": size})
+    for name in weights:
+        network.load(model, name)
+        net = fused(model, network.name) if args.fuse else model
+        yield Case(network, name, at_size, engine.compiled(net, args.compile), precision)

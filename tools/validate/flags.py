@@ -1,0 +1,62 @@
+"""Flags that tools share with ``main.py``, in its spelling and with its defaults."""
+
+import argparse
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from configs import ConfigError, get_args_parser
+from training import OutputError
+
+DATA = "data"  # the group of main.py's flags that say where images come from
+OF_TRAINING = ("sampling_ratio", "decode_on_device", "dist_eval")
+NETWORK = ("batch_size", "qk_scale_factor", "amp", "amp_dtype", "channels_last", "compile")
+PLACE = ("device",)
+
+
+def add_flags(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    """Add flags of ``main.py`` to ``parser``, by the names of their values."""
+    group = parser.add_argument_group("as in main.py")
+    for action in get_args_parser()._actions:
+        if action.dest in names:
+            group._add_action(action)
+
+
+def data_flags() -> list[str]:
+    """Names of the flags of ``main.py`` that choose and read an evaluation set."""
+    groups = get_args_parser()._action_groups
+    found = next(group for group in groups if group.title == DATA)
+    return [action.dest for action in found._group_actions if action.dest not in OF_TRAINING]
+
+
+def with_defaults(args: Namespace) -> Namespace:
+    """All flags of ``main.py``, at their defaults where ``args`` has not got them.
+
+    Raises:
+        ConfigError: A number is not positive, or there is no such backend of ``--compile``.
+    """
+    if args.batch_size < 1:
+        raise ConfigError(f"--batch-size {args.batch_size} must be positive")
+    sizes = args.input_size if isinstance(args.input_size, list) else [args.input_size]
+    for size in sizes:
+        if size is not None and size < 1:
+            raise ConfigError(f"--input-size {size} must be positive")
+    if not 0 < args.eval_crop_ratio <= 1:
+        raise ConfigError(f"--eval-crop-ratio {args.eval_crop_ratio} must be above 0, at most 1")
+    backend = getattr(args, "compile", None)
+    if backend is not None and backend not in torch.compiler.list_backends(None):
+        backends = ", ".join(torch.compiler.list_backends())
+        raise ConfigError(f"--compile {backend} is no backend here; there are {backends}")
+    return Namespace(**vars(get_args_parser().parse_args([])) | vars(args))
+
+
+def check_folder(flag: str, path: Path | None) -> None:
+    """Refuse a file to be written where there is no folder for it, before anything is computed.
+
+    Raises:
+        OutputError: There is none.
+    """
+    if path is not None and not path.parent.is_dir():
+        raise OutputError(f"{flag} {path}: there is no folder {path.parent}")

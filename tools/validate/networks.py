@@ -1,0 +1,190 @@
+"""Networks as files and timm's collection have them, and how they become models."""
+
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import nn
+
+import datasets
+import engine
+import models
+from models.checkpoint import EMA_KEYS, state_dict_of
+from tools.convert_checkpoint import HEADS
+
+WEIGHTS = ("model", "ema")
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is known of a network before it is built.
+
+    Attributes:
+        source: Its file, or what messages call timm's weights.
+        name: timm's name of the model.
+        required: Keyword arguments that the model must take; None for its own default.
+        optional: Keyword arguments that it may not know.
+        checkpoint: Content of the file; empty for timm's weights.
+        input_size: Pixels that it was trained at, None if that is not known.
+        classes: Names of its classes in the order of its outputs, None if they are not known.
+    """
+
+    source: str
+    name: str
+    required: Mapping[str, Any]
+    optional: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint: Mapping[str, Any] = field(default_factory=dict)
+    input_size: int | None = None
+    classes: tuple[str, ...] | None = None
+
+    def weights(self, asked: str) -> tuple[str, ...]:
+        """``model``, ``ema``, or where ``both`` are asked for, those there are.
+
+        Raises:
+            CheckpointError: There are no such weights.
+        """
+        if asked == "model" or (asked == "both" and not self._has_average()):
+            return ("model",)
+        if not self.checkpoint:
+            raise models.CheckpointError(f"{self.source} have no moving average: --weights model")
+        state_dict_of(self.checkpoint, self.source, ema=True)
+        return WEIGHTS if asked == "both" else ("ema",)
+
+    def _has_average(self) -> bool:
+        if "mindspore" not in self.checkpoint:
+            return any(self.checkpoint.get(key) for key in EMA_KEYS)
+        try:
+            state_dict_of(self.checkpoint, self.source, ema=True)
+        except models.CheckpointError:
+            return False
+        return True
+
+    def build(self, size: int) -> nn.Module:
+        """The model for images of ``size`` pixels; with timm's weights, else with random ones.
+
+        Raises:
+            ModelError: It cannot be built, or timm's weights cannot be had.
+        """
+        optional = dict(self.optional) | {"img_size": size}
+        if self.checkpoint:
+            return models.build_model(self.name, self.required, optional)[0]
+        try:
+            required = dict(self.required) | {"pretrained": True}
+            return models.build_model(self.name, required, optional)[0]
+        except models.ModelError:
+            raise
+        except Exception as error:  # downloads fail in many ways
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise models.ModelError(f"no weights for {self.name} from timm: {reason}") from error
+
+    def load(self, model: nn.Module, weights: str) -> None:
+        """Give ``model`` the weights of the file.
+
+        Raises:
+            CheckpointError: They do not fit.
+        """
+        if self.checkpoint:
+            models.load_weights(model, self.checkpoint, self.source, ema=weights == "ema")
+
+
+def read_network(path: str, model: str | None = None, exponent: float | None = None) -> Network:
+    """The network of a checkpoint file.
+
+    Args:
+        path: File or address.
+        model: Model to take the weights for; needed where the file does not name one.
+        exponent: Of the query/key pre-scale, for files that do not say it.
+
+    Raises:
+        CheckpointError: The file cannot be read, or contradicts itself.
+        ModelError: The model is not known.
+    """
+    checkpoint = models.read_checkpoint(path)
+    named = checkpoint.get("model_name")
+    name = model or named
+    if not isinstance(name, str):
+        raise models.ModelError(f"{path} does not say which model it is: give --model NAME")
+    saved = checkpoint.get("model_kwargs")
+    saved = dict(saved) if isinstance(saved, Mapping) and name == named else {}
+    num_classes = saved.get("num_classes") or _rows_of_classifier(checkpoint, path, name)
+    required = {"num_classes": num_classes}
+    required["qk_scale_factor"] = saved.get("qk_scale_factor", exponent)
+    size = checkpoint.get("input_size")
+    if size is not None and not (isinstance(size, int) and size > 0):
+        raise models.CheckpointError(f"{path}: input_size must be a number of pixels")
+    classes = _classes_of(checkpoint, path, num_classes)
+    return Network(path, name, required, saved, checkpoint, size, classes)
+
+
+def pretrained_network(name: str) -> Network:
+    """The network that timm has weights for."""
+    config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    size = config.input_size[-1] if config else None
+    return Network(f"timm's weights of {name}", name, {}, input_size=size)
+
+
+def _rows_of_classifier(checkpoint: Mapping[str, Any], path: str, name: str) -> int | None:
+    """Classes of the weights, or None where the classifier is not recognised."""
+    try:
+        state = state_dict_of(checkpoint, path)[0]
+    except models.CheckpointError:
+        state = state_dict_of(checkpoint, path, ema=True)[0]
+    config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    named = config.classifier if config else None
+    keys = (*HEADS, f"{named}.weight")
+    return next((state[key].shape[0] for key in keys if key in state), None)
+
+
+def _classes_of(
+    checkpoint: Mapping[str, Any], path: str, num_classes: int | None
+) -> tuple[str, ...] | None:
+    names = checkpoint.get("classes")
+    if not names:
+        return None
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise models.CheckpointError(f"{path}: classes must be a list of names")
+    if num_classes is not None and len(names) != num_classes:
+        raise models.CheckpointError(
+            f"{path} has {len(names)} names of classes for {num_classes} outputs"
+        )
+    return tuple(names)
+
+
+def precision_of(args: Namespace, model: nn.Module, device: torch.device) -> engine.Precision:
+    """Mixed precision as flagged; the layout as flagged, else the one that suits the model."""
+    dtype = getattr(torch, args.amp_dtype) if args.amp else None
+    last = args.channels_last
+    last = getattr(model, "channels_last", False) if last is None else last
+    return engine.Precision(device, dtype, torch.channels_last if last else torch.contiguous_format)
+
+
+def fused(model: nn.Module, name: str) -> nn.Module:
+    """The model's inference net.
+
+    Raises:
+        ModelError: It has none.
+    """
+    if not hasattr(model, "fuse"):
+        raise models.ModelError(f"{name} has no inference net of its own: leave --fuse out")
+    return model.fuse()
+
+
+def warn_of_normalization(network: Network, model: nn.Module, say: Callable[[str], None]) -> None:
+    """Say where timm's weights were trained on images normalised in another way than ours."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    trained = (tuple(config.get("mean", ())), tuple(config.get("std", ())))
+    ours = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    if not network.checkpoint and all(trained) and trained != ours:
+        say(
+            f"warning: {network.source} expect images normalised by mean {trained[0]} and std "
+            f"{trained[1]}, here they are by {ours[0]} and {ours[1]}: the results will be lower"
+        )
+
+
+def size_of(network: Network, asked: int | None, args: Namespace) -> int:
+    """``asked``, else what the network was trained at, else the dataset's usual size."""
+    return asked or network.input_size or datasets.input_size_of(args)

@@ -1,0 +1,138 @@
+"""Results as aligned tables and CSV files."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tools.validate import corruptions
+from tools.validate.classes import readable
+from tools.validate.counts import class_scores
+from training.files import write_atomically
+
+COLUMNS = {  # of a row: heading, digits after the point
+    "number": ("#", 0),
+    "checkpoint": ("checkpoint", 0),
+    "weights": ("weights", 0),
+    "size": ("size", 0),
+    "top1": ("top-1", 3),
+    "top5": ("top-5", 3),
+    "nll": ("NLL", 3),
+    "ece": ("ECE", 3),
+    "confidence": ("confidence", 3),
+    "images": ("images", 0),
+    "corrupt": ("corrupt", 0),
+    "real_top1": ("ReaL top-1", 3),
+    "real_top5": ("ReaL top-5", 3),
+    "real_images": ("ReaL images", 0),
+    "network_rate": ("network images/s", 1),
+    "rate": ("images/s", 1),
+}
+ALWAYS = ("corrupt",)  # in CSV files, whether or not there are any
+
+
+def cell(value: object, digits: int) -> str:
+    """A value as a table shows it."""
+    if value is None:
+        return ""
+    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+
+
+def aligned(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in columns; words to the left, numbers to the right."""
+    lines = [heads, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
+
+    def padded(text: str, column: int) -> str:
+        is_number = all(_is_number(row[column]) for row in rows)
+        return text.rjust(widths[column]) if is_number else text.ljust(widths[column])
+
+    return "\n".join(
+        "  ".join(padded(text, column) for column, text in enumerate(line)).rstrip()
+        for line in lines
+    )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text or 0)
+    except ValueError:
+        return False
+    return True
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table of all rows, without columns that have nothing to say."""
+    keys = [key for key in COLUMNS if any(row.get(key) not in (None, "") for row in rows)]
+    if not any(row.get("corrupt") for row in rows):
+        keys.remove("corrupt")
+    heads = [COLUMNS[key][0] for key in keys]
+    return aligned(heads, [[cell(row.get(key), COLUMNS[key][1]) for key in keys] for row in rows])
+
+
+def write_csv(path: Path, heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Write a CSV file, whole or not at all.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(heads)
+    writer.writerows(["" if value is None else value for value in row] for row in rows)
+    data = text.getvalue().encode("utf-8", "surrogateescape")
+    write_atomically(path, lambda file: file.write(data))
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write all rows as a CSV file, in full precision."""
+    keys = [
+        key for key in COLUMNS if key in ALWAYS or any(row.get(key) is not None for row in rows)
+    ]
+    write_csv(path, keys, [[row.get(key) for key in keys] for row in rows])
+
+
+def write_classes(path: Path, row: Mapping[str, Any]) -> None:
+    """Write what a row's confusion matrix says of each class as a CSV file."""
+    matched = row["matched"]
+    names = matched.column_names
+    scores = class_scores(row["confusion"])
+    heads = ("class", "folder", "name", "images", "recall", "precision", "wrong", "wrong_images")
+    lines = [
+        (
+            *(output, name, readable(name), score.images, score.recall, score.precision),
+            None if score.wrong is None else readable(names[score.wrong]),
+            score.wrong_images,
+        )
+        for output, name, score in zip(matched.columns, names, scores, strict=True)
+    ]
+    write_csv(path, heads, lines)
+
+
+def corruption_table(
+    measured: Sequence[corruptions.Corruption], mce: float | None, is_imagenet: bool
+) -> str:
+    """Errors in percent by corruption and severity, their means, and AlexNet's to compare."""
+    heads = ["corruption", *map(str, corruptions.SEVERITIES), "mean error"]
+    rows = [[one.name, *map(_percent, one.errors), _percent(one.mean)] for one in measured]
+    rows.append(["mean", *[""] * len(corruptions.SEVERITIES)])
+    rows[-1].append(_percent(corruptions.mean_error(measured)))
+    if is_imagenet:
+        heads.append("of AlexNet's")
+        relative = [one.relative for one in measured] + [mce]
+        for row, value in zip(rows, relative, strict=True):
+            row.append(cell(value, 1))
+    text = aligned(heads, rows)
+    return text if mce is None else f"{text}\nmCE {mce:.1f}"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def write_corruptions(path: Path, rows: Sequence[Sequence[Any]]) -> None:
+    """Write the errors of all networks under corruptions as a CSV file."""
+    severities = [f"severity_{number}" for number in corruptions.SEVERITIES]
+    heads = ("checkpoint", "weights", "size", "corruption", *severities, "error", "relative")
+    write_csv(path, heads, rows)
