@@ -24,7 +24,7 @@ from tools.benchmark.candidates import (
     timm_entrypoint,
 )
 from tools.benchmark.measure import Case, alternate, memory, ratio
-from tools.model_table import our_models
+from tools.flops import our_models
 
 QUICK = ["--rounds", "1", "--min-time", "0.01", "--batch-size", "2"]
 ORIGINAL = """

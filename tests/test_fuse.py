@@ -13,7 +13,7 @@ from models.layers import Block2d, Mlp2d, WindowAttention2d, set_fused_attention
 from models.layers.fuse import fold_before, pack
 from models.layers.gpsa import GPSA
 from models.layers.packed import PackedConv2d, PackedLinear
-from tools.model_table import our_models
+from tools.flops import our_models
 
 SHALLOW = {
     "vit": {"depth": 2, "img_size": 64},

@@ -14,7 +14,7 @@ import datasets
 import models
 from configs import parse_args
 from models.layers import set_fused_attention
-from tools.model_table import our_models
+from tools.flops import our_models
 
 NAMES = our_models()
 # one of every kind of network, small enough to run

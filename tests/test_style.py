@@ -46,6 +46,7 @@ ALLOWED = {
     "datasets": {"pipeline", "samplers"},
     "samplers": set(),
     "models": {"models"},
+    "hubconf": {"models"},
 }
 MODELS_USE = {"torch", "timm", "einops", "safetensors", "models"}
 

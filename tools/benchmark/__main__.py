@@ -36,7 +36,7 @@ from tools.benchmark.measure import (
     ratio,
     step_of,
 )
-from tools.model_table import count, our_models
+from tools.flops import count, our_models
 
 NAMES = (
     "visformer_tiny",

@@ -20,7 +20,7 @@ from timm.utils.model import reparameterize_model
 from torch import nn
 
 from models.layers import set_fused_attention
-from tools.model_table import size_options
+from tools.flops import size_options
 
 # implementations of our names that timm has under another
 TIMM_NAMES = {

@@ -1,0 +1,96 @@
+"""Models of this repository for ``torch.hub``: an entrypoint for each, under its registered name.
+
+``torch.hub.list``, ``torch.hub.help`` and ``torch.hub.load`` take the repository's name,
+``torch.hub.load`` with ``source="local"`` also the folder of this file.
+"""
+
+import sys as _sys
+from collections.abc import Callable as _Callable
+from collections.abc import Iterator as _Iterator
+from contextlib import contextmanager as _contextmanager
+from pathlib import Path as _Path
+
+import timm as _timm
+from torch import nn as _nn
+
+dependencies = ["torch", "timm", "einops", "safetensors"]
+
+_own: dict[str, object] = {}  # modules of this repository's package, where another takes its name
+
+
+def _packages() -> dict[str, object]:
+    names = [name for name in _sys.modules if name == "models" or name.startswith("models.")]
+    return {name: _sys.modules[name] for name in names}
+
+
+@_contextmanager
+def _models() -> _Iterator[None]:
+    """Let ``models`` be this repository's package; afterwards a program's own of that name is."""
+    others = _packages()
+    file = getattr(others.get("models"), "__file__", None)
+    if (
+        others
+        and file
+        and _Path(file).resolve().parent == _Path(__file__).resolve().parent / "models"
+    ):
+        yield
+        return
+    for name in others:
+        del _sys.modules[name]
+    _sys.modules.update(_own)
+    try:
+        yield
+    finally:
+        _own.update(_packages())
+        if others:
+            for name in _own:
+                _sys.modules.pop(name, None)
+            _sys.modules.update(others)
+
+
+def _entrypoint(build: _Callable[..., _nn.Module]) -> _Callable[..., _nn.Module]:
+    def create(
+        pretrained: bool = False, checkpoint: str | None = None, **kwargs: object
+    ) -> _nn.Module:
+        with _models():
+            from models import load_weights, read_checkpoint
+
+            if checkpoint is None:
+                return build(pretrained=pretrained, **kwargs)
+            content = read_checkpoint(checkpoint)
+            if content.get("model_name", build.__name__) == build.__name__:
+                kwargs = dict(content.get("model_kwargs") or {}) | kwargs
+            model = build(**kwargs)
+            load_weights(model, content, str(checkpoint))
+            return model
+
+    create.__name__ = create.__qualname__ = build.__name__
+    create.__doc__ = f"""{build.__doc__}
+
+    Args:
+        pretrained: Load the weights that timm has for this name.
+        checkpoint: File or http(s) address of weights to load: one written by this repository,
+            which also says how the model was built, or any other that ``models.load_checkpoint``
+            takes.
+        kwargs: What the model is built with, such as num_classes, img_size, drop_path_rate,
+            features_only.
+
+    Returns:
+        The model, in training mode: images ``B 3 H W`` to logits ``B num_classes``.
+    """
+    return create
+
+
+def _entrypoints() -> dict[str, _Callable[..., _nn.Module]]:
+    found = {}
+    with _models():
+        import models  # noqa: F401 registers them
+
+        for name in _timm.list_models():
+            build = _timm.models.model_entrypoint(name)
+            if vars(_packages().get(build.__module__, _sys)).get(name) is build:
+                found[name] = _entrypoint(build)
+    return found
+
+
+globals().update(_entrypoints())

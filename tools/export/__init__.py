@@ -1,0 +1,1 @@
+"""Programs for deployment, made of models: ONNX, ``torch.export``, AOTInductor."""

@@ -1,0 +1,95 @@
+"""Whether a program computes what the model does, and how fast."""
+
+import copy
+import statistics
+from dataclasses import dataclass
+
+import torch
+
+from tools.benchmark.measure import alternate, ratio
+from tools.export.formats import Program
+from tools.export.source import ExportError, Source
+
+TOLERANCE = 1e-4  # of the largest logit
+ROUNDING = 4.0  # multiples of what float32 itself is off by
+ROUNDS, MIN_TIME = 5, 0.2
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a program is from the model, in parts of the largest logit.
+
+    Attributes:
+        difference: The largest from the model in float32.
+        rounding: How far the model in float32 is from itself in float64, where that is the larger
+            measure: weights that amplify rounding, as random ones do; else None.
+        batches: Numbers of images that were compared.
+    """
+
+    difference: float
+    rounding: float | None
+    batches: tuple[int, ...]
+
+    def __str__(self) -> str:
+        batches = " and ".join(map(str, self.batches))
+        text = f"at batch {batches} within {self.difference:.1e} of the largest logit"
+        if self.rounding is not None:
+            text += f"; float32 itself is within {self.rounding:.1e} of float64"
+        return text
+
+
+def _relative(one: torch.Tensor, other: torch.Tensor) -> float:
+    difference = (one.double().cpu() - other.double().cpu()).abs().max()
+    return (difference / other.abs().max().cpu()).item()
+
+
+@torch.no_grad()
+def compare(program: Program, source: Source, batch: int | None) -> Agreement:
+    """Compare on random images, at batch 1 and 3, or at the only one.
+
+    Raises:
+        ExportError: The difference is larger than 1e-4 of the largest logit, and than what
+            rounding explains.
+    """
+    batches = (batch,) if batch else (1, 3)
+    difference = rounding = 0.0
+    for number in batches:
+        images = source.images(number, seed=number)
+        expected, found = source.eager(images), program(images)
+        if found.shape != expected.shape:
+            raise ExportError(
+                f"the program's output is {tuple(found.shape)}, not {tuple(expected.shape)}"
+            )
+        off = _relative(found, expected)
+        difference = off if not off <= difference else difference  # NaN stays
+    if difference <= TOLERANCE:
+        return Agreement(difference, None, batches)
+    exact = copy.deepcopy(source.eager).cpu().double()
+    for number in batches:
+        images = source.images(number, seed=number)
+        double = images.cpu() if source.preprocessing else images.cpu().double()
+        rounding = max(rounding, _relative(source.eager(images), exact(double)))
+    if difference <= ROUNDING * rounding:
+        return Agreement(difference, rounding, batches)
+    raise ExportError(
+        f"the program is wrong: {difference:.1e} of the largest logit off, with {TOLERANCE:.0e} "
+        f"allowed; float32 itself is within {rounding:.1e} of float64"
+    )
+
+
+def speed(program: Program, runtime: str, source: Source, batch: int | None) -> str:
+    """Images per second of a program beside the model's in PyTorch, in turn, by as many threads."""
+    images = source.images(batch or 1)
+    steps = {runtime: lambda: program(images), "torch eager": lambda: source.eager(images)}
+    if source.net is not source.eager:
+        steps["torch fused"] = lambda: source.net(images)
+    with torch.inference_mode():
+        times = alternate(steps, source.device.type, ROUNDS, MIN_TIME)
+    rates = {label: len(images) / statistics.median(values) for label, values in times.items()}
+    parts = [
+        f"{label} {rate:.1f}"
+        + ("" if label == runtime else f" ({runtime} {ratio(times[runtime], times[label]):.2f}x)")
+        for label, rate in rates.items()
+    ]
+    where = f"{torch.get_num_threads()} thread(s)" if source.device.type == "cpu" else "cuda"
+    return f"images/s at batch {len(images)}, {where}: {', '.join(parts)}"

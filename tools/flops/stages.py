@@ -1,0 +1,117 @@
+"""A model's cost divided among its stages, as the tree of its modules has them."""
+
+import re
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from tools.flops.counting import Counter, Row, total
+
+
+def parts(model: nn.Module, counter: Counter, stages: Sequence[str]) -> list[str]:
+    """Names of modules that divide the model, in the order in which they ran.
+
+    Its children; in place of containers of stages, and of what is not called itself, theirs.
+    """
+
+    def walk(name: str, module: nn.Module) -> Iterator[str]:
+        holds_stages = any(stage.startswith(f"{name}.") for stage in stages)
+        if name in counter.calls and not holds_stages:
+            yield name
+        else:
+            for child, inner in module.named_children():
+                yield from walk(f"{name}.{child}", inner)
+
+    found = [part for child, module in model.named_children() for part in walk(child, module)]
+    order = {name: index for index, name in enumerate(counter.calls)}
+    return sorted(found, key=order.__getitem__)
+
+
+def groups(
+    names: Sequence[str], stages: Sequence[str], counter: Counter, plain: bool
+) -> Iterator[tuple[str, list[str]]]:
+    """Rows and their parts: what is before the first stage, stages, what follows, one by one.
+
+    A stage has also what comes between it and the one before. Before the first, all up to the
+    first layer with products is the stem; all there is, in a plain transformer, the embedding.
+    """
+    places = [index for index, name in enumerate(names) if name in stages]
+    first, last = (places[0], places[-1]) if places else (0, -1)
+    products = [counter.calls[name].macs > 0 for name in names]
+    if plain:
+        begin = first
+    elif places and not products[first]:  # such as the activation of the stem
+        begin = first + 1
+    else:
+        begin = next((index + 1 for index in range(first) if products[index]), 0)
+    if begin:
+        yield ("embed" if plain else "stem"), list(names[:begin])
+    waiting = []
+    for index, name in enumerate(names[begin:], begin):
+        waiting.append(name)
+        if name in stages or index > last:
+            yield name, waiting
+            waiting = []
+
+
+def join_blocks(
+    rows: Sequence[tuple[str, list[str]]], stages: Sequence[str]
+) -> Iterator[tuple[str, list[str]]]:
+    """The rows, all those of blocks as one."""
+    blocks = [name for name, _ in rows if name in stages]
+    joined = [part for name, parts in rows if name in stages for part in parts]
+    for name, members in rows:
+        if name == blocks[0]:
+            yield f"{name.rpartition('.')[0] or 'blocks'} ({len(blocks)})", joined
+        elif name not in stages:
+            yield name, members
+
+
+def share_parameters(model: nn.Module, rows: Sequence[Row], owner: dict[str, Row]) -> None:
+    """Add every parameter to the row of its part.
+
+    Those of the model itself go to the row of their number (``pos_embed2`` to ``stage2``), those
+    without one to the first row; what is in no part stays out.
+    """
+    numbers = {re.search(r"\d*$", row.name)[0]: row for row in reversed(rows)}
+    for name, parameter in model.named_parameters():
+        part = name
+        while part and part not in owner:
+            part = part.rpartition(".")[0]
+        if part:
+            owner[part].parameters += parameter.numel()
+        elif "." not in name and rows:
+            number = re.search(r"\d*$", name)[0]
+            row = numbers.get(number, rows[0]) if number else rows[0]
+            row.parameters += parameter.numel()
+
+
+def by_stage(model: nn.Module, counter: Counter, blocks: bool = False) -> list[Row]:
+    """Rows that add up to the whole: stem, stages, what follows; ``rest``, if there is any.
+
+    Stages end where the model's ``feature_info`` says. A plain transformer, whose maps are all of
+    one size, has its embedding, its blocks (in one row unless ``blocks``), and what follows.
+    """
+    infos = [info for info in getattr(model, "feature_info", None) or [] if "module" in info]
+    stages = [info["module"] for info in infos]
+    plain = len(stages) > 1 and len({info["reduction"] for info in infos}) == 1
+    found = list(groups(parts(model, counter, stages), stages, counter, plain))
+    if plain and not blocks:
+        found = list(join_blocks(found, stages))
+    rows: list[Row] = []
+    owner: dict[str, Row] = {}
+    for name, members in found:
+        calls = [counter.calls[member] for member in members]
+        macs, activations = sum(c.macs for c in calls), sum(c.activations for c in calls)
+        rows.append(Row(name, 0, macs, activations, calls[-1].shape))
+        owner |= dict.fromkeys(members, rows[-1])
+    share_parameters(model, rows, owner)
+    rows = [row for row in rows if row.parameters or row.macs]
+    whole = total(model, counter)
+    rest = Row(
+        "rest",
+        whole.parameters - sum(row.parameters for row in rows),
+        whole.macs - sum(row.macs for row in rows),
+        whole.activations - sum(row.activations for row in rows),
+    )
+    return [*rows, rest] if rest.parameters or rest.macs or rest.activations else rows
