@@ -66,11 +66,15 @@ def test_the_table_has_the_last_epoch_and_the_spread(tmp_path):
         finish(args, visformer, seed, (0.0, 0.0, 2 * last))
     text = "\n".join(results.tables(args, ["visformer"]))
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| deit")]
-    assert [row[1] for row in rows] == ["22.0 ± 2.8"] and rows[0][2] == "20.0, 24.0"
+    assert [row[1] for row in rows] == ["22.0 ± 2.8"] and rows[0][2] == "0: 20.0, 1: 24.0"
     assert "| visformer_tiny | 44.0 ± 5.7 |" in text
     command = rows[0][3].strip(" |`").removeprefix("python main.py ")
-    assert "--seed SEED" in command and "--output_dir deit_tiny_patch16_224-SEED" in command
-    parse_args(shlex.split(command.replace("SEED", "1")))
+    assert "--seed N" in command and "--output_dir deit_tiny_patch16_224-N" in command
+    text = "\n".join(results.tables(args, ["v2"]))  # of which one run is not done, one not begun
+    finish(args, CLAIMS["v2"].arms[1], 0, (50.0, 60.0))
+    assert "| visformer_tiny | 44.0 ± 5.7 |" in text
+    assert "| swin_visformer_tiny_v2 | not run |  |" in text
+    parse_args(shlex.split(command.replace("N", "1")))
 
 
 def test_runs_are_real_go_on_and_are_not_repeated(image_folder, tmp_path, capsys):

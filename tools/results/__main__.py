@@ -101,26 +101,31 @@ def train_all(
 
 
 def row(args: Namespace, arm: Arm) -> str:
-    """One line of the table."""
-    logs = [read_epochs(folder_of(args, arm, seed)) for seed in args.seeds]
-    accuracies = [log[-1]["test_acc1"] for log in logs]
-    spread = f" ± {statistics.stdev(accuracies):.1f}" if len(accuracies) > 1 else ""
-    single = ", ".join(f"{accuracy:.1f}" for accuracy in accuracies)
-    words = flags_of(args, arm, args.seeds[0])
-    command = shlex.join(words).replace(f"--seed {args.seeds[0]} ", "--seed SEED ")
-    command = command.replace(f"-{args.seeds[0]}/checkpoint", "-SEED/checkpoint")
-    command = command[: command.index(" --output_dir")] + f" --output_dir {arm.name}-SEED"
-    mean = statistics.mean(accuracies)
-    return f"| {arm.name} | {mean:.1f}{spread} | {single} | `python main.py {command}` |"
+    """One line of the table, of those seeds whose run is done."""
+    accuracies = {}
+    for seed in args.seeds:
+        log = read_epochs(folder_of(args, arm, seed))
+        if len(log) >= parse_args(flags_of(args, arm, seed))[0].epochs:
+            accuracies[seed] = log[-1]["test_acc1"]
+    first = str(args.seeds[0])
+    command = shlex.join(flags_of(args, arm, args.seeds[0])).replace(
+        f"--seed {first} ", "--seed N "
+    )
+    command = command.replace(f"-{first}/checkpoint", "-N/checkpoint")
+    command = command[: command.index(" --output_dir")] + f" --output_dir {arm.name}-N"
+    values = list(accuracies.values())
+    mean = f"{statistics.mean(values):.1f}" if values else "not run"
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    single = ", ".join(f"{seed}: {accuracy:.1f}" for seed, accuracy in accuracies.items())
+    return f"| {arm.name} | {mean}{spread} | {single} | `python main.py {command}` |"
 
 
 def tables(args: Namespace, names: Sequence[str]) -> Iterator[str]:
     """A table in Markdown for each claim."""
-    seeds = ", ".join(map(str, args.seeds))
     for name in names:
         claim = CLAIMS[name]
         yield f"## {claim.title}\n\n{claim.paper}.\n"
-        yield f"| run | top-1 (%) | seeds {seeds} | command |\n|---|---|---|---|"
+        yield "| run | top-1 (%) | by seed | command |\n|---|---|---|---|"
         yield "\n".join(row(args, arm) for arm in claim.arms) + "\n"
 
 
@@ -135,6 +140,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--epochs", type=int, help="of the whole set, instead of the recipe's")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--jobs", type=int, default=1, help="trainings at a time, which share the cores")
+    add("--no-train", action="store_true", help="only tabulate what is done")
     add("--flags", default="", help="further flags of main.py, as one word")
     return parser
 
@@ -148,7 +154,8 @@ def start(argv: list[str]) -> int:
     if args.jobs < 1 or len(set(args.seeds)) < len(args.seeds):
         raise ConfigError("--jobs must be positive, and --seeds all different")
     names = args.claims or list(CLAIMS)
-    train_all(args, [arm for name in names for arm in CLAIMS[name].arms])
+    if not args.no_train:
+        train_all(args, [arm for name in names for arm in CLAIMS[name].arms])
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"torch {torch.__version__}, {device}, {usable_cpus()} cores\n")
     for part in tables(args, names):
