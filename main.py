@@ -172,7 +172,7 @@ def count_parameters(model: nn.Module) -> int:
 
 def compare_classes(checkpoint: Mapping[str, Any], source: str, names: Sequence[str]) -> None:
     """Warn where a classifier was trained for classes of other names than the dataset's."""
-    saved = list(checkpoint.get("classes") or names)
+    saved = models.class_names(checkpoint, source) or list(names)
     if len(saved) == len(names) and saved != list(names):
         number = next(
             i for i, pair in enumerate(zip(saved, names, strict=True)) if len({*pair}) > 1

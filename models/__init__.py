@@ -8,13 +8,14 @@ from models import convit, fastvit, visformer, vit
 from models.backbone import Backbone, SwinVisformer, VisionBackbone, load_backbone
 from models.checkpoint import (
     CheckpointError,
-    LoadReport,
+    class_names,
     load_checkpoint,
     load_weights,
     read_checkpoint,
 )
 from models.factory import ModelError, build_model, check_input_size
 from models.freezing import freeze_all_but_classifier, freeze_stages, rest_frozen
+from models.report import LoadReport
 
 __all__ = [
     "Backbone",
@@ -25,6 +26,7 @@ __all__ = [
     "VisionBackbone",
     "build_model",
     "check_input_size",
+    "class_names",
     "convit",
     "fastvit",
     "freeze_all_but_classifier",

@@ -20,7 +20,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.checkpoint import (
     COMPUTED_KEYS,
-    LoadReport,
     load_weights,
     read_checkpoint,
     to_own_names,
@@ -28,6 +27,7 @@ from models.checkpoint import (
 from models.factory import ModelError, build_model
 from models.freezing import freeze_stages, is_frozen
 from models.layers import set_recompute_activations
+from models.report import LoadReport
 from models.visformer import Stage, Visformer
 
 NATIVE_SIZE = 224

@@ -7,7 +7,6 @@ import pickle
 import re
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -20,51 +19,16 @@ from models.convert import fill_missing_bias_tables, to_original_names
 from models.layers import set_gelu, set_qk_scale_factor
 from models.mindspore import MindSporeError, looks_like_mindspore, read_mindspore
 from models.pickled import Refused
-from models.seal import CheckpointError, check_seal, file_digest, printable
+from models.report import LoadReport
+from models.seal import CheckpointError, check_seal, file_digest
 from models.vetting import vet
 
 WEIGHT_KEYS = ("model", "state_dict")
 EMA_KEYS = ("model_ema", "state_dict_ema")
-JSON_METADATA = {"model_kwargs"}
+JSON_METADATA = {"model_kwargs", "classes"}  # of a header of ours, which has the first
 COMPUTED_KEYS = ("relative_position_index", "attn_mask", "rel_indices")
 START_BYTES = 256  # enough to tell the formats apart
 SHOWN = 4
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What :func:`load_checkpoint` did.
-
-    Attributes:
-        source: The file.
-        loaded: Keys of the model that were filled.
-        renamed: Keys of the checkpoint that have another name in the model.
-        resampled: Keys of the model whose value was resampled to the model's size.
-        ignored: Keys of the checkpoint that the model computes itself.
-        left: Keys of the model that keep their initial value.
-        dropped: Keys of the checkpoint that the model has no use for.
-        notes: What else the checkpoint says about the model, and was applied.
-    """
-
-    source: str
-    loaded: tuple[str, ...]
-    renamed: tuple[str, ...] = ()
-    resampled: tuple[str, ...] = ()
-    ignored: tuple[str, ...] = ()
-    left: tuple[str, ...] = ()
-    dropped: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        parts = [f"{len(self.loaded)} tensors loaded"]
-        for what in ("renamed", "resampled", "ignored"):
-            if keys := getattr(self, what):
-                parts.append(f"{len(keys)} {what}")
-        for what, keys in (("left at their initial value", self.left), ("dropped", self.dropped)):
-            if keys:
-                names = dict.fromkeys(re.sub(r"(\.\d+\..*|\.[^.]*)$", "", key) for key in keys)
-                parts.append(f"{what}: {', '.join(names)}")
-        return printable(f"{self.source}: {', '.join((*parts, *self.notes))}")
 
 
 def fetch(url: str) -> Path:
@@ -149,7 +113,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     """The tensors under ``state_dict``, and the texts of the header, JSON where it is ours."""
     with safetensors.safe_open(path, "pt") as file:
         content: dict[str, Any] = dict(file.metadata() or {})
-        for key in JSON_METADATA & content.keys():
+        for key in JSON_METADATA & content.keys() if "model_kwargs" in content else ():
             content[key] = json.loads(content[key])
         content["state_dict"] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     return content
@@ -226,6 +190,18 @@ def _named(state: Mapping[Any, Any], source: str) -> dict[str, torch.Tensor]:
             f"{source} holds a tensor under {str(strange)[:80]}, which is no name"
         )
     return tensors
+
+
+def class_names(checkpoint: Mapping[str, Any], source: str) -> list[str]:
+    """Names of the classes in the order of the logits; empty where a checkpoint has none.
+
+    Raises:
+        CheckpointError: What stands for them are no names.
+    """
+    names = checkpoint.get("classes") or []
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{source}: classes must be a list of names")
+    return list(names)
 
 
 def to_own_names(state: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:

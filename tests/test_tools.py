@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import safetensors
 import safetensors.torch
 import timm
@@ -39,6 +40,21 @@ def test_convert_checkpoint(tmp_path, capsys):
     back = tmp_path / "back.pth"
     assert convert_checkpoint.main([str(plain), str(back), "--model", "visformer_tiny"]) == 0
     assert torch.load(back, weights_only=True)["model_name"] == "visformer_tiny"
+
+
+def test_names_of_classes_are_kept(tmp_path, capsys):
+    source = timm.create_model("visformer_tiny", num_classes=2, img_size=32)
+    content = {"model": source.state_dict(), "model_name": "visformer_tiny"}
+    content |= {"model_kwargs": {"num_classes": 2, "img_size": 32}, "classes": ["cat", "dog"]}
+    torch.save(content, tmp_path / "in.pth")
+    for suffix in ("pth", "safetensors"):
+        out = tmp_path / f"out.{suffix}"
+        assert convert_checkpoint.main([str(tmp_path / "in.pth"), str(out)]) == 0
+        assert models.class_names(models.read_checkpoint(out), str(out)) == ["cat", "dog"]
+    foreign = tmp_path / "foreign.safetensors"  # whose header may say anything
+    safetensors.torch.save_file(source.state_dict(), foreign, metadata={"classes": "cat, dog"})
+    with pytest.raises(models.CheckpointError, match="classes must be a list of names"):
+        models.class_names(models.read_checkpoint(foreign), str(foreign))
 
 
 def test_convert_for_detection(tmp_path, capsys):

@@ -68,12 +68,15 @@ def convert_classifier(
     report = models.load_weights(model, checkpoint, args.input, ema=args.ema)
     if hasattr(model, "qk_scale_factor"):
         kwargs["qk_scale_factor"] = model.qk_scale_factor
-    return report, {
+    content = {
         "model": model.state_dict(),
         "model_name": name,
         "model_kwargs": kwargs,
         "gelu": checkpoint.get("gelu", "none"),
     }
+    if classes := models.class_names(checkpoint, args.input):
+        content["classes"] = classes
+    return report, content
 
 
 def convert_for_detection(

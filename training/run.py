@@ -189,7 +189,7 @@ class Run:
     def finetune(self, path: str) -> None:
         """Start from the weights of a checkpoint, with a new classifier for other classes."""
         checkpoint = models.read_checkpoint(path)
-        others = (checkpoint.get("classes") or self.classes) != self.classes
+        others = (models.class_names(checkpoint, path) or self.classes) != self.classes
         self.load(checkpoint, path, new_head=True, other_classes=others)
         self.ema = self.start_average()
 

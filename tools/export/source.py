@@ -188,7 +188,7 @@ def load_source(args: argparse.Namespace, device: torch.device) -> Source:
         net=net,
         name=name,
         size=size,
-        classes=tuple(checkpoint.get("classes") or ()),
+        classes=tuple(models.class_names(checkpoint, str(args.checkpoint))),
         mean=tuple(mean),
         std=tuple(std),
         short_side=_short_side(size, checkpoint.get("args")),

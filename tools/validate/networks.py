@@ -142,11 +142,9 @@ def _rows_of_classifier(checkpoint: Mapping[str, Any], path: str, name: str) -> 
 def _classes_of(
     checkpoint: Mapping[str, Any], path: str, num_classes: int | None
 ) -> tuple[str, ...] | None:
-    names = checkpoint.get("classes")
+    names = models.class_names(checkpoint, path)
     if not names:
         return None
-    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise models.CheckpointError(f"{path}: classes must be a list of names")
     if num_classes is not None and len(names) != num_classes:
         raise models.CheckpointError(
             f"{path} has {len(names)} names of classes for {num_classes} outputs"
