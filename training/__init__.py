@@ -7,6 +7,7 @@ from training.distillation import (
     learn_from_teacher,
 )
 from training.files import OutputError
+from training.network import Network, build_network, choose_precision, count_parameters, fused
 from training.output import CHECKPOINT, Output
 from training.resume import find_checkpoint, read_resume
 from training.run import Run
@@ -17,14 +18,19 @@ __all__ = [
     "CHECKPOINT",
     "DistillationLoss",
     "Evaluation",
+    "Network",
     "Output",
     "OutputError",
     "ProcessError",
     "Run",
     "Taught",
     "Trainer",
+    "build_network",
     "build_teacher",
+    "choose_precision",
+    "count_parameters",
     "find_checkpoint",
+    "fused",
     "learn_from_teacher",
     "read_resume",
 ]

@@ -13,14 +13,13 @@ from configs import ConfigError
 from tools.validate.classes import ClassMap, match_classes
 from tools.validate.networks import (
     Network,
-    fused,
-    precision_of,
     pretrained_network,
     read_network,
     size_of,
     warn_of_normalization,
 )
 from tools.validate.sets import EvalSet
+from training import choose_precision, fused
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def _cases_at(
 ) -> Iterator[Case]:
     model = network.build(size)
     models.check_input_size(model, network.name, size)
-    precision = precision_of(args, model, device)
+    precision = choose_precision(args, model, device)
     precision.place(model)
     warn_of_normalization(network, model, print)
     at_size = Namespace(**vars(args) | {"input_size": size})

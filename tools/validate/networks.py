@@ -6,12 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import timm
-import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 import datasets
-import engine
 import models
 from models.checkpoint import EMA_KEYS, state_dict_of
 from tools.convert_checkpoint import HEADS
@@ -150,25 +148,6 @@ def _classes_of(
             f"{path} has {len(names)} names of classes for {num_classes} outputs"
         )
     return tuple(names)
-
-
-def precision_of(args: Namespace, model: nn.Module, device: torch.device) -> engine.Precision:
-    """Mixed precision as flagged; the layout as flagged, else the one that suits the model."""
-    dtype = getattr(torch, args.amp_dtype) if args.amp else None
-    last = args.channels_last
-    last = getattr(model, "channels_last", False) if last is None else last
-    return engine.Precision(device, dtype, torch.channels_last if last else torch.contiguous_format)
-
-
-def fused(model: nn.Module, name: str) -> nn.Module:
-    """The model's inference net.
-
-    Raises:
-        ModelError: It has none.
-    """
-    if not hasattr(model, "fuse"):
-        raise models.ModelError(f"{name} has no inference net of its own: leave --fuse out")
-    return model.fuse()
 
 
 def warn_of_normalization(network: Network, model: nn.Module, say: Callable[[str], None]) -> None:
