@@ -2,7 +2,9 @@
 
 import copy
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import urllib.error
@@ -169,7 +171,12 @@ def test_static_batch_and_average(vit, tmp_path):
     assert session.get_inputs()[0].shape == [2, 3, 32, 32]
 
 
-@pytest.mark.parametrize("format_name", ["exported", "aot"])
+NO_COMPILER = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler"
+)
+
+
+@pytest.mark.parametrize("format_name", ["exported", pytest.param("aot", marks=NO_COMPILER)])
 def test_programs_of_pytorch(format_name, vit, tmp_path, monkeypatch):
     model, path = vit
     output = {"exported": "model.pt2", "aot": "compiled.pt2"}[format_name]
