@@ -4,11 +4,13 @@ Page by page, in order, on small data, and in this process. Trainings stop after
 """
 
 import glob
+import os
 import re
 import runpy
 import shlex
 import sys
 import tarfile
+import warnings
 
 import pytest
 import torch
@@ -43,7 +45,9 @@ def run(words, capsys):
     before, sys.argv = sys.argv, [target, *arguments]
     torch.set_num_threads(1)
     try:
-        with pytest.raises(SystemExit) as done:
+        with pytest.raises(SystemExit) as done, warnings.catch_warnings():
+            # modules are there already: this process is used again
+            warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)
             if words[0] == "-m":
                 runpy.run_module(target, run_name="__main__", alter_sys=True)
             else:
@@ -80,8 +84,6 @@ def place(shared, cifar, tmp_path_factory):
 def there(place, monkeypatch, capsys):
     """In that folder, with networks of every family trained for an epoch."""
     monkeypatch.chdir(place)
-    import os
-
     for key in set(os.environ) - set(clean_env()):
         monkeypatch.delenv(key)
     for name, flags in TRAINED.items():
