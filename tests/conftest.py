@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 import tarfile
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forking import Forked, can_fork
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,13 +20,15 @@ SHARED = ROOT.parent / "shared"
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # two cores, whoever shares them
 
 
-# minutes each, as they start programs: first, so that no process is left alone with one of them
-SLOW = ("mmdet_commands", "torchvision_rcnn", "watchdog", "stop", "main", "crashtest", "mmdet")
+# the longest, as they start programs: first, so that no process is left alone with one of them
+SLOW = ("mmdet_commands", "main", "watchdog", "distributed", "crashtest", "stop")
+SLOW += ("torchvision_rcnn", "fsdp", "submit", "mmdet")
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with the slow files."""
-    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in SLOW)
+    """Begin with the slow files, the longest first."""
+    order = {name: place for place, name in enumerate(SLOW)}
+    items.sort(key=lambda item: order.get(item.path.stem.removeprefix("test_"), len(order)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -91,23 +95,74 @@ def image_folder(tmp_path):
     return write_images(tmp_path / "images")
 
 
+# the variables of launchers, which are read when a run begins
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "SLURM_", "OMPI_", "PMI_", "MPI_")
+
+
 def clean_env(**extra):
     """This process's environment without a launcher's variables."""
-    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "SLURM_", "OMPI_", "PMI_", "MPI_")
-    env = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
+    env = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHER)}
     return env | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | extra
 
 
-def run_python(*words, timeout=300, **env):
-    """Run Python with ``words`` in the project's folder; returns the completed process."""
-    return subprocess.run(
-        [sys.executable, *map(str, words)],
+def start_python(*words, **env):
+    """Start Python with ``words`` in the project's folder, its output in pipes of text.
+
+    A program of ours that no other variables than a launcher's are set for is forked.
+    """
+    words = [str(word) for word in words]
+    forked = can_fork(words) and all(key.startswith(LAUNCHER) for key in env)
+    return (Forked if forked else subprocess.Popen)(
+        [sys.executable, *words],
         cwd=ROOT,
-        env=clean_env(**env),
-        capture_output=True,
+        env=clean_env(**{key: str(value) for key, value in env.items()}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=timeout,
     )
+
+
+def run_python(*words, timeout=300, **env):
+    """Run :func:`start_python`'s process to its end; returns the completed process."""
+    with start_python(*words, **env) as process:
+        try:
+            output, errors = process.communicate(timeout=timeout)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def ranks(count, words, program=("main.py",)):
+    """Processes as torchrun would start them, each with its output in pipes."""
+    meeting = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return [
+        start_python(*program, *words, RANK=rank, LOCAL_RANK=rank, **meeting)
+        for rank in range(count)
+    ]
+
+
+def together(count, words, rank=None, number=None, line=None, program=("main.py",)):
+    """Run on several ranks, one of which gets a signal when the first prints a line.
+
+    Returns their exit statuses, the output of the first, and the errors of all.
+    """
+    processes = ranks(count, words, program)
+    output = ""
+    if line is not None:
+        for text in processes[0].stdout:
+            output += text
+            if text.startswith(line):
+                processes[rank].send_signal(number)
+                break
+    results = [process.communicate(timeout=300) for process in processes]
+    return [p.returncode for p in processes], output + results[0][0], [e for _, e in results]
 
 
 def read_log(folder):

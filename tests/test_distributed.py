@@ -2,22 +2,13 @@
 
 import json
 import re
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, clean_env, read_log, run_python
+from conftest import free_port, read_log, run_python, start_python, together
 
 LAUNCH = ["-m", "torch.distributed.launch", "--use_env"]
 SMALL = ["--model", "visformer_tiny", "--input-size", 32, "--num_workers", 0, "--device", "cpu"]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def launch(processes, *flags, timeout=300):
@@ -35,7 +26,7 @@ def whole(cifar, tmp_path_factory):
     """Two processes, two epochs, never stopped."""
     folder = tmp_path_factory.mktemp("whole")
     run = [*SMALL, "--data-path", cifar, "--epochs", 2, "--warmup-epochs", 1, "--batch-size", 32]
-    run += ["--model-ema-decay", 0.9]
+    run += ["--model-ema-decay", 0.9, "--sampling-ratio", 0.25]
     done = launch(2, *run, "--output_dir", folder)
     assert done.returncode == 0, done.stderr
     assert "strides" not in done.stderr  # gradients lie in the exchanged buffers as they come
@@ -46,10 +37,9 @@ def test_stopped_and_resumed_on_two_processes(whole, tmp_path):
     run, folder, output = whole
     assert "2 process(es) started by torchrun" in output
     assert len(re.findall(r"^Max accuracy", output, re.MULTILINE)) == 2  # one process prints
-    done = launch(2, *run, "--output_dir", tmp_path, "--stop-epoch", 1)
-    assert done.returncode == 0, done.stderr
-    done = launch(2, *run, "--output_dir", tmp_path, "--resume", "auto")
-    assert done.returncode == 0, done.stderr
+    for flags in (["--stop-epoch", 1], ["--resume", "auto"]):
+        codes, _, errors = together(2, [*run, "--output_dir", tmp_path, *flags])
+        assert codes == [0, 0], errors
     expected, resumed = read_log(folder), read_log(tmp_path)
     for line in expected + resumed:
         del line["train_images_per_second"]
@@ -65,22 +55,11 @@ def test_evaluation_is_exact_on_any_number_of_processes(whole, cifar, processes,
     _, folder, output = whole
     flags = ["--eval", "--resume", folder / "checkpoint.pth", "--data-path", cifar]
     flags += ["--batch-size", batch_size, "--num_workers", 0, "--device", "cpu"]
-    done = launch(processes, *flags) if processes > 1 else run_python("main.py", *flags)
-    assert done.returncode == 0, done.stderr
+    codes, found, errors = together(processes, flags)
+    assert codes == [0] * processes, errors
     # the two processes that trained evaluated what the first one saved
-    assert accuracy_lines(done.stdout) == accuracy_lines(output)[-2:]
-    assert "on 500 images" in done.stdout
-
-
-def start(rank, env, *flags):
-    return subprocess.Popen(
-        [sys.executable, "main.py", *map(str, flags)],
-        cwd=ROOT,
-        env=clean_env(**env),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    assert accuracy_lines(found) == accuracy_lines(output)[-2:]
+    assert "on 500 images" in found
 
 
 def slurm(rank, port):
@@ -109,7 +88,7 @@ def test_other_launchers(whole, cifar, variables, name):
     flags = ["--eval", "--resume", folder / "checkpoint.pth", "--data-path", cifar]
     flags += ["--batch-size", 32, "--num_workers", 0, "--device", "cpu"]
     port = free_port()
-    processes = [start(rank, variables(rank, port), *flags) for rank in range(2)]
+    processes = [start_python("main.py", *flags, **variables(rank, port)) for rank in range(2)]
     outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert f"2 process(es) started by {name}" in outputs[0][0]
@@ -119,7 +98,7 @@ def test_other_launchers(whole, cifar, variables, name):
 
 def test_missing_process_is_an_error_not_a_hang():
     env = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     done = run_python("main.py", *SMALL, "--dist-timeout", 3, timeout=120, **env)
     assert done.returncode == 1
     assert "error on rank 1: rank 1 of 2 could not meet the others" in done.stderr

@@ -8,9 +8,16 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import read_log, run_python, same_log, same_state, write_images
-from test_distributed import accuracy_lines, free_port
-from test_stop import together
+from conftest import (
+    free_port,
+    read_log,
+    run_python,
+    same_log,
+    same_state,
+    together,
+    write_images,
+)
+from test_distributed import accuracy_lines
 
 from engine import SettingError
 from training.sharding import check

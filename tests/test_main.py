@@ -18,6 +18,7 @@ from conftest import (
     run_python,
     same_log,
     same_state,
+    start_python,
     write_images,
 )
 
@@ -99,18 +100,15 @@ def test_stopped_and_resumed_is_the_same_run(images, trained, tmp_path, main):
 
 
 def test_killed_and_resumed_is_the_same_run(images, trained, tmp_path):
-    command = [sys.executable, "main.py", *RICH, "--data-path", images, "--output_dir", tmp_path]
-    command = [str(word) for word in command]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=clean_env(), stdout=subprocess.PIPE, text=True
-    ) as process:
+    run = ["main.py", *RICH, "--data-path", images, "--output_dir", tmp_path]
+    with start_python(*run) as process:
         for line in process.stdout:
             if line.startswith("epoch 1 step"):
                 process.send_signal(signal.SIGKILL)
                 break
     assert process.returncode == -signal.SIGKILL
     assert 1 <= len(read_log(tmp_path)) <= 2
-    done = run_python(*command[1:], "--resume", "auto")
+    done = run_python(*run, "--resume", "auto")
     assert done.returncode == 0, done.stderr
     assert same_log(tmp_path, trained[0])
     assert same_state(tmp_path, trained[0])
@@ -452,15 +450,7 @@ def test_full_disk_keeps_the_last_checkpoint(images, tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds children through /proc")
 def test_dead_loader_process_is_an_error():
     run = ["main.py", "--model", "visformer_tiny", "--num_workers", 1, "--log-interval", 1]
-    command = [sys.executable, *map(str, run)]
-    with subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=clean_env(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    with start_python(*run) as process:
         for line in process.stdout:
             if line.startswith("epoch 0 step 1/"):
                 break
@@ -475,15 +465,7 @@ def test_dead_loader_process_is_an_error():
 
 
 def test_interrupt_without_a_folder_says_that_nothing_is_saved():
-    command = [sys.executable, "main.py", "--model", "visformer_tiny", "--log-interval", "1"]
-    with subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=clean_env(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    with start_python("main.py", "--model", "visformer_tiny", "--log-interval", 1) as process:
         for line in process.stdout:
             if line.startswith("epoch 0 step 1/"):
                 process.send_signal(signal.SIGINT)

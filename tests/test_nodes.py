@@ -8,8 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, clean_env, same_log, same_state, write_images
-from test_stop import together
+from conftest import ROOT, clean_env, same_log, same_state, together, write_images
 from test_watchdog import until
 
 RUN = ["--model", "visformer_tiny", "--input-size", 32, "--batch-size", 2, "--num_workers", 0]

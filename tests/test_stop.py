@@ -3,14 +3,19 @@
 import random
 import re
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, clean_env, read_log, run_python, same_log, same_state, write_images
-from test_distributed import free_port
+from conftest import (
+    read_log,
+    run_python,
+    same_log,
+    same_state,
+    start_python,
+    together,
+    write_images,
+)
 
 import utils
 from training.control import Agreement, StopSignals
@@ -43,16 +48,9 @@ def whole(images, tmp_path_factory):
     return folder
 
 
-def interrupted(words, line, number, env=None):
+def interrupted(words, line, number):
     """Run, send a signal when a line begins so; (status, output, errors)."""
-    with subprocess.Popen(
-        [sys.executable, *map(str, words)],
-        cwd=ROOT,
-        env=clean_env(**env or {}),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    with start_python(*words) as process:
         output = ""
         for text in process.stdout:
             output += text
@@ -121,8 +119,9 @@ def test_checkpoints_within_an_epoch(images, whole, tmp_path, flag):
     assert same_state(tmp_path, whole)
 
 
-def test_the_second_signal_ends_at_once():
-    code = (
+def test_the_second_signal_ends_at_once(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
         "from training.control import StopSignals\n"
         "with StopSignals() as signals:\n"
         "    print('ready', flush=True)\n"
@@ -130,9 +129,7 @@ def test_the_second_signal_ends_at_once():
         "    print(signals.requested.name, flush=True)\n"
         "    while True: pass\n"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, env=clean_env(), stdout=subprocess.PIPE, text=True
-    ) as process:
+    with start_python(script) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGUSR1)
         assert process.stdout.readline() == "SIGUSR1\n"
@@ -151,40 +148,6 @@ def test_a_launcher_and_its_cluster_make_one_request():
 def test_alone_wishes_are_granted_at_once():
     assert Agreement().exchange([0, 3, 1]) == [0, 3, 1]
     assert Agreement().now([2]) == [2]
-
-
-def ranks(count, words, **env):
-    """Processes as torchrun would start them, each with its output in pipes."""
-    port = str(free_port())
-    places = [
-        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-        for rank in range(count)
-    ]
-    return [
-        subprocess.Popen(
-            [sys.executable, "main.py", *map(str, words)],
-            cwd=ROOT,
-            env=clean_env(**place, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **env),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for place in places
-    ]
-
-
-def together(count, words, rank=None, number=None, line=None):
-    """Run on several ranks, one of which gets a signal when the first prints a line."""
-    processes = ranks(count, words)
-    output = ""
-    if line is not None:
-        for text in processes[0].stdout:
-            output += text
-            if text.startswith(line):
-                processes[rank].send_signal(number)
-                break
-    results = [process.communicate(timeout=300) for process in processes]
-    return [p.returncode for p in processes], output + results[0][0], [e for _, e in results]
 
 
 DISTRIBUTED = [*RUN, "--epochs", 1, "--accum-iter", 1]

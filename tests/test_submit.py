@@ -10,8 +10,16 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, clean_env, read_log, run_python, same_log, same_state, write_images
-from test_stop import together
+from conftest import (
+    ROOT,
+    clean_env,
+    read_log,
+    run_python,
+    same_log,
+    same_state,
+    together,
+    write_images,
+)
 
 pytest.importorskip("submitit", reason="pip install submitit")
 

@@ -3,15 +3,12 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from conftest import ROOT, clean_env, read_log, run_python, same_log, same_state
-from test_distributed import LAUNCH, free_port
-from test_stop import ranks
+from conftest import free_port, ranks, read_log, same_log, same_state, start_python, together
+from test_distributed import LAUNCH
 
 from datasets import DataError
 from training.watchdog import ProcessError, Watchdog
@@ -51,18 +48,6 @@ def until(process, line):
     raise AssertionError(f"no line {line!r} in {output}{process.stderr.read()}")
 
 
-def started(words, **env):
-    """A Python process in the project's folder, with its output in pipes."""
-    return subprocess.Popen(
-        [sys.executable, *map(str, words)],
-        cwd=ROOT,
-        env=clean_env(**env),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def is_gone(pid):
     """Waits for the end of a process that is nobody's child here."""
     try:
@@ -80,12 +65,11 @@ def is_gone(pid):
 @pytest.mark.parametrize(
     ("victim", "number"), [(1, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGKILL)]
 )
-def test_a_rank_that_dies_or_hangs_is_named(tmp_path, victim, number):
-    mark = f"MARK={tmp_path.name}-{victim}-{number}"
-    words = [*RUN, "--dist-timeout", 8]
-    processes = ranks(2, words, MARK=mark.partition("=")[2])
+def test_a_rank_that_dies_or_hangs_is_named(victim, number):
+    processes = ranks(2, [*RUN, "--dist-timeout", 8])
     until(processes[0], "epoch 0 step 3/")
-    everyone = marked(mark)
+    pids = [process.pid for process in processes]
+    everyone = pids + [child for pid in pids for child in children(pid)]
     assert len(everyone) >= 4  # two ranks, and a loader process each
     processes[victim].send_signal(number)
     survivor = processes[1 - victim]
@@ -104,9 +88,9 @@ def test_a_rank_that_dies_or_hangs_is_named(tmp_path, victim, number):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_loader_process_that_dies_or_hangs(tmp_path, number):
+def test_a_loader_process_that_dies_or_hangs(number):
     words = ["main.py", *RUN, "--dist-timeout", 6]
-    with started(words, MARK=tmp_path.name) as process:
+    with start_python(*words) as process:
         until(process, "epoch 0 step 2/")
         (worker,) = children(process.pid)
         os.kill(worker, number)
@@ -122,9 +106,9 @@ def test_a_loader_process_that_dies_or_hangs(tmp_path, number):
     assert is_gone(worker)
 
 
-def test_loader_processes_die_with_the_run(tmp_path):
+def test_loader_processes_die_with_the_run():
     words = ["main.py", *RUN]
-    with started(words) as process:
+    with start_python(*words) as process:
         until(process, "epoch 0 step 1/")
         (worker,) = children(process.pid)
         os.kill(worker, signal.SIGTERM)  # a launcher's, to all of its processes
@@ -137,8 +121,8 @@ def test_loader_processes_die_with_the_run(tmp_path):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    done = run_python(*torchrun(0), *JOB, "--output_dir", folder)
-    assert done.returncode == 0, done.stderr
+    codes, _, errors = together(2, [*JOB, "--output_dir", folder])
+    assert codes == [0, 0], errors
     return folder
 
 
@@ -146,15 +130,12 @@ JOB = ["--model", "visformer_tiny", "--batch-size", 64, "--num_workers", 1, "--d
 JOB += ["--epochs", 1, "--log-interval", 1]
 
 
-def torchrun(restarts):
-    options = ["--nproc_per_node", 2, "--master_port", free_port(), "--max-restarts", restarts]
-    return ["-m", "torch.distributed.run", *options, "main.py"]
-
-
 def test_the_launcher_starts_again_and_goes_on(whole, tmp_path):
-    words = [*torchrun(1), *JOB, "--output_dir", tmp_path, "--save-every-steps", 2]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--max-restarts", 1]
+    launch += ["--master_port", free_port()]
+    words = [*launch, "main.py", *JOB, "--output_dir", tmp_path, "--save-every-steps", 2]
     mark = f"MARK={tmp_path.name}"
-    with started(words, MARK=tmp_path.name) as process:
+    with start_python(*words, MARK=tmp_path.name) as process:
         until(process, "epoch 0 step 9/")
         ranks_of_it = [
             pid
@@ -173,7 +154,7 @@ def test_the_launcher_starts_again_and_goes_on(whole, tmp_path):
 
 def test_ranks_end_with_their_launcher(tmp_path):
     words = [*LAUNCH, "--nproc_per_node", 2, "--master_port", free_port(), "main.py", *RUN]
-    with started([*words, "--output_dir", tmp_path], MARK=tmp_path.name) as process:
+    with start_python(*words, "--output_dir", tmp_path, MARK=tmp_path.name) as process:
         until(process, "epoch 0 step 2/")
         everyone = marked(f"MARK={tmp_path.name}")
         assert len(everyone) >= 5
