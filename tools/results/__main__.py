@@ -107,12 +107,10 @@ def row(args: Namespace, arm: Arm) -> str:
         log = read_epochs(folder_of(args, arm, seed))
         if len(log) >= parse_args(flags_of(args, arm, seed))[0].epochs:
             accuracies[seed] = log[-1]["test_acc1"]
-    first = str(args.seeds[0])
-    command = shlex.join(flags_of(args, arm, args.seeds[0])).replace(
-        f"--seed {first} ", "--seed N "
-    )
-    command = command.replace(f"-{first}/checkpoint", "-N/checkpoint")
-    command = command[: command.index(" --output_dir")] + f" --output_dir {arm.name}-N"
+    words = flags_of(args, arm, args.seeds[0])
+    words[words.index("--seed") + 1] = "N"
+    command = shlex.join(words).replace(f"-{args.seeds[0]}/checkpoint", "-N/checkpoint")
+    command = command.removesuffix(f"-{args.seeds[0]}") + "-N"
     values = list(accuracies.values())
     mean = f"{statistics.mean(values):.1f}" if values else "not run"
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
