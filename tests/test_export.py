@@ -203,13 +203,13 @@ def python_block(heading):
     return re.search(r"```python\n(.*?)```", behind, re.DOTALL)[1]
 
 
-@pytest.mark.parametrize("size", [32, 64])
-def test_the_page_serves_images(size, vit, tmp_path, shared, cifar):
+@pytest.mark.parametrize(("size", "names"), [(32, CLASSES), (64, [])])
+def test_the_page_serves_images(size, names, tmp_path, cifar):
     kwargs = VIT | {"img_size": size}
-    model = save(tmp_path / "served.pth", "vit_b_32_224", kwargs, (size, size))
+    path = tmp_path / "served.pth"
+    model = save(path, "vit_b_32_224", kwargs, (size, size), classes=names)
     out = tmp_path / "served.onnx"
-    words = ["--checkpoint", tmp_path / "served.pth", "--output", out, "--with-preprocessing"]
-    assert export(*words) == 0
+    assert export("--checkpoint", path, "--output", out, "--with-preprocessing") == 0
     script = tmp_path / "serve.py"
     script.write_text(python_block("## Serve with ONNX Runtime"))
     (tmp_path / "torch.py").write_text("raise ImportError('PyTorch is not needed')\n")
@@ -228,8 +228,9 @@ def test_the_page_serves_images(size, vit, tmp_path, shared, cifar):
         address = process.stdout.readline().strip()
         with urllib.request.urlopen(address, photograph.read_bytes(), timeout=60) as answer:
             found = json.loads(answer.read())
-        with pytest.raises(urllib.error.HTTPError, match="400"):
+        with pytest.raises(urllib.error.HTTPError, match="400") as refused:
             urllib.request.urlopen(address, b"no image", timeout=60)
+        assert "cannot identify image" in refused.value.read().decode()
     finally:
         process.kill()
         process.wait()
@@ -239,7 +240,8 @@ def test_the_page_serves_images(size, vit, tmp_path, shared, cifar):
     image = transform(Image.open(photograph).convert("RGB"))
     with torch.no_grad():
         odds = model(image[None]).softmax(1)[0]
-    expected = {CLASSES[i]: odds[i].item() for i in odds.argsort(descending=True)[:5]}
+    names = names or list(map(str, range(len(CLASSES))))
+    expected = {names[i]: odds[i].item() for i in odds.argsort(descending=True)[:5]}
     assert list(found) == list(expected)
     assert found == pytest.approx(expected, abs=2e-3)
 
