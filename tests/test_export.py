@@ -384,6 +384,22 @@ def test_says_what_is_wrong(words, message, vit, tmp_path, monkeypatch, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("name", ["out.pt2", "out.onnx"])
+def test_a_full_disk_is_an_error(name, vit, tmp_path):
+    _, path = vit
+    (tmp_path / "folder").mkdir()
+    out = tmp_path / "folder" / name
+    words = [sys.executable, "-m", "tools.export", "--checkpoint", path, "--output", out]
+    words += ["--device", "cpu", "--no-check"]
+    limited = ["bash", "-c", 'ulimit -f 32; exec "$@"', "-", *map(str, words)]  # of 1024 bytes
+    done = subprocess.run(
+        limited, cwd=ROOT, env=clean_env(), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith(f"error: cannot write {out}: File too large")
+    assert list((tmp_path / "folder").iterdir()) == []
+
+
 def test_says_what_to_install(vit, tmp_path, monkeypatch, capsys):
     _, path = vit
     out = tmp_path / "out.onnx"

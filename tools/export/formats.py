@@ -4,6 +4,7 @@ All come from one graph of ``torch.export``, whose batch is dynamic unless a num
 """
 
 import importlib
+import io
 import json
 import logging
 import os
@@ -160,10 +161,14 @@ def load_onnx(path: Path, device: torch.device) -> Program:
 
 
 def write_exported(program: ExportedProgram, path: Path, source: Source) -> None:
-    """Write a ``torch.export`` program, and the metadata as JSON."""
-    extra = {METADATA_FILE: json.dumps(source.metadata)}
+    """Write a ``torch.export`` program, and the metadata as JSON.
+
+    By way of memory: PyTorch's own writer ends the process where the disk is full.
+    """
+    extra, content = {METADATA_FILE: json.dumps(source.metadata)}, io.BytesIO()
     with _quiet():
-        torch.export.save(program, path, extra_files=extra)
+        torch.export.save(program, content, extra_files=extra)
+    path.write_bytes(content.getbuffer())
 
 
 def load_exported(path: Path, device: torch.device) -> Program:
@@ -200,7 +205,7 @@ def write(format_name: str, path: Path, source: Source, batch: int | None, opset
             write_exported(program, path, source)
         else:
             write_aot(program, path, source)
-    except ExportError:
+    except (ExportError, OSError):
         raise
     except Exception as error:  # exporters and compilers raise errors of many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
