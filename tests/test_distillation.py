@@ -75,7 +75,7 @@ def parsed(*words):
     return parse_args(["--input-size", "32", *map(str, words)])[0]
 
 
-def test_images_reach_a_foreign_teacher_as_timm_says(teacher_file):
+def test_images_reach_a_foreign_teacher_as_timm_says(teacher_file, tmp_path):
     args = parsed(
         *("--teacher-model", "test_vit", "--teacher-path", teacher_file),
         *("--distillation-type", "hard"),
@@ -83,6 +83,9 @@ def test_images_reach_a_foreign_teacher_as_timm_says(teacher_file):
     teacher = build_teacher(args, 2, Precision(CPU), NORMALIZATION)
     cfg = teacher.model.pretrained_cfg
     assert tuple(cfg["mean"]) != NORMALIZATION[0], "choose a model of another normalisation"
+    torch.save(torch.load(teacher_file, weights_only=True) | {"args": {}}, tmp_path / "ours.pth")
+    args.teacher_path = str(tmp_path / "ours.pth")  # trained here: it knows images as they are
+    native = build_teacher(args, 2, Precision(CPU), NORMALIZATION)
     pixels = torch.rand(2, 3, 32, 32)
     ours, theirs = (
         (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
@@ -92,6 +95,7 @@ def test_images_reach_a_foreign_teacher_as_timm_says(teacher_file):
     models.load_checkpoint(net, teacher_file)
     with torch.no_grad():
         assert torch.allclose(teacher(ours), net(theirs), atol=1e-5)
+        assert torch.equal(native(ours), net(ours))
 
 
 SMALL = ["--model", "visformer_tiny", "--input-size", 32, "--batch-size", 4, "--num_workers", 0]

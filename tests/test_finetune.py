@@ -46,6 +46,10 @@ def test_layers_learn_the_slower_the_deeper_they_lie(name):
     assert row == sorted(row)
     assert min(scales.values()) == 0.5 ** (len(set(scales.values())) - 1)
     assert scales[next(key for key in scales if key.startswith(("stem", "patch_embed")))] < min(row)
+    decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    for key, parameter in model.named_parameters():
+        kept = parameter.ndim <= 1 or key in model.no_weight_decay()
+        assert decays[id(parameter)] == (0.0 if kept else 0.05), key
     engine.build_scheduler(flags("--warmup-lr", 0.25), optimizer, 10).step(0)
     assert {g["lr"] for g in optimizer.param_groups} == {0.25 * s for s in scales.values()}
 
@@ -160,11 +164,15 @@ def test_from_run_to_run(trained, main):
         value.numel() for key, value in first["model"].items() if key.startswith("head")
     )
 
+    torch.save(first | {"gelu": "tanh"}, folder / "tanh.pth")
+    tuned[tuned.index("--finetune") + 1] = folder / "tanh.pth"
     words = ["--input-size", 64, "--layer-decay", 0.8, "--freeze-stages", 0]
     status, output, errors = main(*tuned, folder / "c", "--data-path", more, *words)
     assert status == 0, errors
     for text in ("3 resampled", "left at their initial value: head", "18 layers learn at 0.0225"):
         assert text in output
+    third = torch.load(folder / "c/checkpoint.pth", weights_only=True)
+    assert (first["gelu"], third["gelu"]) == ("none", "tanh")
 
     words = ["--resume", folder / "a/checkpoint.pth", "--eval", "--data-path", others]
     status, output, _ = main(*words, *SMALL)
