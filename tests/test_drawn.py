@@ -167,12 +167,13 @@ def test_curves(draw, tmp_path):
         (tmp_path / run).mkdir()
         generator = np.random.default_rng(len(run) + ord(run))
         logs[run] = [
-            {"epoch": epoch} | {key: float(generator.random()) for key in keys}
-            for epoch in range(3)
+            {"epoch": epoch} | {key: float(generator.random()) for key in keys} | ema
+            for epoch, ema in enumerate([{"ema_loss": 9.0}, {"ema_loss": 3.0}, {"ema_loss": -1.0}])
         ]
         text = "".join(json.dumps(line) + "\n" for line in logs[run])
         (tmp_path / run / "log.txt").write_text(text)
-    found = panels(draw("curves", str(tmp_path / "a"), str(tmp_path / "b")))
+    picture = draw("curves", str(tmp_path / "a"), str(tmp_path / "b"))
+    found, (drawn_legend,) = panels(picture), picture.figure.legends
     wanted = {
         (0, 0): (("train_loss", ":"), ("test_loss", "-"), ("ema_loss", "--")),
         (0, 1): (("test_acc1", "-"),),
@@ -189,7 +190,9 @@ def test_curves(draw, tmp_path):
             assert list(line.get_ydata()) == [row[key] for row in log]
     low, high = found[0, 0].get_ylim()
     losses = [row[key] for log in logs.values() for row in log for key in keys[:3:2]]
-    assert low < min(losses) and max(losses) < high < max(losses) + 1
+    assert low < -1 and max(losses) < high < max(losses) + 1  # the lowest is the average's
+    legend = [text.get_text() for text in drawn_legend.get_texts()]
+    assert legend == ["a", "b", "training", "test", "EMA"]
 
 
 def test_feature_panels(draw, root):
@@ -234,7 +237,8 @@ def test_columns_of_kernels(draw):
     layer.reparameterize()
     fused = layer.reparam_conv.weight[1, 0].detach().numpy()
     rows = [row for row in picture.rows if row["channel"] == 1]
-    np.testing.assert_allclose(as_map(rows, "weight", branch="fused"), fused, atol=1e-6)
+    np.testing.assert_array_equal(as_map(rows, "weight", branch="fused"), fused)
+    assert not np.array_equal(as_map(rows, "weight", branch="sum"), fused), "that is in float64"
     parts = {row["branch"] for row in rows} - {"sum", "fused"}
     middle = sum(row["weight"] for row in rows if row["branch"] in parts and row["y"] == row["x"])
     assert middle == pytest.approx(np.trace(fused), abs=1e-5)
@@ -257,13 +261,14 @@ def test_images_are_those_of_evaluation(root, tmp_path):
     args = visualize.get_parser().parse_args(["gates", "x"])
     subject = load_subject(str(root / "3.pth"), args)
     assert (subject.size, subject.crop_ratio, subject.epoch) == (16, 0.5, 3)
-    # the crop of half the side: of 40 pixels, the middle 20
+    # the crop of 80 % of the side: of 40 pixels, the middle 32
     pixels = np.zeros((40, 40, 3), np.uint8)
-    pixels[10:30, 10:30] = 200
+    pixels[4:36, 4:36] = 200
     Image.fromarray(pixels).save(tmp_path / "frame.png")
-    subject = Subject(subject.model, "", None, 40, 0.5)
+    subject = Subject(subject.model, "convit_tiny", "", None, 40, 0.8)
     (picture,) = load_pictures(subject, [tmp_path / "frame.png"])
-    assert picture.shape == (3, 40, 40) and picture[:, 4:-4, 4:-4].min() > 0.75
+    assert picture.shape == (3, 40, 40) and picture[:, 3:-3, 3:-3].min() > 0.75
+    assert (picture[:, 0] < 0.75).any(), "of a smaller crop, nothing of the frame would be there"
     wanted = (picture[0] - IMAGENET_DEFAULT_MEAN[0]) / IMAGENET_DEFAULT_STD[0]
     assert torch.allclose(subject.normalized(picture[None])[0, 0], wanted)
     larger = visualize.get_parser().parse_args(["gates", "x", "--input-size", "24"])

@@ -1,22 +1,21 @@
 """tools.predict: the likeliest classes of images, as text, pictures and CSV files."""
 
 import csv
+import os
 import re
-import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-from conftest import THREADS, write_images
+from conftest import THREADS
 from PIL import Image
 from torchvision import transforms
 
 import models  # noqa: F401 - registers the models
-from pipeline.images import DataError
 from tools import predict
-from tools.validate.classes import imagenet_wnids
 
 CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -125,21 +124,6 @@ def test_the_class_that_was_asked_for(images, call, tmp_path):
         assert float(last["probability"]) == pytest.approx(expected[least], abs=1e-5)
 
 
-def test_finding_a_class():
-    names = list(imagenet_wnids())
-    assert predict.find_class("n01443537", names) == 1
-    assert predict.find_class("Tinca tinca", names) == 0
-    assert predict.find_class("goldfish", names) == 1
-    assert predict.find_class("999", names) == 999
-    assert predict.find_class("2", ["0", "2", "1"]) == 1  # a name goes before an index
-    with pytest.raises(DataError, match="--class 1000 is beyond the classes, 0 to 999"):
-        predict.find_class("1000", names)
-    with pytest.raises(DataError, match="such as goldfish"):
-        predict.find_class("goldfisch", names)
-    with pytest.raises(DataError, match=r"no --class 'zzz'; such as ant, bee, cat, or 0 to 6"):
-        predict.find_class("zzz", CLASSES)
-
-
 def test_where_names_come_from(images, call, tmp_path):
     image, file = images / "a.jpg", tmp_path / "names.txt"
     plain = save(tmp_path / "plain.pth", network(7, 48), 48)
@@ -148,6 +132,9 @@ def test_where_names_come_from(images, call, tmp_path):
     output = call(image, "--checkpoint", plain, "--classes", file)[1]
     index, name = re.search(r"%  (\d)  (.*)$", output, re.MULTILINE).groups()
     assert name == f"kind {CLASSES[int(index)]}"
+    file.write_text("cat, black\ncat, white\n" + "x\n" * 5)
+    status, output, _ = call(image, "--checkpoint", plain, "--classes", file, "--class", 0)
+    assert (status, "cat, black  (--class)" in output) == (0, True)
     file.write_text("ant\nbee\n")
     status, _, errors = call(image, "--checkpoint", plain, "--classes", file)
     assert status == 1
@@ -157,92 +144,113 @@ def test_where_names_come_from(images, call, tmp_path):
     assert "1  goldfish, Carassius auratus  (--class)" in output
 
 
-def test_one_bad_image_does_not_stop_the_others(images, call, tmp_path):
-    checkpoint = save(tmp_path / "net.pth", network(7, 48), 48, classes=CLASSES)
-    (images / "b.png").write_bytes(b"broken")
-    flags = (images, tmp_path / "nowhere.jpg", "--checkpoint", checkpoint)
-    status, output, errors = call(*flags, "--output", tmp_path / "out")
-    assert status == 1
-    assert output.count(".jpg:\n") + output.count(".png:\n") == 3
-    lines = errors.splitlines()
-    assert lines[0] == f"error: cannot decode image {images / 'b.png'}: no image of a known format"
-    assert str(tmp_path / "nowhere.jpg") in lines[1]
-    written = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert written == ["a-prediction.png", "c-prediction.png", "d-prediction.png"]
+def picture(found, labels, asked=None, size=(200, 100)):
+    """The axes of a picture: the image, and the bars."""
+    return predict.figure_of(found, labels, asked, Image.new("RGB", size)).axes
 
 
-def test_places_of_pictures(images, call, tmp_path):
-    checkpoint = save(tmp_path / "net.pth", network(7, 48), 48, classes=CLASSES)
-    target = tmp_path / "one.png"
-    flags = ("--checkpoint", checkpoint, "--output")
-    assert call(images / "a.jpg", *flags, target)[0] == 0
-    with Image.open(target) as picture:
-        assert picture.format == "PNG"
-        assert picture.width > picture.height > 200
-    other = write_images(tmp_path / "others", train=0, val=1, classes=["x"]) / "val" / "x"
-    (other / "0.jpg").rename(other / "a.jpg")
-    assert call(images / "a.jpg", other, *flags, tmp_path / "out")[0] == 0
-    names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["a-2-prediction.png", "a-prediction.png"]
-    before = (images / "b.png").read_bytes()
-    for places, place, message in (
-        ([images], target, "one file for 4 images"),
-        ([images / "b.png"], images / "b.png", "would overwrite"),
-        ([images / "a.jpg"], tmp_path / "no" / "a.png", "there is no folder"),
-        ([images / "a.jpg"], target / "x", "cannot make folder"),
-    ):
-        status, _, errors = call(*places, *flags, place)
-        assert (status, message in errors) == (1, True), errors
-    assert (images / "b.png").read_bytes() == before
+def bars_of(axes):
+    """Labels, widths and colours of bars, from the top of the picture."""
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    bars = axes.containers[0]
+    assert axes.yaxis_inverted()
+    assert [bar.get_y() + bar.get_height() / 2 for bar in bars] == list(range(len(bars)))
+    assert axes.get_yticks().tolist() == list(range(len(bars)))
+    widths = [bar.get_width() for bar in bars]
+    assert [text.get_text() for text in axes.texts] == [f"{width:.1f}%" for width in widths]
+    return names, widths, [bar.get_facecolor() for bar in bars]
 
 
 def test_picture():
     found = predict.Prediction(Path("dir/x$y.jpg"), (2, 0), (0.75, 0.125))
-    names = ["n01440764", "bee", "a name that is far too long to be shown whole"]
-    figure = predict.figure_of(found, names, Image.new("RGB", (2000, 1000)))
-    left, right = figure.axes
+    left, right = picture(found, ["tench", "bee", "a $"], size=(2000, 1000))
     assert left.get_images()[0].get_array().shape == (320, 640, 3)
     assert left.get_title() == r"x\$y.jpg"
-    assert [bar.get_width() for bar in right.containers[0]] == [75, 12.5]
-    labels = [label.get_text() for label in right.get_yticklabels()]
-    assert labels == ["a name that is far too long…", "tench"]
+    names, widths, colours = bars_of(right)
+    assert (names, widths) == ([r"a \$", "tench"], [75, 12.5])
+    assert colours[0] == colours[1]
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ([], "give a checkpoint"),
-        (["--checkpoint", "nowhere.pth"], "nowhere.pth"),
-        (["--model", "test_vit"], "give a checkpoint"),
-        (["--checkpoint", "{net}", "--topk", "0"], "--topk 0 must be positive"),
-        (["--checkpoint", "{net}", "--class", "cta"], "no --class 'cta'; such as cat"),
-        (["--checkpoint", "{net}", "--csv", "no/where.csv"], "there is no folder no"),
-        (["--checkpoint", "{net}", "--classes", "nowhere.txt"], "cannot read --classes nowhere"),
-        (["--checkpoint", "{net}", "--weights", "ema"], "no weights under 'model_ema'"),
-    ],
-)
-def test_errors_name_what_is_wrong(flags, message, images, call, tmp_path, monkeypatch):
-    work = tmp_path / "work"
-    work.mkdir()
-    monkeypatch.chdir(work)
-    net = save(tmp_path / "net.pth", network(7, 48), 48, classes=CLASSES)
-    status, _, errors = call(images, *(flag.format(net=net) for flag in flags))
-    assert status == 1
-    assert errors.startswith("error: ")
-    assert message in errors
-    assert not list(work.iterdir())
+def test_titles_are_cut_where_they_are_long():
+    for name, title in (("x" * 60 + ".jpg", "x" * 39 + "…"), ("a\n\udcff.jpg", "a �.jpg")):
+        found = predict.Prediction(Path(name), (0,), (1.0,))
+        assert picture(found, ["ant"])[0].get_title() == title
 
 
-def test_a_folder_without_images(call, tmp_path):
-    status, _, errors = call(tmp_path, "--checkpoint", "net.pth")
-    assert status == 1
-    assert f"folder {tmp_path} has no images" in errors
+def test_the_class_that_was_asked_for_in_a_picture():
+    labels = [f"kind {index}" for index in range(50)]
+    found = predict.Prediction(Path("x.jpg"), tuple(range(10)), (0.05,) * 10, asked=0.05)
+    names, _, colours = bars_of(picture(found, labels, asked=3)[1])
+    assert names == [*labels[:3], "kind 3  (--class)", *labels[4:10]]
+    assert [colour != colours[0] for colour in colours] == [index == 3 for index in range(10)]
+    # among more than are drawn, or not among them
+    for count, asked in ((40, 35), (40, 45), (5, 45)):
+        found = predict.Prediction(Path("x.jpg"), tuple(range(count)), (0.02,) * count, asked=0.01)
+        axes = picture(found, labels, asked)[1]
+        names, widths, _ = bars_of(axes)
+        assert names == [*labels[: min(count, 30)], f"kind {asked}  (--class)"]
+        assert (widths[0], widths[-1]) == (2, 1)
+        assert axes.figure.get_size_inches()[1] < 16
 
 
-def test_pictures_need_matplotlib(images, call, tmp_path, monkeypatch):
-    checkpoint = save(tmp_path / "net.pth", network(7, 48), 48, classes=CLASSES)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    status, _, errors = call(images, "--checkpoint", checkpoint, "--output", tmp_path / "out")
-    assert status == 1
-    assert "pip install matplotlib" in errors
+def test_pictures_show_their_own_image_and_class(images, call, tmp_path, monkeypatch):
+    model = network(7, 48)
+    checkpoint = save(tmp_path / "net.pth", model, 48, classes=CLASSES)
+    drawn = []
+    monkeypatch.setattr(predict.pictures, "save", lambda figure, path: drawn.append((figure, path)))
+    flags = ("--checkpoint", checkpoint, "--output", tmp_path / "out", "--topk", 3, "--class")
+    status, output, _ = call(images, *flags, "eel")
+    assert status == 0
+    paths = sorted(path for path in images.iterdir() if path.suffix != ".txt")
+    asked = [probabilities_of(model, path, 48)[4] for path in paths]
+    told = re.findall(r"([\d.]+)%  4  eel  \(--class\)", output)
+    assert [float(value) for value in told] == pytest.approx([100 * p for p in asked], abs=0.02)
+    assert len({*told}) > 1
+    for path, (figure, place) in zip(paths, drawn, strict=True):
+        assert place.name == f"{path.stem}-prediction.png"
+        left, right = figure.axes
+        assert left.get_title() == path.name
+        assert np.array_equal(left.get_images()[0].get_array(), Image.open(path).convert("RGB"))
+        names, widths, _ = bars_of(right)
+        expected = probabilities_of(model, path, 48)
+        order = dict.fromkeys([*np.argsort(-expected)[:3], 4])
+        assert names == [CLASSES[i] + "  (--class)" * int(i == 4) for i in order]
+        assert widths == pytest.approx([100 * expected[i] for i in order], abs=0.02)
+
+
+def test_outputs_that_are_not_finite(images, call, tmp_path):
+    model = network(7, 48)
+    torch.nn.init.constant_(model.head.bias, float("nan"))
+    checkpoint = save(tmp_path / "nan.pth", model, 48, classes=CLASSES)
+    csv_file = tmp_path / "p.csv"
+    csv_file.write_text("kept")
+    flags = ("--checkpoint", checkpoint, "--csv", csv_file, "--output", tmp_path / "out")
+    status, output, errors = call(images, *flags)
+    assert (status, output) == (1, "")
+    assert errors.splitlines()[0].startswith(
+        f"error: the outputs for {images}/a.jpg are not finite"
+    )
+    assert errors.count("\n") == 4
+    assert csv_file.read_text() == "kept"
     assert not (tmp_path / "out").exists()
+
+
+def test_names_of_any_kind(images, call, tmp_path):
+    names = ["an\tt", "be\ne", "c$t", "dog, black", "dog, white", "\udcfe", "猫"]
+    checkpoint = save(tmp_path / "net.pth", network(7, 48), 48, classes=names)
+    odd = images / os.fsdecode(b"\xff\n.jpg")
+    (images / "a.jpg").rename(odd)
+    flags = (odd, "--checkpoint", checkpoint, "--topk", 7, "--csv", tmp_path / "p.csv")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        status, output, _ = call(*flags, "--output", tmp_path / "out")
+    assert status == 0
+    first, *lines, picture, table = output.splitlines()
+    assert first == f"{images}/� .jpg:"
+    shown = {line.split("  ", 4)[-1].strip() for line in lines}
+    assert shown == {"an t", "be e", "c$t", "dog, black", "dog, white", "�", "猫"}
+    assert table == f"written to {tmp_path / 'p.csv'}"
+    assert picture == f"written to {tmp_path / 'out'}/� -prediction.png"
+    assert os.listdir(os.fsencode(tmp_path / "out")) == [b"\xff\n-prediction.png"]
+    with open(tmp_path / "p.csv", "rb") as file:
+        assert os.fsencode(odd) in file.read()

@@ -186,6 +186,9 @@ def test_kernels_and_features_commands(picture):
         "kernels", "fastvit_t8", "--input-size", "32", "--layer", "stem.0", "--channels", "1"
     )
     assert "identity" not in {row["branch"] for row in rows}
+    words = ["fastvit_sa12", "--input-size", "64", "--layer", "stages.3.pos_emb"]
+    _, rows = picture("kernels", *words, "--channels", "1")
+    assert {row["branch"] for row in rows} == {"skip", "pos_enc", "sum", "fused"}
     words = ["--image", IMAGE, "--channels", "3", "--pick", "variance"]
     _, rows = picture("features", "@epoch1.pth", *words)
     assert len(rows) == 3 * 3 * 16
@@ -235,15 +238,29 @@ WRONG = [
     (["gates", "@epoch0.pth", "--pretrained"], "--pretrained goes with the name"),
     (["gates", "@broken.pth"], "not a checkpoint"),
     (["gates", "@epoch0.pth", "@no_epoch.pth"], "does not say its epoch"),
+    (["gates", "@epoch0.pth", "@within.pth"], "or is of the middle of one"),
+    (["gates", "@epoch0.pth", "@plus.pth"], "give checkpoints of one"),
+    (["gates", "convit_tny"], "the nearest are convit_tiny"),
+    (["gates", "@nan.pth"], "blocks.1.attn.gating_param has values that are not finite"),
+    (["gates", "@epoch0.pth", "--input-size", "0"], "image size 0x0 does not fit"),
     (["gates", "@epoch0.pth", "--input-size", "18"], "multiples of 4"),
     (["nonlocality", "@epoch0.pth"], "either --image IMG ... or --data-path"),
     (
         ["nonlocality", "@epoch0.pth", "--data-path", "@images", "--count", "99"],
-        "has 6 images, 99 are wanted",
+        "has 6 image(s), and 99 are wanted",
     ),
     (["nonlocality", "fastvit_t8", "--image", IMAGE], "no attention layer"),
     (["attention", "--image", IMAGE], "give --checkpoint CKPT or --model NAME"),
     (["attention", "--model", "test_vit", "--image", "@broken.jpg"], "cannot decode image"),
+    (["attention", "--model", "test_vit", "--image", "@some run"], "has 0 image(s)"),
+    (
+        ["attention", "--model", "vit_wee_patch16_reg1_gap_256", "--image", IMAGE, *CLASS],
+        "no layer of vit_wee_patch16_reg1_gap_256, random weights has a class token",
+    ),
+    (
+        ["attention", "--model", "swin_visformer_tiny_v2", "--image", IMAGE, "--heads", "7"],
+        "no head of stage2.0.attn (--layers chooses others) 7, they are 0..5",
+    ),
     (["attention", "--model", "test_vit", "--image", IMAGE, "--query", "160,0"], "160x160 pixels"),
     (["attention", "--model", "test_vit", "--image", IMAGE, "--query", "a"], "none of X,Y, centre"),
     (["attention", "--model", "test_vit", "--image", IMAGE, "--layers", "6"], "they are 0..5"),
@@ -253,12 +270,15 @@ WRONG = [
         ["attention", "--checkpoint", "@epoch0.pth", "--image", IMAGE, *CLASS, "--layers", "0"],
         "no class token",
     ),
-    (["bias", "fastvit_t8"], "it learns no positions"),
+    (["bias", "fastvit_t8"], "it has no bias table"),
     (["bias", "test_vit", "--show", "table"], "has only embedding"),
     (["kernels", "test_vit"], "FastViT has"),
     (["kernels", "fastvit_t8", "--layer", "stem"], "is none of stem.0"),
     (["features", "test_vit", "--image", IMAGE, "--channels", "0"], "1 at least"),
     (["features", "test_vit", "--image", IMAGE, "--layers", "9"], "there is no stage 9"),
+    (["features", "test_vit", "--image", IMAGE, "--channels", "63"], "choose fewer by --channels"),
+    (["features", "@large.pth", "--image", IMAGE], "maps after 1: blocks.1 are not finite"),
+    (["curves", *(f"@runs/{i}" for i in range(9))], "9 runs are more than there are colours, 8"),
     (["curves", "@images"], "there is no log"),
     (["curves", "@empty.txt"], "is empty"),
     (["curves", "@cut.txt"], "cut.txt line 2 is broken"),
@@ -277,6 +297,19 @@ def test_says_what_is_wrong(words, message, files, tmp_path, capsys):
     (files / "words.txt").write_text(line(0, test_loss="low"))
     state = torch.load(files / "epoch0.pth", weights_only=True)
     torch.save({key: v for key, v in state.items() if key != "epoch"}, files / "no_epoch.pth")
+    torch.save(state | {"step": 5, "epoch": 1}, files / "within.pth")
+    torch.save(state | {"model_name": "convit_tiny_plus", "epoch": 1}, files / "plus.pth")
+    for name, key, value in (
+        ("nan", "blocks.1.attn.gating_param", torch.nan),
+        ("large", "blocks.0.mlp.fc2.bias", 3e38),
+    ):
+        weights = {
+            k: torch.full_like(v, value) if k == key else v for k, v in state["model"].items()
+        }
+        torch.save(state | {"model": weights}, files / f"{name}.pth")
+    for i in range(9):
+        (files / "runs" / str(i)).mkdir(parents=True, exist_ok=True)
+        (files / "runs" / str(i) / "log.txt").write_text(line(0))
     words = [str(files / word[1:]) if word.startswith("@") else word for word in words]
     out = tmp_path / "out.png"
     assert visualize.main([*words, "--output", str(out)]) == 1
@@ -286,23 +319,58 @@ def test_says_what_is_wrong(words, message, files, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_targets(files, tmp_path, capsys, monkeypatch):
+def test_targets(files, tmp_path, capsys):
     words = ["curves", str(files / "some run")]
     for more, message in (
         ([], "give --output FILE.png"),
         (["--output", "a.jpg"], "must end in .png"),
+        (["--output", str(tmp_path / "a.png"), "--csv", str(tmp_path / "b.png")], "end in .csv"),
+        (["--output", str(tmp_path)], "must end in .png"),
         (["--output", str(tmp_path / "no" / "a.png")], "there is no folder"),
         (["--tensorboard", str(files / "epoch0.pth")], "is no folder"),
     ):
         assert visualize.main([*words, *more]) == 1
         assert message in capsys.readouterr().err
-    # what was written before something else failed does not stay
-    (tmp_path / "b.csv").mkdir()
-    both = ["--output", str(tmp_path / "a.png"), "--csv", str(tmp_path / "b.csv")]
-    monkeypatch.setattr(visualize, "check_targets", lambda args: None)
-    assert visualize.main([*words, *both]) == 1
-    assert "cannot write" in capsys.readouterr().err
-    assert not (tmp_path / "a.png").exists()
+    # a picture of before stays where its successor, or the numbers beside it, cannot be written
+    old, numbers = tmp_path / "a.png", tmp_path / "b.csv"
+    old.write_bytes(b"of before")
+    numbers.mkdir()
+    assert visualize.main([*words, "--output", str(old), "--csv", str(numbers)]) == 1
+    assert f"--csv {numbers} is a folder" in capsys.readouterr().err
+    assert old.read_bytes() == b"of before"
+
+
+def test_what_is_read_is_not_overwritten(files, tmp_path, capsys):
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (16, 16)).save(photo)
+    before = photo.read_bytes()
+    words = ["--checkpoint", str(files / "epoch0.pth"), "--image", str(photo)]
+    assert visualize.main(["attention", *words, "--output", str(photo)]) == 1
+    assert "would overwrite what is read" in capsys.readouterr().err
+    assert photo.read_bytes() == before
+
+
+def test_names_of_any_kind(files, tmp_path, capsys):
+    log = (files / "some run" / "log.txt").read_text()
+    folders = [tmp_path / "one" / "cost_$5_{x$", tmp_path / "two" / ("long" * 40), tmp_path / "x"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "log.txt").write_text(log)
+    clash = tmp_path / "two" / "x"
+    clash.mkdir()
+    (clash / "log.txt").write_text(log)
+    out, table = tmp_path / "out.png", tmp_path / "out.csv"
+    words = [*map(str, folders), str(clash), str(tmp_path / "x" / "log.txt")]
+    words += ["--output", str(out), "--csv", str(table)]
+    assert visualize.main(["curves", *words]) == 0
+    assert f"{folders[2] / 'log.txt'} left out: {folders[2]} is the same" in capsys.readouterr().out
+    with table.open(newline="") as file, Image.open(out) as picture:
+        runs = list(dict.fromkeys(row["run"] for row in csv.DictReader(file)))
+        assert picture.width < 1300
+    assert runs == [folders[0].name, folders[1].name, str(folders[2]), str(clash)]
+    name = files / "a$_{b$.pth"
+    name.write_bytes((files / "epoch0.pth").read_bytes())
+    assert visualize.main(["gates", str(name), "--output", str(out)]) == 0
 
 
 def test_without_matplotlib(files, tmp_path, capsys, monkeypatch):

@@ -5,12 +5,13 @@ and as a CSV file. Images are prepared as for the evaluation of ``main.py``.
 """
 
 import argparse
-import difflib
+import contextlib
+import os
 import sys
-import textwrap
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,10 +25,18 @@ import utils
 from configs import ConfigError, LaunchError, Place
 from configs.flags import Parser
 from pipeline.images import CorruptImageError, DataError, load_image
-from tools.validate import flags, pictures
+from tools import files
+from tools.validate import command, flags, pictures
 from tools.validate.cases import Case, cases, check_sources
-from tools.validate.classes import NUM_IMAGENET, imagenet_wnids, readable
+from tools.validate.classes import (
+    NUM_IMAGENET,
+    find_class,
+    imagenet_wnids,
+    read_names,
+    readable,
+)
 from tools.validate.tables import aligned, write_csv
+from tools.validate.text import labels, shortened, shown
 from training import OutputError
 
 if TYPE_CHECKING:
@@ -42,8 +51,15 @@ EXPECTED_ERRORS = (
     models.ModelError,
 )
 FLAGS = ("batch_size", "qk_scale_factor", "amp", "amp_dtype", "channels_last", "eval_crop_ratio")
+HEADS = ("image", "rank", "class", "name", "probability")  # of the CSV file
+ENDING = "-prediction.png"  # of the pictures in a folder
+DOCUMENTS = (".gif", ".svg", ".pdf", ".ps", ".eps", ".csv", ".txt", ".html")
+FILES = (*IMG_EXTENSIONS, *DOCUMENTS)  # what no folder ends in
+MARK = "  (--class)"
 SHOWN_PIXELS = 640  # longest side of an image in a picture
+BARS = 30  # in a picture, at most
 NAME_WIDTH = 28
+TITLE_WIDTH = 40
 
 
 @dataclass(frozen=True)
@@ -64,34 +80,44 @@ class Prediction:
 
 
 def find_images(places: Sequence[str]) -> list[Path]:
-    """The files named, and those of folders by their names in order.
+    """The files named, and those of folders in the order of their names; each file once.
 
     Raises:
-        DataError: A folder has no images.
+        DataError: A folder has no images, or cannot be read.
     """
-    found: list[Path] = []
+    found: dict[str, Path] = {}
     for place in map(Path, places):
-        if not place.is_dir():
-            found.append(place)
-            continue
-        inside = sorted(p for p in place.iterdir() if p.suffix.lower() in IMG_EXTENSIONS)
-        if not inside:
-            raise DataError(f"folder {place} has no images ({', '.join(IMG_EXTENSIONS)})")
-        found += inside
+        for path in images_in(place) if os.path.isdir(place) else [place]:
+            found.setdefault(os.path.realpath(path), path)
+    return list(found.values())
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The images of a folder, without those that were made by ``--output``.
+
+    Raises:
+        DataError: There are none, or it cannot be read.
+    """
+    found = [
+        path
+        for path in files.visible(folder)
+        if path.suffix.lower() in IMG_EXTENSIONS and not path.name.endswith(ENDING)
+    ]
+    if not found and (inside := files.subfolders(folder)):
+        raise DataError(f"folder {folder} has only folders: give one of them, such as {inside[0]}")
+    if not found:
+        raise DataError(f"folder {folder} has no images ({', '.join(IMG_EXTENSIONS)})")
     return found
 
 
-def class_names(case: Case, file: Path | None) -> list[str]:
+def names_of(case: Case, file: Path | None) -> list[str]:
     """Names of the network's classes: of a file, the checkpoint, ImageNet, or their numbers.
 
     Raises:
         DataError: The file cannot be read, or has another number of names.
     """
     if file is not None:
-        try:
-            names = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot read --classes {file}: {error}") from error
+        names = read_names(file)
         if len(names) != case.num_outputs:
             raise DataError(
                 f"--classes {file} has {len(names)} lines, {case.network.source} knows "
@@ -103,30 +129,6 @@ def class_names(case: Case, file: Path | None) -> list[str]:
     if case.num_outputs == NUM_IMAGENET:
         return list(imagenet_wnids())
     return [f"class {index}" for index in range(case.num_outputs)]
-
-
-def find_class(asked: str, names: Sequence[str]) -> int:
-    """The class of a name, a wnid, one of the names of a wnid, or an index.
-
-    Raises:
-        DataError: There is none; names the range or the nearest names.
-    """
-    if asked in names:
-        return names.index(asked)
-    if asked.isascii() and asked.isdigit():
-        if int(asked) >= len(names):
-            raise DataError(f"--class {asked} is beyond the classes, 0 to {len(names) - 1}")
-        return int(asked)
-    places: dict[str, int] = {}
-    for index, name in enumerate(names):
-        for one in (name, readable(name), *readable(name).split(", ")):
-            places.setdefault(one.lower(), index)
-    if asked.lower() in places:
-        return places[asked.lower()]
-    near = difflib.get_close_matches(asked.lower(), places, n=3, cutoff=0.5) or list(places)[:3]
-    raise DataError(
-        f"there is no --class {asked!r}; such as {', '.join(near)}, or 0 to {len(names) - 1}"
-    )
 
 
 def read_batches(
@@ -163,7 +165,7 @@ def predict(
         paths: Of the images.
         topk: Classes of each, at most.
         asked: A class whose probability is wanted, too.
-        failed: Receives what is said of the other images.
+        failed: Receives what is said of the other images, and of outputs that are not finite.
     """
     case.model.eval()
     for good, images in read_batches(paths, case.args, failed):
@@ -171,7 +173,11 @@ def predict(
             logits = case.model(case.precision.move(images))
         probabilities = logits.float().softmax(1).cpu()
         best = probabilities.topk(min(topk, probabilities.shape[1]), dim=1)
+        finite = logits.isfinite().all(1).tolist()
         for row, path in enumerate(good):
+            if not finite[row]:
+                failed.append(f"the outputs for {path} are not finite: {case.label}")
+                continue
             classes, values = best.indices[row].tolist(), best.values[row].tolist()
             other = None if asked is None else probabilities[row, asked].item()
             yield Prediction(path, tuple(classes), tuple(values), other)
@@ -183,29 +189,33 @@ def text_of(found: Prediction, names: Sequence[str], asked: int | None) -> str:
     if asked is not None:
         pairs.append((asked, found.asked))
     rows = [[f"{100 * value:.2f}%", str(index), readable(names[index])] for index, value in pairs]
-    lines = aligned(["", "", ""], [[" " * 2 + row[0].rjust(7), *row[1:]] for row in rows])
-    shown = lines.splitlines()[1:]
+    table = aligned(["", "", ""], [[" " * 2 + row[0].rjust(7), *row[1:]] for row in rows])
+    lines = table.split("\n")[1:]
     if asked is not None:
-        shown[-1] += "  (--class)"
-    return "\n".join([f"{found.path}:", *shown])
+        lines[-1] += MARK
+    return "\n".join([f"{shown(found.path)}:", *lines])
 
 
-def figure_of(found: Prediction, names: Sequence[str], image: Image.Image) -> "Figure":
-    """The image beside bars of the likeliest classes."""
-    height = max(3.0, 0.45 * len(found.classes) + 1)
+def figure_of(
+    found: Prediction, labels: Sequence[str], asked: int | None, image: Image.Image
+) -> "Figure":
+    """The image beside bars of the likeliest classes, and of the class that was asked for."""
+    bars = dict(zip(found.classes[:BARS], found.probabilities, strict=False))
+    if asked is not None:
+        bars.setdefault(asked, found.asked)
+    height = max(3.0, 0.45 * len(bars) + 1)
     figure = pictures.new_figure(9, height, "--output")
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.2])
     image = image.copy()
     image.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
     left.imshow(image)
     left.set_axis_off()
-    left.set_title(pictures.plain_text(textwrap.shorten(found.path.name, 40, placeholder="…")))
-    values = [100 * value for value in found.probabilities]
-    places = range(len(values))
-    bars = right.barh(places, values)
-    right.bar_label(bars, fmt="%.1f%%", padding=3)
-    labels = [pictures.short(names[index], NAME_WIDTH) for index in found.classes]
-    right.set_yticks(places, labels)
+    left.set_title(pictures.plain_text(shortened(shown(found.path.name), TITLE_WIDTH)))
+    colours = ["tab:orange" if index == asked else "tab:blue" for index in bars]
+    drawn = right.barh(range(len(bars)), [100 * value for value in bars.values()], color=colours)
+    right.bar_label(drawn, fmt="%.1f%%", padding=3)
+    texts = [labels[index] + MARK * (index == asked) for index in bars]
+    right.set_yticks(range(len(bars)), [pictures.plain_text(text) for text in texts])
     right.invert_yaxis()
     right.set_xlim(0, 118)  # room for the number at a full bar
     right.set_xticks(range(0, 101, 25))
@@ -214,42 +224,39 @@ def figure_of(found: Prediction, names: Sequence[str], image: Image.Image) -> "F
     return figure
 
 
+def is_one_file(output: Path) -> bool:
+    """Whether ``--output`` is a picture, not a folder of pictures.
+
+    Raises:
+        ConfigError: Its name is that of a file of another kind.
+    """
+    suffix = output.suffix.lower()
+    if os.path.isdir(output) or suffix not in FILES:
+        return False
+    if suffix != ".png":
+        raise ConfigError(f"--output {output} must end in .png, or be a folder")
+    return True
+
+
 def picture_paths(output: Path, images: Sequence[Path]) -> list[Path]:
     """Where the picture of each image goes: ``output`` itself, or a file of its own within.
 
     Raises:
-        OutputError: One file is named for several images, or an image would be overwritten.
+        ConfigError: See :func:`is_one_file`.
+        OutputError: One file is named for several images.
     """
-    if output.suffix.lower() == ".png":
+    if is_one_file(output):
         if len(images) > 1:
             raise OutputError(f"--output {output} is one file for {len(images)} images: a folder")
-        found = [output]
-    else:
-        found, seen = [], set()
-        for image in images:
-            stem, number = image.stem, 2
-            while stem in seen:
-                stem, number = f"{image.stem}-{number}", number + 1
-            seen.add(stem)
-            found.append(output / f"{stem}-prediction.png")
-    clash = {path.resolve() for path in found} & {path.resolve() for path in images}
-    if clash:
-        raise OutputError(f"--output would overwrite the image {clash.pop()}")
-    if output in found:
-        flags.check_folder("--output", output)
+        return [output]
+    found, seen = [], set()
+    for image in images:
+        stem, number = image.stem, 2
+        while stem in seen:
+            stem, number = f"{image.stem}-{number}", number + 1
+        seen.add(stem)
+        found.append(output / f"{stem}{ENDING}")
     return found
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder for pictures, unless it is there.
-
-    Raises:
-        OutputError: That is not possible.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make folder {folder}: {error.strerror}") from error
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -282,34 +289,62 @@ def prepared(args: Namespace) -> Case:
 
 def start(argv: list[str]) -> int:
     """Run with the flags ``argv``; returns the exit status."""
-    args = flags.with_defaults(get_parser().parse_args(argv))
+    args = flags.parse(get_parser, argv)
     if args.topk < 1:
         raise ConfigError(f"--topk {args.topk} must be positive")
-    check_sources([args.checkpoint] if args.checkpoint else [], args)
+    sources = [args.checkpoint] if args.checkpoint else []
+    check_sources(sources, args)
+    files.check_suffix("--csv", args.csv, ".csv")
     paths = find_images(args.images)
-    places = dict(zip(paths, picture_paths(args.output, paths), strict=True)) if args.output else {}
-    flags.check_folder("--csv", args.csv)
+    places = picture_paths(args.output, paths) if args.output else []
+    outputs = [("--csv", args.csv)] if args.csv else []
+    outputs += [("--output", place) for place in places]
+    names = [args.classes] if args.classes else []
+    files.check_outputs(outputs, [*paths, *sources, *names])
+    if args.csv:
+        files.check_writable("--csv", args.csv)
+    folder = contextlib.nullcontext()
     if args.output:
         pictures.new_figure(1, 1, "--output")  # so that its absence is told now
+        if args.output in places:
+            files.check_writable("--output", args.output)
+        else:
+            folder = files.folder_for("--output", args.output)
+    with folder:
+        return run(args, paths, places)
+
+
+def run(args: Namespace, paths: Sequence[Path], places: Sequence[Path]) -> int:
+    """Predict images, print and write what is asked for; returns the exit status.
+
+    Args:
+        args: The flags.
+        paths: Of the images.
+        places: Of their pictures, or none.
+    """
     case = prepared(args)
-    names = class_names(case, args.classes)
+    names = names_of(case, args.classes)
     asked = None if args.asked is None else find_class(args.asked, names)
+    short = labels(names, range(len(names)), NAME_WIDTH)
+    pictured = dict(zip(paths, places, strict=False))
     failed: list[str] = []
     rows: list[tuple] = []
-    for found in predict(case, paths, args.topk, asked, failed):
-        print(text_of(found, names, asked))
-        rows += csv_rows(found, names, asked)
-        if args.output:
-            place = places[found.path]
-            make_folder(place.parent)
-            pictures.save(figure_of(found, names, load_image(found.path)), place)
-            print(f"written to {place}")
-    if args.csv:
-        write_csv(args.csv, ("image", "rank", "class", "name", "probability"), rows)
-        print(f"written to {args.csv}")
-    for message in failed:
-        utils.fail(message)
-    return 1 if failed else 0
+    try:
+        for found in predict(case, paths, args.topk, asked, failed):
+            rows += csv_rows(found, names, asked)
+            print(text_of(found, names, asked), flush=True)
+            if places:
+                place = pictured[found.path]
+                try:
+                    image = load_image(found.path)
+                    pictures.save(figure_of(found, short, asked, image), place)
+                    print(shown(f"written to {place}"))
+                except (CorruptImageError, OutputError) as error:
+                    failed.append(str(error))
+    finally:
+        write = partial(write_csv, heads=HEADS, rows=rows)
+        status = command.finish([(args.csv, write)] if args.csv and rows else [], failed)
+    return status
 
 
 def csv_rows(found: Prediction, names: Sequence[str], asked: int | None) -> list[tuple]:
@@ -324,7 +359,7 @@ def csv_rows(found: Prediction, names: Sequence[str], asked: int | None) -> list
 
 def main(argv: list[str]) -> int:
     """Run with the flags ``argv``; returns the exit status."""
-    return utils.exit_status(lambda: start(argv), EXPECTED_ERRORS)
+    return command.run(lambda: start(argv), EXPECTED_ERRORS)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What is to be evaluated: every network at every size with all of its weights."""
 
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from tools.validate.networks import (
     size_of,
     warn_of_normalization,
 )
-from tools.validate.sets import EvalSet
+from tools.validate.text import shown
 from training import choose_precision, fused
 
 
@@ -48,17 +48,22 @@ class Case:
     @property
     def label(self) -> str:
         """What messages call it."""
-        return f"{self.network.source} ({self.weights}, {self.args.input_size} pixels)"
+        return shown(f"{self.network.source} ({self.weights}, {self.args.input_size} pixels)")
 
-    def match(self, test_set: EvalSet) -> ClassMap:
-        """The outputs of the classes of a set.
+    def complaints(self, nonfinite: int) -> list[str]:
+        """What is said of so many images whose outputs are not finite; nothing of none."""
+        if not nonfinite:
+            return []
+        return [f"{self.label}: {nonfinite} images have outputs that are not finite"]
+
+    def match(self, names: Sequence[str], title: str) -> ClassMap:
+        """The outputs of the classes of a set, which messages call ``title``.
 
         Raises:
             DataError: There is none for a class.
         """
-        rule, title, source = self.args.classes, test_set.title, self.network.source
-        known = self.network.classes
-        return match_classes(test_set.classes, self.num_outputs, known, rule, title, source)
+        known, source = self.network.classes, self.network.source
+        return match_classes(names, self.num_outputs, known, self.args.classes, title, source)
 
 
 def check_sources(files: list[str], args: Namespace) -> None:
@@ -75,26 +80,40 @@ def check_sources(files: list[str], args: Namespace) -> None:
         raise ConfigError("give a checkpoint, or --model NAME --pretrained")
 
 
-def cases(files: list[str], args: Namespace, device: torch.device) -> Iterator[Case]:
+def cases(
+    files: list[str], args: Namespace, device: torch.device, say: Callable[[str], None] = print
+) -> Iterator[Case]:
     """Every case of the flags, one at a time: file by file, size by size, then the weights.
+
+    Args:
+        files: Checkpoints.
+        args: The flags.
+        device: Of the models.
+        say: Told of warnings.
 
     Raises:
         CheckpointError, ModelError: A network cannot be had, or run at a size.
     """
-    for network in _networks(files, args):
+    for network in _networks(files, args, say):
         weights = network.weights(args.weights)
         for asked in args.input_size or [None]:
-            yield from _cases_at(network, size_of(network, asked, args), weights, args, device)
+            size = size_of(network, asked, args)
+            yield from _cases_at(network, size, weights, args, device, say)
 
 
-def _networks(files: list[str], args: Namespace) -> Iterator[Network]:
+def again(args: Namespace, device: torch.device) -> Iterator[Case]:
+    """The cases once more, after their warnings have been said."""
+    return cases(args.checkpoints, args, device, say=lambda message: None)
+
+
+def _networks(files: list[str], args: Namespace, say: Callable[[str], None]) -> Iterator[Network]:
     if args.pretrained:
         yield pretrained_network(args.model)
     for path in files:
         network = read_network(path, args.model, args.qk_scale_factor)
         exponent = network.required["qk_scale_factor"]
         if args.qk_scale_factor not in (None, exponent):
-            print(
+            say(
                 f"warning: --qk-scale-factor {args.qk_scale_factor} is ignored: {path} was trained "
                 f"with {exponent}"
             )
@@ -102,13 +121,18 @@ def _networks(files: list[str], args: Namespace) -> Iterator[Network]:
 
 
 def _cases_at(
-    network: Network, size: int, weights: tuple[str, ...], args: Namespace, device: torch.device
+    network: Network,
+    size: int,
+    weights: tuple[str, ...],
+    args: Namespace,
+    device: torch.device,
+    say: Callable[[str], None],
 ) -> Iterator[Case]:
     model = network.build(size)
     models.check_input_size(model, network.name, size)
     precision = choose_precision(args, model, device)
     precision.place(model)
-    warn_of_normalization(network, model, print)
+    warn_of_normalization(network, model, say)
     at_size = Namespace(**vars(args) | {"input_size": size})
     for name in weights:
         network.load(model, name)

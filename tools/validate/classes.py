@@ -2,9 +2,10 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from timm.data import ImageNetInfo
 
@@ -69,15 +70,27 @@ def imagenet_wnids() -> tuple[str, ...]:
 
 
 @cache
-def imagenet_names() -> tuple[str, ...]:
-    """Names of ImageNet's 1000 classes, in the same order."""
-    return tuple(ImageNetInfo("imagenet-1k").label_descriptions())
+def imagenet_names() -> dict[str, str]:
+    """Readable names of ImageNet's 1000 classes by their wnids, in the same order."""
+    return dict(
+        zip(imagenet_wnids(), ImageNetInfo("imagenet-1k").label_descriptions(), strict=True)
+    )
+
+
+@cache
+def _descriptions() -> frozenset[str]:
+    return frozenset(imagenet_names().values())
 
 
 def readable(name: str) -> str:
     """What a wnid of ImageNet stands for; any other name as it is."""
-    wnids = imagenet_wnids()
-    return imagenet_names()[wnids.index(name)] if name in wnids else name
+    return imagenet_names().get(name, name)
+
+
+def synonyms(name: str) -> list[str]:
+    """The names in one of ImageNet's, which are divided by commas; any other name as it is."""
+    text = readable(name)
+    return text.split(", ") if text in _descriptions() else [text]
 
 
 def match_classes(
@@ -193,3 +206,50 @@ def _check_distinct(names: Sequence[str], outputs: Sequence[int], title: str) ->
         if output in seen:
             raise DataError(f"{title}: {seen[output]!r} and {name!r} are the same class {output}")
         seen[output] = name
+
+
+def read_names(file: Path) -> list[str]:
+    """Names of classes, one in a line of a file.
+
+    Raises:
+        DataError: It cannot be read, or a line has no name.
+    """
+    try:
+        text = file.read_text(encoding="utf-8-sig")  # editors on Windows begin files with a mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read --classes {file}: {error}") from error
+    names = text.removesuffix("\n").split("\n")
+    for number, name in enumerate(names, start=1):
+        if not name.strip():
+            raise DataError(f"--classes {file}: line {number} is empty, and should name a class")
+    return names
+
+
+def find_class(asked: str, names: Sequence[str]) -> int:
+    """The class of a name, else an index, else a readable name, else one of its synonyms.
+
+    Raises:
+        DataError: There is none, or several; names them, or the range, or the nearest names.
+    """
+    word, number = asked.lower(), asked.lstrip("0") or asked[-1:]
+    passes: tuple[Callable[[int, str], bool], ...] = (
+        lambda index, name: name == asked,
+        lambda index, name: str(index) == number,
+        lambda index, name: word in (name.lower(), readable(name).lower()),
+        lambda index, name: word in map(str.lower, synonyms(name)),
+    )
+    for is_meant in passes:
+        found = [index for index, name in enumerate(names) if is_meant(index, name)]
+        if len(found) > 1:
+            several = ", ".join(f"{index} ({readable(names[index])})" for index in found[:5])
+            more = ", ..." if len(found) > 5 else ""
+            raise DataError(f"--class {asked} is {several}{more}: give a number")
+        if found:
+            return found[0]
+    if _is_number(asked):
+        raise DataError(f"--class {asked[:20]} is beyond the classes, 0 to {len(names) - 1}")
+    known = dict.fromkeys(one.lower() for name in names for one in (name, *synonyms(name)))
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5) or list(known)[:3]
+    raise DataError(
+        f"there is no --class {asked!r}; such as {', '.join(near)}, or 0 to {len(names) - 1}"
+    )

@@ -1,10 +1,12 @@
 """ImageNet-C: errors under common corruptions (Hendrycks and Dietterich, ICLR 2019)."""
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.images import DataError
+from tools.files import subfolders
 
 SEVERITIES = (1, 2, 3, 4, 5)
 ALEXNET = {  # AlexNet's top-1 errors in percent, means over the severities
@@ -28,10 +30,21 @@ ALEXNET = {  # AlexNet's top-1 errors in percent, means over the severities
 
 @dataclass(frozen=True)
 class Corruption:
-    """Top-1 errors in percent under a corruption, by severity from 1."""
+    """What a network achieves under a corruption.
+
+    Attributes:
+        name: Of the corruption.
+        errors: Top-1 errors in percent, by severity from 1.
+        is_imagenet: Whether they are over all of ImageNet's 1000 classes.
+        corrupt: Files that were left out.
+        nonfinite: Images whose outputs are not finite.
+    """
 
     name: str
     errors: tuple[float, ...]
+    is_imagenet: bool
+    corrupt: int = 0
+    nonfinite: int = 0
 
     @property
     def mean(self) -> float:
@@ -40,8 +53,9 @@ class Corruption:
 
     @property
     def relative(self) -> float | None:
-        """Corruption error, in percent of AlexNet's; None for one that it was not measured on."""
-        return 100 * self.mean / ALEXNET[self.name] if self.name in ALEXNET else None
+        """Corruption error, in percent of AlexNet's; None where it was not measured on the same."""
+        is_measured = self.is_imagenet and self.name in ALEXNET
+        return 100 * self.mean / ALEXNET[self.name] if is_measured else None
 
 
 def find_corruptions(folder: Path) -> dict[str, list[Path]]:
@@ -50,28 +64,18 @@ def find_corruptions(folder: Path) -> dict[str, list[Path]]:
     Raises:
         DataError: The folder is missing or empty, or a severity is missing; names it.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise DataError(f"--corruptions {folder} is no folder")
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    names = [path.name for path in subfolders(folder)]
     if not names:
         raise DataError(f"--corruptions {folder} has no folders CORRUPTION/SEVERITY/CLASS")
     names = [name for name in ALEXNET if name in names] + [n for n in names if n not in ALEXNET]
     found = {name: [folder / name / str(severity) for severity in SEVERITIES] for name in names}
     for paths in found.values():
         for path in paths:
-            if not path.is_dir():
+            if not os.path.isdir(path):
                 raise DataError(f"--corruptions needs severities 1 to 5: there is no folder {path}")
     return found
-
-
-def measure(
-    folders: Mapping[str, Sequence[Path]], top1_error: Callable[[Path], float]
-) -> list[Corruption]:
-    """The errors of a network in the folders of :func:`find_corruptions`."""
-    return [
-        Corruption(name, tuple(top1_error(path) for path in paths))
-        for name, paths in folders.items()
-    ]
 
 
 def mean_error(measured: Sequence[Corruption]) -> float:
@@ -81,7 +85,5 @@ def mean_error(measured: Sequence[Corruption]) -> float:
 
 def mce(measured: Sequence[Corruption]) -> float | None:
     """Mean corruption error (section 4 of the paper), in percent; None without all 15."""
-    relative = {one.name: one.relative for one in measured if one.name in ALEXNET}
-    if len(relative) < len(ALEXNET):
-        return None
-    return sum(relative.values()) / len(relative)
+    relative = [one.relative for one in measured if one.relative is not None]
+    return sum(relative) / len(relative) if len(relative) == len(ALEXNET) else None

@@ -27,14 +27,19 @@ class Bins:
     confidence: np.ndarray
 
     @property
+    def total(self) -> float:
+        """Images of all bins; NaN if there are none, whose means are not known."""
+        return self.counts.sum() or np.nan
+
+    @property
     def ece(self) -> float:
         """Expected calibration error, equation 3 of Guo et al., within 0..1."""
-        return float(np.abs(self.hits - self.confidence).sum() / self.counts.sum())
+        return float(np.abs(self.hits - self.confidence).sum() / self.total)
 
     @property
     def mean_confidence(self) -> float:
         """Mean of the predictions' probabilities, within 0..1."""
-        return float(self.confidence.sum() / self.counts.sum())
+        return float(self.confidence.sum() / self.total)
 
     def means(self) -> tuple[np.ndarray, np.ndarray]:
         """Accuracy and mean confidence of each bin, ``M``; NaN where it is empty."""
@@ -43,12 +48,14 @@ class Bins:
 
 
 def bin_of(confidence: torch.Tensor) -> torch.Tensor:
-    """Number of each confidence's bin, from 0; of the first for 0, of any for NaN."""
-    return (confidence * NUM_BINS).ceil().clamp(1, NUM_BINS).long().sub(1).clamp(0, NUM_BINS - 1)
+    """Number of each confidence's bin, from 0; of the first for 0."""
+    return (confidence * NUM_BINS).ceil().clamp(1, NUM_BINS).long().sub(1)
 
 
 class Counts:
     """Counts of predictions, added up on the device without waiting for it.
+
+    Outputs that are not finite predict nothing: such an image is no hit, and in no bin or pair.
 
     Args:
         num_classes: Columns of the logits.
@@ -58,6 +65,7 @@ class Counts:
 
     def __init__(self, num_classes: int, device: torch.device, pairs: bool = False):
         self._hits = torch.zeros(2, dtype=torch.int64, device=device)
+        self._nonfinite = torch.zeros((), dtype=torch.int64, device=device)
         self._bins = torch.zeros(3, NUM_BINS, dtype=torch.float64, device=device)
         self._numbers = torch.arange(NUM_BINS, device=device)
         self._losses: list[torch.Tensor] = []
@@ -69,21 +77,28 @@ class Counts:
         """Count a batch: logits ``B K`` of float32, classes ``B``."""
         self._losses.append(F.cross_entropy(logits, targets, reduction="sum"))
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        hits = ranked == targets[:, None]
+        finite = logits.isfinite().all(1)
+        self._nonfinite += (~finite).sum()
+        hits = (ranked == targets[:, None]) & finite[:, None]
         self._hits += torch.stack([hits[:, 0].sum(), hits.sum()])
         confidence = logits.softmax(1).gather(1, ranked[:, :1])[:, 0].double()
-        members = (bin_of(confidence) == self._numbers[:, None]).double()  # M B
+        confidence = confidence.where(finite, 0)
+        members = ((bin_of(confidence) == self._numbers[:, None]) & finite).double()  # M B
         values = torch.stack([torch.ones_like(confidence), hits[:, 0].double(), confidence])
         self._bins += values @ members.T
         if len(self._pairs):
             # bincount would wait for a GPU to tell the largest value
             pairs = targets * self._num_classes + ranked[:, 0]
-            self._pairs.index_add_(0, pairs, torch.ones_like(pairs))
+            self._pairs.index_add_(0, pairs, finite.to(pairs.dtype))
 
     def hits(self) -> tuple[int, int]:
         """Images whose class is the prediction, and among the five likeliest."""
         first, five = self._hits.tolist()
         return first, five
+
+    def nonfinite(self) -> int:
+        """Images whose outputs are not finite."""
+        return int(self._nonfinite)
 
     def loss(self) -> float:
         """Sum of the negative log-likelihoods."""

@@ -28,6 +28,8 @@ class Scores:
         ece: Expected calibration error, in percent.
         confidence: Mean probability of the predictions, in percent.
         images, corrupt: Images that were counted, and files that were left out.
+        messages: About the files that were left out.
+        nonfinite: Images whose outputs are not finite, which are counted as predicted wrong.
         network_rate: Of the network alone, after the first batch if there are others.
         rate: Of the whole evaluation, with reading and preparing images.
         bins: Images by confidence.
@@ -42,6 +44,8 @@ class Scores:
     confidence: float
     images: int
     corrupt: int
+    messages: tuple[str, ...]
+    nonfinite: int
     network_rate: float
     rate: float
     bins: Bins
@@ -123,11 +127,12 @@ def evaluate(
     counts = Counts(len(matched.columns), device, pairs)
     real_counts = RealCounts(real.to(device)) if real is not None else None
     clock = Clock(device)
-    images_seen = corrupt_seen = full = 0
+    images_seen = full = 0
+    messages: list[str] = []
     synchronize(device)
     started = time.perf_counter()
     for images, numbers, corrupt in test_set.feed(args, device, precision.memory_format):
-        corrupt_seen += len(corrupt)
+        messages += corrupt
         images_seen += len(images)
         if not len(images):
             continue
@@ -147,11 +152,13 @@ def evaluate(
     seconds = time.perf_counter() - started
     if not images_seen:
         raise engine.NoImagesError(
-            f"nothing to evaluate in {test_set.title}: {corrupt_seen} corrupt images, no sound one"
+            f"nothing to evaluate in {test_set.title}: {len(messages)} corrupt images, no sound "
+            f"one; the first: {messages[0]}"
         )
     found = summary(counts, images_seen) | real_summary(real_counts)
     rates = {"network_rate": clock.rate(), "rate": images_seen / seconds}
-    return Scores(images=images_seen, corrupt=corrupt_seen, **rates, **found)
+    left_out = {"corrupt": len(messages), "messages": tuple(messages)}
+    return Scores(images=images_seen, **left_out, **rates, **found)
 
 
 def summary(counts: Counts, images: int) -> dict:
@@ -164,6 +171,7 @@ def summary(counts: Counts, images: int) -> dict:
         "nll": counts.loss() / images,
         "ece": 100 * bins.ece,
         "confidence": 100 * bins.mean_confidence,
+        "nonfinite": counts.nonfinite(),
         "bins": bins,
         "confusion": counts.confusion(),
     }

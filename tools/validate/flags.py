@@ -2,13 +2,11 @@
 
 import argparse
 from argparse import Namespace
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import torch
 
 from configs import ConfigError, get_args_parser
-from training import OutputError
 
 DATA = "data"  # the group of main.py's flags that say where images come from
 OF_TRAINING = ("sampling_ratio", "decode_on_device", "dist_eval")
@@ -31,32 +29,37 @@ def data_flags() -> list[str]:
     return [action.dest for action in found._group_actions if action.dest not in OF_TRAINING]
 
 
-def with_defaults(args: Namespace) -> Namespace:
-    """All flags of ``main.py``, at their defaults where ``args`` has not got them.
+def parse(make_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str]) -> Namespace:
+    """The flags of a tool, and those of ``main.py`` that it has not got, at their defaults.
 
     Raises:
-        ConfigError: A number is not positive, or there is no such backend of ``--compile``.
+        ConfigError: Flags contradict each other, a number is out of its range, or there is no such
+            backend of ``--compile``.
     """
+    args = vars(make_parser().parse_args(argv))
+    silent = make_parser()
+    for action in silent._actions:
+        action.default = argparse.SUPPRESS
+    given = set(vars(silent.parse_args(argv)))
+    full = Namespace(**vars(get_args_parser().parse_args([])) | args)
+    _check(full, given)
+    return full
+
+
+def _check(args: Namespace, given: set[str]) -> None:
     if args.batch_size < 1:
         raise ConfigError(f"--batch-size {args.batch_size} must be positive")
+    if args.num_workers < 0:
+        raise ConfigError(f"--num_workers {args.num_workers} must be 0 or more")
     sizes = args.input_size if isinstance(args.input_size, list) else [args.input_size]
     for size in sizes:
         if size is not None and size < 1:
             raise ConfigError(f"--input-size {size} must be positive")
     if not 0 < args.eval_crop_ratio <= 1:
         raise ConfigError(f"--eval-crop-ratio {args.eval_crop_ratio} must be above 0, at most 1")
-    backend = getattr(args, "compile", None)
+    if "amp_dtype" in given and not args.amp:
+        raise ConfigError(f"--amp-dtype {args.amp_dtype} does nothing without --amp: give both")
+    backend = args.compile
     if backend is not None and backend not in torch.compiler.list_backends(None):
         backends = ", ".join(torch.compiler.list_backends())
         raise ConfigError(f"--compile {backend} is no backend here; there are {backends}")
-    return Namespace(**vars(get_args_parser().parse_args([])) | vars(args))
-
-
-def check_folder(flag: str, path: Path | None) -> None:
-    """Refuse a file to be written where there is no folder for it, before anything is computed.
-
-    Raises:
-        OutputError: There is none.
-    """
-    if path is not None and not path.parent.is_dir():
-        raise OutputError(f"{flag} {path}: there is no folder {path.parent}")

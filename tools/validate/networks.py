@@ -1,17 +1,18 @@
 """Networks as files and timm's collection have them, and how they become models."""
 
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import timm
+import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 import datasets
 import models
-from models.checkpoint import EMA_KEYS, state_dict_of
+from models.checkpoint import state_dict_of
 from tools.convert_checkpoint import HEADS
 
 WEIGHTS = ("model", "ema")
@@ -45,21 +46,12 @@ class Network:
         Raises:
             CheckpointError: There are no such weights.
         """
-        if asked == "model" or (asked == "both" and not self._has_average()):
-            return ("model",)
-        if not self.checkpoint:
+        if self.checkpoint:
+            wanted = WEIGHTS if asked == "both" else (asked,)
+            return tuple(_states(self.checkpoint, self.source, wanted))
+        if asked == "ema":
             raise models.CheckpointError(f"{self.source} have no moving average: --weights model")
-        state_dict_of(self.checkpoint, self.source, ema=True)
-        return WEIGHTS if asked == "both" else ("ema",)
-
-    def _has_average(self) -> bool:
-        if "mindspore" not in self.checkpoint:
-            return any(self.checkpoint.get(key) for key in EMA_KEYS)
-        try:
-            state_dict_of(self.checkpoint, self.source, ema=True)
-        except models.CheckpointError:
-            return False
-        return True
+        return ("model",)
 
     def build(self, size: int) -> nn.Module:
         """The model for images of ``size`` pixels; with timm's weights, else with random ones.
@@ -112,8 +104,10 @@ def read_network(path: str, model: str | None = None, exponent: float | None = N
     required = {"num_classes": num_classes}
     required["qk_scale_factor"] = saved.get("qk_scale_factor", exponent)
     size = checkpoint.get("input_size")
-    if size is not None and not (isinstance(size, int) and size > 0):
-        raise models.CheckpointError(f"{path}: input_size must be a number of pixels")
+    if size is not None and not (type(size) is int and size > 0):  # True is an int, too
+        raise models.CheckpointError(
+            f"{path}: input_size must be a number of pixels, not {str(size)[:20]}"
+        )
     classes = _classes_of(checkpoint, path, num_classes)
     return Network(path, name, required, saved, checkpoint, size, classes)
 
@@ -125,12 +119,28 @@ def pretrained_network(name: str) -> Network:
     return Network(f"timm's weights of {name}", name, {}, input_size=size)
 
 
+def _states(
+    checkpoint: Mapping[str, Any], source: str, wanted: Sequence[str] = WEIGHTS
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Those of the wanted weights that a file has.
+
+    Raises:
+        CheckpointError: It has none; says why not the first.
+    """
+    found, errors = {}, []
+    for name in wanted:
+        try:
+            found[name] = state_dict_of(checkpoint, source, ema=name == "ema")[0]
+        except models.CheckpointError as error:
+            errors.append(error)
+    if not found:
+        raise errors[0]
+    return found
+
+
 def _rows_of_classifier(checkpoint: Mapping[str, Any], path: str, name: str) -> int | None:
     """Classes of the weights, or None where the classifier is not recognised."""
-    try:
-        state = state_dict_of(checkpoint, path)[0]
-    except models.CheckpointError:
-        state = state_dict_of(checkpoint, path, ema=True)[0]
+    state = next(iter(_states(checkpoint, path).values()))
     config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     named = config.classifier if config else None
     keys = (*HEADS, f"{named}.weight")

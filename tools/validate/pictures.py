@@ -1,13 +1,14 @@
 """Pictures of a confusion matrix and of the reliability of confidences."""
 
 import io
+import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tools.validate.classes import readable
 from tools.validate.counts import NUM_BINS, Bins, most_confused
 from training.files import OutputError, write_atomically
 
@@ -17,10 +18,15 @@ if TYPE_CHECKING:
 
 LABELLED = 30  # classes, at most, that get names and numbers
 LISTED = 20  # pairs of classes beside the picture of more
-NAME_WIDTH = 24
+DPI = 120
+SIDE = 1000  # pixels of the picture of more classes, about
+CELLS = 500  # in a row of that, at most
+LIGHT_BLUE, DARK_RED = "#9ecae1", "#a50f15"
 
 
-def new_figure(width: float, height: float, flag: str, layout: str = "constrained") -> "Figure":
+def new_figure(
+    width: float, height: float, flag: str, layout: str | None = "constrained"
+) -> "Figure":
     """An empty figure, in inches.
 
     Raises:
@@ -40,14 +46,12 @@ def save(figure: "Figure", path: Path) -> None:
         OutputError: It cannot be written.
     """
     data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=120, bbox_inches="tight")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # drawn as a box
+        # what is laid out by the pixel must not be shifted by parts of one
+        margins = "tight" if figure.get_layout_engine() else None
+        figure.savefig(data, format="png", dpi=DPI, bbox_inches=margins)
     write_atomically(path, lambda file: file.write(data.getvalue()))
-
-
-def short(name: str, width: int = NAME_WIDTH) -> str:
-    """The first of the names of a class, cut to ``width``."""
-    first = readable(name).split(",")[0]
-    return plain_text(first if len(first) <= width else f"{first[: width - 1]}…")
 
 
 def plain_text(text: str) -> str:
@@ -60,50 +64,91 @@ def confusion_figure(confusion: np.ndarray, names: Sequence[str], title: str) ->
 
     Args:
         confusion: Images by true class and prediction, ``K K``.
-        names: Of the classes, ``K``.
+        names: What the classes are called, ``K``.
         title: Above the picture.
     """
-    is_small = len(names) <= LABELLED
-    side = max(6, 0.55 * len(names) + 2) if is_small else 10
-    figure = new_figure(side if is_small else side + 5, side, "--confusion", "compressed")
-    figure.suptitle(plain_text(title))
-    axes = figure.subplots(1, 1 if is_small else 2, width_ratios=None if is_small else [2, 1])
-    left = axes if is_small else axes[0]
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    # pixels of far more classes than the picture has would otherwise be skipped
-    drawn = left.imshow(shares**0.5, cmap="Blues", vmin=0, vmax=1, interpolation="auto")
-    left.set_xlabel("prediction")
-    left.set_ylabel("true class")
-    bar = figure.colorbar(drawn, ax=left, label="share of the true class")
-    ticks = (0, 0.05, 0.25, 0.5, 0.75, 1)
-    bar.set_ticks([tick**0.5 for tick in ticks], labels=[f"{100 * tick:.0f}%" for tick in ticks])
-    if is_small:
-        _label(left, confusion, shares, names)
-    else:
-        left.set_xticks([])
-        left.set_yticks([])
-        _list_pairs(axes[1], most_confused(confusion, LISTED), names)
-    return figure
+    names = [plain_text(name) for name in names]
+    draw = _few_classes if len(names) <= LABELLED else _many_classes
+    return draw(confusion, shares, names, plain_text(title))
 
 
-def _label(axes: "Axes", confusion: np.ndarray, shares: np.ndarray, names: Sequence[str]) -> None:
+def _few_classes(
+    confusion: np.ndarray, shares: np.ndarray, names: Sequence[str], title: str
+) -> "Figure":
+    side = max(6, 0.55 * len(names) + 2)
+    figure = new_figure(side, side, "--confusion", "compressed")
+    axes = figure.subplots()
+    _draw_shares(axes, shares, title)
+    figure.colorbar(axes.get_images()[0], ax=axes)
+    _label_colours(figure.axes[1], "share of the true class")
     places = range(len(names))
-    texts = [short(name) for name in names]
-    axes.set_xticks(places, texts, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(places, texts)
+    axes.set_xticks(places, names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(places, names)
     size = 9 if len(names) <= 15 else 8
     for (row, column), count in np.ndenumerate(confusion):
         if count:
             colour = "white" if shares[row, column] > 0.3 else "black"
-            axes.text(
-                column, row, str(count), ha="center", va="center", color=colour, fontsize=size
-            )
+            where = {"ha": "center", "va": "center", "color": colour, "fontsize": size}
+            axes.text(column, row, str(count), **where)
+    return figure
+
+
+def _many_classes(
+    confusion: np.ndarray, shares: np.ndarray, names: Sequence[str], title: str
+) -> "Figure":
+    """Every cell is a whole number of pixels, so that equal shares have equal colours."""
+    block = math.ceil(len(names) / CELLS)
+    shares = largest_of_blocks(shares, block)
+    side = len(shares) * (SIDE // len(shares))
+    left, bottom, gap, pairs = 60, 60, 30, 600
+    # half a pixel more, as the size is rounded down
+    width, height = 2 * left + side + 5 * gap + pairs + 0.5, side + 2 * bottom + 0.5
+    figure = new_figure(width / DPI, height / DPI, "--confusion", None)
+
+    def add_axes(start: int, pixels: int) -> "Axes":
+        return figure.add_axes((start / width, bottom / height, pixels / width, side / height))
+
+    axes = add_axes(left, side)
+    _draw_shares(axes, shares, title)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_position(("outward", 1))  # a frame on the edge would cover classes
+    what = "share of the true class"
+    if block > 1:
+        what = f"largest share of the true class, among {block} × {block} classes"
+    bar = add_axes(left + side + gap, gap)
+    figure.colorbar(axes.get_images()[0], cax=bar)
+    _label_colours(bar, what)
+    _list_pairs(add_axes(left + side + 6 * gap, pairs), most_confused(confusion, LISTED), names)
+    return figure
+
+
+def largest_of_blocks(shares: np.ndarray, block: int) -> np.ndarray:
+    """The largest value of each ``block`` rows and columns: a mean would hide single ones."""
+    cells = math.ceil(len(shares) / block)
+    whole = np.zeros((cells * block, cells * block))
+    whole[: len(shares), : len(shares)] = shares
+    return whole.reshape(cells, block, cells, block).max((1, 3))
+
+
+def _draw_shares(axes: "Axes", shares: np.ndarray, title: str) -> None:
+    axes.imshow(shares**0.5, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_title(title)
+    axes.set_xlabel("prediction")
+    axes.set_ylabel("true class")
+
+
+def _label_colours(bar: "Axes", what: str) -> None:
+    ticks = (0, 0.05, 0.25, 0.5, 0.75, 1)
+    bar.set_yticks([tick**0.5 for tick in ticks], [f"{100 * tick:.0f}%" for tick in ticks])
+    bar.set_ylabel(what)
 
 
 def _list_pairs(axes: "Axes", pairs: Sequence[tuple[int, int, int]], names: Sequence[str]) -> None:
     axes.set_axis_off()
     heading = "most confused: images, true class → prediction" if pairs else "nothing is confused"
-    lines = [f"{count:4d}  {short(names[a])} → {short(names[b])}" for a, b, count in pairs]
+    lines = [f"{count:4d}  {names[a]} → {names[b]}" for a, b, count in pairs]
     axes.text(0, 1, "\n".join([heading, "", *lines]), va="top", fontsize=9, linespacing=1.6)
 
 
@@ -115,21 +160,21 @@ def reliability_figure(bins: Bins, title: str) -> "Figure":
     width = 100 / NUM_BINS
     left = np.arange(NUM_BINS) * width
     accuracy, confidence = (100 * values for values in bins.means())
-    upper.bar(
-        left, np.nan_to_num(accuracy), width, align="edge", edgecolor="white", label="accuracy"
-    )
-    gap = {"fill": False, "edgecolor": "tab:red", "hatch": "////", "linewidth": 0}
-    gap |= {"label": "gap to the mean confidence"}
     bottom, height = np.nan_to_num(accuracy), np.nan_to_num(confidence - accuracy)
+    bars = {"align": "edge", "edgecolor": "white", "color": LIGHT_BLUE, "label": "accuracy"}
+    upper.bar(left, bottom, width, **bars)
+    # of an underconfident bin the gap lies on the bar
+    gap = {"fill": False, "edgecolor": DARK_RED, "hatch": "////", "linewidth": 0}
+    gap |= {"label": "gap to the mean confidence"}
     upper.bar(left, height, width, bottom, align="edge", **gap)
     upper.plot([0, 100], [0, 100], color="black", linestyle="--", label="perfectly calibrated")
     upper.set_ylabel("accuracy (%)")
     upper.set_ylim(0, 100)
-    shares = 100 * bins.counts / bins.counts.sum()
+    shares = 100 * bins.counts / bins.total
     lower.bar(left, shares, width, align="edge", color="tab:gray", edgecolor="white")
     mean = 100 * bins.mean_confidence
-    right = 100 * bins.hits.sum() / bins.counts.sum()
-    lower.axvline(mean, color="tab:red", label=f"mean confidence {mean:.1f}%")
+    right = 100 * bins.hits.sum() / bins.total
+    lower.axvline(mean, color=DARK_RED, label=f"mean confidence {mean:.1f}%")
     lower.axvline(right, color="tab:blue", linestyle="--", label=f"accuracy {right:.1f}%")
     lower.set_xlim(0, 100)
     lower.set_xlabel("confidence (%)")

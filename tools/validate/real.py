@@ -82,6 +82,7 @@ class RealCounts:
         """Count a batch: logits ``B 1000``, and numbers of the images ``B``."""
         labels = self._table[numbers]
         hits = labels.gather(1, logits.topk(5, dim=1).indices)
+        hits &= logits.isfinite().all(1, keepdim=True)  # else nothing is predicted
         parts = (labels.any(1), hits[:, 0], hits.any(1))
         self._counts += torch.stack([part.sum() for part in parts])
 

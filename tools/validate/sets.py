@@ -1,11 +1,13 @@
 """Test sets: what ``main.py`` evaluates on, or a folder that holds the folders of its classes."""
 
+import os
 from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import is_image_file
 
 import datasets
 from pipeline.fast import FastDataset
@@ -13,8 +15,7 @@ from pipeline.finish import Feed
 from pipeline.images import DataError
 from pipeline.reference import AugmentedDataset
 from pipeline.sources import Encoded, Files
-
-SPLITS = ("train", "val", "validation")
+from tools.files import subfolders
 
 
 class EvalSet:
@@ -27,7 +28,7 @@ class EvalSet:
 
     def __init__(self, dataset: datasets.LoadedDataset, title: str):
         source = dataset.source
-        self.title, self.classes = title, [str(name) for name in source.classes]
+        self.title, self.classes = title, tuple(str(name) for name in source.classes)
         self.targets = source.targets
         self._dataset = dataset
         dataset.targets = np.arange(len(dataset))
@@ -53,32 +54,81 @@ class EvalSet:
             raise DataError(f"{self.title} has no files, by whose names to find labels")
         return [source.name(index) for index in range(len(source))]
 
+    def paths(self) -> list[str]:
+        """Where the images lie; nowhere, if they are in memory or members of shards."""
+        return self.file_names() if isinstance(self._dataset.source, Files) else []
+
+
+class VisibleFolder(ImageFolder):
+    """``FOLDER/CLASS/*`` without what is hidden, such as the copies that notebooks keep."""
+
+    def __init__(self, folder: Path):
+        hidden = f"{os.sep}."
+
+        def is_visible_image(path: str) -> bool:
+            return is_image_file(path) and hidden not in path.removeprefix(str(folder))
+
+        super().__init__(str(folder), is_valid_file=is_visible_image)
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        """Names of the classes, and their numbers."""
+        names = class_names(Path(directory))
+        return names, {name: index for index, name in enumerate(names)}
+
+
+def class_names(folder: Path) -> list[str]:
+    """The classes of ``folder/CLASS/*``.
+
+    Raises:
+        DataError: There are none, or the folder cannot be read.
+    """
+    names = [path.name for path in subfolders(folder)]
+    if not names:
+        raise DataError(f"{folder} has no folders of classes")
+    return names
+
 
 def open_set(args: Namespace, device: torch.device) -> EvalSet:
     """The test set of the flags at ``args.input_size``.
 
-    An image folder without ``train``, ``val`` and ``validation`` is itself the set.
+    Of an image folder it is ``val`` or ``validation``, or without these and ``train`` the folder.
 
     Raises:
         DataError: It is missing, or cannot be used.
     """
     name = datasets.data_set_name(args)
-    folder = Path(args.data_path) if args.data_path else None
-    is_folder = folder is not None and name.startswith("IMNET") and folder.is_dir()
-    if is_folder and not any((folder / split).is_dir() for split in SPLITS):
-        return open_class_folders(folder, args)
     title = str(args.data_path or name)
+    if args.data_path and name.startswith("IMNET"):
+        return open_class_folders(_folder_of_classes(Path(args.data_path)), args, title)
     return EvalSet(datasets.build_dataset(False, args, device)[0], title)
 
 
-def open_class_folders(folder: Path, args: Namespace) -> EvalSet:
+def _folder_of_classes(folder: Path) -> Path:
+    if not os.path.isdir(folder):
+        what = "is no folder" if os.path.exists(folder) else "does not exist"
+        raise DataError(f"--data-path {folder} {what}")
+    names = class_names(folder)
+    for split in ("val", "validation"):
+        if split in names:
+            return folder / split
+    if "train" in names:
+        raise DataError(f"--data-path {folder} has train/, but neither val/ nor validation/")
+    return folder
+
+
+def open_class_folders(folder: Path, args: Namespace, title: str | None = None) -> EvalSet:
     """The images of ``folder/CLASS/*`` under the transform of evaluation.
+
+    Args:
+        folder: Of the classes.
+        args: The flags.
+        title: What messages call the set; the folder, if not given.
 
     Raises:
         DataError: There are no classes, or one has no image.
     """
     try:
-        found = ImageFolder(str(folder))
+        found = VisibleFolder(folder)
     except OSError as error:
         raise DataError(f"{folder}: {error}") from error
     paths, targets = zip(*found.samples, strict=True)
@@ -90,4 +140,4 @@ def open_class_folders(folder: Path, args: Namespace) -> EvalSet:
     else:
         size = datasets.input_size_of(args)
         dataset = FastDataset(source, transform, False, size, skip_corrupt=skip)
-    return EvalSet(dataset, str(folder))
+    return EvalSet(dataset, title or str(folder))

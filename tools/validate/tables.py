@@ -9,6 +9,7 @@ from typing import Any
 from tools.validate import corruptions
 from tools.validate.classes import readable
 from tools.validate.counts import class_scores
+from tools.validate.text import shown
 from training.files import write_atomically
 
 COLUMNS = {  # of a row: heading, digits after the point
@@ -29,6 +30,13 @@ COLUMNS = {  # of a row: heading, digits after the point
     "network_rate": ("network images/s", 1),
     "rate": ("images/s", 1),
 }
+CORRUPTION_COLUMNS = {
+    "corruption": ("corruption", 0),
+    **{f"severity_{number}": (str(number), 2) for number in corruptions.SEVERITIES},
+    "error": ("mean error", 2),
+    "relative": ("of AlexNet's", 1),
+    "corrupt": ("corrupt", 0),
+}
 ALWAYS = ("corrupt",)  # in CSV files, whether or not there are any
 
 
@@ -41,11 +49,11 @@ def cell(value: object, digits: int) -> str:
 
 def aligned(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in columns; words to the left, numbers to the right."""
-    lines = [heads, *rows]
+    lines = [[shown(text) for text in line] for line in (heads, *rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
 
     def padded(text: str, column: int) -> str:
-        is_number = all(_is_number(row[column]) for row in rows)
+        is_number = all(_is_number(line[column]) for line in lines[1:])
         return text.rjust(widths[column]) if is_number else text.ljust(widths[column])
 
     return "\n".join(
@@ -62,13 +70,20 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table of all rows, without columns that have nothing to say."""
-    keys = [key for key in COLUMNS if any(row.get(key) not in (None, "") for row in rows)]
+def table(
+    rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, int]] = COLUMNS
+) -> str:
+    """The table of all rows, without columns that have nothing to say.
+
+    Args:
+        rows: Values by the keys of columns.
+        columns: Heading of each, and digits after the point.
+    """
+    keys = [key for key in columns if any(row.get(key) not in (None, "") for row in rows)]
     if not any(row.get("corrupt") for row in rows):
         keys.remove("corrupt")
-    heads = [COLUMNS[key][0] for key in keys]
-    return aligned(heads, [[cell(row.get(key), COLUMNS[key][1]) for key in keys] for row in rows])
+    heads = [columns[key][0] for key in keys]
+    return aligned(heads, [[cell(row.get(key), columns[key][1]) for key in keys] for row in rows])
 
 
 def write_csv(path: Path, heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -98,10 +113,12 @@ def write_classes(path: Path, row: Mapping[str, Any]) -> None:
     matched = row["matched"]
     names = matched.column_names
     scores = class_scores(row["confusion"])
-    heads = ("class", "folder", "name", "images", "recall", "precision", "wrong", "wrong_images")
+    heads = ("class", "folder", "name", "images", "recall", "precision")
+    heads += ("wrong_class", "wrong", "wrong_images")
     lines = [
         (
             *(output, name, readable(name), score.images, score.recall, score.precision),
+            None if score.wrong is None else matched.columns[score.wrong],
             None if score.wrong is None else readable(names[score.wrong]),
             score.wrong_images,
         )
@@ -110,29 +127,31 @@ def write_classes(path: Path, row: Mapping[str, Any]) -> None:
     write_csv(path, heads, lines)
 
 
-def corruption_table(
-    measured: Sequence[corruptions.Corruption], mce: float | None, is_imagenet: bool
-) -> str:
-    """Errors in percent by corruption and severity, their means, and AlexNet's to compare."""
-    heads = ["corruption", *map(str, corruptions.SEVERITIES), "mean error"]
-    rows = [[one.name, *map(_percent, one.errors), _percent(one.mean)] for one in measured]
-    rows.append(["mean", *[""] * len(corruptions.SEVERITIES)])
-    rows[-1].append(_percent(corruptions.mean_error(measured)))
-    if is_imagenet:
-        heads.append("of AlexNet's")
-        relative = [one.relative for one in measured] + [mce]
-        for row, value in zip(rows, relative, strict=True):
-            row.append(cell(value, 1))
-    text = aligned(heads, rows)
+def corruption_rows(
+    measured: Sequence[corruptions.Corruption], is_whole: bool
+) -> list[dict[str, Any]]:
+    """A row for each corruption, and if all were measured, one of their means."""
+    rows = [
+        {"corruption": one.name}
+        | {f"severity_{number}": error for number, error in enumerate(one.errors, start=1)}
+        | {"error": one.mean, "relative": one.relative, "corrupt": one.corrupt}
+        for one in measured
+    ]
+    if is_whole:
+        means = {"error": corruptions.mean_error(measured), "relative": corruptions.mce(measured)}
+        corrupt = sum(one.corrupt for one in measured)
+        rows.append({"corruption": "mean", **means, "corrupt": corrupt})
+    return rows
+
+
+def corruption_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table of a network's rows, and the mCE if there is one."""
+    mce = rows[-1]["relative"] if rows[-1]["corruption"] == "mean" else None
+    text = table(rows, CORRUPTION_COLUMNS)
     return text if mce is None else f"{text}\nmCE {mce:.1f}"
 
 
-def _percent(value: float) -> str:
-    return f"{value:.2f}"
-
-
-def write_corruptions(path: Path, rows: Sequence[Sequence[Any]]) -> None:
+def write_corruptions(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write the errors of all networks under corruptions as a CSV file."""
-    severities = [f"severity_{number}" for number in corruptions.SEVERITIES]
-    heads = ("checkpoint", "weights", "size", "corruption", *severities, "error", "relative")
-    write_csv(path, heads, rows)
+    keys = ("checkpoint", "weights", "size", *CORRUPTION_COLUMNS)
+    write_csv(path, keys, [[row.get(key) for key in keys] for row in rows])

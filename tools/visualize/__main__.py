@@ -8,6 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from configs import ConfigError
 from models import CheckpointError, ModelError
 from pipeline.images import DataError
 from tools.visualize import attention, curves, distances, features, gates, kernels, positions
@@ -24,7 +25,8 @@ KINDS = {
     "features": features,
     "curves": curves,
 }
-EXPECTED_ERRORS = (CheckpointError, DataError, ModelError, OutputError, VisualizeError)
+EXPECTED_ERRORS = (CheckpointError, ConfigError, DataError, ModelError, OutputError)
+EXPECTED_ERRORS += (VisualizeError,)
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ import torch
 
 from tools.visualize.capture import CLASS, PARTS, Captured, attention_layers, capture, choose
 from tools.visualize.loading import Subject, VisualizeError, load_pictures, load_subject
-from tools.visualize.panels import MAGNITUDE, grid_of_axes, short
+from tools.visualize.panels import MAGNITUDE, grid_of_axes, name_columns, short, title
 from tools.visualize.saving import Picture
 
 CENTRE = ("centre", "center")
@@ -63,6 +63,7 @@ def make(args: Namespace) -> Picture:
     rows = [row for row in rows if row.maps]
     if not rows:
         raise VisualizeError(f"--part {args.part}: no chosen layer attends by position")
+    parts = [part for part in parts if any(part in row.maps for row in rows)]
     figure = draw(rows, parts, picture[0], f"{subject.label}, query {args.query}")
     return Picture(figure, _numbers(rows), subject.epoch or 0, notes)
 
@@ -105,18 +106,21 @@ def _rows(
     names = list(layers)
     chosen = choose("attention layer", "--layers", args.layers, len(names))
     layers = {names[index]: layers[names[index]] for index in chosen}
-    if args.heads is not None:
-        fewest = min(layer.num_heads for layer in layers.values())
-        choose("head", "--heads", args.heads, fewest)
+    heads = args.heads
+    if heads is not None:
+        fewest = min(layers, key=lambda name: layers[name].num_heads)
+        kind = f"head of {fewest} (--layers chooses others)"
+        heads = choose(kind, "--heads", heads, layers[fewest].num_heads)
+    has_class = getattr(subject.model, "cls_token", None) is not None
     for captured in capture(subject.model, layers, subject.normalized(picture)):
-        if query == CLASS and not captured.prefix:
+        if query == CLASS and not (captured.prefix and has_class):
             if args.layers is not None:
                 raise VisualizeError(
                     f"--query class: layer {names.index(captured.name)} ({captured.name}) has no "
                     f"class token"
                 )
             continue
-        yield _row(captured, query, parts, args.heads, subject.size)
+        yield _row(captured, query, parts, heads, subject.size)
 
 
 def _row(
@@ -154,7 +158,7 @@ def _numbers(rows: Sequence[Row]) -> list[dict[str, Any]]:
     ]
 
 
-def draw(rows: Sequence[Row], parts: Sequence[str], picture: torch.Tensor, title: str) -> Any:
+def draw(rows: Sequence[Row], parts: Sequence[str], picture: torch.Tensor, what: str) -> Any:
     """Rows of layers, columns of heads, beside each other for the parts; the image comes first.
 
     Every panel's colours go from 0 to its largest weight, which stands beneath it; and so does
@@ -187,19 +191,18 @@ def draw(rows: Sequence[Row], parts: Sequence[str], picture: torch.Tensor, title
             )
             ax.set_xlabel(_caption(values), fontsize=7, labelpad=2)
         _mark(line, row, size)
-    for index, ax in enumerate(axes[0][1:]):
-        part = f"{parts[index // heads]}\n" if len(parts) > 1 or parts[0] != "full" else ""
-        ax.set_title(f"{part}head {numbers[index % heads]}", fontsize=8)
-    axes[0][0].set_title("image", fontsize=8)
+    heading = [f"{part}\n" if len(parts) > 1 or part != "full" else "" for part in parts]
+    name_columns(axes, ["image", *(f"{part}head {n}" for part in heading for n in numbers)])
     bar = figure.colorbar(shades, ax=axes, shrink=min(1.0, 3.0 / len(rows)), aspect=15, pad=0.01)
-    bar.set_label("attention weight / largest of the panel", fontsize=8)
-    figure.suptitle(title, fontsize=10)
+    bar.set_label("attention weight /\nlargest of the panel", fontsize=8)
+    bar.ax.set_facecolor("0.5")  # as the image is, beneath the colours of the panels
+    figure.suptitle(title(what), fontsize=10)
     return figure
 
 
 def _caption(values: np.ndarray) -> str:
     total = values.sum()
-    rest = f"\nsum {total:.2g}" if total < 0.995 else ""
+    rest = f"\nsum {total:.3g}" if total < 0.9995 else ""
     return f"max {values.max():.2g}{rest}"
 
 

@@ -76,7 +76,7 @@ def kernels_of(layer: ReparamModule) -> Kernels:
     conv = fused.reparam_conv
     differences = (conv.weight.double() - total, conv.bias.double() - total_bias)
     return Kernels(
-        branches={name: weight.cpu() for name, (weight, _) in branches.items()},
+        branches={name: weight.detach().cpu() for name, (weight, _) in branches.items()},
         total=total.cpu(),
         fused=conv.weight.double().cpu(),
         difference=max(part.abs().max().item() for part in differences),

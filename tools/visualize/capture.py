@@ -35,7 +35,7 @@ def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def choose(kind: str, flag: str, wanted: Iterable[int] | None, count: int) -> list[int]:
-    """``wanted`` indices of ``count`` things, or all.
+    """``wanted`` indices of ``count`` things, each once, or all.
 
     Raises:
         VisualizeError: One is out of range.
@@ -46,7 +46,7 @@ def choose(kind: str, flag: str, wanted: Iterable[int] | None, count: int) -> li
     for index in wanted:
         if not 0 <= index < count:
             raise VisualizeError(f"{flag}: there is no {kind} {index}, they are 0..{count - 1}")
-    return wanted
+    return list(dict.fromkeys(wanted))
 
 
 def attention_parts(layer: nn.Module, x: torch.Tensor) -> AttentionParts:

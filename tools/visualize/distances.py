@@ -39,13 +39,14 @@ def make(args: Namespace) -> Picture:
     found = []
     for path in args.checkpoints:
         subject = load_subject(path, args)
-        found.append(Snapshot(subject.label, subject.epoch, measure(subject, paths)))
+        found.append(Snapshot(subject, measure(subject, paths)))
     snapshots, notes = in_order(found, args.checkpoints)
     figure: Any = (
         draw_heads(snapshots[0], FAR) if len(snapshots) == 1 else draw_epochs(snapshots, FAR)
     )
+    farthest = max(values.max().item() for s in snapshots for values in s.values.values())
     for ax in figure.axes:
-        ax.set_ylim(bottom=0.0)
+        ax.set_ylim(0.0, 1.05 * farthest or 1.0)
     notes = [*notes, f"mean over {len(paths)} image(s)"]
     return Picture(figure, rows_of(snapshots, "nonlocality"), snapshots[-1].epoch or 0, notes)
 

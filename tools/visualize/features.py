@@ -9,7 +9,7 @@ import torch
 from tools.visualize.capture import choose
 from tools.visualize.loading import Subject, VisualizeError, load_pictures, load_subject
 from tools.visualize.measures import principal_colours
-from tools.visualize.panels import grid_of_axes, symmetric
+from tools.visualize.panels import grid_of_axes, symmetric, title
 from tools.visualize.saving import Picture
 
 
@@ -52,7 +52,7 @@ def stage_maps(subject: Subject, picture: torch.Tensor) -> list[torch.Tensor]:
     """Maps ``C H W`` after the stages, or blocks, for an image ``1 3 H W`` of values in 0..1.
 
     Raises:
-        VisualizeError: The net gives none.
+        VisualizeError: The net gives none, or such as are not finite.
     """
     if not hasattr(subject.model, "forward_intermediates"):
         raise VisualizeError(f"{subject.label}: it has no forward_intermediates, and gives no maps")
@@ -60,7 +60,11 @@ def stage_maps(subject: Subject, picture: torch.Tensor) -> list[torch.Tensor]:
         maps = subject.model.forward_intermediates(
             subject.normalized(picture), intermediates_only=True, output_fmt="NCHW"
         )
-    return [features[0].float().cpu() for features in maps]
+    maps = [features[0].float().cpu() for features in maps]
+    for name, features in zip(stage_names(subject, len(maps)), maps, strict=True):
+        if not features.isfinite().all():
+            raise VisualizeError(f"{subject.label}: maps after {name} are not finite")
+    return maps
 
 
 def stage_names(subject: Subject, count: int) -> list[str]:
@@ -88,7 +92,7 @@ def draw(
 ) -> Any:
     """Rows of stages: the image, principal components in colours, channels on a shared scale."""
     most = max(len(channels) for channels in picked.values())
-    figure, axes = grid_of_axes(len(maps), 2 + most, 1.25, (1.5, 0.9))
+    figure, axes = grid_of_axes(len(maps), 2 + most, 1.25, (1.5, 0.9), "--channels")
     for line, (index, features) in zip(axes, maps.items(), strict=True):
         channels = picked[index]
         line[0].imshow(picture.permute(1, 2, 0).numpy())
@@ -106,5 +110,5 @@ def draw(
         bar.ax.set_title("value", fontsize=7)
     axes[0][0].set_title("image", fontsize=8)
     axes[0][1].set_title("PCA 1-3 as RGB", fontsize=8)
-    figure.suptitle(f"feature maps, {label}", fontsize=10)
+    figure.suptitle(title(f"feature maps, {label}"), fontsize=10)
     return figure

@@ -8,7 +8,7 @@ import torch
 
 from tools.visualize.loading import Snapshot, in_order, load_subject
 from tools.visualize.measures import gates
-from tools.visualize.panels import COLOURS, new_figure, short, whole_ticks
+from tools.visualize.panels import COLOURS, new_figure, short, title, whole_ticks
 from tools.visualize.saving import Picture
 
 GATE = r"gate $\sigma(\lambda)$, share of position"
@@ -24,7 +24,7 @@ def make(args: Namespace) -> Picture:
     found = []
     for path in args.checkpoints:
         subject = load_subject(path, args)
-        found.append(Snapshot(subject.label, subject.epoch, gates(subject.model)))
+        found.append(Snapshot(subject, gates(subject.model)))
     snapshots, notes = in_order(found, args.checkpoints)
     figure = draw_heads(snapshots[0], GATE) if len(snapshots) == 1 else draw_epochs(snapshots, GATE)
     for ax in figure.axes:
@@ -55,7 +55,7 @@ def draw_heads(snapshot: Snapshot, what: str) -> Any:
     figure = new_figure(2.8 + 0.55 * len(names) + 0.9 * (heads > 8), 4.2)
     ax = figure.add_subplot()
     for head in range(heads):
-        shift = 0.4 * (head - (heads - 1) / 2) / heads  # equal heads stay apart
+        shift = 0.7 * (head - (heads - 1) / 2) / heads  # equal heads stay apart
         points = [
             (index + shift, values[head].item())
             for index, values in enumerate(snapshot.values.values())
@@ -69,7 +69,7 @@ def draw_heads(snapshot: Snapshot, what: str) -> Any:
     ax.set_ylabel(what)
     ax.grid(axis="y", alpha=0.3)
     epoch = "" if snapshot.epoch is None else f", epoch {snapshot.epoch}"
-    ax.set_title(f"{snapshot.label}{epoch}", fontsize=10)
+    ax.set_title(title(f"{snapshot.subject.label}{epoch}"), fontsize=10)
     figure.legend(loc="outside right upper", fontsize=8, ncols=1 if heads <= 8 else 2)
     return figure
 
@@ -99,6 +99,5 @@ def draw_epochs(snapshots: Sequence[Snapshot], what: str) -> Any:
     figure.legend(handles, labels, loc="outside right upper", fontsize=8)
     figure.supxlabel("epoch, from 0", fontsize=10)
     figure.supylabel(what, fontsize=10)
-    label = snapshots[0].label.partition(",")[0]
-    figure.suptitle(label, fontsize=10)
+    figure.suptitle(title(snapshots[0].net), fontsize=10)
     return figure

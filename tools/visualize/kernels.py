@@ -7,7 +7,7 @@ import torch
 
 from tools.visualize.branches import Kernels, choose_layer, kernels_of, own_slices, reparam_layers
 from tools.visualize.loading import VisualizeError, load_subject
-from tools.visualize.panels import grid_of_axes, symmetric
+from tools.visualize.panels import grid_of_axes, symmetric, title
 from tools.visualize.saving import Picture
 
 
@@ -42,10 +42,10 @@ def _numbers(slices: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
     ]
 
 
-def draw(slices: dict[str, torch.Tensor], kernels: Kernels, title: str) -> Any:
+def draw(slices: dict[str, torch.Tensor], kernels: Kernels, what: str) -> Any:
     """Rows of channels, each on its own scale; columns of branches, their sum, the fused kernel."""
     count = len(next(iter(slices.values())))
-    figure, axes = grid_of_axes(count, len(slices), 1.2, (1.2, 1.2))
+    figure, axes = grid_of_axes(count, len(slices), 1.2, (1.2, 1.2), "--channels")
     for channel, line in enumerate(axes):
         options = symmetric(torch.stack([part[channel] for part in slices.values()]))
         for ax, part in zip(line, slices.values(), strict=True):
@@ -61,7 +61,8 @@ def draw(slices: dict[str, torch.Tensor], kernels: Kernels, title: str) -> Any:
     depthwise = kernels.fused.shape[1] == 1
     which = "" if depthwise else f"\nslices of input (channel mod {kernels.fused.shape[1]})"
     figure.suptitle(
-        f"{title}{which}\nlargest |sum of branches - fused|, biases too: {kernels.difference:.1e}",
+        f"{title(what)}{which}\n"
+        f"largest |sum of branches - fused|, biases too: {kernels.difference:.1e}",
         fontsize=9,
     )
     return figure

@@ -1,5 +1,6 @@
 """The nets and images that pictures are made of."""
 
+import difflib
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,20 +33,25 @@ class Subject:
 
     Attributes:
         model: The net, on its device.
+        name: Of the model.
         label: What titles call it.
-        epoch: The last epoch that its weights have seen, from 0; None if not known.
+        epoch: The last epoch that its weights have seen, from 0; None if not known, and in the
+            middle of one.
         size: Height and width of its images, in pixels.
         crop_ratio: Share of the resized image's side that the centre crop keeps.
         mean, std: Of the normalisation.
+        resampled: Whether position embeddings or tables are of another size than in the file.
     """
 
     model: nn.Module
+    name: str
     label: str
     epoch: int | None
     size: int
     crop_ratio: float = EVAL_CROP_RATIO
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+    resampled: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -78,15 +84,18 @@ def load_subject(what: str, args: Namespace) -> Subject:
         args: The flags ``model``, ``pretrained``, ``weights``, ``input_size``, ``device``.
 
     Raises:
-        VisualizeError: It is neither, or a flag does not go with it.
+        VisualizeError: It is neither, a flag does not go with it, or weights are not finite.
         CheckpointError, ModelError: It cannot be read or built, or not for this size.
     """
     is_file = Path(what).exists() or what.startswith(("http://", "https://"))
     if not is_file and not timm.is_model(what):
-        raise VisualizeError(
-            f"{what!r} is neither a checkpoint file nor a model; timm.list_models() lists models"
-        )
+        near = difflib.get_close_matches(what, timm.list_models(), n=3)
+        hint = f"the nearest are {', '.join(near)}" if near else "timm.list_models() lists models"
+        raise VisualizeError(f"{what!r} is neither a checkpoint file nor a model; {hint}")
     subject = (_from_file if is_file else _from_name)(what, args)
+    for name, value in subject.model.state_dict().items():
+        if not value.isfinite().all():
+            raise VisualizeError(f"{what}: {name} has values that are not finite")
     models.check_input_size(subject.model, subject.label, subject.size)
     return subject
 
@@ -103,20 +112,22 @@ def _from_file(path: str, args: Namespace) -> Subject:
     if "num_classes" not in saved:
         saved["num_classes"] = num_classes_of(state_dict_of(checkpoint, path, ema)[0])
     required = {"num_classes": saved.pop("num_classes")}
-    size = args.input_size or checkpoint.get("input_size")
+    size = checkpoint.get("input_size") if args.input_size is None else args.input_size
     if size is not None:
         saved["img_size"] = size
     model, kwargs = models.build_model(name, required, saved)
-    models.load_weights(model, checkpoint, path, ema=ema)
+    report = models.load_weights(model, checkpoint, path, ema=ema)
     flags = checkpoint.get("args")
     flags = flags if isinstance(flags, Mapping) else {}
     epoch = checkpoint.get("epoch")
     return Subject(
         model=model.to(device_of(args)).eval(),
+        name=f"{name}{', EMA' if ema else ''}",
         label=f"{name}, {Path(path).name}{', EMA' if ema else ''}",
-        epoch=epoch if isinstance(epoch, int) else None,
-        size=_size(model, size or kwargs.get("img_size")),
+        epoch=epoch if isinstance(epoch, int) and not checkpoint.get("step") else None,
+        size=_size(model, kwargs.get("img_size") if size is None else size),
         crop_ratio=flags.get("eval_crop_ratio") or EVAL_CROP_RATIO,
+        resampled=bool(report.resampled),
     )
 
 
@@ -141,9 +152,10 @@ def _from_name(name: str, args: Namespace) -> Subject:
     own = args.pretrained and {key: tuple(config[key]) for key in ("mean", "std") if key in config}
     return Subject(
         model=model.to(device_of(args)).eval(),
+        name=name,
         label=f"{name}, {'pretrained' if args.pretrained else 'random weights'}",
         epoch=None,
-        size=_size(model, args.input_size or kwargs.get("img_size")),
+        size=_size(model, kwargs.get("img_size") if args.input_size is None else args.input_size),
         **own or {},
     )
 
@@ -160,13 +172,22 @@ class Snapshot:
     """Numbers of a net by layer.
 
     Attributes:
-        label, epoch: See :class:`Subject`.
+        subject: The net.
         values: By the layer's name, one per head: ``h``.
     """
 
-    label: str
-    epoch: int | None
+    subject: Subject
     values: dict[str, torch.Tensor]
+
+    @property
+    def epoch(self) -> int | None:
+        """See :class:`Subject`."""
+        return self.subject.epoch
+
+    @property
+    def net(self) -> str:
+        """What checkpoints of one run have in common."""
+        return f"{self.subject.name}, {self.subject.size} pixels"
 
 
 def in_order(
@@ -185,11 +206,13 @@ def in_order(
         epoch = snapshot.epoch
         if epoch is None:
             raise VisualizeError(
-                f"{path} does not say its epoch, by which several are ordered: give it alone"
+                f"{path} does not say its epoch, by which several are ordered, or is of the middle "
+                f"of one: give it alone"
             )
-        if _shape(snapshot) != _shape(snapshots[0]):
+        if (snapshot.net, _shape(snapshot)) != (snapshots[0].net, _shape(snapshots[0])):
             raise VisualizeError(
-                f"{path} has other layers or heads than {paths[0]}: give checkpoints of one net"
+                f"{path} is of another net ({snapshot.net}) than {paths[0]} ({snapshots[0].net}): "
+                f"give checkpoints of one, at one --input-size"
             )
         if epoch in chosen:
             notes.append(f"{path} left out: of epoch {epoch}, as {chosen[epoch][1]} is")
@@ -224,14 +247,15 @@ def find_images(folder: str | Path, count: int) -> list[Path]:
     """``count`` images spread evenly over all within ``folder``, sorted by path.
 
     Raises:
-        DataError: There is no folder, or fewer images.
+        DataError: There is no folder, or it has fewer images.
     """
     root = Path(folder)
     if not root.is_dir():
-        raise DataError(f"{folder} is no folder (--data-path)")
+        raise DataError(f"{folder} is no folder")
     if count < 1:
         raise DataError(f"--count {count} must be 1 at least")
-    found = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS)
+    found = (p for p in root.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS and p.is_file())
+    found = sorted(found)
     if len(found) < count:
-        raise DataError(f"{folder} has {len(found)} images, {count} are wanted (--count)")
+        raise DataError(f"{folder} has {len(found)} image(s), and {count} are wanted")
     return [found[index * len(found) // count] for index in range(count)]

@@ -119,8 +119,16 @@ def position_embeddings(model: nn.Module) -> dict[str, torch.Tensor]:
     for name, parameter in model.named_parameters():
         value = parameter.detach()
         if name.startswith("pos_embed"):
-            found[name] = value[0] if value.ndim == 4 else _tokens_as_map(name, value[0], grid)
+            found[name] = _as_map(name, value[0], grid)
     return found
+
+
+def _as_map(name: str, value: torch.Tensor, grid: tuple[int, int] | None) -> torch.Tensor:
+    """An embedding ``C H W``, ``H W C`` or of tokens ``N C`` as a map ``C H W``."""
+    if value.ndim == 2:
+        return _tokens_as_map(name, value, grid)
+    channels_last = value.shape[0] == value.shape[1] != value.shape[2]
+    return value.permute(2, 0, 1) if channels_last else value
 
 
 def _tokens_as_map(name: str, tokens: torch.Tensor, grid: tuple[int, int] | None) -> torch.Tensor:

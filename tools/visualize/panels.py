@@ -6,13 +6,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from tools.validate.text import shown
 from tools.visualize.loading import VisualizeError
 
 MAGNITUDE, SIGNED = "viridis", "RdBu_r"  # safe for the colour-blind; red is positive
 # of Okabe and Ito, which the colour-blind tell apart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-MAX_PANELS = 600
+MAX_PANELS, MAX_COLUMNS = 600, 64
 MIN_WIDTH = 6.0  # inches: titles need them
+MAX_TITLE = 70  # letters
+HEADS = "--layers and --heads, or one --part"
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -28,21 +31,33 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def grid_of_axes(rows: int, columns: int, side: float, extra: tuple[float, float]) -> tuple:
+def title(text: str) -> str:
+    """A text of any length as a title: long ones lose their middle, and $ is a letter."""
+    text = shown(text)
+    if len(text) > MAX_TITLE:
+        half = (MAX_TITLE - 1) // 2
+        text = f"{text[:half]}…{text[-half:]}"
+    return text.replace("$", r"\$")
+
+
+def grid_of_axes(
+    rows: int, columns: int, side: float, extra: tuple[float, float], flags: str = HEADS
+) -> tuple:
     """A figure of ``rows x columns`` square panels without ticks: ``(figure, axes)``.
 
     Args:
         rows, columns: Panels.
         side: Of a panel, in inches.
         extra: Width and height beside the panels, in inches.
+        flags: What there could be fewer panels by.
 
     Raises:
         VisualizeError: There would be too many to see anything.
     """
-    if rows * columns > MAX_PANELS:
+    if rows * columns > MAX_PANELS or columns > MAX_COLUMNS:
         raise VisualizeError(
-            f"{rows} rows of {columns} panels are more than {MAX_PANELS}: choose fewer by --layers "
-            f"and --heads, or one --part"
+            f"{rows} rows of {columns} panels are more than can be seen, {MAX_COLUMNS} in a row "
+            f"and {MAX_PANELS} in all: choose fewer by {flags}"
         )
     figure = new_figure(max(columns * side + extra[0], MIN_WIDTH), rows * side + extra[1])
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -50,6 +65,14 @@ def grid_of_axes(rows: int, columns: int, side: float, extra: tuple[float, float
         ax.set_xticks([])
         ax.set_yticks([])
     return figure, axes
+
+
+def name_columns(axes: Any, names: Sequence[str]) -> None:
+    """Titles of columns, each above the first panel that there is."""
+    for column, name in zip(axes.T, names, strict=True):
+        panels = [ax for ax in column if ax.axison]
+        if panels:
+            panels[0].set_title(name, fontsize=8)
 
 
 def symmetric(values: torch.Tensor | np.ndarray) -> dict[str, Any]:
@@ -62,7 +85,7 @@ def whole_ticks(axis: Any) -> None:
     """Let ticks stand at whole numbers."""
     from matplotlib.ticker import MaxNLocator
 
-    axis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def mosaic(pictures: torch.Tensor, gap: int = 1) -> np.ndarray:

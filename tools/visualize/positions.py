@@ -20,9 +20,11 @@ from tools.visualize.panels import (
     SIGNED,
     grid_of_axes,
     mosaic,
+    name_columns,
     new_figure,
     short,
     symmetric,
+    title,
 )
 from tools.visualize.saving import Picture
 
@@ -51,7 +53,9 @@ def make(args: Namespace) -> Picture:
     has = {"table": tables, "gpsa": gated, "embedding": embeddings}
     there = [kind for kind, parts in has.items() if parts]
     if not there:
-        raise VisualizeError(f"{subject.label}: it learns no positions")
+        raise VisualizeError(
+            f"{subject.label}: it has no bias table, GPSA or position embedding of a known kind"
+        )
     show = args.show or there[0]
     if show not in there:
         raise VisualizeError(f"--show {show}: {subject.label} has only {', '.join(there)}")
@@ -60,6 +64,11 @@ def make(args: Namespace) -> Picture:
     parts = {names[index]: has[show][names[index]] for index in chosen}
     figure, rows = {"table": _tables, "gpsa": _gpsa, "embedding": _embeddings}[show](subject, parts)
     return Picture(figure, rows, subject.epoch or 0)
+
+
+def _named(subject: Subject) -> str:
+    """What titles call a net whose positions are shown."""
+    return title(subject.label) + (", resampled" if subject.resampled else "")
 
 
 def _numbers(maps: dict[str, torch.Tensor], value: str, first: int = 0) -> list[dict[str, Any]]:
@@ -81,7 +90,7 @@ def _tables(subject: Subject, layers: dict[str, WindowAttention2d]) -> tuple:
     reach = {name: layer.window - 1 for name, layer in layers.items()}
     figure = _rows_of_heads(maps, options, "bias added to the score", reach)
     figure.suptitle(
-        f"relative position bias, {subject.label}\n"
+        f"relative position bias, {_named(subject)}\n"
         f"query minus key, in positions: dx to the right, dy downwards",
         fontsize=10,
     )
@@ -105,7 +114,7 @@ def _gpsa(subject: Subject, layers: dict[str, GPSA]) -> tuple:
     height, width = next(iter(grids.values()))
     figure.suptitle(
         f"positional attention of patch ({height // 2}, {width // 2}), marked, of a grid of "
-        f"{height}x{width}\n{subject.label}",
+        f"{height}x{width}\n{_named(subject)}",
         fontsize=10,
     )
     return figure, _numbers(maps, "weight")
@@ -133,8 +142,7 @@ def _rows_of_heads(
                 ax.set_yticks([-r, 0, r] if head == 0 else [])
                 ax.tick_params(labelsize=6)
         line[0].set_ylabel(short(name), fontsize=8)
-    for head, ax in enumerate(axes[0]):
-        ax.set_title(f"head {head}", fontsize=8)
+    name_columns(axes, [f"head {head}" for head in range(heads)])
     bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 3.0 / len(maps)), aspect=15, pad=0.01)
     bar.set_label(what, fontsize=8)
     return figure
@@ -152,6 +160,7 @@ def _embeddings(subject: Subject, embeddings: dict[str, torch.Tensor]) -> tuple:
         height, width = similar.shape[:2]
         gap = max(1, height // 10)
         image = ax.imshow(mosaic(some, gap), **symmetric(torch.ones(1)))
+        ax.set_facecolor("0.6")  # of the gaps: white would be a similarity of 0
         ax.set_title(f"{name}, {height}x{width} positions", fontsize=9)
         ax.set_xticks(
             [j * (width + gap) + width / 2 - 0.5 for j in range(len(picked[1]))],
@@ -175,7 +184,7 @@ def _embeddings(subject: Subject, embeddings: dict[str, torch.Tensor]) -> tuple:
     bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.01)
     bar.set_label("cosine similarity", fontsize=8)
     figure.suptitle(
-        f"position embeddings, {subject.label}\neach tile: one position with all others",
+        f"position embeddings, {_named(subject)}\neach tile: one position with all others",
         fontsize=10,
     )
     return figure, rows

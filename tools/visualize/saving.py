@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from tools.validate.files import check_outputs, check_suffix, check_writable
 from tools.visualize.loading import VisualizeError
 from training.files import OutputError, write_atomically
 
 DPI = 110
+INPUTS = ("image", "subject", "checkpoint", "checkpoints", "runs")  # flags of files to be read
 
 
 @dataclass(frozen=True)
@@ -38,29 +40,37 @@ def check_targets(args: Namespace) -> None:
     """Find out what cannot be written before anything is computed.
 
     Raises:
-        VisualizeError: There is nothing to write, or no such folder, or the name is of another
-            kind of file.
+        VisualizeError: There is nothing to write.
+        ConfigError: A name is of another kind of file.
+        OutputError: A file cannot be written, or would take the place of one that is read.
     """
     if not (args.output or args.csv or args.tensorboard):
         raise VisualizeError("give --output FILE.png, --tensorboard DIR or --csv FILE")
-    for flag, path, ending in (("--output", args.output, ".png"), ("--csv", args.csv, ".csv")):
-        if path is None:
-            continue
-        if path.suffix.lower() != ending:
-            raise VisualizeError(f"{flag} {path} must end in {ending}")
-        if not path.parent.is_dir():
-            raise VisualizeError(f"{flag} {path}: there is no folder {path.parent}")
-        if path.is_dir():
-            raise VisualizeError(f"{flag} {path} is a folder")
+    check_suffix("--output", args.output, ".png")
+    check_suffix("--csv", args.csv, ".csv")
+    files = [(f"--{name}", getattr(args, name)) for name in ("output", "csv")]
+    files = [(flag, path) for flag, path in files if path is not None]
+    check_outputs(files, _inputs(args))
+    for flag, path in files:
+        check_writable(flag, path)
     folder = args.tensorboard
     if folder is not None and folder.exists() and not folder.is_dir():
         raise VisualizeError(f"--tensorboard {folder} is no folder")
 
 
+def _inputs(args: Namespace) -> list[str]:
+    """Files that the flags of any kind name to be read."""
+    found: list[str] = []
+    for name in INPUTS:
+        value = getattr(args, name, None) or []
+        found += [value] if isinstance(value, str) else value
+    return found
+
+
 def as_png(figure: Any) -> bytes:
     """A figure as the content of a PNG file."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
+    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.08)
     return buffer.getvalue()
 
 
@@ -80,26 +90,18 @@ def save(picture: Picture, kind: str, args: Namespace) -> list[str]:
 
     Raises:
         VisualizeError: There are no numbers for ``--csv``.
-        OutputError: A file cannot be written; none that was written here stays.
+        OutputError: A file cannot be written. What was there before is unchanged.
     """
     if args.csv and not picture.rows:
         raise VisualizeError(f"--csv: {kind} has no numbers to write")
     png = as_png(picture.figure) if args.output or args.tensorboard else b""
     files = [(args.output, png)] if args.output else []
     files += [(args.csv, as_csv(picture.rows))] if args.csv else []
-    written: list[Path] = []
-    try:
-        for path, content in files:
-            write_atomically(path, lambda file, content=content: file.write(content))
-            written.append(path)
-        if args.tensorboard:
-            _to_tensorboard(png, f"visualize/{kind}", picture.step, args.tensorboard)
-    except OutputError:
-        for path in written:
-            path.unlink(missing_ok=True)
-        raise
-    lines = [f"written to {path}" for path in written]
+    for path, content in files:
+        write_atomically(path, lambda file, content=content: file.write(content))
+    lines = [f"written to {path}" for path, _ in files]
     if args.tensorboard:
+        _to_tensorboard(png, f"visualize/{kind}", picture.step, args.tensorboard)
         lines.append(f"visualize/{kind} at step {picture.step} in {args.tensorboard}")
     return lines
 
@@ -111,5 +113,6 @@ def _to_tensorboard(png: bytes, tag: str, step: int, folder: Path) -> None:
     try:
         with SummaryWriter(str(folder)) as writer:
             writer.add_image(tag, image, step, dataformats="HWC")
-    except OSError as error:
-        raise OutputError(f"cannot write to {folder}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: a step that is too large
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"cannot write to {folder}: {reason}") from error

@@ -1,0 +1,104 @@
+"""Files of tools: what is in a folder, and what may be written where."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from configs import ConfigError
+from pipeline.images import DataError
+from training.files import TEMPORARY, OutputError
+
+
+def visible(folder: Path) -> list[Path]:
+    """What is in a folder, in the order of names; not what is hidden, as programs leave it.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"cannot read folder {folder}: {error.strerror}") from error
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """The folders that are :func:`visible` in a folder.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    return [path for path in visible(folder) if os.path.isdir(path)]
+
+
+def check_suffix(flag: str, path: Path | None, suffix: str) -> None:
+    """Refuse a file whose name says that it is of another kind.
+
+    Raises:
+        ConfigError: It does not end in ``suffix``.
+    """
+    if path is not None and path.suffix.lower() != suffix:
+        raise ConfigError(f"{flag} {path} must end in {suffix}")
+
+
+def check_outputs(outputs: Iterable[tuple[str, Path]], inputs: Iterable[str | Path] = ()) -> None:
+    """Refuse files to be written that would take the place of something else.
+
+    Args:
+        outputs: Flags and files.
+        inputs: Files that are read.
+
+    Raises:
+        OutputError: A file is read, or written for another flag, or is none; names both.
+    """
+    read = {os.path.realpath(path) for path in inputs}
+    flags: dict[str, str] = {}
+    for flag, path in outputs:
+        place = os.path.realpath(path)
+        if place in read:
+            raise OutputError(f"{flag} {path} would overwrite what is read: give another name")
+        if place in flags:
+            raise OutputError(f"{flags[place]} and {flag} would both be written to {path}")
+        flags[place] = flag
+        if os.path.exists(path) and not os.path.isfile(path):
+            kind = "a folder" if os.path.isdir(path) else "no regular file"
+            raise OutputError(f"{flag} {path} is {kind}: give the name of a file")
+
+
+def check_writable(flag: str, path: Path) -> None:
+    """Find out that a file cannot be written, before anything is computed.
+
+    Raises:
+        OutputError: It cannot.
+    """
+    if not os.path.isdir(path.parent):
+        raise OutputError(f"{flag} {path}: there is no folder {path.parent}")
+    try:
+        # a name as long as that of the file which is written first, in the same folder
+        prefix = f".{path.name}-"
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=prefix, suffix=TEMPORARY):
+            pass
+    except OSError as error:
+        raise OutputError(f"{flag} {path} cannot be written: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def folder_for(flag: str, folder: Path) -> Iterator[None]:
+    """A folder to be written to during the block; made if need be, and gone if it stays empty.
+
+    Raises:
+        OutputError: It cannot be made or written.
+    """
+    missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{flag}: cannot make folder {folder}: {error.strerror}") from error
+        check_writable(flag, folder / "file")
+        yield
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):  # not empty, or never made
+                path.rmdir()

@@ -1,0 +1,73 @@
+"""How tools that print and write results begin and end."""
+
+import io
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import utils
+from tools.validate.text import shown
+from training import OutputError
+
+
+def run(command: Callable[[], int], expected: tuple[type[Exception], ...]) -> int:
+    """Run a program as :func:`utils.exit_status` does, whose output may be cut short.
+
+    Args:
+        command: The program, which returns a status.
+        expected: Errors whose message says what is wrong and what would be right.
+
+    Returns:
+        The exit status; 1 where nobody reads the output to its end.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names have letters of any kind
+
+    def whole() -> int:
+        try:
+            status = command()
+            sys.stdout.flush()
+            return status
+        except KeyboardInterrupt:
+            return utils.fail("interrupted", 130)
+        except BrokenPipeError as error:
+            if utils.loader_died(error):
+                raise
+            # else the interpreter would complain of what it cannot flush at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+
+    return utils.exit_status(whole, expected)
+
+
+def warn(messages: Iterable[str], told: set[str]) -> None:
+    """Print messages as warnings, but for those that are in ``told``, and add them to it."""
+    for message in messages:
+        if message not in told:
+            print(f"warning: {shown(message)}", file=sys.stderr, flush=True)
+            told.add(message)
+
+
+def finish(files: Sequence[tuple[Path, Callable[[Path], None]]], failed: Sequence[str]) -> int:
+    """Write every file that can be written, then say what could not be done.
+
+    Args:
+        files: And what writes each.
+        failed: What is said of all else that failed.
+
+    Returns:
+        The exit status, 1 if anything failed.
+    """
+    written, failed = [], list(failed)
+    for path, write in files:
+        try:
+            write(path)
+            written.append(path)
+        except OutputError as error:
+            failed.append(str(error))
+    for path in written:
+        print(shown(f"written to {path}"), flush=True)
+    for message in failed:
+        utils.fail(shown(message))
+    return 1 if failed else 0
