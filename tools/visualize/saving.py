@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tools.validate.files import check_outputs, check_suffix, check_writable
+from tools.files import check_outputs, check_suffix, check_writable
 from tools.visualize.loading import VisualizeError
 from training.files import OutputError, write_atomically
 
