@@ -17,6 +17,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+LARGE = 1 << 20  # bytes of a file that is not kept after its test
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # two cores, whoever shares them
 
 
@@ -35,6 +36,18 @@ def pytest_collection_modifyitems(items):
 def few_threads():
     """Leave no thread to contend with the processes that tests start."""
     torch.set_num_threads(THREADS)
+
+
+@pytest.fixture
+def tmp_path(tmp_path):
+    """pytest's, without large files after the test: checkpoints would add up to gigabytes.
+
+    The folders stay, as mmengine goes on writing to those of runs that have ended.
+    """
+    yield tmp_path
+    for file in tmp_path.rglob("*"):
+        if not file.is_symlink() and file.is_file() and file.stat().st_size > LARGE:
+            file.unlink()
 
 
 @pytest.fixture(scope="session")
