@@ -116,7 +116,8 @@ def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim
     """timm's optimizer named ``--opt``; norms, biases and ``no_weight_decay`` do not decay.
 
     With ``--layer-decay``, the learning rate falls by that factor with every layer from the
-    classifier down (BEiT, arXiv 2106.08254, section 3.1).
+    classifier down (BEiT, arXiv 2106.08254, section 3.1), the layers being timm's: a norm before
+    the classifier is of the last block, which BEiT's code counts with the classifier.
 
     Raises:
         SettingError: There is no such optimizer, or it does not take its flags; the model does not
@@ -137,7 +138,7 @@ def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim
         )
     except ValueError as error:
         raise SettingError(f"cannot build optimizer --opt {args.opt}: {error}") from error
-    if args.layer_decay not in (None, 1) and len(layer_scales(optimizer)) == 1:
+    if args.layer_decay not in (None, 1) and not hasattr(model, "group_matcher"):
         name = type(model).__name__
         raise SettingError(f"{name} does not say what its layers are: leave --layer-decay out")
     return optimizer
@@ -166,7 +167,8 @@ def build_scheduler(
             patience_epochs=args.patience_epochs,
             decay_rate=args.decay_rate,
             min_lr=args.min_lr,
-            warmup_lr=args.warmup_lr,
+            # timm's plateau starts there even without a warm-up
+            warmup_lr=args.warmup_lr if args.warmup_epochs else optimizer.defaults["lr"],
             warmup_epochs=args.warmup_epochs,
             noise=args.lr_noise,
             noise_pct=args.lr_noise_pct,

@@ -162,6 +162,11 @@ def train(
         state.restore(checkpoint, source)
     elif args.finetune:
         state.finetune(args.finetune)
+    elif args.linear_probe or args.freeze_stages is not None:
+        raise ConfigError(
+            f"{args.output_dir} holds no checkpoint to resume, and what --linear-probe and "
+            f"--freeze-stages keep would be random: give --finetune CHECKPOINT"
+        )
     state.set_lr()
     utils.all_or_none(lambda: output.begin(args, state.epoch + 1), group)
     if state.epoch < 0 and not state.meter.steps:

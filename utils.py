@@ -273,15 +273,25 @@ def fail(message: str, status: int = 1) -> int:
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, state: Mapping[str, Any], source: str
 ) -> None:
-    """Load an optimizer's state, strictly.
+    """Load an optimizer's state, strictly; its options, learning rate apart, are not loaded.
+
+    They are those of the flags, which may have changed.
 
     Raises:
         CheckpointError: Groups or shapes differ from the optimizer's.
     """
+    loaded = ("params", "lr")  # the plateau schedule keeps its state in the latter
+    options = [{k: v for k, v in g.items() if k not in loaded} for g in optimizer.param_groups]
     try:
         optimizer.load_state_dict(dict(state))
+        for group, own in zip(optimizer.param_groups, options, strict=True):
+            group.update(own)
     except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{source}: the optimizer's state does not fit: {error}") from error
+        raise CheckpointError(
+            f"{source}: the optimizer's state does not fit: {error}; --opt, --linear-probe, "
+            f"--freeze-stages and --layer-decay must be those of the checkpoint, or start from its "
+            f"weights by --finetune"
+        ) from error
     for parameter, values in optimizer.state.items():
         for key, value in values.items():
             if torch.is_tensor(value) and value.ndim and value.shape != parameter.shape:

@@ -266,15 +266,51 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
     return args, given
 
 
-def _check(args: argparse.Namespace) -> None:
-    positive = ("batch_size", "epochs", "accum_iter", "log_interval", "keep_checkpoints")
-    positive += ("max_nonfinite", "save_every_steps", "save_every_minutes", "dist_timeout")
-    for name in positive:
+RANGES = {  # of flags: the least and the largest value
+    "num_workers": (0, math.inf),
+    "seed": (0, math.inf),
+    "start_epoch": (0, math.inf),
+    "warmup_epochs": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "mixup": (0, math.inf),
+    "cutmix": (0, math.inf),
+    "color_jitter": (0, math.inf),
+    "drop": (0, 1),
+    "drop_path": (0, 1),
+    "smoothing": (0, 1),
+    "reprob": (0, 1),
+    "mixup_prob": (0, 1),
+    "mixup_switch_prob": (0, 1),
+    "model_ema_decay": (0, 1),
+    "distillation_alpha": (0, 1),
+}
+POSITIVE = ("batch_size", "epochs", "accum_iter", "log_interval", "keep_checkpoints", "clip_grad")
+POSITIVE += ("max_nonfinite", "save_every_steps", "save_every_minutes", "dist_timeout")
+POSITIVE += ("input_size", "eval_crop_ratio", "distillation_tau")
+
+
+def _check_ranges(args: argparse.Namespace) -> None:
+    for name in POSITIVE:
         value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} must be positive")
-    if args.input_size is not None and args.input_size < 1:
-        raise ConfigError(f"--input-size {args.input_size} must be positive")
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} must be positive")
+    for name, (low, high) in RANGES.items():
+        value = getattr(args, name)
+        if not low <= value <= high or math.isinf(value):
+            what = f"{low} or more" if math.isinf(high) else f"from {low} to {high}"
+            raise ConfigError(f"--{name.replace('_', '-')} {value} must be {what}")
+    ratios = args.cutmix_minmax
+    if ratios is not None and not (len(ratios) == 2 and 0 <= ratios[0] < ratios[1] <= 1):
+        given = " ".join(map(str, ratios))
+        raise ConfigError(
+            f"--cutmix-minmax {given} must be two shares from 0 to 1, such as 0.2 0.8"
+        )
+    if args.opt_betas is not None and len(args.opt_betas) < 2:
+        raise ConfigError(f"--opt-betas {args.opt_betas[0]} must be two numbers or more")
+
+
+def _check(args: argparse.Namespace) -> None:
+    _check_ranges(args)
     if not 0 <= args.lr < math.inf:
         raise ConfigError(f"--lr {args.lr} must be 0 or more, and finite")
     _check_finetuning(args)
@@ -315,7 +351,3 @@ def _check_finetuning(args: argparse.Namespace) -> None:
         )
     if teacher and not distils:
         raise ConfigError(f"teacher {teacher} would do nothing: give --distillation-type")
-    if not 0 <= args.distillation_alpha <= 1:
-        raise ConfigError(f"--distillation-alpha {args.distillation_alpha} must be from 0 to 1")
-    if args.distillation_tau <= 0:
-        raise ConfigError(f"--distillation-tau {args.distillation_tau} must be positive")

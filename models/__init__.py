@@ -12,6 +12,7 @@ from models.checkpoint import (
     load_checkpoint,
     load_weights,
     read_checkpoint,
+    trained_here,
 )
 from models.factory import ModelError, build_model, check_input_size
 from models.freezing import freeze_all_but_classifier, freeze_stages, rest_frozen
@@ -36,6 +37,7 @@ __all__ = [
     "load_weights",
     "read_checkpoint",
     "rest_frozen",
+    "trained_here",
     "visformer",
     "vit",
 ]

@@ -25,7 +25,7 @@ from models.vetting import vet
 
 WEIGHT_KEYS = ("model", "state_dict")
 EMA_KEYS = ("model_ema", "state_dict_ema")
-JSON_METADATA = {"model_kwargs", "classes"}  # of a header of ours, which has the first
+JSON_METADATA = {"model_kwargs", "classes", "input_size", "args"}  # of a header with the first
 COMPUTED_KEYS = ("relative_position_index", "attn_mask", "rel_indices")
 START_BYTES = 256  # enough to tell the formats apart
 SHOWN = 4
@@ -202,6 +202,15 @@ def class_names(checkpoint: Mapping[str, Any], source: str) -> list[str]:
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{source}: classes must be a list of names")
     return list(names)
+
+
+def trained_here(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a run of this repository made the weights, on images that it normalised its way.
+
+    timm's files of training have ``args``, too, but no ``model_name``; what was converted from
+    files of others has no ``args``.
+    """
+    return isinstance(checkpoint.get("args"), Mapping) and "model_name" in checkpoint
 
 
 def to_own_names(state: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:

@@ -40,13 +40,18 @@ def build_model(
         try:
             return timm.create_model(name, **kwargs), kwargs
         except TypeError as error:
-            refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-            if refused is None or refused[1] not in kwargs:
+            said = re.search(r"unexpected keyword argument\S* (.*)", str(error))
+            refused = set(re.findall(r"'(\w+)'", said[1]) if said else ()) & kwargs.keys()
+            if not refused:
                 raise ModelError(f"cannot build {name} with {kwargs}: {error}") from error
-            if refused[1] in required:
-                raise ModelError(f"model {name} takes no {refused[1]}") from error
-            del optional[refused[1]]
-        except (ValueError, AssertionError) as error:
+            if wanted := sorted(refused & required.keys()):
+                raise ModelError(f"model {name} takes no {', '.join(wanted)}") from error
+            optional = {key: value for key, value in optional.items() if key not in refused}
+        except (ValueError, AssertionError, ArithmeticError) as error:
+            raise ModelError(f"cannot build {name} with {kwargs}: {error}") from error
+        except RuntimeError as error:
+            if "pretrained tag" not in str(error):
+                raise
             raise ModelError(f"cannot build {name} with {kwargs}: {error}") from error
 
 

@@ -12,7 +12,7 @@ def freeze_stages(model: nn.Module, stages: int) -> None:
     Args:
         model: With timm's ``group_matcher``.
         stages: 0 for the stem alone, k for the first k stages as well (blocks, where the model
-            has no stages; the final norm is a part of its own).
+            has no stages; the final norm is of the last one, or a part of its own).
 
     Raises:
         ModelError: The model does not say what its stages are, or has fewer.

@@ -20,11 +20,10 @@ def stratified_share(targets: np.ndarray, ratio: float) -> np.ndarray:
     """
     generator = np.random.default_rng(SEED)
     order = generator.permutation(len(targets))
-    chosen = []
-    for label in np.unique(targets):
-        members = order[targets[order] == label]
-        chosen.append(members[: max(1, round(ratio * len(members)))])
-    return np.sort(np.concatenate(chosen))
+    by_class = order[np.argsort(targets[order], kind="stable")]
+    ends = np.cumsum(np.unique(targets, return_counts=True)[1])
+    classes = np.split(by_class, ends[:-1])
+    return np.sort(np.concatenate([c[: max(1, round(ratio * len(c)))] for c in classes]))
 
 
 def share_of(source: Source, ratio: float) -> Source:

@@ -83,7 +83,8 @@ def test_images_reach_a_foreign_teacher_as_timm_says(teacher_file, tmp_path):
     teacher = build_teacher(args, 2, Precision(CPU), NORMALIZATION)
     cfg = teacher.model.pretrained_cfg
     assert tuple(cfg["mean"]) != NORMALIZATION[0], "choose a model of another normalisation"
-    torch.save(torch.load(teacher_file, weights_only=True) | {"args": {}}, tmp_path / "ours.pth")
+    content = torch.load(teacher_file, weights_only=True) | {"args": {}, "model_name": "test_vit"}
+    torch.save(content, tmp_path / "ours.pth")
     args.teacher_path = str(tmp_path / "ours.pth")  # trained here: it knows images as they are
     native = build_teacher(args, 2, Precision(CPU), NORMALIZATION)
     pixels = torch.rand(2, 3, 32, 32)

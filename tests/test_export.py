@@ -118,15 +118,17 @@ def test_onnx_computes_what_the_model_does(name, tmp_path, capsys):
 @pytest.mark.parametrize("fuse", [False, True])
 def test_shifted_windows_in_any_batch(fuse, tmp_path):
     torch.manual_seed(0)
+    size = (128, 96)  # a map of 8x6: windows of 4 do not fill it, and half of the layers shift
     stages = (Stage(1, 16, 4, spatial_groups=8), Stage(2, 32, 2, num_heads=2, window=4))
-    model = timm.create_model("swin_visformer_tiny_v2", stages=stages, img_size=64)
-    model = settle(model, (64, 64))
+    model = timm.create_model("swin_visformer_tiny_v2", stages=stages, img_size=size)
+    model = settle(model, size)
     assert [block.attn.shift for block in model.stage3] == [2, 0]
-    source = source_of(model, (64, 64), net=model.fuse() if fuse else model)
+    assert all(block.attn.windows(8, 6, torch.zeros(1)) is not None for block in model.stage3)
+    source = source_of(model, size, net=model.fuse() if fuse else model)
     formats.write("onnx", tmp_path / "out.onnx", source, None, None)
     session = session_of(tmp_path / "out.onnx")
     for batch in (1, 3):
-        image = torch.randn(batch, 3, 64, 64)
+        image = torch.randn(batch, 3, *size)
         with torch.no_grad():
             close(session.run(None, {"image": image.numpy()})[0], model(image))
 
@@ -257,7 +259,13 @@ def test_metadata_follows_the_weights(vit, tmp_path):
     path, out = tmp_path / "timm.pth", tmp_path / "out.pt2"
     content = {"model": model.state_dict(), "model_kwargs": kwargs}
     flags = ["--model", name, "--checkpoint", path, "--input-size", 96, "--output", out]
-    for extra, mean, short in (({}, 0.5, 109), ({"args": {"eval_crop_ratio": 1.0}}, 0.485, 96)):
+    flags_of_timm = {"args": {"crop_pct": 1.0}, "arch": name}
+    ours = {"args": {"eval_crop_ratio": 1.0}, "model_name": name}
+    for extra, mean, short in (
+        ({}, 0.5, 109),
+        (flags_of_timm, 0.5, 109),
+        (ours, 0.485, 96),
+    ):
         torch.save(content | extra, path)
         assert export(*flags) == 0
         files = {formats.METADATA_FILE: ""}
@@ -315,7 +323,9 @@ def test_the_comparison_knows_rounding():
     off = compare(lambda x: model(x) * (1 + 5e-5), source, 2)
     assert off.rounding is None
     assert off.difference == pytest.approx(5e-5, rel=0.01)
-    for wrong in (lambda x: model(x) * (1 + 3e-4), lambda x: model(x) * torch.nan):
+    wrongs = (lambda x: model(x) * (1 + 3e-4), lambda x: model(x) * torch.nan)
+    wrongs += (lambda x: model(x) * (torch.nan if len(x) == 1 else 1),)
+    for wrong in wrongs:
         with pytest.raises(ExportError, match="the program is wrong"):
             compare(wrong, source, None)
     with pytest.raises(ExportError, match=r"output is \(1, 3\), not \(1, 4\)"):

@@ -13,6 +13,8 @@ import models
 from configs import parse_args
 from pipeline.sources import Files, Pixels
 from pipeline.subset import share_of, stratified_share
+from training.network import choose_model
+from utils import restore_optimizer
 
 SMALL = ["--input-size", 32, "--batch-size", 4, "--num_workers", 0, "--no-model-ema"]
 FAMILIES = {
@@ -180,6 +182,42 @@ def test_from_run_to_run(trained, main):
     assert "class 0 of " in output and "is 'cat', that of the dataset is 'bird'" in output
 
 
+def test_what_a_recipe_holds_is_not_always_asked_for():
+    model, args = "vgg11", flags("--drop-path", 0.1)  # which knows no drop_path_rate
+    args.model, args.input_size = model, 32
+    _, required, optional = choose_model(args, {"drop_path"}, {}, "", 2)
+    assert "drop_path_rate" not in required and optional["drop_path_rate"] == 0.1
+    args.drop_path = 0.2
+    assert choose_model(args, {"drop_path"}, {}, "", 2)[1]["drop_path_rate"] == 0.2
+    with torch.device("meta"):  # timm says "argument(s)" of this one
+        _, kwargs = models.build_model("hrnet_w18_small", {"num_classes": 2}, optional)
+    assert kwargs.keys() == {"num_classes", "drop_rate"}
+
+
+def test_options_of_a_resumed_optimizer_are_those_of_the_flags():
+    model = build("vit_b_32_224")
+    words = ["--layer-decay", 0.5, "--weight-decay", 0.3, "--opt-betas", 0.8, 0.9]
+    before = engine.build_optimizer(flags(*words), model, lr=1.0)
+    model(torch.zeros(1, 3, 32, 32)).sum().backward()
+    before.step()
+    after = engine.build_optimizer(flags("--layer-decay", 0.7), model, lr=2.0)
+    restore_optimizer(after, before.state_dict(), "file")
+    assert {g["betas"] for g in after.param_groups} == {(0.9, 0.999)}
+    assert {g["weight_decay"] for g in after.param_groups} == {0.0, 0.05}
+    assert min(g["lr_scale"] for g in after.param_groups) == pytest.approx(0.7**13)
+    old, new = (list(o.state.values()) for o in (before, after))
+    assert all(torch.equal(a["exp_avg"], b["exp_avg"]) for a, b in zip(old, new, strict=True))
+
+
+def test_plateau_without_warm_up_begins_at_the_learning_rate():
+    args = flags("--sched", "plateau", "--warmup-epochs", 0)
+    optimizer = engine.build_optimizer(args, nn.Linear(2, 2), lr=0.1)
+    scheduler = engine.build_scheduler(args, optimizer, 10)
+    for epoch in range(3):
+        scheduler.step(epoch, 50.0)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
+
+
 def test_locality_of_convit(trained, main):
     images, *_, folder = trained
     words = ["--model", "convit_tiny", *SMALL, "--epochs", 1, "--data-path", images]
@@ -206,6 +244,15 @@ def test_locality_of_convit(trained, main):
         (["--layer-decay", 1.2], "--layer-decay 1.2 must be above 0"),
         (["--freeze-stages", 1], "--freeze-stages keeps weights as they are"),
         (["--linear-probe"], "--linear-probe keeps weights as they are"),
+        (["--linear-probe", "--resume", "auto", "--output_dir", "@new"], "no checkpoint to resume"),
+        (["--drop-path", 2], "--drop-path 2.0 must be from 0 to 1"),
+        (["--smoothing", -0.5], "--smoothing -0.5 must be from 0 to 1"),
+        (["--clip-grad", -1], "--clip-grad -1.0 must be positive"),
+        (["--num_workers", -1], "--num-workers -1 must be 0 or more"),
+        (["--weight-decay", "nan"], "--weight-decay nan must be 0 or more"),
+        (["--cutmix-minmax", 0.9, 0.1], "--cutmix-minmax 0.9 0.1 must be two shares"),
+        (["--opt-betas", 0.9], "--opt-betas 0.9 must be two numbers"),
+        (["--model", "test_vit.nosuchtag"], "cannot build test_vit.nosuchtag"),
         (["--finetune", "x", "--linear-probe", "--layer-decay", 0.5], "leave --layer-decay out"),
         (["--finetune", "x", "--linear-probe", "--freeze-stages", 0], "leave --freeze-stages out"),
         (["--finetune", "x", "--freeze-stages", -2], "--freeze-stages -2 must be 0 or more"),
@@ -220,7 +267,8 @@ def test_locality_of_convit(trained, main):
     ],
 )
 def test_bad_input_is_named(trained, main, words, message):
-    images, *_ = trained
+    images, *_, folder = trained
+    words = [folder / word[1:] if str(word).startswith("@") else word for word in words]
     base = ["--model", "visformer_tiny", *SMALL, "--epochs", 1, "--data-path", images]
     status, _, errors = main(*base, *words)
     assert status == 1 and message in errors

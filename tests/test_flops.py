@@ -237,6 +237,11 @@ def test_command_by_stage(tmp_path, capsys):
     assert lines[-1]["output"] == "2x1000"
 
 
+def test_models_that_need_no_gradients(capsys):
+    assert main(["cait_xxs24_224"]) == 0
+    assert "| 2.5" in capsys.readouterr().out
+
+
 def test_checkpoints_say_what_they_are(tmp_path, capsys):
     kwargs = {"depth": 1, "embed_dim": 16, "num_heads": 2, "num_classes": 7, "img_size": 64}
     model = timm.create_model("vit_b_32_224", **kwargs)

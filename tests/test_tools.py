@@ -42,15 +42,19 @@ def test_convert_checkpoint(tmp_path, capsys):
     assert torch.load(back, weights_only=True)["model_name"] == "visformer_tiny"
 
 
-def test_names_of_classes_are_kept(tmp_path, capsys):
+def test_what_a_run_says_of_its_images_is_kept(tmp_path, capsys):
     source = timm.create_model("visformer_tiny", num_classes=2, img_size=32)
     content = {"model": source.state_dict(), "model_name": "visformer_tiny"}
     content |= {"model_kwargs": {"num_classes": 2, "img_size": 32}, "classes": ["cat", "dog"]}
+    content |= {"input_size": 48, "args": {"eval_crop_ratio": 0.9, "lr": 1.0}}
     torch.save(content, tmp_path / "in.pth")
     for suffix in ("pth", "safetensors"):
         out = tmp_path / f"out.{suffix}"
         assert convert_checkpoint.main([str(tmp_path / "in.pth"), str(out)]) == 0
-        assert models.class_names(models.read_checkpoint(out), str(out)) == ["cat", "dog"]
+        found = models.read_checkpoint(out)
+        assert models.class_names(found, str(out)) == ["cat", "dog"]
+        assert (found["input_size"], found["args"]) == (48, {"eval_crop_ratio": 0.9})
+        assert models.trained_here(found)
     foreign = tmp_path / "foreign.safetensors"  # whose header may say anything
     safetensors.torch.save_file(source.state_dict(), foreign, metadata={"classes": "cat, dog"})
     with pytest.raises(models.CheckpointError, match="classes must be a list of names"):

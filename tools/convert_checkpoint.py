@@ -19,6 +19,7 @@ from models.checkpoint import state_dict_of
 from training import files
 
 HEADS = ("head.weight", "classifier.weight", "head.fc.weight")
+KEPT_FLAGS = ("eval_crop_ratio",)  # of a run's: how its images are prepared
 
 
 def num_classes_of(state: Mapping[str, torch.Tensor]) -> int | None:
@@ -76,6 +77,10 @@ def convert_classifier(
     }
     if classes := models.class_names(checkpoint, args.input):
         content["classes"] = classes
+    if size := args.input_size or checkpoint.get("input_size"):
+        content["input_size"] = size
+    if models.trained_here(checkpoint):
+        content["args"] = {key: checkpoint["args"].get(key) for key in KEPT_FLAGS}
     return report, content
 
 

@@ -72,8 +72,10 @@ class DistillationLoss(nn.Module):
     """``(1 - alpha) base(z, y) + alpha distance(z_d, z_t)``.
 
     Soft (equation 2): ``tau^2 KL(softmax(z_t / tau) || softmax(z_d / tau))``, the mean over the
-    batch. Hard (equation 3): cross-entropy with ``argmax z_t``. A student with a head of its own
-    for the teacher gives the pair ``(z, z_d)``, any other one learns both by ``z_d = z``.
+    batch. DeiT's code divides that by the number of classes K as well, against its paper: its
+    ``alpha`` is ours of ``alpha / (alpha + K (1 - alpha))``. Hard (equation 3): cross-entropy
+    with ``argmax z_t``. A student with a head of its own for the teacher gives the pair
+    ``(z, z_d)``, any other one learns both by ``z_d = z``.
 
     Args:
         base: Loss of (logits, targets).
@@ -150,7 +152,7 @@ def build_teacher(
     models.check_input_size(model, name, args.input_size)
     means, deviations = (torch.tensor(values) for values in normalization)
     scale, shift = torch.ones(3), torch.zeros(3)
-    if "args" not in checkpoint:
+    if not models.trained_here(checkpoint):
         cfg = model.pretrained_cfg
         own_means, own_deviations = torch.tensor(cfg["mean"]), torch.tensor(cfg["std"])
         scale, shift = deviations / own_deviations, (means - own_means) / own_deviations

@@ -10,7 +10,7 @@ from torch import nn
 
 import engine
 import models
-from configs import keyword_arguments
+from configs import get_args_parser, keyword_arguments
 from pipeline.images import DataError
 from utils import log
 
@@ -34,8 +34,10 @@ def choose_model(
     for key in ("locality_strength", "local_up_to_layer"):
         if getattr(args, key) is not None:
             required[key] = getattr(args, key)
+    defaults = get_args_parser()
     for flag, key in (("drop", "drop_rate"), ("drop_path", "drop_path_rate")):
-        if flag in given:
+        # a recipe may hold every flag, as args.yaml does
+        if flag in given and getattr(args, flag) != defaults.get_default(flag):
             required[key] = optional.pop(key)
     saved = dict(checkpoint.get("model_kwargs", {}))
     if not saved or ("model" in given and args.model != checkpoint["model_name"]):

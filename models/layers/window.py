@@ -82,8 +82,8 @@ def _windows(height: int, width: int, window: int, shift: int, device: torch.dev
     position = F.pad(position, (0, -width % window, 0, -height % window), value=-1)
     position = torch.roll(position, (-shift, -shift), dims=(2, 3))
     position = rearrange(position, "1 1 (ny wy) (nx wx) -> (ny nx wy wx)", wy=window, wx=window)
-    # sorted, padding comes first, then the positions of the map in their order
-    padding, target = position.argsort(stable=True).tensor_split([len(position) - count])
+    # sorted, padding comes first, in any order, then the positions of the map in theirs
+    padding, target = position.argsort().tensor_split([len(position) - count])
     return Windows(position.clamp(min=0), target, padding)
 
 

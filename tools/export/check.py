@@ -1,6 +1,7 @@
 """Whether a program computes what the model does, and how fast."""
 
 import copy
+import math
 import statistics
 from dataclasses import dataclass
 
@@ -61,7 +62,7 @@ def compare(program: Program, source: Source, batch: int | None) -> Agreement:
                 f"the program's output is {tuple(found.shape)}, not {tuple(expected.shape)}"
             )
         off = _relative(found, expected)
-        difference = off if not off <= difference else difference  # NaN stays
+        difference = max(difference, math.inf if math.isnan(off) else off)
     if difference <= TOLERANCE:
         return Agreement(difference, None, batches)
     exact = copy.deepcopy(source.eager).cpu().double()

@@ -208,7 +208,10 @@ def write(format_name: str, path: Path, source: Source, batch: int | None, opset
     except (ExportError, OSError):
         raise
     except Exception as error:  # exporters and compilers raise errors of many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause: BaseException = error  # what exporters say last is where to look for help
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise ExportError(f"{source.name} cannot be written as {format_name}: {reason}") from error
 
 

@@ -173,7 +173,7 @@ def load_source(args: argparse.Namespace, device: torch.device) -> Source:
         notes = [f"no --checkpoint: {name} has random weights"]
     model = model.to(device).eval().requires_grad_(False)
     _check_size(model, name, size)
-    trained_here = "args" in checkpoint
+    trained_here = models.trained_here(checkpoint)
     net = model
     if args.fuse and isinstance(model, Fusible):
         net = model.fuse()

@@ -218,7 +218,7 @@ class Request:
             model, _ = models.build_model(self.name, required, optional)
         if content:
             models.load_weights(model, content, self.checkpoint)
-        model = model.to(device).eval()
+        model = model.to(device).eval().requires_grad_(False)
         set_fused_attention(model, self.fused_attention)
         if self.fuse:
             if not isinstance(model, Fusible):

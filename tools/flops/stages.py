@@ -59,6 +59,9 @@ def join_blocks(
 ) -> Iterator[tuple[str, list[str]]]:
     """The rows, all those of blocks as one."""
     blocks = [name for name, _ in rows if name in stages]
+    if not blocks:
+        yield from rows
+        return
     joined = [part for name, parts in rows if name in stages for part in parts]
     for name, members in rows:
         if name == blocks[0]:
