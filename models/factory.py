@@ -40,7 +40,7 @@ def build_model(
         try:
             return timm.create_model(name, **kwargs), kwargs
         except TypeError as error:
-            said = re.search(r"unexpected keyword argument\S* (.*)", str(error))
+            said = re.search(r"unexpected keyword argument\S* ('\w+'|\[.*?\])", str(error))
             refused = set(re.findall(r"'(\w+)'", said[1]) if said else ()) & kwargs.keys()
             if not refused:
                 raise ModelError(f"cannot build {name} with {kwargs}: {error}") from error

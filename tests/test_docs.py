@@ -8,6 +8,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import sys
 import tarfile
 import warnings
@@ -77,7 +78,8 @@ def place(shared, cifar, tmp_path_factory):
     (folder / "data/imagenet").mkdir()
     for split in ("train", "val"):
         (folder / "data/imagenet" / split).symlink_to(folder / "data/imagenet_sample/val")
-    return folder
+    yield folder
+    shutil.rmtree(folder)  # of a gigabyte and more
 
 
 @pytest.fixture
