@@ -99,5 +99,6 @@ def test_a_host_that_is_lost_is_named(hosts, images):
     _, errors = first.communicate(timeout=100)
     second.communicate(timeout=60)
     assert first.returncode == 1
-    assert re.search(r"^error on rank 0: another process is lost or stuck at ", errors, re.M)
+    # of the two that are left, torchrun may end the other one as soon as one has ended
+    assert re.search(r"^error on rank [01]: another process is lost or stuck at ", errors, re.M)
     assert re.search(r"rank [23] gives no sign of life, last at", errors)
