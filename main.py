@@ -190,7 +190,7 @@ def start(argv: list[str]) -> int:
 
 def main(argv: list[str]) -> int:
     """Run with the flags ``argv``; returns the exit status."""
-    return utils.exit_status(lambda: start(argv), EXPECTED_ERRORS)
+    return utils.exit_status(lambda: start(argv), EXPECTED_ERRORS, utils.RESUMES)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from pipeline.finish import Feed
 from pipeline.workers import die_with_parent
 
 ANSWER = 10.0  # seconds for a launcher to answer
+RESUMES = "interrupted; --resume auto continues from the last checkpoint"
 T = TypeVar("T")
 
 
@@ -207,12 +208,17 @@ def last_message(error: BaseException) -> str:
     return text
 
 
-def exit_status(command: Callable[[], int | None], expected: tuple[type[Exception], ...]) -> int:
+def exit_status(
+    command: Callable[[], int | None],
+    expected: tuple[type[Exception], ...],
+    interrupted: str = "interrupted",
+) -> int:
     """Run a program; what a user can mend is printed as one line.
 
     Args:
         command: The program, which may return a status.
         expected: Errors whose message says what is wrong and what would be right.
+        interrupted: What is said after Ctrl-C.
 
     Returns:
         The program's status or 0, or after an error 1, or 130 after an interrupt.
@@ -227,7 +233,7 @@ def exit_status(command: Callable[[], int | None], expected: tuple[type[Exceptio
         except (ConnectionError, EOFError, RuntimeError) as error:
             return fail(loader_message(error))
         except KeyboardInterrupt:
-            return fail("interrupted; --resume auto continues from the last checkpoint", 130)
+            return fail(interrupted, 130)
     except RuntimeError as error:
         # PyTorch's signal handler may also raise while the connection's error is dealt with
         return fail(loader_message(error))

@@ -102,3 +102,13 @@ def test_messages_lose_the_traceback_of_a_loader_process():
     )
     assert utils.last_message(RuntimeError(wrapped)) == "cannot decode image a: b"
     assert utils.last_message(RuntimeError("plain: text")) == "plain: text"
+
+
+def test_an_interrupt_says_what_the_program_knows(capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    assert utils.exit_status(interrupt, ()) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+    assert utils.exit_status(interrupt, (), utils.RESUMES) == 130
+    assert "--resume auto continues" in capsys.readouterr().err

@@ -93,6 +93,7 @@ class Counter(TorchFunctionMode):
 
     Attributes:
         calls: What ran in every module that was called, by its name.
+        within: Names of the modules in whose calls a module was called, by its name.
         activations: Elements of the outputs of convolutions and linear layers.
         image: Shape of the images that were given.
     """
@@ -111,7 +112,8 @@ class Counter(TorchFunctionMode):
         self.activations = 0
         self.image: tuple[int, ...] = ()
         self.calls: dict[str, Call] = {}
-        self._begun: list[tuple[int, int]] = []
+        self.within: dict[str, set[str]] = {}
+        self._begun: list[tuple[str, int, int]] = []
         self._model = model
         self._hooks = []
 
@@ -122,7 +124,7 @@ class Counter(TorchFunctionMode):
 
     def __enter__(self) -> "Counter":
         for name, module in self._model.named_modules():
-            self._hooks.append(module.register_forward_pre_hook(self._begin))
+            self._hooks.append(module.register_forward_pre_hook(self._begin(name)))
             self._hooks.append(module.register_forward_hook(self._end(name)))
         self.flops.__enter__()
         return super().__enter__()
@@ -148,12 +150,16 @@ class Counter(TorchFunctionMode):
         linear = len(weight) == 2
         return 2 * count * (weight[1] if linear else math.prod(weight) // out_shape[1])
 
-    def _begin(self, module: nn.Module, inputs: tuple) -> None:
-        self._begun.append((self.macs, self.activations))
+    def _begin(self, name: str) -> Callable[..., None]:
+        def begin(module: nn.Module, inputs: tuple) -> None:
+            self.within.setdefault(name, set()).update(outer for outer, *_ in self._begun)
+            self._begun.append((name, self.macs, self.activations))
+
+        return begin
 
     def _end(self, name: str) -> Callable[..., None]:
         def end(module: nn.Module, inputs: tuple, out: Any) -> None:
-            macs, activations = self._begun.pop()
+            _, macs, activations = self._begun.pop()
             while isinstance(out, list | tuple) and out:
                 out = out[0]
             shape = tuple(out.shape) if torch.is_tensor(out) else ()

@@ -1,7 +1,7 @@
 """A model's cost divided among its stages, as the tree of its modules has them."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -11,7 +11,8 @@ from tools.flops.counting import Counter, Row, total
 def parts(model: nn.Module, counter: Counter, stages: Sequence[str]) -> list[str]:
     """Names of modules that divide the model, in the order in which they ran.
 
-    Its children; in place of containers of stages, and of what is not called itself, theirs.
+    Its children; in place of containers of stages, and of what is not called itself, theirs. A
+    child that other children call, as those that blocks share, belongs to these.
     """
 
     def walk(name: str, module: nn.Module) -> Iterator[str]:
@@ -24,7 +25,8 @@ def parts(model: nn.Module, counter: Counter, stages: Sequence[str]) -> list[str
 
     found = [part for child, module in model.named_children() for part in walk(child, module)]
     order = {name: index for index, name in enumerate(counter.calls)}
-    return sorted(found, key=order.__getitem__)
+    own = [name for name in found if counter.within[name].isdisjoint(found)]
+    return sorted(own, key=order.__getitem__)
 
 
 def groups(
@@ -70,6 +72,14 @@ def join_blocks(
             yield name, members
 
 
+def _part_of(name: str, owner: Mapping[str, Row]) -> str:
+    """The part that a parameter's name lies in, empty if it is in none."""
+    part = name
+    while part and part not in owner:
+        part = part.rpartition(".")[0]
+    return part
+
+
 def share_parameters(model: nn.Module, rows: Sequence[Row], owner: dict[str, Row]) -> None:
     """Add every parameter to the row of its part.
 
@@ -77,10 +87,12 @@ def share_parameters(model: nn.Module, rows: Sequence[Row], owner: dict[str, Row
     without one to the first row; what is in no part stays out.
     """
     numbers = {re.search(r"\d*$", row.name)[0]: row for row in reversed(rows)}
-    for name, parameter in model.named_parameters():
-        part = name
-        while part and part not in owner:
-            part = part.rpartition(".")[0]
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    for parameter, aliases in names.items():
+        name = aliases[0]
+        part = next(filter(None, (_part_of(alias, owner) for alias in aliases)), "")
         if part:
             owner[part].parameters += parameter.numel()
         elif "." not in name and rows:

@@ -163,7 +163,8 @@ def start(argv: list[str]) -> int:
 
 def main(argv: list[str]) -> int:
     """Run with the flags ``argv``; returns the exit status."""
-    return exit_status(lambda: start(argv), (ConfigError, RunError))
+    interrupted = "interrupted; the same command goes on from the last checkpoints"
+    return exit_status(lambda: start(argv), (ConfigError, RunError), interrupted)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,6 @@ def run(command: Callable[[], int], expected: tuple[type[Exception], ...]) -> in
             status = command()
             sys.stdout.flush()
             return status
-        except KeyboardInterrupt:
-            return utils.fail("interrupted", 130)
         except BrokenPipeError as error:
             if utils.loader_died(error):
                 raise
