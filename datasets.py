@@ -131,6 +131,9 @@ def build_transform(is_train: bool, args: Namespace) -> transforms.Compose:
 
     Inputs of at most 32 pixels are padded by 4 and cropped for training, and resized whole for
     evaluation. Before a resize by the short side, images longer than 8:1 are cropped to that.
+
+    Raises:
+        DataError: There is no such policy of augmentation.
     """
     size = input_size_of(args)
     small = size <= SMALL_SIZE
@@ -149,17 +152,24 @@ def build_transform(is_train: bool, args: Namespace) -> transforms.Compose:
 
     standard = args.std_aug
     three_augment = args.ThreeAugment
-    transform = create_transform(
-        input_size=size,
-        is_training=True,
-        hflip=data_set_named(data_set_name(args)).hflip,
-        color_jitter=None if standard else args.color_jitter,
-        auto_augment=None if standard else "3a" if three_augment else args.aa,
-        interpolation=args.train_interpolation,
-        re_prob=0.0 if standard else args.reprob,
-        re_mode=args.remode,
-        re_count=args.recount,
-    )
+    policy = None if standard else "3a" if three_augment else args.aa
+    try:
+        transform = create_transform(
+            input_size=size,
+            is_training=True,
+            hflip=data_set_named(data_set_name(args)).hflip,
+            color_jitter=None if standard else args.color_jitter,
+            auto_augment=policy,
+            interpolation=args.train_interpolation,
+            re_prob=0.0 if standard else args.reprob,
+            re_mode=args.remode,
+            re_count=args.recount,
+        )
+    except (AssertionError, ValueError) as error:  # of the parts of a policy's name
+        raise DataError(
+            f"--aa {policy} is none of timm's policies, such as rand-m9-mstd0.5-inc1, original, "
+            f"v0 or augmix-m5-w4: {error}"
+        ) from error
     if small:
         crop = [transforms.Resize((size, size)), transforms.RandomCrop(size, padding=4)]
         transform.transforms[0:1] = crop

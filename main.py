@@ -160,6 +160,8 @@ def train(
     checkpoint, source = resumed
     if checkpoint:
         state.restore(checkpoint, source)
+        if args.finetune:
+            log(f"--finetune {args.finetune} is not read: the run goes on from {source}")
     elif args.finetune:
         state.finetune(args.finetune)
     elif args.linear_probe or args.freeze_stages is not None:

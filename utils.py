@@ -119,7 +119,14 @@ def select_device(name: str | None, place: Place) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise LaunchError(f"--device {name!r} is not a device: {error}") from error
+    if device.type == "meta":
+        raise LaunchError("--device meta holds no values: cpu or cuda")
     if device.type != "cuda":
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError, ImportError) as error:
+            reason = str(error).splitlines()[0].partition(". ")[0]
+            raise LaunchError(f"--device {name} is not here: {reason}") from error
         return device
     count = torch.cuda.device_count()
     if count == 0:

@@ -15,18 +15,34 @@ from configs.recipe import ConfigError, recipe_argv
 from datasets import DATA_SETS, HUB, data_set_named
 from pipeline.transfer import INAT_CATEGORIES
 
+ELSEWHERE = {  # arguments of models that are not for --model-kwargs, and where they come from
+    "num_classes": "is the dataset's: leave it out",
+    "img_size": "is --input-size",
+    "drop_rate": "is --drop",
+    "drop_path_rate": "is --drop-path",
+    "qk_scale_factor": "is --qk-scale-factor",
+    "locality_strength": "is --locality-strength",
+    "local_up_to_layer": "is --local-up-to-layer",
+    "pretrained": "would load weights: give --finetune CHECKPOINT",
+    "checkpoint_path": "would load weights: give --finetune CHECKPOINT",
+    "features_only": "makes a backbone, which has no classes to learn: leave it out",
+    "in_chans": "is 3, as images have here: leave it out",
+}
+
 
 def keyword_arguments(words: Sequence[str]) -> dict[str, Any]:
     """What ``--model-kwargs`` gives: ``KEY=VALUE`` with a Python literal, or else a text, as value.
 
     Raises:
-        ConfigError: A word is not of that form.
+        ConfigError: A word is not of that form, or is what another flag says.
     """
     found = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not key.isidentifier():
             raise ConfigError(f"--model-kwargs {word} must be KEY=VALUE, such as depth=6")
+        if key in ELSEWHERE:
+            raise ConfigError(f"--model-kwargs {word}: {key} {ELSEWHERE[key]}")
         try:
             found[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -254,8 +270,8 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
         ConfigError: The file cannot be read, has unknown keys, or flags contradict each other.
     """
     parser = get_args_parser()
-    recipe = parser.parse_args(argv).config
-    argv = recipe_argv(parser, recipe) + list(argv) if recipe else list(argv)
+    recipe, words = parser.parse_args(argv).config, list(argv)
+    argv = recipe_argv(parser, recipe) + words if recipe else words
     args = parser.parse_args(argv)
     del args.config  # its flags are in
     silent = get_args_parser()
@@ -263,6 +279,13 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
         action.default = argparse.SUPPRESS
     given = set(vars(silent.parse_args(argv)))
     _check(args)
+    typed = silent.parse_args(words)
+    resumes = getattr(typed, "resume", "") not in ("", "auto") and not args.eval
+    if resumes and getattr(typed, "finetune", ""):
+        raise ConfigError(
+            f"--resume {args.resume} goes on from that checkpoint, and --finetune {args.finetune} "
+            f"would never be read: leave one of them out"
+        )
     return args, given
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 import safetensors
+import timm
 import torch
 from torch import nn
 
@@ -27,6 +28,7 @@ WEIGHT_KEYS = ("model", "state_dict")
 EMA_KEYS = ("model_ema", "state_dict_ema")
 JSON_METADATA = {"model_kwargs", "classes", "input_size", "args"}  # of a header with the first
 COMPUTED_KEYS = ("relative_position_index", "attn_mask", "rel_indices")
+HEADS = ("head.weight", "classifier.weight", "head.fc.weight")
 START_BYTES = 256  # enough to tell the formats apart
 SHOWN = 4
 
@@ -190,6 +192,19 @@ def _named(state: Mapping[Any, Any], source: str) -> dict[str, torch.Tensor]:
             f"{source} holds a tensor under {str(strange)[:80]}, which is no name"
         )
     return tensors
+
+
+def num_classes_of(state: Mapping[str, torch.Tensor], name: str = "") -> int | None:
+    """Rows of the classifier, or None where it is not recognised.
+
+    Args:
+        state: Weights in any layout.
+        name: Of the model, if it is known: timm says what its classifier is called.
+    """
+    name = name.partition(".")[0]  # without the tag
+    named = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    keys = (*HEADS, f"{named.classifier}.weight") if named else HEADS
+    return next((state[key].shape[0] for key in keys if key in state), None)
 
 
 def class_names(checkpoint: Mapping[str, Any], source: str) -> list[str]:

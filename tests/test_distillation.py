@@ -140,6 +140,10 @@ def test_runs_with_a_teacher_and_goes_on(image_folder, teacher_file, tmp_path, m
         (["--distillation-type", "hard", "--teacher-model", "resnet18"], "knows 1000 classes"),
         (["--distillation-type", "hard", "--teacher-model", "resnet18x"], "the nearest are"),
         (
+            ["--distillation-type", "hard", "--teacher-model", "resnet18.none"],
+            "there is no teacher resnet18.none: ",
+        ),
+        (
             ["--distillation-type", "hard", "--teacher-model", "convit_tiny_plus"],
             "timm has no weights of teacher convit_tiny_plus",
         ),
@@ -163,7 +167,9 @@ def test_a_teacher_of_another_class_count(image_folder, tmp_path, main):
     net = timm.create_model("visformer_tiny", num_classes=5, img_size=32)
     kwargs = {"num_classes": 5, "img_size": 32}
     content = {"model": net.state_dict(), "model_name": "visformer_tiny", "model_kwargs": kwargs}
-    torch.save(content, saved)
     words = ["--teacher-path", saved, "--distillation-type", "hard", "--epochs", 1]
-    status, _, errors = main(*SMALL, "--data-path", image_folder, *words)
-    assert status == 1 and "knows 5 classes, the training set has 2" in errors
+    for what in (content, net.state_dict()):
+        torch.save(what, saved)
+        words += ["--teacher-model", "visformer_tiny"]
+        status, _, errors = main(*SMALL, "--data-path", image_folder, *words)
+        assert status == 1 and "knows 5 classes, the training set has 2" in errors

@@ -169,10 +169,17 @@ def test_from_run_to_run(trained, main):
     torch.save(first | {"gelu": "tanh"}, folder / "tanh.pth")
     tuned[tuned.index("--finetune") + 1] = folder / "tanh.pth"
     words = ["--input-size", 64, "--layer-decay", 0.8, "--freeze-stages", 0]
+    words += ["--qk-scale-factor", -0.5]
     status, output, errors = main(*tuned, folder / "c", "--data-path", more, *words)
     assert status == 0, errors
     for text in ("3 resampled", "left at their initial value: head", "18 layers learn at 0.0225"):
         assert text in output
+    assert "warning: --qk-scale-factor -0.5 is ignored: " in output
+    assert "was trained with -0.25" in output
+    words += ["--resume", "auto"]
+    status, output, errors = main(*tuned, folder / "c", "--data-path", more, *words)
+    assert status == 0, errors
+    assert "tanh.pth is not read: the run goes on from " in output
     third = torch.load(folder / "c/checkpoint.pth", weights_only=True)
     assert (first["gelu"], third["gelu"]) == ("none", "tanh")
 

@@ -373,6 +373,14 @@ BAD = {
     "--model convit_tiny --model-kwargs depth=x": "cannot build convit_tiny",
     "--compile fast": "--compile fast is no backend here; there are .*inductor",
     "--device tpu9": "--device 'tpu9' is not a device",
+    "--device meta": "--device meta holds no values",
+    "--device xpu": "--device xpu is not here: ",
+    "--aa nonsense": "--aa nonsense is none of timm's policies",
+    "--model-kwargs num_classes=7": "num_classes is the dataset's: leave it out",
+    "--model-kwargs img_size=64": "img_size is --input-size",
+    "--model-kwargs pretrained=True": "pretrained .*: give --finetune",
+    "--model-kwargs features_only=True": "features_only",
+    "--resume {file} --finetune {file}": "would never be read: leave one of them out",
     "--world_size 8": "--world_size 8, but 1 process",
 }
 

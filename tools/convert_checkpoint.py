@@ -12,19 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 
 import models
-from models.checkpoint import state_dict_of
+from models.checkpoint import num_classes_of, state_dict_of
 from training import files
 
-HEADS = ("head.weight", "classifier.weight", "head.fc.weight")
 KEPT_FLAGS = ("eval_crop_ratio",)  # of a run's: how its images are prepared
-
-
-def num_classes_of(state: Mapping[str, torch.Tensor]) -> int | None:
-    """Rows of the classifier, or None where it is not recognised."""
-    return next((state[key].shape[0] for key in HEADS if key in state), None)
 
 
 def write(path: Path, content: Mapping[str, Any], layout: str) -> None:
@@ -60,7 +53,8 @@ def convert_classifier(
     """The report, and a checkpoint of the whole model."""
     kwargs = dict(checkpoint.get("model_kwargs") or {})
     if "num_classes" not in kwargs:
-        kwargs["num_classes"] = num_classes_of(state_dict_of(checkpoint, args.input, args.ema)[0])
+        state, _ = state_dict_of(checkpoint, args.input, args.ema)
+        kwargs["num_classes"] = num_classes_of(state, name)
     if args.qk_scale_factor is not None:
         kwargs["qk_scale_factor"] = args.qk_scale_factor
     if args.input_size is not None:

@@ -12,6 +12,7 @@ from torch import nn
 import engine
 import models
 from configs import ConfigError
+from models.checkpoint import num_classes_of, state_dict_of
 from utils import log
 
 
@@ -133,10 +134,12 @@ def build_teacher(
         raise ConfigError(f"--teacher-path {path} does not name its model: give --teacher-model")
     if name != checkpoint.get("model_name"):
         kwargs = {}
-    known = kwargs.get("num_classes", num_classes)
+    known = kwargs.get("num_classes")
     if not path:
         known = _pretrained_classes(name)
-    if known != num_classes:
+    elif known is None:
+        known = num_classes_of(state_dict_of(checkpoint, path)[0], name)
+    if known not in (None, num_classes):
         raise ConfigError(
             f"teacher {path or name} knows {known} classes, the training set has {num_classes}"
         )
@@ -165,7 +168,10 @@ def _pretrained_classes(name: str) -> int:
     """How many classes timm's weights of a model know."""
     if not timm.is_model(name):
         models.build_model(name, {}, {})  # says which names are near
-    cfg = timm.get_pretrained_cfg(name)
+    try:
+        cfg = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:  # the tag behind the name is unknown
+        raise ConfigError(f"there is no teacher {name}: {error}") from error
     if cfg is None or not cfg.has_weights:
         raise ConfigError(f"timm has no weights of teacher {name}: give --teacher-path CHECKPOINT")
     return cfg.num_classes

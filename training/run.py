@@ -191,6 +191,12 @@ class Run:
         checkpoint = models.read_checkpoint(path)
         others = (models.class_names(checkpoint, path) or self.classes) != self.classes
         self.load(checkpoint, path, new_head=True, other_classes=others)
+        wanted, exponent = self.args.qk_scale_factor, self.model_kwargs.get("qk_scale_factor")
+        if wanted not in (None, exponent):
+            log(
+                f"warning: --qk-scale-factor {wanted} is ignored: {path} was trained with "
+                f"{exponent}, and another would change what the model computes"
+            )
         self.ema = self.start_average()
 
     def load(self, checkpoint: Mapping[str, Any], source: str, **options: bool) -> None:

@@ -12,9 +12,8 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 import models
-from models.checkpoint import state_dict_of
+from models.checkpoint import num_classes_of, state_dict_of
 from models.layers.fuse import Fusible
-from tools.convert_checkpoint import num_classes_of
 
 PROJECT = "visformer"
 SMALL = 32  # up to this size, evaluation resizes whole images, without a crop
@@ -122,12 +121,12 @@ def _check_flags(args: argparse.Namespace, checkpoint: Mapping[str, Any]) -> str
     return name
 
 
-def _kwargs(args: argparse.Namespace, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def _kwargs(args: argparse.Namespace, checkpoint: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Keyword arguments that the model must be built with."""
     kwargs = dict(checkpoint.get("model_kwargs") or {})
     if checkpoint and "num_classes" not in kwargs:
         state, _ = state_dict_of(checkpoint, args.checkpoint, args.weights == "ema")
-        kwargs["num_classes"] = num_classes_of(state)
+        kwargs["num_classes"] = num_classes_of(state, name)
     if args.num_classes is not None:
         if kwargs.get("num_classes") not in (None, args.num_classes):
             raise ExportError(
@@ -155,7 +154,7 @@ def load_source(args: argparse.Namespace, device: torch.device) -> Source:
     """
     checkpoint = models.read_checkpoint(args.checkpoint) if args.checkpoint else {}
     name = _check_flags(args, checkpoint)
-    required = _kwargs(args, checkpoint)
+    required = _kwargs(args, checkpoint, name)
     saved = checkpoint.get("input_size")
     size = args.input_size or (saved and (saved, saved))
     config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None

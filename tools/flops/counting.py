@@ -13,10 +13,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
-from models.checkpoint import state_dict_of
+from models.checkpoint import num_classes_of, state_dict_of
 from models.layers import set_fused_attention
 from models.layers.fuse import Fusible
-from tools.convert_checkpoint import num_classes_of
 
 LAYERS = {
     F.linear,
@@ -212,7 +211,7 @@ class Request:
         if content:
             required = dict(content.get("model_kwargs") or {})
             state, _ = state_dict_of(content, self.checkpoint)
-            required.setdefault("num_classes", num_classes_of(state))
+            required.setdefault("num_classes", num_classes_of(state, self.name))
             side = content.get("input_size")
             size = size or (side and (side, side))
         native = timm.is_model(self.name) and timm.get_pretrained_cfg(self.name)

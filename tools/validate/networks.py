@@ -12,8 +12,7 @@ from torch import nn
 
 import datasets
 import models
-from models.checkpoint import state_dict_of
-from tools.convert_checkpoint import HEADS
+from models.checkpoint import num_classes_of, state_dict_of
 
 WEIGHTS = ("model", "ema")
 
@@ -140,11 +139,7 @@ def _states(
 
 def _rows_of_classifier(checkpoint: Mapping[str, Any], path: str, name: str) -> int | None:
     """Classes of the weights, or None where the classifier is not recognised."""
-    state = next(iter(_states(checkpoint, path).values()))
-    config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-    named = config.classifier if config else None
-    keys = (*HEADS, f"{named}.weight")
-    return next((state[key].shape[0] for key in keys if key in state), None)
+    return num_classes_of(next(iter(_states(checkpoint, path).values())), name)
 
 
 def _classes_of(

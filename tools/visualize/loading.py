@@ -15,9 +15,8 @@ from torchvision import transforms
 
 import datasets
 import models
-from models.checkpoint import state_dict_of
+from models.checkpoint import num_classes_of, state_dict_of
 from pipeline.images import DataError, load_image
-from tools.convert_checkpoint import num_classes_of
 
 EVAL_CROP_RATIO = 0.875  # main.py's default
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm")
@@ -110,7 +109,7 @@ def _from_file(path: str, args: Namespace) -> Subject:
     ema = args.weights == "ema"
     saved = dict(checkpoint.get("model_kwargs") or {})
     if "num_classes" not in saved:
-        saved["num_classes"] = num_classes_of(state_dict_of(checkpoint, path, ema)[0])
+        saved["num_classes"] = num_classes_of(state_dict_of(checkpoint, path, ema)[0], name)
     required = {"num_classes": saved.pop("num_classes")}
     size = checkpoint.get("input_size") if args.input_size is None else args.input_size
     if size is not None:
