@@ -57,6 +57,11 @@ def _entrypoint(build: _Callable[..., _nn.Module]) -> _Callable[..., _nn.Module]
 
             if checkpoint is None:
                 return build(pretrained=pretrained, **kwargs)
+            if pretrained or kwargs.get("features_only"):
+                other = "pretrained" if pretrained else "features_only"
+                raise ValueError(
+                    f"checkpoint {checkpoint} does not go with {other}=True: leave one of them out"
+                )
             content = read_checkpoint(checkpoint)
             if content.get("model_name", build.__name__) == build.__name__:
                 kwargs = dict(content.get("model_kwargs") or {}) | kwargs
@@ -71,12 +76,16 @@ def _entrypoint(build: _Callable[..., _nn.Module]) -> _Callable[..., _nn.Module]
         pretrained: Load the weights that timm has for this name.
         checkpoint: File or http(s) address of weights to load: one written by this repository,
             which also says how the model was built, or any other that ``models.load_checkpoint``
-            takes.
+            takes; without pretrained and features_only.
         kwargs: What the model is built with, such as num_classes, img_size, drop_path_rate,
             features_only.
 
     Returns:
-        The model, in training mode: images ``B 3 H W`` to logits ``B num_classes``.
+        The model, in training mode: images ``B 3 H W`` to logits ``B num_classes``, or with
+        features_only to a list of maps.
+
+    Raises:
+        ValueError: checkpoint is given beside pretrained or features_only.
     """
     return create
 

@@ -211,6 +211,15 @@ def same_state(first, second):
 
 
 @pytest.fixture
+def vit(tmp_path):
+    """A tiny Vision Transformer, and its checkpoint."""
+    from exporting import VIT, save
+
+    path = tmp_path / "vit.pth"
+    return save(path, "vit_b_32_224", VIT, (32, 32)), path
+
+
+@pytest.fixture
 def main(capsys, monkeypatch):
     """``main(*flags) -> (status, output, errors)``: main.py in this process.
 

@@ -12,14 +12,15 @@ differs is not kept. Then its speed is measured.
 import argparse
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 import models
 from tools.export.check import compare, speed
 from tools.export.formats import LOADERS, check_requirements, device_of, format_of, write
 from tools.export.source import ExportError, load_source
+from tools.files import check_outputs, check_writable, folder_beside
 from tools.flops.__main__ import positive
+from tools.validate import command
 from training.files import OutputError
 
 RUNTIMES = {"onnx": "onnxruntime", "exported": "torch.export", "aot": "AOTInductor"}
@@ -34,10 +35,8 @@ def export(args: argparse.Namespace) -> None:
     """
     path = args.output
     format_name = format_of(path, args.format)
-    if not path.parent.is_dir():
-        raise ExportError(f"--output {path}: there is no folder {path.parent}")
-    if path.is_dir():
-        raise ExportError(f"--output {path} is a folder")
+    check_outputs([("--output", path)], [args.checkpoint] if args.checkpoint else [])
+    check_writable("--output", path)
     if args.opset is not None and format_name != "onnx":
         raise ExportError(f"--opset is for ONNX, and {path} is not")
     check_requirements(format_name, args.check)
@@ -46,8 +45,8 @@ def export(args: argparse.Namespace) -> None:
         print(note)
     runtime, program = RUNTIMES[format_name], None
     try:
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
-            written = Path(folder, path.name)
+        with folder_beside(path) as folder:
+            written = folder / path.name
             write(format_name, written, source, args.batch_size, args.opset)
             if args.check:
                 program = LOADERS[format_name](written, source.device)
@@ -102,12 +101,8 @@ def main(argv: list[str]) -> int:
         if len(args.input_size) > 2:
             parser.error("--input-size takes one or two numbers")
         args.input_size = (args.input_size[0], args.input_size[-1])
-    try:
-        export(args)
-    except (models.CheckpointError, models.ModelError, ExportError, OutputError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    expected = (models.CheckpointError, models.ModelError, ExportError, OutputError)
+    return command.run(lambda: export(args), expected)
 
 
 if __name__ == "__main__":

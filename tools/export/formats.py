@@ -21,7 +21,7 @@ from tools.export.source import ExportError, Source
 
 SUFFIXES = {".onnx": ("onnx",), ".pt2": ("exported", "aot")}
 PACKAGES = {"onnx": ("onnx", "onnxscript"), "exported": (), "aot": ()}
-OUTPUT = "logits"
+OUTPUT, BATCH = "logits", "batch"
 METADATA_FILE = "metadata.json"
 # what they log: operators that have no faster form, versions they convert, CUDA that is not here
 NOISY = ("torch.onnx", "onnxscript", "torch._inductor", "torch.utils.cpp_extension")
@@ -47,7 +47,7 @@ def device_of(name: str | None, format_name: str) -> torch.device:
     """Where a program will run: the device named, or CUDA if it can run there, else the CPU.
 
     Raises:
-        ExportError: The device does not exist here, or onnxruntime cannot use it.
+        ExportError: The device is none, does not exist here, or onnxruntime cannot use it.
     """
     has_cuda = torch.cuda.is_available()
     if format_name == "onnx" and has_cuda:
@@ -61,6 +61,8 @@ def device_of(name: str | None, format_name: str) -> torch.device:
         device = torch.device(name or ("cuda" if has_cuda else "cpu"))
     except RuntimeError as error:
         raise ExportError(f"--device {name!r} is not a device: cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ExportError(f"--device {name}: programs are made for cpu or cuda")
     if device.type == "cuda" and not has_cuda:
         why = "PyTorch finds no CUDA device"
         if torch.cuda.is_available():
@@ -110,7 +112,7 @@ def capture(source: Source, batch: int | None) -> ExportedProgram:
     Raises:
         ExportError: It cannot be captured.
     """
-    shapes = None if batch else ({0: Dim("batch", min=1)},)
+    shapes = None if batch else ({0: Dim(BATCH, min=1)},)
     try:
         with _quiet():
             return torch.export.export(
@@ -136,6 +138,7 @@ def write_onnx(
             input_names=[source.input_name],
             output_names=[OUTPUT],
             opset_version=opset,
+            dynamic_shapes=({0: BATCH},) if program.range_constraints else None,
         )
         written = onnx.model.opset_imports[""]
         if opset not in (None, written):

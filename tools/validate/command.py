@@ -11,11 +11,11 @@ from tools.validate.text import shown
 from training import OutputError
 
 
-def run(command: Callable[[], int], expected: tuple[type[Exception], ...]) -> int:
+def run(command: Callable[[], int | None], expected: tuple[type[Exception], ...]) -> int:
     """Run a program as :func:`utils.exit_status` does, whose output may be cut short.
 
     Args:
-        command: The program, which returns a status.
+        command: The program, which may return a status.
         expected: Errors whose message says what is wrong and what would be right.
 
     Returns:
@@ -24,7 +24,7 @@ def run(command: Callable[[], int], expected: tuple[type[Exception], ...]) -> in
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names have letters of any kind
 
-    def whole() -> int:
+    def whole() -> int | None:
         try:
             status = command()
             sys.stdout.flush()
