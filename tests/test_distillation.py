@@ -9,7 +9,8 @@ from torch import nn
 
 import models
 from engine import Precision
-from training.distillation import DistillationLoss, Lesson, Taught, Teacher, build_teacher
+from training.distillation import DistillationLoss, Lesson, Taught, build_teacher
+from training.network import Renormalized
 
 CPU = torch.device("cpu")
 NORMALIZATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -45,8 +46,9 @@ def test_hard_loss_is_equation_3_and_a_second_head_learns_from_the_teacher():
 def test_teacher_sees_the_mixed_images_in_its_own_normalization_without_gradients():
     net = timm.create_model("test_vit", num_classes=5, img_size=32)
     net.head_drop.p = 0.5  # would show in training mode
+    given, own = ((0.5, 0.4, 0.3), (0.2, 0.2, 0.2)), ((0.49, 0.4, 0.42), (0.1, 0.2, 0.4))
     scale, shift = torch.tensor([2.0, 1.0, 0.5]), torch.tensor([0.1, 0.0, -0.3])
-    teacher = Teacher(net.train(), scale, shift)
+    teacher = Renormalized(net, given, own).eval()
     mixup = Mixup(mixup_alpha=0.8, num_classes=5)
     taught = Taught(teacher, mixup, Precision(CPU, torch.bfloat16))
     images, targets = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
@@ -57,7 +59,7 @@ def test_teacher_sees_the_mixed_images_in_its_own_normalization_without_gradient
         expected = net(mixed * scale.view(3, 1, 1) + shift.view(3, 1, 1))
     assert expected.dtype == torch.bfloat16 and lesson.teacher.dtype == torch.float32
     assert torch.equal(lesson.teacher, expected.float())
-    assert not lesson.teacher.requires_grad and not any(p.requires_grad for p in net.parameters())
+    assert not lesson.teacher.requires_grad
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +96,9 @@ def test_images_reach_a_foreign_teacher_as_timm_says(teacher_file, tmp_path):
     )
     net = timm.create_model("test_vit", num_classes=2, img_size=32).eval()
     models.load_checkpoint(net, teacher_file)
+    for one in (teacher, native):
+        assert not any(p.requires_grad for p in one.parameters())
+        assert not any(module.training for module in one.modules())
     with torch.no_grad():
         assert torch.allclose(teacher(ours), net(theirs), atol=1e-5)
         assert torch.equal(native(ours), net(ours))

@@ -8,6 +8,8 @@ import timm
 import torch
 from conftest import write_images
 from PIL import Image
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torchvision.transforms.functional import normalize
 from validating import (
     CLASSES,
     SIZE,
@@ -23,6 +25,9 @@ from validating import (
 )
 
 from tools.validate import counts
+from tools.validate import flags as validate_flags
+from tools.validate.__main__ import get_parser
+from tools.validate.cases import cases
 from tools.validate.classes import readable
 from tools.validate.evaluate import Clock
 from tools.validate.networks import read_network
@@ -353,7 +358,15 @@ def test_pretrained_weights(call, tmp_path, monkeypatch):
     assert (status, {*asked}) == (0, {True})
     assert "timm's weights of test_vit (model, 160 pixels)" in output
     assert "1 of 1000 classes, by wnid: top-1 100.000" in output
-    assert output.count("warning: timm's weights of test_vit expect images normalised by") == 1
+    args = validate_flags.parse(get_parser, ["--model", "test_vit", "--pretrained"])
+    (case,) = cases([], args, torch.device("cpu"))
+    net = case.model.model
+    pixels = torch.rand(2, 3, 160, 160)
+    assert net.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
+    ours = normalize(pixels, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    with torch.no_grad():
+        expected = net.eval()(normalize(pixels, *[(0.5,) * 3] * 2))
+        torch.testing.assert_close(case.model(ours), expected, atol=1e-5, rtol=0)
     status, _, errors = call(*flags, "--weights", "ema")
     assert status == 1
     assert "no moving average" in errors

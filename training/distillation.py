@@ -13,6 +13,7 @@ import engine
 import models
 from configs import ConfigError
 from models.checkpoint import num_classes_of, state_dict_of
+from training.network import Normalization, Renormalized
 from utils import log
 
 
@@ -21,25 +22,6 @@ class Lesson(NamedTuple):
 
     targets: torch.Tensor
     teacher: torch.Tensor
-
-
-class Teacher(nn.Module):
-    """A trained network that tells what it thinks of images, without gradients.
-
-    Args:
-        model: On the device of the training; put into evaluation mode, for good.
-        scale, shift: ``3``; what takes images from the training's normalisation to the model's.
-    """
-
-    def __init__(self, model: nn.Module, scale: torch.Tensor, shift: torch.Tensor):
-        super().__init__()
-        self.model = model.eval().requires_grad_(False)
-        self.register_buffer("scale", scale.view(3, 1, 1))
-        self.register_buffer("shift", shift.view(3, 1, 1))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Images ``B 3 H W`` to logits ``B K``."""
-        return self.model(torch.addcmul(self.shift, images, self.scale))
 
 
 class Taught:
@@ -110,9 +92,11 @@ def build_teacher(
     args: Namespace,
     num_classes: int,
     precision: engine.Precision,
-    normalization: tuple[tuple[float, ...], tuple[float, ...]],
-) -> Teacher:
+    normalization: Normalization,
+) -> nn.Module:
     """The network of ``--teacher-path`` or, without one, timm's pretrained ``--teacher-model``.
+
+    It is in evaluation mode, without gradients; images ``B 3 H W`` to logits ``B K``.
 
     Args:
         args: The flags.
@@ -153,15 +137,11 @@ def build_teacher(
     if path:
         log(f"teacher {name}: {models.load_weights(model, checkpoint, path)}")
     models.check_input_size(model, name, args.input_size)
-    means, deviations = (torch.tensor(values) for values in normalization)
-    scale, shift = torch.ones(3), torch.zeros(3)
     if not models.trained_here(checkpoint):
         cfg = model.pretrained_cfg
-        own_means, own_deviations = torch.tensor(cfg["mean"]), torch.tensor(cfg["std"])
-        scale, shift = deviations / own_deviations, (means - own_means) / own_deviations
-    teacher = Teacher(model, scale, shift)
-    precision.place(teacher)
-    return teacher
+        model = Renormalized(model, normalization, (cfg["mean"], cfg["std"]))
+    precision.place(model)
+    return model.eval().requires_grad_(False)
 
 
 def _pretrained_classes(name: str) -> int:

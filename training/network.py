@@ -1,7 +1,7 @@
 """The network of a run: which model the flags and a checkpoint ask for, and how it computes."""
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ import models
 from configs import get_args_parser, keyword_arguments
 from pipeline.images import DataError
 from utils import log
+
+Normalization = tuple[Sequence[float], Sequence[float]]  # means and deviations of channels
 
 
 def choose_model(
@@ -62,6 +64,27 @@ def choose_precision(args: Namespace, model: nn.Module, device: torch.device) ->
     if last is None:
         last = getattr(model, "channels_last", False)
     return engine.Precision(device, dtype, torch.channels_last if last else torch.contiguous_format)
+
+
+class Renormalized(nn.Module):
+    """A model for images that are normalised otherwise than those that it was trained on.
+
+    Args:
+        model: Takes images ``B C H W``.
+        given: Mean and deviation of the images, ``C`` each, for values from 0 to 1.
+        own: Those of the model's training.
+    """
+
+    def __init__(self, model: nn.Module, given: Normalization, own: Normalization):
+        super().__init__()
+        (mean, std), (own_mean, own_std) = (map(torch.tensor, pair) for pair in (given, own))
+        self.model, self.num_classes = model, model.num_classes
+        self.register_buffer("scale", (std / own_std).view(-1, 1, 1))
+        self.register_buffer("shift", ((mean - own_mean) / own_std).view(-1, 1, 1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Images ``B C H W`` to what the model makes of them."""
+        return self.model(torch.addcmul(self.shift, images, self.scale))
 
 
 def fused(model: nn.Module, name: str) -> nn.Module:

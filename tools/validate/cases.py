@@ -13,10 +13,10 @@ from configs import ConfigError
 from tools.validate.classes import ClassMap, match_classes
 from tools.validate.networks import (
     Network,
+    for_our_images,
     pretrained_network,
     read_network,
     size_of,
-    warn_of_normalization,
 )
 from tools.validate.text import shown
 from training import choose_precision, fused
@@ -98,7 +98,7 @@ def cases(
         weights = network.weights(args.weights)
         for asked in args.input_size or [None]:
             size = size_of(network, asked, args)
-            yield from _cases_at(network, size, weights, args, device, say)
+            yield from _cases_at(network, size, weights, args, device)
 
 
 def again(args: Namespace, device: torch.device) -> Iterator[Case]:
@@ -126,15 +126,14 @@ def _cases_at(
     weights: tuple[str, ...],
     args: Namespace,
     device: torch.device,
-    say: Callable[[str], None],
 ) -> Iterator[Case]:
     model = network.build(size)
     models.check_input_size(model, network.name, size)
     precision = choose_precision(args, model, device)
     precision.place(model)
-    warn_of_normalization(network, model, say)
     at_size = Namespace(**vars(args) | {"input_size": size})
     for name in weights:
         network.load(model, name)
         net = fused(model, network.name) if args.fuse else model
+        net = for_our_images(network, net)
         yield Case(network, name, at_size, engine.compiled(net, args.compile), precision)

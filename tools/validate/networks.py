@@ -1,7 +1,7 @@
 """Networks as files and timm's collection have them, and how they become models."""
 
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 import datasets
 import models
 from models.checkpoint import num_classes_of, state_dict_of
+from training.network import Renormalized
 
 WEIGHTS = ("model", "ema")
 
@@ -155,16 +156,14 @@ def _classes_of(
     return tuple(names)
 
 
-def warn_of_normalization(network: Network, model: nn.Module, say: Callable[[str], None]) -> None:
-    """Say where timm's weights were trained on images normalised in another way than ours."""
-    config = getattr(model, "pretrained_cfg", None) or {}
+def for_our_images(network: Network, net: nn.Module) -> nn.Module:
+    """``net`` for images as they are normalised here, also with timm's weights of other ones."""
+    config = getattr(net, "pretrained_cfg", None) or {}
     trained = (tuple(config.get("mean", ())), tuple(config.get("std", ())))
     ours = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    if not network.checkpoint and all(trained) and trained != ours:
-        say(
-            f"warning: {network.source} expect images normalised by mean {trained[0]} and std "
-            f"{trained[1]}, here they are by {ours[0]} and {ours[1]}: the results will be lower"
-        )
+    if network.checkpoint or not all(trained) or trained == ours:
+        return net
+    return Renormalized(net, ours, trained).to(next(net.parameters()).device)
 
 
 def size_of(network: Network, asked: int | None, args: Namespace) -> int:
