@@ -210,17 +210,21 @@ def test_feature_panels(draw, root):
             np.testing.assert_allclose(pixels, wanted, rtol=1e-6)
 
 
-def test_kernel_panels():
+@pytest.mark.parametrize("by_panel", [False, True])
+def test_kernel_panels(by_panel):
     branches = {"one": torch.randn(2, 1, 3, 3), "other": torch.randn(2, 1, 3, 3)}
     fused = torch.randn(2, 1, 3, 3)
     slices = {**branches, "sum": sum(branches.values()), "fused": fused}
     slices = {name: part[:, 0] for name, part in slices.items()}
     kernels = Kernels(branches=branches, total=slices["sum"], fused=fused, difference=0.25)
-    figure = draw_kernels(slices, kernels, "layer")
+    figure = draw_kernels(slices, kernels, "layer", by_panel)
     axes = [ax for ax in figure.axes if ax.get_subplotspec() and ax.images and ax.get_xlabel()]
     for ax, (channel, name) in zip(axes, [(c, n) for c in (0, 1) for n in slices], strict=True):
         np.testing.assert_array_equal(ax.images[0].get_array(), slices[name][channel])
         assert channel or ax.get_title() == name
+        of_scale = [slices[name]] if by_panel else list(slices.values())
+        largest = max(part[channel].abs().max().item() for part in of_scale)
+        assert ax.images[0].get_clim() == pytest.approx((-largest, largest))
     assert "2.5e-01" in figure.get_suptitle()
 
 

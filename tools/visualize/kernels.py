@@ -16,6 +16,7 @@ def add_flags(parser: ArgumentParser) -> None:
     parser.add_argument("subject", metavar="CKPT_OR_MODEL")
     parser.add_argument("--layer", metavar="NAME", help="the first RepMixer if not given")
     parser.add_argument("--channels", type=int, default=6, help="how many channels (6)")
+    parser.add_argument("--scale", choices=["row", "panel"], default="row", help="of colours (row)")
 
 
 def make(args: Namespace) -> Picture:
@@ -28,7 +29,8 @@ def make(args: Namespace) -> Picture:
     kernels = kernels_of(layers[name])
     columns = {**kernels.branches, "sum": kernels.total, "fused": kernels.fused}
     slices = {key: own_slices(kernel)[: args.channels] for key, kernel in columns.items()}
-    figure = draw(slices, kernels, f"{name} ({type(layers[name]).__name__}), {subject.label}")
+    what = f"{name} ({type(layers[name]).__name__}), {subject.label}"
+    figure = draw(slices, kernels, what, args.scale == "panel")
     return Picture(figure, _numbers(slices), subject.epoch or 0)
 
 
@@ -42,16 +44,22 @@ def _numbers(slices: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
     ]
 
 
-def draw(slices: dict[str, torch.Tensor], kernels: Kernels, what: str) -> Any:
-    """Rows of channels, each on its own scale; columns of branches, their sum, the fused kernel."""
+def draw(slices: dict[str, torch.Tensor], kernels: Kernels, what: str, by_panel: bool) -> Any:
+    """Rows of channels, columns of branches, their sum and the fused kernel.
+
+    Every row is on a scale of its own, or ``by_panel`` every panel.
+    """
     count = len(next(iter(slices.values())))
     figure, axes = grid_of_axes(count, len(slices), 1.2, (1.2, 1.2), "--channels")
     for channel, line in enumerate(axes):
         options = symmetric(torch.stack([part[channel] for part in slices.values()]))
         for ax, part in zip(line, slices.values(), strict=True):
-            image = ax.imshow(part[channel].numpy(), **options)
+            own = symmetric(part[channel]) if by_panel else options
+            image = ax.imshow(part[channel].numpy(), **own)
             ax.set_xlabel(f"max |w| {part[channel].abs().max():.2g}", fontsize=7, labelpad=2)
         line[0].set_ylabel(f"channel {channel}", fontsize=8)
+        if by_panel:
+            continue
         bar = figure.colorbar(image, ax=line, shrink=0.9, aspect=10, pad=0.01)
         bar.ax.tick_params(labelsize=7)
         if channel == 0:
