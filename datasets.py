@@ -30,6 +30,7 @@ from pipeline.transfer import open_cars, open_flowers, open_inat, open_inat2021,
 from pipeline.workers import settle_worker
 from samplers import EvalBatchSampler, RASampler
 
+NORMALIZATION = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)  # of images, by channel
 SMALL_SIZE = 32
 EVAL_BATCH_FACTOR = 1.5
 CPU = torch.device("cpu")
@@ -147,7 +148,7 @@ def build_transform(is_train: bool, args: Namespace) -> transforms.Compose:
                 transforms.Resize(int(size / args.eval_crop_ratio), interpolation=bicubic),
                 transforms.CenterCrop(size),
             ]
-        normalize = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        normalize = transforms.Normalize(*NORMALIZATION)
         return transforms.Compose([*resize, transforms.ToTensor(), normalize])
 
     standard = args.std_aug
@@ -185,8 +186,7 @@ def build_transform(is_train: bool, args: Namespace) -> transforms.Compose:
 
 def denormalize(images: torch.Tensor) -> torch.Tensor:
     """Undo the normalisation of images ``B 3 H W``, to values in 0..1."""
-    mean = torch.tensor(IMAGENET_DEFAULT_MEAN).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_DEFAULT_STD).view(3, 1, 1)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in NORMALIZATION)
     return (images * std + mean).clamp(0, 1)
 
 

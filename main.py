@@ -33,6 +33,7 @@ from training import (
     fused,
     learn_from_teacher,
     read_resume,
+    renormalized,
 )
 from utils import log
 
@@ -110,11 +111,18 @@ def evaluate(
     """Evaluate a checkpoint and its moving average; the exit status."""
     model, name = network.model, network.name
     log(str(models.load_weights(model, checkpoint, source)))
-    folded = (lambda: fused(model, name)) if args.fuse else (lambda: model)
-    evaluation(folded())
+    own = models.normalization_of(checkpoint, model.pretrained_cfg)
+    if own != datasets.NORMALIZATION:
+        log(f"images are normalised as {source} expects: mean {own[0]}, std {own[1]}")
+
+    def net() -> torch.nn.Module:
+        folded = fused(model, name) if args.fuse else model
+        return renormalized(folded, datasets.NORMALIZATION, own)
+
+    evaluation(net())
     if checkpoint.get("model_ema"):
         models.load_weights(model, checkpoint, source, ema=True)
-        evaluation(folded(), "EMA ")
+        evaluation(net(), "EMA ")
     return 0
 
 
@@ -140,8 +148,7 @@ def train(
     mixup_fn = engine.build_mixup(args, num_classes)
     criterion = engine.build_criterion(args, mixup_fn, num_classes)
     if args.distillation_type != "none":
-        normalization = (datasets.IMAGENET_DEFAULT_MEAN, datasets.IMAGENET_DEFAULT_STD)
-        teacher = build_teacher(args, num_classes, precision, normalization)
+        teacher = build_teacher(args, num_classes, precision, datasets.NORMALIZATION)
         mixup_fn = Taught(engine.compiled(teacher, args.compile), mixup_fn, precision)
         weights = (args.distillation_type, args.distillation_alpha, args.distillation_tau)
         criterion = DistillationLoss(criterion, *weights)

@@ -8,11 +8,13 @@ from models import convit, fastvit, visformer, vit
 from models.backbone import Backbone, SwinVisformer, VisionBackbone, load_backbone
 from models.checkpoint import (
     CheckpointError,
+    Normalization,
     class_names,
+    flags_of_run,
     load_checkpoint,
     load_weights,
+    normalization_of,
     read_checkpoint,
-    trained_here,
 )
 from models.factory import ModelError, build_model, check_input_size
 from models.freezing import freeze_all_but_classifier, freeze_stages, rest_frozen
@@ -23,6 +25,7 @@ __all__ = [
     "CheckpointError",
     "LoadReport",
     "ModelError",
+    "Normalization",
     "SwinVisformer",
     "VisionBackbone",
     "build_model",
@@ -30,14 +33,15 @@ __all__ = [
     "class_names",
     "convit",
     "fastvit",
+    "flags_of_run",
     "freeze_all_but_classifier",
     "freeze_stages",
     "load_backbone",
     "load_checkpoint",
     "load_weights",
+    "normalization_of",
     "read_checkpoint",
     "rest_frozen",
-    "trained_here",
     "visformer",
     "vit",
 ]

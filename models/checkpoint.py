@@ -14,6 +14,7 @@ from urllib.parse import urlparse
 import safetensors
 import timm
 import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from models.convert import fill_missing_bias_tables, to_original_names
@@ -23,6 +24,8 @@ from models.pickled import Refused
 from models.report import LoadReport
 from models.seal import CheckpointError, check_seal, file_digest
 from models.vetting import vet
+
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation by channel
 
 WEIGHT_KEYS = ("model", "state_dict")
 EMA_KEYS = ("model_ema", "state_dict_ema")
@@ -219,13 +222,28 @@ def class_names(checkpoint: Mapping[str, Any], source: str) -> list[str]:
     return list(names)
 
 
-def trained_here(checkpoint: Mapping[str, Any]) -> bool:
-    """Whether a run of this repository made the weights, on images that it normalised its way.
+def flags_of_run(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Flags of the run that made a checkpoint, if it was one of this repository or DeiT's others.
 
-    timm's files of training have ``args``, too, but no ``model_name``; what was converted from
-    files of others has no ``args``.
+    None of timm's runs, whose files name their ``arch``, and of weights that say nothing of a run.
     """
-    return isinstance(checkpoint.get("args"), Mapping) and "model_name" in checkpoint
+    flags = checkpoint.get("args")
+    flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
+    return dict(flags) if isinstance(flags, Mapping) and "arch" not in checkpoint else None
+
+
+def normalization_of(checkpoint: Mapping[str, Any], config: Mapping[str, Any]) -> Normalization:
+    """Mean and deviation of the images that weights were trained on, for values from 0 to 1.
+
+    DeiT's runs have ImageNet's, whatever the model; other weights what timm says of the model.
+
+    Args:
+        checkpoint: The file's content; empty for timm's own weights.
+        config: The model's ``pretrained_cfg``.
+    """
+    if flags_of_run(checkpoint) is not None or not config.get("mean"):
+        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    return tuple(config["mean"]), tuple(config["std"])
 
 
 def to_own_names(state: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:

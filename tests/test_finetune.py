@@ -189,6 +189,16 @@ def test_from_run_to_run(trained, main):
     assert "class 0 of " in output and "is 'cat', that of the dataset is 'bird'" in output
 
 
+def test_weights_that_expect_other_images(trained, main):
+    *_, more, folder = trained
+    net = timm.create_model("test_vit", num_classes=5, img_size=32)
+    torch.save(net.state_dict(), folder / "timm.pth")
+    run = [*SMALL, "--model", "test_vit", "--data-path", more, "--epochs", 1]
+    status, output, errors = main(*run, "--finetune", folder / "timm.pth")
+    assert status == 0, errors
+    assert "timm.pth expects images of mean (0.5, 0.5, 0.5)" in output
+
+
 def test_what_a_recipe_holds_is_not_always_asked_for():
     model, args = "vgg11", flags("--drop-path", 0.1)  # which knows no drop_path_rate
     args.model, args.input_size = model, 32

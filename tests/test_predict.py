@@ -39,7 +39,7 @@ def network(num_classes, size, seed=0):
 def save(path, model, size, **more):
     kwargs = {"num_classes": model.num_classes, "img_size": size}
     content = {"model": model.state_dict(), "model_name": "test_vit", "input_size": size}
-    torch.save(content | {"model_kwargs": kwargs} | more, path)
+    torch.save(content | {"model_kwargs": kwargs, "args": {}} | more, path)
     return path
 
 

@@ -54,7 +54,7 @@ def test_what_a_run_says_of_its_images_is_kept(tmp_path, capsys):
         found = models.read_checkpoint(out)
         assert models.class_names(found, str(out)) == ["cat", "dog"]
         assert (found["input_size"], found["args"]) == (48, {"eval_crop_ratio": 0.9})
-        assert models.trained_here(found)
+        assert models.flags_of_run(found) is not None
     foreign = tmp_path / "foreign.safetensors"  # whose header may say anything
     safetensors.torch.save_file(source.state_dict(), foreign, metadata={"classes": "cat, dog"})
     with pytest.raises(models.CheckpointError, match="classes must be a list of names"):

@@ -1,6 +1,7 @@
 """tools.validate: scores, classes, and the networks that are evaluated."""
 
 import re
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -227,7 +228,7 @@ def test_imagenets_sets(names, outputs, call, tmp_path):
     flags += ["--csv", tmp_path / "rows.csv", "--per-class", tmp_path / "classes.csv"]
     assert call(*flags)[0] == 0
     outputs = outputs or [int(name) for name in names]
-    logits, targets, _ = logits_of(model, folder)
+    logits, targets, _ = logits_of(model, folder, plain=True)
     expected = formulas(logits[:, outputs], targets)
     assert 0 < expected["top1"] < 100
     agrees(read(tmp_path / "rows.csv")[0], expected)
@@ -342,6 +343,32 @@ def test_a_foreign_file_says_little(run, call, tmp_path):
     network = read_network(str(checkpoint), "test_vit")
     assert network.required["num_classes"] == 12
     assert network.classes is None
+
+
+def test_weights_of_others_get_images_as_they_expect(call, main, tmp_path):
+    model, checkpoint = random_vit(3), tmp_path / "plain.pth"
+    folder = write_images(tmp_path / "images", train=4, val=8, classes=("ant", "bee", "cat"))
+    logits, targets, _ = logits_of(model, folder / "val", plain=True)
+    expected = formulas(logits, targets)
+    assert expected["top1"] != formulas(*logits_of(model, folder / "val")[:2])["top1"]
+    words = ["--model", "test_vit", "--data-path", folder, "--input-size", SIZE]
+    evaluation = ["--eval", "--resume", checkpoint, "--num_workers", 0, *words]
+    for content in (
+        model.state_dict(),
+        {"state_dict": model.state_dict(), "arch": "t", "args": {}},
+    ):
+        torch.save(content, checkpoint)
+        assert call(checkpoint, *words, "--csv", tmp_path / "rows.csv")[0] == 0
+        agrees(read(tmp_path / "rows.csv")[0], expected)
+        _, output, _ = main(*evaluation)
+        assert f"expects: mean {(0.5,) * 3}, std {(0.5,) * 3}" in output
+        assert f"* Acc@1 {expected['top1']:.3f} " in output
+        assert float(re.search(r"loss ([\d.]+) on", output)[1]) == pytest.approx(
+            expected["nll"], abs=2e-3
+        )
+    torch.save({"model": model.state_dict(), "args": Namespace(lr=1.0)}, checkpoint)  # as DeiT's
+    _, output, _ = main(*evaluation)
+    assert f"* Acc@1 {formulas(*logits_of(model, folder / 'val')[:2])['top1']:.3f} " in output
 
 
 def test_pretrained_weights(call, tmp_path, monkeypatch):

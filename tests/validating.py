@@ -30,7 +30,7 @@ def save(path, model, ema=None, **more):
     num_classes = model.num_classes
     content = {"model": model.state_dict(), "model_ema": ema and ema.state_dict()}
     content |= {"model_name": "test_vit", "input_size": SIZE, "epoch": 3}
-    content |= {"model_kwargs": {"num_classes": num_classes, "img_size": SIZE}}
+    content |= {"model_kwargs": {"num_classes": num_classes, "img_size": SIZE}, "args": {}}
     torch.save(content | more, path)
     return path
 
@@ -66,13 +66,19 @@ def read(path):
         return list(csv.DictReader(file))
 
 
-def logits_of(model, folder):
-    """Float64 logits of the images of ``folder/CLASS``, targets in the order of names, paths."""
+def logits_of(model, folder, plain=False):
+    """Float64 logits of the images of ``folder/CLASS``, targets in the order of names, paths.
+
+    ``plain`` weights, which say nothing of their training, get images as timm says of test_vit.
+    """
     args = get_args_parser().parse_args(["--input-size", str(SIZE)])
     transform = datasets.build_transform(False, args)
     paths = sorted(folder.glob("*/*"))
     names = sorted({path.parent.name for path in paths})
     images = torch.stack([transform(load_image(path)) for path in paths]).double()
+    if plain:
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in datasets.NORMALIZATION)
+        images = (images * std + mean - 0.5) / 0.5
     with torch.inference_mode():
         logits = model.double()(images).numpy()
     model.float()

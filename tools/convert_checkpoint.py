@@ -73,8 +73,8 @@ def convert_classifier(
         content["classes"] = classes
     if size := args.input_size or checkpoint.get("input_size"):
         content["input_size"] = size
-    if models.trained_here(checkpoint):
-        content["args"] = {key: checkpoint["args"].get(key) for key in KEPT_FLAGS}
+    if (flags := models.flags_of_run(checkpoint)) is not None:
+        content["args"] = {key: flags.get(key) for key in KEPT_FLAGS}
     return report, content
 
 

@@ -7,7 +7,14 @@ from training.distillation import (
     learn_from_teacher,
 )
 from training.files import OutputError
-from training.network import Network, build_network, choose_precision, count_parameters, fused
+from training.network import (
+    Network,
+    build_network,
+    choose_precision,
+    count_parameters,
+    fused,
+    renormalized,
+)
 from training.output import CHECKPOINT, Output
 from training.resume import find_checkpoint, read_resume
 from training.run import Run
@@ -33,4 +40,5 @@ __all__ = [
     "fused",
     "learn_from_teacher",
     "read_resume",
+    "renormalized",
 ]

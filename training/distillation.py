@@ -13,7 +13,7 @@ import engine
 import models
 from configs import ConfigError
 from models.checkpoint import num_classes_of, state_dict_of
-from training.network import Normalization, Renormalized
+from training.network import renormalized
 from utils import log
 
 
@@ -92,7 +92,7 @@ def build_teacher(
     args: Namespace,
     num_classes: int,
     precision: engine.Precision,
-    normalization: Normalization,
+    normalization: models.Normalization,
 ) -> nn.Module:
     """The network of ``--teacher-path`` or, without one, timm's pretrained ``--teacher-model``.
 
@@ -137,9 +137,8 @@ def build_teacher(
     if path:
         log(f"teacher {name}: {models.load_weights(model, checkpoint, path)}")
     models.check_input_size(model, name, args.input_size)
-    if not models.trained_here(checkpoint):
-        cfg = model.pretrained_cfg
-        model = Renormalized(model, normalization, (cfg["mean"], cfg["std"]))
+    own = models.normalization_of(checkpoint, model.pretrained_cfg)
+    model = renormalized(model, normalization, own)
     precision.place(model)
     return model.eval().requires_grad_(False)
 

@@ -1,7 +1,7 @@
 """The network of a run: which model the flags and a checkpoint ask for, and how it computes."""
 
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,6 @@ import models
 from configs import get_args_parser, keyword_arguments
 from pipeline.images import DataError
 from utils import log
-
-Normalization = tuple[Sequence[float], Sequence[float]]  # means and deviations of channels
 
 
 def choose_model(
@@ -75,7 +73,7 @@ class Renormalized(nn.Module):
         own: Those of the model's training.
     """
 
-    def __init__(self, model: nn.Module, given: Normalization, own: Normalization):
+    def __init__(self, model: nn.Module, given: models.Normalization, own: models.Normalization):
         super().__init__()
         (mean, std), (own_mean, own_std) = (map(torch.tensor, pair) for pair in (given, own))
         self.model, self.num_classes = model, model.num_classes
@@ -85,6 +83,15 @@ class Renormalized(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images ``B C H W`` to what the model makes of them."""
         return self.model(torch.addcmul(self.shift, images, self.scale))
+
+
+def renormalized(
+    model: nn.Module, given: models.Normalization, own: models.Normalization
+) -> nn.Module:
+    """The model for images that are normalised as given; itself, if that is its own way."""
+    if given == own:
+        return model
+    return Renormalized(model, given, own).to(next(model.parameters()).device)
 
 
 def fused(model: nn.Module, name: str) -> nn.Module:

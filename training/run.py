@@ -13,6 +13,7 @@ import engine
 import models
 import utils
 from configs import Place
+from datasets import NORMALIZATION
 from samplers import RASampler
 from training import sharding
 from utils import log
@@ -191,6 +192,12 @@ class Run:
         checkpoint = models.read_checkpoint(path)
         others = (models.class_names(checkpoint, path) or self.classes) != self.classes
         self.load(checkpoint, path, new_head=True, other_classes=others)
+        mean, std = models.normalization_of(checkpoint, self.model.pretrained_cfg)
+        if (mean, std) != NORMALIZATION:
+            log(
+                f"warning: {path} expects images of mean {mean} and std {std}; in training they "
+                f"are normalised by {NORMALIZATION[0]} and {NORMALIZATION[1]}"
+            )
         wanted, exponent = self.args.qk_scale_factor, self.model_kwargs.get("qk_scale_factor")
         if wanted not in (None, exponent):
             log(

@@ -8,7 +8,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 import models
@@ -172,14 +171,12 @@ def load_source(args: argparse.Namespace, device: torch.device) -> Source:
         notes = [f"no --checkpoint: {name} has random weights"]
     model = model.to(device).eval().requires_grad_(False)
     _check_size(model, name, size)
-    trained_here = models.trained_here(checkpoint)
+    mean, std = models.normalization_of(checkpoint, model.pretrained_cfg)
     net = model
     if args.fuse and isinstance(model, Fusible):
         net = model.fuse()
     elif args.fuse:
         notes.append(f"{name} has no fuse(): exported as it is")
-    mean = IMAGENET_DEFAULT_MEAN if trained_here else config.mean
-    std = IMAGENET_DEFAULT_STD if trained_here else config.std
     if args.with_preprocessing:
         net, model = (Preprocessed(part, mean, std).to(device) for part in (net, model))
     return Source(
@@ -188,9 +185,9 @@ def load_source(args: argparse.Namespace, device: torch.device) -> Source:
         name=name,
         size=size,
         classes=tuple(models.class_names(checkpoint, str(args.checkpoint))),
-        mean=tuple(mean),
-        std=tuple(std),
-        short_side=_short_side(size, checkpoint.get("args")),
+        mean=mean,
+        std=std,
+        short_side=_short_side(size, models.flags_of_run(checkpoint) or {}),
         preprocessing=args.with_preprocessing,
         notes=tuple(notes),
     )

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+import datasets
 import engine
 import models
 from configs import ConfigError
 from tools.validate.classes import ClassMap, match_classes
 from tools.validate.networks import (
     Network,
-    for_our_images,
     pretrained_network,
     read_network,
     size_of,
 )
 from tools.validate.text import shown
-from training import choose_precision, fused
+from training import choose_precision, fused, renormalized
 
 
 @dataclass(frozen=True)
@@ -135,5 +135,6 @@ def _cases_at(
     for name in weights:
         network.load(model, name)
         net = fused(model, network.name) if args.fuse else model
-        net = for_our_images(network, net)
+        own = models.normalization_of(network.checkpoint, model.pretrained_cfg)
+        net = renormalized(net, datasets.NORMALIZATION, own)
         yield Case(network, name, at_size, engine.compiled(net, args.compile), precision)

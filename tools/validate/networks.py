@@ -7,13 +7,11 @@ from typing import Any
 
 import timm
 import torch
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 import datasets
 import models
 from models.checkpoint import num_classes_of, state_dict_of
-from training.network import Renormalized
 
 WEIGHTS = ("model", "ema")
 
@@ -154,16 +152,6 @@ def _classes_of(
             f"{path} has {len(names)} names of classes for {num_classes} outputs"
         )
     return tuple(names)
-
-
-def for_our_images(network: Network, net: nn.Module) -> nn.Module:
-    """``net`` for images as they are normalised here, also with timm's weights of other ones."""
-    config = getattr(net, "pretrained_cfg", None) or {}
-    trained = (tuple(config.get("mean", ())), tuple(config.get("std", ())))
-    ours = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    if network.checkpoint or not all(trained) or trained == ours:
-        return net
-    return Renormalized(net, ours, trained).to(next(net.parameters()).device)
 
 
 def size_of(network: Network, asked: int | None, args: Namespace) -> int:

@@ -2,7 +2,7 @@
 
 import difflib
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,8 +116,8 @@ def _from_file(path: str, args: Namespace) -> Subject:
         saved["img_size"] = size
     model, kwargs = models.build_model(name, required, saved)
     report = models.load_weights(model, checkpoint, path, ema=ema)
-    flags = checkpoint.get("args")
-    flags = flags if isinstance(flags, Mapping) else {}
+    flags = models.flags_of_run(checkpoint) or {}
+    mean, std = models.normalization_of(checkpoint, model.pretrained_cfg)
     epoch = checkpoint.get("epoch")
     return Subject(
         model=model.to(device_of(args)).eval(),
@@ -125,6 +125,8 @@ def _from_file(path: str, args: Namespace) -> Subject:
         label=f"{name}, {Path(path).name}{', EMA' if ema else ''}",
         epoch=epoch if isinstance(epoch, int) and not checkpoint.get("step") else None,
         size=_size(model, kwargs.get("img_size") if size is None else size),
+        mean=mean,
+        std=std,
         crop_ratio=flags.get("eval_crop_ratio") or EVAL_CROP_RATIO,
         resampled=bool(report.resampled),
     )
@@ -147,15 +149,15 @@ def _from_name(name: str, args: Namespace) -> Subject:
     else:
         torch.manual_seed(args.seed)
         model, kwargs = models.build_model(name, {}, optional)
-    config = getattr(model, "pretrained_cfg", None) or {}
-    own = args.pretrained and {key: tuple(config[key]) for key in ("mean", "std") if key in config}
+    mean, std = models.normalization_of({}, model.pretrained_cfg)
     return Subject(
         model=model.to(device_of(args)).eval(),
         name=name,
         label=f"{name}, {'pretrained' if args.pretrained else 'random weights'}",
         epoch=None,
         size=_size(model, kwargs.get("img_size") if args.input_size is None else args.input_size),
-        **own or {},
+        mean=mean,
+        std=std,
     )
 
 
