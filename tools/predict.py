@@ -25,8 +25,8 @@ import utils
 from configs import ConfigError, LaunchError, Place
 from configs.flags import Parser
 from pipeline.images import CorruptImageError, DataError, load_image
-from tools import files
-from tools.validate import command, flags, pictures
+from tools import command, files
+from tools.validate import flags, pictures
 from tools.validate.cases import Case, cases, check_sources
 from tools.validate.classes import (
     NUM_IMAGENET,

@@ -15,12 +15,12 @@ import sys
 from pathlib import Path
 
 import models
+from tools import command
 from tools.export.check import compare, speed
 from tools.export.formats import LOADERS, check_requirements, device_of, format_of, write
 from tools.export.source import ExportError, load_source
 from tools.files import check_outputs, check_writable, folder_beside
 from tools.flops.__main__ import positive
-from tools.validate import command
 from training.files import OutputError
 
 RUNTIMES = {"onnx": "onnxruntime", "exported": "torch.export", "aot": "AOTInductor"}

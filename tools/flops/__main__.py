@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import models
+from tools import command
 from tools.flops.counting import Request, Row, our_models, run, total
 from tools.flops.stages import by_stage
 from training import files
@@ -183,12 +184,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.input_size and len(args.input_size) > 2:
         parser.error("--input-size takes one or two numbers")
-    try:
-        report(args)
-    except (models.CheckpointError, models.ModelError, files.OutputError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    expected = (models.CheckpointError, models.ModelError, files.OutputError)
+    return command.run(lambda: report(args), expected)
 
 
 if __name__ == "__main__":

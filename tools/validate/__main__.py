@@ -15,8 +15,8 @@ import models
 import utils
 from configs import ConfigError, LaunchError, Place
 from configs.flags import Parser
-from tools import files
-from tools.validate import command, flags, imagenet_c, pictures, rows
+from tools import command, files
+from tools.validate import flags, imagenet_c, pictures, rows
 from tools.validate.cases import check_sources
 from tools.validate.classes import RULES
 from training import OutputError

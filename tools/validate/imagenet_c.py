@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from tools.validate import command, corruptions, tables
+from tools import command
+from tools.validate import corruptions, tables
 from tools.validate.cases import Case, again, cases
 from tools.validate.classes import NUM_IMAGENET
 from tools.validate.evaluate import evaluate

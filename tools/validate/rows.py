@@ -10,8 +10,8 @@ import torch
 
 from configs import ConfigError
 from pipeline.images import DataError
-from tools import files
-from tools.validate import command, pictures, real, tables
+from tools import command, files
+from tools.validate import pictures, real, tables
 from tools.validate.cases import Case, again, cases
 from tools.validate.classes import NUM_IMAGENET, ClassMap
 from tools.validate.evaluate import evaluate

@@ -11,6 +11,7 @@ from pathlib import Path
 from configs import ConfigError
 from models import CheckpointError, ModelError
 from pipeline.images import DataError
+from tools import command
 from tools.visualize import attention, curves, distances, features, gates, kernels, positions
 from tools.visualize.loading import VisualizeError
 from tools.visualize.saving import check_targets, save
@@ -58,17 +59,17 @@ def add_net_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=["cpu", "cuda"], help="cuda if present, if not given")
 
 
+def make(args: argparse.Namespace) -> None:
+    """Make and write one picture."""
+    check_targets(args)
+    picture = KINDS[args.kind].make(args)
+    print(*picture.notes, *save(picture, args.kind, args), sep="\n")
+
+
 def main(argv: list[str]) -> int:
     """Make one picture as the flags ``argv`` say; returns the exit status."""
     args = get_parser().parse_args(argv)
-    try:
-        check_targets(args)
-        picture = KINDS[args.kind].make(args)
-        print(*picture.notes, *save(picture, args.kind, args), sep="\n")
-    except EXPECTED_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return command.run(lambda: make(args), EXPECTED_ERRORS)
 
 
 if __name__ == "__main__":
