@@ -6,19 +6,12 @@ repository, also where timm has one of that name.
 
 from models import convit, fastvit, visformer, vit
 from models.backbone import Backbone, SwinVisformer, VisionBackbone, load_backbone
-from models.checkpoint import (
-    CheckpointError,
-    Normalization,
-    class_names,
-    flags_of_run,
-    load_checkpoint,
-    load_weights,
-    normalization_of,
-    read_checkpoint,
-)
+from models.checkpoint import load_checkpoint, load_weights, read_checkpoint
+from models.content import Normalization, class_names, flags_of_run, normalization_of
 from models.factory import ModelError, build_model, check_input_size
 from models.freezing import freeze_all_but_classifier, freeze_stages, rest_frozen
 from models.report import LoadReport
+from models.seal import CheckpointError
 
 __all__ = [
     "Backbone",

@@ -12,7 +12,7 @@ from torch import nn
 import engine
 import models
 from configs import ConfigError
-from models.checkpoint import num_classes_of, state_dict_of
+from models.content import num_classes_of, state_dict_of
 from training.network import renormalized
 from utils import log
 

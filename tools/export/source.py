@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import models
-from models.checkpoint import num_classes_of, state_dict_of
+from models.content import num_classes_of, state_dict_of
 from models.layers.fuse import Fusible
 
 PROJECT = "visformer"

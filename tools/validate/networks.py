@@ -11,7 +11,7 @@ from torch import nn
 
 import datasets
 import models
-from models.checkpoint import num_classes_of, state_dict_of
+from models.content import num_classes_of, state_dict_of
 
 WEIGHTS = ("model", "ema")
 

@@ -15,7 +15,7 @@ from torchvision import transforms
 
 import datasets
 import models
-from models.checkpoint import num_classes_of, state_dict_of
+from models.content import num_classes_of, state_dict_of
 from pipeline.images import DataError, load_image
 
 EVAL_CROP_RATIO = 0.875  # main.py's default
