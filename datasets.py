@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from timm.data import create_transform
 from timm.data.auto_augment import AugmentOp
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
@@ -20,7 +19,7 @@ from pipeline.fast import FastDataset, RawBatch, take_apart
 from pipeline.fetch import Cache
 from pipeline.finish import Feed, Finish, Move
 from pipeline.hub import open_hub
-from pipeline.images import CropLongSide, DataError, EnlargeTiny
+from pipeline.images import NORMALIZATION, CropLongSide, DataError, EnlargeTiny
 from pipeline.reference import AugmentedDataset, Batch
 from pipeline.shards import open_shards
 from pipeline.sources import Pixels, Source
@@ -30,7 +29,6 @@ from pipeline.transfer import open_cars, open_flowers, open_inat, open_inat2021,
 from pipeline.workers import settle_worker
 from samplers import EvalBatchSampler, RASampler
 
-NORMALIZATION = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)  # of images, by channel
 SMALL_SIZE = 32
 EVAL_BATCH_FACTOR = 1.5
 CPU = torch.device("cpu")

@@ -89,13 +89,14 @@ def test_an_export_that_is_stopped_leaves_nothing(number, status, vit, tmp_path)
     out.parent.mkdir()
     # the exporter stops where the folder is made and nothing is written yet
     script = f"""
-import os, sys, time
+import os, signal, sys, time
 from tools.export import formats
 from tools.export.__main__ import main
 def write(*_):
     print(os.listdir({str(out.parent)!r}), flush=True)
     time.sleep(60)
 formats.write_onnx = write
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 sys.exit(main({["--checkpoint", str(path), "--output", str(out), "--device", "cpu"]!r}))
 """
     with start_python("-c", script) as process:

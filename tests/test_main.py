@@ -260,8 +260,8 @@ def test_args_yaml_repeats_the_run(images, trained, tmp_path, main):
     [
         "--opt sgd --sched step --decay-epochs 1 --mixup 0 --std-aug --loader timm",
         "--mixup 0 --cutmix 0 --sched-on-updates --model-ema-force-cpu --augment-on device",
-        "--bce-loss --sched plateau --no-repeated-aug --ThreeAugment --amp --amp-dtype float16",
-        "--model test_vit --no-model-ema --unscale-lr --warmup-epochs 0 --no-dist-eval",
+        "--bce-loss --sched plateau --no-repeated-aug --ThreeAugment",
+        "--model test_vit --no-model-ema --unscale-lr --warmup-epochs 0 --no-dist-eval --amp",
         "--model resnet10t --mixup_mode elem --drop 0.1 --cutmix-minmax 0.2 0.8 --train_mode",
     ],
 )

@@ -13,7 +13,7 @@ import engine
 import models
 import utils
 from configs import Place
-from datasets import NORMALIZATION
+from pipeline.images import NORMALIZATION
 from samplers import RASampler
 from training import sharding
 from utils import log
