@@ -8,7 +8,7 @@ from models import convit, fastvit, visformer, vit
 from models.backbone import Backbone, SwinVisformer, VisionBackbone, load_backbone
 from models.checkpoint import load_checkpoint, load_weights, read_checkpoint
 from models.content import Normalization, class_names, flags_of_run, normalization_of
-from models.factory import ModelError, build_model, check_input_size
+from models.factory import ModelError, build_model, check_input_size, pretrained_config
 from models.freezing import freeze_all_but_classifier, freeze_stages, rest_frozen
 from models.report import LoadReport
 from models.seal import CheckpointError
@@ -33,6 +33,7 @@ __all__ = [
     "load_checkpoint",
     "load_weights",
     "normalization_of",
+    "pretrained_config",
     "read_checkpoint",
     "rest_frozen",
     "visformer",

@@ -7,11 +7,32 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import PretrainedCfg
 from torch import nn
 
 
 class ModelError(ValueError):
     """There is no such model, or it cannot be built or run as asked."""
+
+
+def _check_name(name: str) -> None:
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
+        hint = f"the nearest are {', '.join(near)}" if near else "timm.list_models() lists them"
+        raise ModelError(f"there is no model {name!r}; {hint}")
+
+
+def pretrained_config(name: str) -> PretrainedCfg | None:
+    """What timm says of the weights of a model's name, with a tag or without, if anything.
+
+    Raises:
+        ModelError: There is no such model (the nearest are named), or it has no such tag.
+    """
+    _check_name(name)
+    try:
+        return timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise ModelError(f"there is no model {name!r}: {error}") from error
 
 
 def build_model(
@@ -30,10 +51,7 @@ def build_model(
     Raises:
         ModelError: The name is unknown (the nearest are named), or an argument is refused.
     """
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
-        hint = f"the nearest are {', '.join(near)}" if near else "timm.list_models() lists them"
-        raise ModelError(f"there is no model {name!r}; {hint}")
+    _check_name(name)
     optional = dict(optional)
     while True:
         kwargs = {key: value for key, value in (optional | required).items() if value is not None}

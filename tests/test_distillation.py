@@ -146,7 +146,7 @@ def test_runs_with_a_teacher_and_goes_on(image_folder, teacher_file, tmp_path, m
         (["--distillation-type", "hard", "--teacher-model", "resnet18x"], "the nearest are"),
         (
             ["--distillation-type", "hard", "--teacher-model", "resnet18.none"],
-            "there is no teacher resnet18.none: ",
+            "there is no model 'resnet18.none': Invalid pretrained tag",
         ),
         (
             ["--distillation-type", "hard", "--teacher-model", "convit_tiny_plus"],

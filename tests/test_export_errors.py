@@ -23,6 +23,7 @@ from tools.export.__main__ import main
         (["--output", "out.pt2", "--opset", "20"], "--opset is for ONNX"),
         (["--output", "out.onnx"], "give --model NAME"),
         (["--output", "out.onnx", "--model", "test_vitt"], "the nearest are"),
+        (["--output", "out.onnx", "--model", "test_vit.x"], "there is no model 'test_vit.x'"),
         (["--output", "out.onnx", "--model", "test_vit", "--weights", "ema"], "needs --checkpoint"),
         (["--output", "out.onnx", "--checkpoint", "none.pth"], "cannot read checkpoint none.pth"),
         (["--output", "out.onnx", "--checkpoint", "plain.pth"], "does not say which model it is"),

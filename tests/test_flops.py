@@ -298,6 +298,7 @@ def test_checkpoints_say_what_they_are(tmp_path, capsys):
     ("words", "message"),
     [
         (["visformer_tinyy"], "the nearest are visformer_tiny"),
+        (["resnet18.x"], "there is no model 'resnet18.x': Invalid pretrained tag"),
         (["visformer_tiny", "--input-size", "50"], "must be multiples of 32, such as 64x64"),
         (["test_convnext", "--input-size", "1"], "test_convnext cannot take images of 1x1"),
         (["test_vit", "--fuse"], "test_vit has no fuse(); leave it out"),

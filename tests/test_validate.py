@@ -397,6 +397,8 @@ def test_pretrained_weights(call, tmp_path, monkeypatch):
     status, _, errors = call(*flags, "--weights", "ema")
     assert status == 1
     assert "no moving average" in errors
+    status, _, errors = call("--model", "test_vit.x", "--pretrained")
+    assert (status, "there is no model 'test_vit.x'" in errors) == (1, True)
 
     def fail(name, **kwargs):
         raise OSError("no route\nto the Hub")

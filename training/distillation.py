@@ -4,7 +4,6 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import NamedTuple
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -144,13 +143,13 @@ def build_teacher(
 
 
 def _pretrained_classes(name: str) -> int:
-    """How many classes timm's weights of a model know."""
-    if not timm.is_model(name):
-        models.build_model(name, {}, {})  # says which names are near
-    try:
-        cfg = timm.get_pretrained_cfg(name)
-    except RuntimeError as error:  # the tag behind the name is unknown
-        raise ConfigError(f"there is no teacher {name}: {error}") from error
+    """How many classes timm's weights of a model know.
+
+    Raises:
+        ConfigError: timm has none.
+        ModelError: It does not know the model.
+    """
+    cfg = models.pretrained_config(name)
     if cfg is None or not cfg.has_weights:
         raise ConfigError(f"timm has no weights of teacher {name}: give --teacher-path CHECKPOINT")
     return cfg.num_classes

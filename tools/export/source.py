@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 
@@ -156,7 +155,7 @@ def load_source(args: argparse.Namespace, device: torch.device) -> Source:
     required = _kwargs(args, checkpoint, name)
     saved = checkpoint.get("input_size")
     size = args.input_size or (saved and (saved, saved))
-    config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    config = models.pretrained_config(name)
     native = config and tuple(config.input_size[-2:])
     size = tuple(size) if size else native
     if args.input_size:

@@ -214,7 +214,7 @@ class Request:
             required.setdefault("num_classes", num_classes_of(state, self.name))
             side = content.get("input_size")
             size = size or (side and (side, side))
-        native = timm.is_model(self.name) and timm.get_pretrained_cfg(self.name)
+        native = models.pretrained_config(self.name)
         native = tuple(native.input_size[-2:]) if native else None
         optional = {} if size in (None, native) else {"img_size": size}
         if self.size is not None:

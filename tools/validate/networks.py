@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 
@@ -112,7 +111,7 @@ def read_network(path: str, model: str | None = None, exponent: float | None = N
 
 def pretrained_network(name: str) -> Network:
     """The network that timm has weights for."""
-    config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    config = models.pretrained_config(name)
     size = config.input_size[-1] if config else None
     return Network(f"timm's weights of {name}", name, {}, input_size=size)
 
