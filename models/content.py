@@ -96,11 +96,12 @@ def class_names(checkpoint: Mapping[str, Any], source: str) -> list[str]:
 
 
 def flags_of_run(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Flags of the run that made a checkpoint, if it was one of this repository or DeiT's others.
+    """Flags of the run that made a checkpoint, if it was of this repository, of DeiT or its kin.
 
-    None of timm's runs, whose files name their ``arch``, and of weights that say nothing of a run.
+    Of MindCV's runs, whose files hold none, an empty dict; None of timm's runs, whose files name
+    their ``arch``, and of weights that say nothing of a run.
     """
-    flags = checkpoint.get("args")
+    flags = {} if "mindspore" in checkpoint else checkpoint.get("args")
     flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
     return dict(flags) if isinstance(flags, Mapping) and "arch" not in checkpoint else None
 
@@ -108,7 +109,8 @@ def flags_of_run(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
 def normalization_of(checkpoint: Mapping[str, Any], config: Mapping[str, Any]) -> Normalization:
     """Mean and deviation of the images that weights were trained on, for values from 0 to 1.
 
-    DeiT's runs have ImageNet's, whatever the model; other weights what timm says of the model.
+    Runs with :func:`flags_of_run` have ImageNet's, whatever the model; other weights have what
+    timm says of the model.
 
     Args:
         checkpoint: The file's content; empty for timm's own weights.

@@ -17,7 +17,7 @@ import timm
 import torch
 
 import utils
-from models import CheckpointError, load_checkpoint, read_checkpoint
+from models import CheckpointError, load_checkpoint, normalization_of, read_checkpoint
 from training import files
 
 
@@ -263,3 +263,20 @@ def test_optimizer_of_other_shapes_is_refused():
         utils.restore_optimizer(optimizer(3), optimizer(4).state_dict(), "x.pth")
     with pytest.raises(CheckpointError, match="does not fit"):
         utils.restore_optimizer(optimizer(3), {"state": {}, "param_groups": []}, "x.pth")
+
+
+@pytest.mark.parametrize(
+    ("content", "is_imagenets"),
+    [
+        ({"args": {"lr": 1.0}, "model_name": "vit"}, True),  # of this repository
+        ({"args": argparse.Namespace(lr=1.0)}, True),  # of DeiT
+        ({"mindspore": {"head.weight": torch.zeros(2)}}, True),  # of MindCV
+        ({"args": argparse.Namespace(lr=1.0), "arch": "vit"}, False),  # of timm
+        ({"state_dict": {}}, False),
+        ({}, False),
+    ],
+)
+def test_images_that_weights_were_trained_on(content, is_imagenets):
+    own = (0.5, 0.4, 0.3), (0.5, 0.6, 0.7)
+    found = normalization_of(content, {"mean": list(own[0]), "std": list(own[1])})
+    assert found == (((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) if is_imagenets else own)
