@@ -26,7 +26,6 @@ def image_folder(root):
     for name in ("a.b.jpg", "a_b.jpg", "a_b.PNG", "é 1.webp", "n" * 150 + ".jpg"):
         picture.save(root / "train" / "dog" / name)
     return root
-    return root
 
 
 def content(shards):

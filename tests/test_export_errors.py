@@ -101,7 +101,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 sys.exit(main({["--checkpoint", str(path), "--output", str(out), "--device", "cpu"]!r}))
 """
     with start_python("-c", script) as process:
-        while "export-" not in (line := process.stdout.readline()):
+        while "unfinished-" not in (line := process.stdout.readline()):
             assert line, process.stderr.read()
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)

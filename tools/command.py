@@ -2,13 +2,21 @@
 
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import utils
-from tools.validate.text import shown
 from training import OutputError
+
+CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+SURROGATES = re.compile("[\ud800-\udfff]")  # what Python makes of bytes that are not UTF-8
+
+
+def shown(value: object) -> str:
+    """A text in one line that can be printed: control characters as spaces, odd bytes as �."""
+    return SURROGATES.sub("�", CONTROLS.sub(" ", str(value)))
 
 
 def run(command: Callable[[], int | None], expected: tuple[type[Exception], ...]) -> int:

@@ -96,7 +96,7 @@ def folder_beside(path: Path) -> Iterator[Path]:
 
     before = signal.signal(signal.SIGTERM, end)
     try:
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=path.parent) as folder:
             yield Path(folder)
     finally:
         signal.signal(signal.SIGTERM, before)

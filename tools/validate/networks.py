@@ -97,7 +97,9 @@ def read_network(path: str, model: str | None = None, exponent: float | None = N
         raise models.ModelError(f"{path} does not say which model it is: give --model NAME")
     saved = checkpoint.get("model_kwargs")
     saved = dict(saved) if isinstance(saved, Mapping) and name == named else {}
-    num_classes = saved.get("num_classes") or _rows_of_classifier(checkpoint, path, name)
+    num_classes = saved.get("num_classes")
+    if not num_classes:
+        num_classes = num_classes_of(next(iter(_states(checkpoint, path).values())), name)
     required = {"num_classes": num_classes}
     required["qk_scale_factor"] = saved.get("qk_scale_factor", exponent)
     size = checkpoint.get("input_size")
@@ -133,11 +135,6 @@ def _states(
     if not found:
         raise errors[0]
     return found
-
-
-def _rows_of_classifier(checkpoint: Mapping[str, Any], path: str, name: str) -> int | None:
-    """Classes of the weights, or None where the classifier is not recognised."""
-    return num_classes_of(next(iter(_states(checkpoint, path).values())), name)
 
 
 def _classes_of(

@@ -1,19 +1,12 @@
 """Names of files and classes as tables and pictures show them."""
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from tools.command import shown
 from tools.validate.classes import synonyms
 
-CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-SURROGATES = re.compile("[\ud800-\udfff]")  # what Python makes of bytes that are not UTF-8
 NAME_WIDTH = 24
-
-
-def shown(value: object) -> str:
-    """A text in one line that can be printed: control characters as spaces, odd bytes as �."""
-    return SURROGATES.sub("�", CONTROLS.sub(" ", str(value)))
 
 
 def shortened(text: str, width: int) -> str:
