@@ -16,17 +16,23 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from pipeline.fast import FastDataset, RawBatch, take_apart
-from pipeline.fetch import Cache
-from pipeline.finish import Feed, Finish, Move
-from pipeline.hub import open_hub
 from pipeline.images import NORMALIZATION, CropLongSide, DataError, EnlargeTiny
+from pipeline.prefetch import BatchFinalizer, Prefetcher, ToDevice
 from pipeline.reference import AugmentedDataset, Batch
-from pipeline.shards import open_shards
-from pipeline.sources import Pixels, Source
-from pipeline.standard import open_cifar10, open_cifar100, open_digits, open_image_folder
-from pipeline.subset import share_of
-from pipeline.transfer import open_cars, open_flowers, open_inat, open_inat2021, open_pets
-from pipeline.workers import settle_worker
+from pipeline.sources.base import Pixels, Source
+from pipeline.sources.download import Cache
+from pipeline.sources.fine_grained import (
+    open_cars,
+    open_flowers,
+    open_inat,
+    open_inat2021,
+    open_pets,
+)
+from pipeline.sources.folder import open_cifar10, open_cifar100, open_digits, open_image_folder
+from pipeline.sources.hf_datasets import open_hub
+from pipeline.sources.shards import open_shards
+from pipeline.sources.subset import share_of
+from pipeline.workers import worker_init_fn
 from samplers import EvalBatchSampler, RASampler
 
 SMALL_SIZE = 32
@@ -268,7 +274,7 @@ def resized(source: Pixels, resize: transforms.Resize, size: int) -> Pixels:
 
 def _loader_options(args: Namespace) -> dict:
     return {
-        "worker_init_fn": settle_worker,
+        "worker_init_fn": worker_init_fn,
         "num_workers": args.num_workers,
         "pin_memory": args.pin_mem and torch.cuda.is_available(),
         "persistent_workers": args.num_workers > 0,
@@ -324,13 +330,13 @@ def build_eval_loader(
     return DataLoader(dataset, batch_sampler=sampler, **_loader_options(args))
 
 
-def build_feed(
+def build_prefetcher(
     loader: DataLoader,
     args: Namespace,
     device: torch.device = CPU,
     dtype: torch.dtype = torch.float32,
     memory_format: torch.memory_format = torch.contiguous_format,
-) -> Feed:
+) -> Prefetcher:
     """Batches of a loader of these functions as the network takes them.
 
     Args:
@@ -341,7 +347,7 @@ def build_feed(
     """
     dataset = loader.dataset
     if isinstance(dataset, AugmentedDataset):
-        return Feed(loader, Move(device, dtype, memory_format), device)
+        return Prefetcher(loader, ToDevice(device, dtype, memory_format), device)
     resident = torch.from_numpy(dataset.source.pixels) if dataset.resident else None
-    finish = Finish(dataset.recipe, device, dtype, memory_format, args.remode, resident)
-    return Feed(loader, finish, device)
+    finish = BatchFinalizer(dataset.recipe, device, dtype, memory_format, args.remode, resident)
+    return Prefetcher(loader, finish, device)

@@ -24,26 +24,13 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from models import rest_frozen
-from utils import random_state, set_random_state, sum_over_processes
+from utils import UserError, random_state, set_random_state, sum_over_processes
 
-SETTLING_STEPS = 3  # of a distributed model; one more than PyTorch is seen to need
+DDP_WARM_UP_STEPS = 3  # of a distributed model; one more than PyTorch is seen to need
 REFERENCE_BATCH = 512  # the batch that --lr is meant for
 # PyTorch's own; fused, they also take the gradient scaler's verdict without a device sync
 FUSED_OPTIMIZERS = ("adamw", "adam", "sgd", "momentum")
 FUSED_SHARDED_OPTIMIZERS = ("adamw", "adam")
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss became infinite or not a number."""
-
-
-class NoImagesError(RuntimeError):
-    """An evaluation set has not a single image that can be decoded."""
-
-
-class SettingError(ValueError):
-    """Flags of the training do not go together."""
 
 
 @dataclass
@@ -120,7 +107,7 @@ def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim
     the classifier is of the last block, which BEiT's code counts with the classifier.
 
     Raises:
-        SettingError: There is no such optimizer, or it does not take its flags; the model does not
+        UserError: There is no such optimizer, or it does not take its flags; the model does not
             say what its layers are.
     """
     options = {"eps": args.opt_eps, "betas": args.opt_betas, "layer_decay": args.layer_decay}
@@ -137,10 +124,10 @@ def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim
             **{key: value for key, value in options.items() if value is not None},
         )
     except ValueError as error:
-        raise SettingError(f"cannot build optimizer --opt {args.opt}: {error}") from error
+        raise UserError(f"cannot build optimizer --opt {args.opt}: {error}") from error
     if args.layer_decay not in (None, 1) and not hasattr(model, "group_matcher"):
         name = type(model).__name__
-        raise SettingError(f"{name} does not say what its layers are: leave --layer-decay out")
+        raise UserError(f"{name} does not say what its layers are: leave --layer-decay out")
     return optimizer
 
 
@@ -155,7 +142,7 @@ def build_scheduler(
     """timm's schedule named ``--sched`` over ``--epochs``.
 
     Raises:
-        SettingError: There is no such schedule, or it does not take its flags.
+        UserError: There is no such schedule, or it does not take its flags.
     """
     try:
         scheduler, _ = create_scheduler_v2(
@@ -177,9 +164,9 @@ def build_scheduler(
             updates_per_epoch=updates_per_epoch,
         )
     except ValueError as error:
-        raise SettingError(f"cannot build schedule --sched {args.sched}: {error}") from error
+        raise UserError(f"cannot build schedule --sched {args.sched}: {error}") from error
     if scheduler is None:  # what older versions of timm make of a name that they do not know
-        raise SettingError(f"--sched {args.sched} is no schedule of timm's, as cosine or step")
+        raise UserError(f"--sched {args.sched} is no schedule of timm's, as cosine or step")
     return scheduler
 
 
@@ -207,12 +194,12 @@ def build_mixup(args: Namespace, num_classes: int) -> Mixup | None:
     """Mixup and cutmix as flagged, or None where both are off.
 
     Raises:
-        SettingError: The batch size is odd, so that images cannot be paired.
+        UserError: The batch size is odd, so that images cannot be paired.
     """
     if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
         return None
     if args.batch_size % 2:
-        raise SettingError(
+        raise UserError(
             f"--batch-size {args.batch_size} must be even with mixup or cutmix, which pair images; "
             f"--mixup 0 --cutmix 0 turns them off"
         )
@@ -360,7 +347,7 @@ def train_one_epoch(
     mixup_fn: Mixup | None = None,
     lr_scheduler: Scheduler | None = None,
     accum_iter: int = 1,
-    set_training_mode: bool = True,
+    set_training_mode: Callable[[nn.Module], object] = nn.Module.train,
     log_interval: int = 50,
     report: Callable[[int, float, float, float], None] = lambda step, loss, lr, rate: None,
     max_nonfinite: int = 10,
@@ -383,7 +370,8 @@ def train_one_epoch(
         mixup_fn: Mixes a batch on the device.
         lr_scheduler: For schedules that step per update.
         accum_iter: Batches per optimizer step.
-        set_training_mode: Off leaves the model as in evaluation (DeiT's ``--no-train-mode``).
+        set_training_mode: Puts the model into training mode; what it leaves in evaluation mode
+            stays so (frozen parts, DeiT's ``--no-train-mode``).
         log_interval: Steps between calls of ``report``, the only ones that wait for the device.
         report: Receives (steps done, mean loss so far, learning rate, images per second), the
             latter two of this process.
@@ -399,11 +387,10 @@ def train_one_epoch(
         out. None if ``after_update`` asked to leave.
 
     Raises:
-        NonFiniteLossError: The loss was infinite or not a number too often, noticed at the next
+        UserError: The loss was infinite or not a number too often, noticed at the next
             reading, or once, outside of float16, noticed at the end of the epoch.
     """
-    model.train(set_training_mode)
-    rest_frozen(model)
+    set_training_mode(model)
     meter = Meter(device) if meter is None else meter
     steps = meter.steps + len(data_loader)
     updates = epoch * -(-steps // accum_iter) + -(-meter.steps // accum_iter)
@@ -470,7 +457,7 @@ def train_one_epoch(
 def check_finite(
     meter: Meter, limit: int, epoch: int, precision: Precision, model: nn.Module
 ) -> None:
-    """Raise NonFiniteLossError, naming all that bears on it, after ``limit`` bad losses in a row.
+    """Raise UserError, naming all that bears on it, after ``limit`` bad losses in a row.
 
     Waits for nothing: it goes by the meter's last reading.
     """
@@ -479,7 +466,7 @@ def check_finite(
     exponent = getattr(unwrap(model), "qk_scale_factor", None)
     step = meter.steps - 1 if meter.bad_step < 0 else meter.bad_step
     row = f"in {meter.bad_in_row} steps in a row" if meter.bad_in_row else "on another process"
-    raise NonFiniteLossError(
+    raise UserError(
         f"the loss is not finite at epoch {epoch}, step {step}, {row} (learning rate "
         f"{meter.lr:.3g}, computed in {precision}, query/key pre-scale exponent {exponent}); the "
         f"last checkpoint is kept. A lower --lr, --clip-grad 1, --amp-dtype bfloat16 or "
@@ -510,7 +497,7 @@ def distribute(
     )
 
 
-def settle(model: nn.Module, precision: Precision, batch_size: int, input_size: int) -> None:
+def warm_up_ddp(model: nn.Module, precision: Precision, batch_size: int, input_size: int) -> None:
     """Let a distributed model find the order of exchanging gradients, by steps for nothing.
 
     DistributedDataParallel regroups gradients after its first backward passes, and groups decide
@@ -523,7 +510,7 @@ def settle(model: nn.Module, precision: Precision, batch_size: int, input_size: 
     model.train()
     size = (batch_size, 3, input_size, input_size)
     images = precision.move(torch.zeros(size, dtype=precision.dtype or torch.float32))
-    for _ in range(SETTLING_STEPS):
+    for _ in range(DDP_WARM_UP_STEPS):
         with precision.autocast():
             output = model(images)
         outputs = output if isinstance(output, tuple) else (output,)  # of a student of a teacher
@@ -585,7 +572,7 @@ def evaluate(
         files left out, and the ``messages`` about those met by this process.
 
     Raises:
-        NoImagesError: There was not a single sound image.
+        UserError: There was not a single sound image.
     """
     precision = precision or Precision(device)
     model.eval()
@@ -621,7 +608,7 @@ def evaluate(
         totals = sum_over_processes(totals, device)
     hits1, hits5, images_seen, corrupt_seen, loss_sum, broken_off = totals.tolist()
     if not images_seen and not broken_off:
-        raise NoImagesError(f"nothing to evaluate: {corrupt_seen:.0f} corrupt images, no sound one")
+        raise UserError(f"nothing to evaluate: {corrupt_seen:.0f} corrupt images, no sound one")
     images_seen = max(images_seen, 1)
     return {
         "acc1": 100 * hits1 / images_seen,

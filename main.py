@@ -14,41 +14,23 @@ import datasets
 import engine
 import models
 import utils
-from configs import ConfigError, LaunchError, Place, parse_args
-from pipeline.finish import Feed
-from samplers import Draw
-from training import (
+from pipeline.prefetch import Prefetcher
+from samplers import SampleIndex
+from training import launch
+from training.distillation import (
     DistillationLoss,
-    Evaluation,
-    Network,
-    Output,
-    OutputError,
-    ProcessError,
-    Run,
-    Taught,
-    Trainer,
-    build_network,
+    TeacherTargets,
     build_teacher,
-    count_parameters,
-    fused,
     learn_from_teacher,
-    read_resume,
-    renormalized,
 )
-from utils import log
-
-EXPECTED_ERRORS = (
-    ConfigError,
-    datasets.DataError,
-    engine.NoImagesError,
-    engine.NonFiniteLossError,
-    engine.SettingError,
-    models.CheckpointError,
-    models.ModelError,
-    LaunchError,
-    ProcessError,
-    OutputError,
-)
+from training.flags import parse_args
+from training.launch import DistInfo
+from training.network import Network, build_network, count_parameters, fused, renormalized
+from training.output import Output
+from training.resume import read_resume
+from training.run_state import RunState
+from training.trainer import Evaluation, Trainer
+from utils import UserError, log
 
 
 def choose_input_size(args: Namespace, checkpoint: Mapping[str, Any], source: str) -> int:
@@ -72,7 +54,7 @@ def compare_classes(checkpoint: Mapping[str, Any], source: str, names: Sequence[
         )
 
 
-def run(args: Namespace, given: set[str], place: Place, device: torch.device) -> int:
+def run(args: Namespace, given: set[str], place: DistInfo, device: torch.device) -> int:
     """One run: build what evaluation and training share, then do either; the exit status."""
     found = "found" if device.type == "cuda" else "not found"
     why = "" if args.device else f" (CUDA {found})"
@@ -94,7 +76,7 @@ def run(args: Namespace, given: set[str], place: Place, device: torch.device) ->
         eval_loader = datasets.build_eval_loader(eval_set, args, *part)
         network = build_network(args, given, checkpoint, source, num_classes, device)
         placement = (device, torch.float32, network.precision.memory_format)
-        eval_feed = datasets.build_feed(eval_loader, args, *placement)
+        eval_feed = datasets.build_prefetcher(eval_loader, args, *placement)
         evaluation = Evaluation(args, eval_feed, network.precision, group)
         if args.eval:
             return evaluate(args, network, evaluation, checkpoint, source)
@@ -131,7 +113,7 @@ def train(
     network: Network,
     evaluation: Evaluation,
     resumed: tuple[Mapping[str, Any], str],
-    place: Place,
+    place: DistInfo,
     output: Output,
     group: dist.ProcessGroup | None,
 ) -> int:
@@ -144,12 +126,12 @@ def train(
         )
     train_loader = datasets.build_train_loader(train_set, args, place.world_size, place.rank)
     placement = (device, precision.dtype or torch.float32, precision.memory_format)
-    train_feed = datasets.build_feed(train_loader, args, *placement)
+    train_feed = datasets.build_prefetcher(train_loader, args, *placement)
     mixup_fn = engine.build_mixup(args, num_classes)
     criterion = engine.build_criterion(args, mixup_fn, num_classes)
     if args.distillation_type != "none":
         teacher = build_teacher(args, num_classes, precision, datasets.NORMALIZATION)
-        mixup_fn = Taught(engine.compiled(teacher, args.compile), mixup_fn, precision)
+        mixup_fn = TeacherTargets(engine.compiled(teacher, args.compile), mixup_fn, precision)
         weights = (args.distillation_type, args.distillation_alpha, args.distillation_tau)
         criterion = DistillationLoss(criterion, *weights)
         learn_from_teacher(network.model)
@@ -160,7 +142,7 @@ def train(
     log(f"training on {len(train_set)} images{share}")
     n_parameters = count_parameters(network.model)
     updates = -(-len(train_loader) // args.accum_iter)
-    state = Run(
+    state = RunState(
         *(args, network.model, network.name, network.kwargs, precision, lr, updates),
         *(train_loader.sampler, place, group, train_set.classes),
     )
@@ -172,7 +154,7 @@ def train(
     elif args.finetune:
         state.finetune(args.finetune)
     elif args.linear_probe or args.freeze_stages is not None:
-        raise ConfigError(
+        raise UserError(
             f"{args.output_dir} holds no checkpoint to resume, and what --linear-probe and "
             f"--freeze-stages keep would be random: give --finetune CHECKPOINT"
         )
@@ -184,22 +166,22 @@ def train(
     return trainer.train(n_parameters)
 
 
-def example_images(feed: Feed, num_images: int, count: int = 32) -> torch.Tensor:
+def example_images(feed: Prefetcher, num_images: int, count: int = 32) -> torch.Tensor:
     """A picture of augmented training images, spread over the classes."""
-    images = feed.batch([Draw(i * num_images // count) for i in range(count)]).images
+    images = feed.batch([SampleIndex(i * num_images // count) for i in range(count)]).images
     return make_grid(datasets.denormalize(images.float().cpu()), nrow=8)
 
 
 def start(argv: list[str]) -> int:
     """Run with the flags ``argv``; returns the exit status."""
     args, given = parse_args(argv)
-    with utils.process_group(args) as (place, device):
+    with launch.process_group(args) as (place, device):
         return run(args, given, place, device)
 
 
 def main(argv: list[str]) -> int:
     """Run with the flags ``argv``; returns the exit status."""
-    return utils.exit_status(lambda: start(argv), EXPECTED_ERRORS, utils.RESUMES)
+    return launch.run_program(lambda: start(argv), launch.RESUMES)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch.utils.data import Sampler
 WINDOW = 16
 
 
-class Draw(int):
+class SampleIndex(int):
     """Index of an image that also says which draw of it this is.
 
     The augmentation of a sample is seeded by (run seed, epoch, index, copy), so that it
@@ -28,7 +28,7 @@ class Draw(int):
     epoch: int
     copy: int
 
-    def __new__(cls, index: int, epoch: int = 0, copy: int = 0) -> "Draw":
+    def __new__(cls, index: int, epoch: int = 0, copy: int = 0) -> "SampleIndex":
         draw = super().__new__(cls, index)
         draw.epoch, draw.copy = epoch, copy
         return draw
@@ -91,7 +91,7 @@ class Deck:
         replicas = self.num_replicas
         return max(2 * replicas, self.batch_size * replicas // self.num_repeats)
 
-    def samples(self, epoch: int) -> Iterator[Draw]:
+    def samples(self, epoch: int) -> Iterator[SampleIndex]:
         """The samples of an epoch in their order."""
         images, block_size = self._images(epoch), self._block_size()
         starts = list(range(0, len(images), block_size))
@@ -99,7 +99,7 @@ class Deck:
             starts.pop()  # a short last block would put copies side by side
         stops = [*starts[1:], len(images)]
         samples = (
-            Draw(image, epoch, copy)
+            SampleIndex(image, epoch, copy)
             for start, stop in zip(starts, stops, strict=True)
             for copy in range(self.num_repeats)
             for image in images[start:stop]
@@ -107,7 +107,7 @@ class Deck:
         return islice(samples, len(self))
 
 
-class RASampler(Sampler[Draw]):
+class RASampler(Sampler[SampleIndex]):
     """Repeated augmentation over the ranks of a distributed run.
 
     An epoch has about as many samples as the dataset has images, but only
@@ -211,7 +211,7 @@ class RASampler(Sampler[Draw]):
         """Batches, of this size on this number of ranks, that what has been dealt comes to."""
         return self.dealt // (self.batch_size * self.num_replicas)
 
-    def __iter__(self) -> Iterator[Draw]:
+    def __iter__(self) -> Iterator[SampleIndex]:
         stop = self.dealt + len(self) * self.num_replicas
         samples = self._deck.samples(self.epoch)
         return islice(samples, self.dealt + self.rank, stop, self.num_replicas)

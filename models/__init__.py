@@ -5,13 +5,13 @@ repository, also where timm has one of that name.
 """
 
 from models import convit, fastvit, visformer, vit
-from models.backbone import Backbone, SwinVisformer, VisionBackbone, load_backbone
-from models.checkpoint import load_checkpoint, load_weights, read_checkpoint
-from models.content import Normalization, class_names, flags_of_run, normalization_of
-from models.factory import ModelError, build_model, check_input_size, pretrained_config
-from models.freezing import freeze_all_but_classifier, freeze_stages, rest_frozen
-from models.report import LoadReport
-from models.seal import CheckpointError
+from models.checkpoint.apply import load_checkpoint, load_weights, read_checkpoint
+from models.checkpoint.contents import Normalization, class_names, flags_of_run, normalization_of
+from models.checkpoint.report import LoadReport
+from models.detection_backbone import Backbone, SwinVisformer, VisionBackbone, load_backbone
+from models.errors import CheckpointError, ModelError
+from models.factory import build_model, check_input_size, pretrained_config
+from models.freezing import freeze_all_but_classifier, freeze_stages, set_training_mode
 
 __all__ = [
     "Backbone",
@@ -35,7 +35,7 @@ __all__ = [
     "normalization_of",
     "pretrained_config",
     "read_checkpoint",
-    "rest_frozen",
+    "set_training_mode",
     "visformer",
     "vit",
 ]

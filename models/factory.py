@@ -10,9 +10,7 @@ import torch
 from timm.models import PretrainedCfg
 from torch import nn
 
-
-class ModelError(ValueError):
-    """There is no such model, or it cannot be built or run as asked."""
+from models.errors import ModelError
 
 
 def _check_name(name: str) -> None:

@@ -3,7 +3,7 @@
 from timm.models._manipulate import group_with_matcher
 from torch import nn
 
-from models.factory import ModelError
+from models.errors import ModelError
 
 
 def freeze_stages(model: nn.Module, stages: int) -> None:
@@ -60,8 +60,12 @@ def is_frozen(module: nn.Module) -> bool:
     return bool(parameters) and not any(p.requires_grad for p in parameters)
 
 
-def rest_frozen(model: nn.Module) -> None:
-    """Put what is frozen into evaluation mode: without dropout, its statistics as they are."""
+def set_training_mode(model: nn.Module, mode: bool = True) -> None:
+    """Set training or evaluation mode; frozen modules stay in evaluation mode.
+
+    They compute without dropout, and their BatchNorm statistics stay as they are.
+    """
+    model.train(mode)
     for module in model.modules():
         if is_frozen(module):
             module.eval()

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from models import Backbone, CheckpointError, read_checkpoint
-from models.backbone import checkpoint_filter_fn
+from models.detection_backbone import checkpoint_filter_fn
 
 DTYPES = ("float64", "float32", "int64", "int32", "bool")
 NUMPY_CORES = ("core", "_core")  # of numpy 1 and 2, which read each other's files

@@ -16,7 +16,7 @@ from torchvision.ops import box_convert, clip_boxes_to_image
 from torchvision.transforms.functional import pil_to_tensor
 
 from pipeline.images import DataError, load_image
-from samplers import Draw, EvalBatchSampler, RASampler, mix_seed
+from samplers import EvalBatchSampler, RASampler, SampleIndex, mix_seed
 
 MIN_SIDE = 1.0  # pixels; smaller boxes are slips of annotation
 POLYGON = 6  # numbers of the smallest polygon, a triangle
@@ -203,7 +203,7 @@ class CocoDataset(Dataset):
         folder: Where ``file_name`` begins.
         labels: Class of each category id, from 1; 0 is the background.
         is_train: Give targets, and mirror half of the images when drawn by a
-            :class:`samplers.Draw`.
+            :class:`samplers.SampleIndex`.
         seed: Seed of the run.
     """
 
@@ -235,7 +235,7 @@ class CocoDataset(Dataset):
         if not self.is_train:
             return image, {"image_id": entry["id"]}
         target = self.target(entry)
-        if isinstance(index, Draw):
+        if isinstance(index, SampleIndex):
             numbers = random.Random(mix_seed(self.seed, index.epoch, index, index.copy))
             if numbers.random() < 0.5:
                 return mirrored(image, target)

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.layers import set_fused_attention
 from object_detection import recipe, runtime
-from object_detection.runtime import ConfigError
+from utils import UserError
 
 PROPOSALS, MASKS = 1000, 100
 PARTS = ("backbone", "neck", "rpn_head", "roi_head")
@@ -30,11 +30,11 @@ def count(model: nn.Module, width: int, height: int) -> dict[str, float]:
         width, height: Of the image in pixels.
 
     Raises:
-        ConfigError: It has other parts.
+        UserError: It has other parts.
     """
     missing = [part for part in PARTS if not hasattr(model, part)]
     if missing:
-        raise ConfigError(f"{type(model).__name__} has no {missing[0]}: two stages are counted")
+        raise UserError(f"{type(model).__name__} has no {missing[0]}: two stages are counted")
     model.eval().to("meta")
     set_fused_attention(model, False)  # not every fused kernel is counted
     image = torch.zeros(1, 3, height, width, device="meta")

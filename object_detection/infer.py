@@ -16,7 +16,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from models import CheckpointError
 from object_detection import checkpoints, recipe, runtime
-from object_detection.runtime import ConfigError
+from utils import UserError
 
 COLOURS = ("red", "lime", "blue", "yellow", "magenta", "cyan", "orange", "purple")
 
@@ -27,7 +27,7 @@ def read_image(path: str) -> Image.Image:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except OSError as error:  # Pillow's own errors among them
-        raise ConfigError(f"cannot read image {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot read image {path}: {error.strerror or error}") from error
 
 
 def class_names(checkpoint: dict[str, Any], number: int) -> list[str]:
@@ -107,7 +107,7 @@ def infer(args: argparse.Namespace) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         draw(image, found, names).save(out, format="PNG")
     except OSError as error:
-        raise ConfigError(f"cannot write {out}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
     print(f"{len(found)} object(s) drawn into {out}")
 
 

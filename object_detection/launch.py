@@ -9,7 +9,7 @@ import torch
 
 from models import CheckpointError
 from object_detection import checkpoints, recipe, runtime
-from object_detection.runtime import ConfigError
+from utils import UserError
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -40,7 +40,7 @@ def prepare(args: argparse.Namespace, amp: bool | None = None) -> "Config":
     if changes := recipe.adapt_to_machine(config, amp):
         runtime.say(f"no CUDA: {', '.join(changes)}")
     if args.launcher == "pytorch" and "RANK" not in os.environ:
-        raise ConfigError("--launcher pytorch needs processes that torchrun started")
+        raise UserError("--launcher pytorch needs processes that torchrun started")
     if args.launcher != "none" and not torch.cuda.is_available():
         _join_on_cpu(config)
     return config
@@ -49,7 +49,7 @@ def prepare(args: argparse.Namespace, amp: bool | None = None) -> "Config":
 def _join_on_cpu(config: "Config") -> None:
     """Join processes of a machine without GPUs, of which mmengine would take some."""
     if config.launcher != "pytorch":
-        raise ConfigError("without a GPU, several processes are started by torchrun alone")
+        raise UserError("without a GPU, several processes are started by torchrun alone")
     torch.distributed.init_process_group("gloo")
     config.model_wrapper_cfg = {
         "type": "MMDistributedDataParallel",
@@ -67,7 +67,7 @@ def build_runner(config: "Config", path: str, evaluating: bool = False) -> "Runn
         evaluating: A checkpoint must hold the whole detector, as it must to resume.
 
     Raises:
-        ConfigError, ModelError: mmengine or mmdet cannot build what the config asks for.
+        UserError, ModelError: mmengine or mmdet cannot build what the config asks for.
     """
     from mmengine.hooks import Hook
     from mmengine.runner import Runner
@@ -98,7 +98,7 @@ def load_data(runner: "Runner", split: str, path: str) -> None:
     """Build the loop of ``split`` (train, val or test) with its dataset.
 
     Raises:
-        ConfigError: The dataset cannot be built, is empty, or is not of the heads' classes.
+        UserError: The dataset cannot be built, is empty, or is not of the heads' classes.
     """
     settings = (runner.cfg.get(f"{split}_dataloader") or {}).get("dataset") or {}
     file = os.path.join(settings.get("data_root") or "", settings.get("ann_file") or "")
@@ -110,13 +110,13 @@ def load_data(runner: "Runner", split: str, path: str) -> None:
     except runtime.REFUSALS as error:
         # an empty list is the first thing that mmengine stumbles on
         reason = empty if "at least one array" in str(error) else runtime.last_line(error)
-        raise ConfigError(f"{path} cannot load {file or split}: {reason}") from error
+        raise UserError(f"{path} cannot load {file or split}: {reason}") from error
     if len(dataset) == 0:
-        raise ConfigError(f"{path} cannot load {file or split}: {empty}")
+        raise UserError(f"{path} cannot load {file or split}: {empty}")
     classes = dataset.metainfo.get("classes", ())
     known = runtime.number_of_classes(getattr(runner.model, "module", runner.model))
     if known != len(classes):
-        raise ConfigError(
+        raise UserError(
             f"{path}: the data has {len(classes)} classes, and the heads know {known}: set "
             f"num_classes"
         )

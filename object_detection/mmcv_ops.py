@@ -20,11 +20,13 @@ from typing import Any, NoReturn
 import torch
 import torchvision  # first: imported within a trace, its operators could not be registered
 
+from utils import UserError
+
 NAME = "mmcv._ext"
 AVERAGE = 1  # mmcv's number of the mode
 
 
-class MissingOperatorError(NotImplementedError):
+class MissingOperatorError(UserError, NotImplementedError):
     """An operator of mmcv was called that torchvision has not."""
 
 

@@ -5,9 +5,9 @@ from argparse import BooleanOptionalAction as OnOff
 from argparse import Namespace
 from collections.abc import Sequence
 
-from configs import ConfigError
-from configs.flags import Parser, add_processes, flags_of, usable_cpus
 from object_detection.mask_rcnn import CHANNELS, MAX_SIZE, MIN_SIZE
+from training.flags import Parser, add_processes, flags_of, usable_cpus
+from utils import UserError
 
 MODEL = "swin_visformer_small_v2"
 WARMUP_ITERS = 500
@@ -92,17 +92,17 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     """Parse a command line.
 
     Raises:
-        ConfigError: A flag is out of range, or flags contradict each other.
+        UserError: A flag is out of range, or flags contradict each other.
     """
     args = get_args_parser().parse_args(argv)
     for name in ("batch_size", "epochs", "log_interval", "limit"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {value} must be positive")
+            raise UserError(f"--{name.replace('_', '-')} {value} must be positive")
     if not args.data_path:
-        raise ConfigError("--data-path FOLDER is needed, of data in COCO's format")
+        raise UserError("--data-path FOLDER is needed, of data in COCO's format")
     if args.resume == "auto" and not args.output_dir:
-        raise ConfigError("--resume auto looks into --output_dir, which is not given")
+        raise UserError("--resume auto looks into --output_dir, which is not given")
     if args.eval and not args.resume:
-        raise ConfigError("--eval needs --resume CHECKPOINT")
+        raise UserError("--eval needs --resume CHECKPOINT")
     return args

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from object_detection.runtime import REFUSALS, ConfigError, last_line
+from object_detection.runtime import REFUSALS, last_line
+from utils import UserError
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -58,16 +59,16 @@ def read_config(path: str, options: Sequence[str] = (), data_root: str | None = 
         data_root: Takes the place of the config's ``data_root`` wherever it occurs.
 
     Raises:
-        ConfigError: The file cannot be read, or an option is none of its values.
+        UserError: The file cannot be read, or an option is none of its values.
     """
     from mmengine.config import Config
 
     if not Path(path).is_file():
-        raise ConfigError(f"there is no config {path}")
+        raise UserError(f"there is no config {path}")
     try:
         config = Config.fromfile(path)
     except Exception as error:  # whatever the executed file raises
-        raise ConfigError(f"cannot read config {path}: {last_line(error)}") from error
+        raise UserError(f"cannot read config {path}: {last_line(error)}") from error
     changes = parse_options(options, config)
     data_root = changes.pop("data_root", data_root)
     if data_root is not None:
@@ -75,9 +76,9 @@ def read_config(path: str, options: Sequence[str] = (), data_root: str | None = 
     try:
         config.merge_from_dict(changes)
     except (*REFUSALS, IndexError) as error:
-        raise ConfigError(f"--cfg-options do not fit {path}: {last_line(error)}") from error
+        raise UserError(f"--cfg-options do not fit {path}: {last_line(error)}") from error
     if "model" not in config:
-        raise ConfigError(f"{path} has no model")
+        raise UserError(f"{path} has no model")
     return config
 
 
@@ -90,14 +91,14 @@ def parse_options(options: Sequence[str], config: "Config") -> dict[str, Any]:
     for option in options:
         name, equals, _ = option.partition("=")
         if not equals:
-            raise ConfigError(f"--cfg-options {option} is not of the form KEY=VALUE")
+            raise UserError(f"--cfg-options {option} is not of the form KEY=VALUE")
         if name.split(".")[0] not in known:
-            raise ConfigError(f"--cfg-options {option}: the config has no {name.split('.')[0]}")
+            raise UserError(f"--cfg-options {option}: the config has no {name.split('.')[0]}")
     parsed = argparse.Namespace(changes={})
     try:
         DictAction(["--cfg-options"], "changes")(None, parsed, options)
     except AssertionError as error:
-        raise ConfigError(f"--cfg-options: {error}") from error
+        raise UserError(f"--cfg-options: {error}") from error
     return parsed.changes
 
 
@@ -105,7 +106,7 @@ def replace_root(config: "Config", root: str) -> None:
     """Replace the config's ``data_root`` in every path that begins with it."""
     old = config.get("data_root")
     if not old:
-        raise ConfigError("the config has no data_root that could be replaced")
+        raise UserError("the config has no data_root that could be replaced")
     root = os.path.join(root, "")
 
     def replaced(value: Any) -> Any:

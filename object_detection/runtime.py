@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from models import CheckpointError, ModelError
+from models import ModelError
 from object_detection import checkpoints
-from object_detection.mmcv_ops import MissingOperatorError
-from utils import fail
+from training.launch import fail
+from utils import UserError
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -28,44 +28,29 @@ REFUSALS = (KeyError, TypeError, ValueError, AttributeError, AssertionError, Run
 DATA = ("/torch/utils/data/", "/mmdet/datasets/", "/mmengine/dataset/", "/pycocotools/")
 
 
-class SetupError(RuntimeError):
-    """mmdet is missing, or not of a version that runs."""
-
-
-class ConfigError(ValueError):
-    """A config, an option or the data that it names is wrong."""
-
-
-EXPECTED_ERRORS = (
-    SetupError,
-    ConfigError,
-    CheckpointError,
-    ModelError,
-    MissingOperatorError,
-    OSError,
-)
+EXPECTED_ERRORS = (UserError, ModelError, OSError)
 
 
 def load_mmdet() -> None:
     """Import mmdet with all its parts and this repository's backbones.
 
     Raises:
-        SetupError: It is missing, or not of a version that runs; the message says what is needed.
+        UserError: It is missing, or not of a version that runs; the message says what is needed.
     """
     for name in ("mmengine", "mmcv", "mmdet"):
         if importlib.util.find_spec(name) is None:
-            raise SetupError(f"{name} is not installed: {INSTALL}")
+            raise UserError(f"{name} is not installed: {INSTALL}")
     try:
         version = importlib.import_module("mmdet").__version__
         if not version.startswith("3."):
-            raise SetupError(f"mmdet {version} is installed, and 3 is needed: {INSTALL}")
+            raise UserError(f"mmdet {version} is installed, and 3 is needed: {INSTALL}")
         # what it says meanwhile is about parts that are not used here
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             importlib.import_module("mmdet.utils").register_all_modules(init_default_scope=True)
         importlib.import_module("object_detection.mmdet_backbones")
     except (ImportError, AssertionError) as error:
-        raise SetupError(f"mmdet cannot be imported ({last_line(error)}): {INSTALL}") from error
+        raise UserError(f"mmdet cannot be imported ({last_line(error)}): {INSTALL}") from error
     checkpoints.install_loader()
 
 
@@ -73,32 +58,32 @@ def choose_device(name: str | None) -> torch.device:
     """The device of that name; if none is given, a GPU where there is one.
 
     Raises:
-        ConfigError: There is no such device here.
+        UserError: There is no such device here.
     """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {name}: {last_line(error)}") from error
+        raise UserError(f"--device {name}: {last_line(error)}") from error
     return device
 
 
 @contextlib.contextmanager
 def understood(what: str) -> Iterator[None]:
-    """Turn what mmengine and mmdet raise for a wrong config into a ConfigError."""
+    """Turn what mmengine and mmdet raise for a wrong config into a UserError."""
     try:
         yield
     except EXPECTED_ERRORS:
         raise
     except REFUSALS as error:
-        raise ConfigError(f"{what}: {last_line(error)}") from error
+        raise UserError(f"{what}: {last_line(error)}") from error
 
 
 def build_model(config: "Config", path: str) -> "nn.Module":
     """The detector of a config, on the CPU, with SyncBN as BatchNorm.
 
     Raises:
-        ConfigError, ModelError: mmdet cannot build it.
+        UserError, ModelError: mmdet cannot build it.
     """
     from mmdet.registry import MODELS
     from mmengine.model import revert_sync_batchnorm
@@ -110,11 +95,11 @@ def build_model(config: "Config", path: str) -> "nn.Module":
 
 
 def check_channels(model: "nn.Module") -> None:
-    """Raise ConfigError if a detector's pyramid expects other channels than its backbone gives."""
+    """Raise UserError if a detector's pyramid expects other channels than its backbone gives."""
     given = getattr(getattr(model, "backbone", None), "num_features", None)
     expected = getattr(getattr(model, "neck", None), "in_channels", given)
     if isinstance(given, list) and list(expected) != given:
-        raise ConfigError(f"model.neck.in_channels is {expected}, and the backbone gives {given}")
+        raise UserError(f"model.neck.in_channels is {expected}, and the backbone gives {given}")
 
 
 def say(message: str) -> None:
@@ -127,7 +112,7 @@ def number_of_classes(model: "nn.Module") -> int:
     """Classes that a detector's heads know.
 
     Raises:
-        ConfigError: It has no heads, or they disagree.
+        UserError: It has no heads, or they disagree.
     """
     heads = getattr(model, "roi_head", None) or getattr(model, "bbox_head", None)
     found = (
@@ -136,7 +121,7 @@ def number_of_classes(model: "nn.Module") -> int:
         else set()
     )
     if len(found) != 1:
-        raise ConfigError(f"the heads of {type(model).__name__} know {sorted(found)} classes")
+        raise UserError(f"the heads of {type(model).__name__} know {sorted(found)} classes")
     return found.pop()
 
 

@@ -19,15 +19,16 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.models.detection import MaskRCNN
 
-import datasets
 import engine
 import models
 import utils
-from configs import ConfigError, LaunchError, Place
 from object_detection import coco, coco_evaluation
 from object_detection.mask_rcnn import CHANNELS, MAX_SIZE, MIN_SIZE, build_mask_rcnn
 from object_detection.rcnn_flags import MODEL, WARMUP_ITERS, parse_args
-from training import Output, OutputError, read_resume
+from training import launch, progress, run_state
+from training.launch import DistInfo
+from training.output import Output
+from training.resume import read_resume
 from utils import log
 
 __all__ = ["build_mask_rcnn", "main"]
@@ -35,16 +36,6 @@ __all__ = ["build_mask_rcnn", "main"]
 WARMUP_START = 0.001  # of the learning rate
 MAX_NONFINITE = 10
 DECAYS = (8, 11)  # twelfths of the training after which the learning rate falls to a tenth
-
-EXPECTED_ERRORS = (
-    ConfigError,
-    datasets.DataError,
-    engine.NonFiniteLossError,
-    LaunchError,
-    models.CheckpointError,
-    models.ModelError,
-    OutputError,
-)
 
 
 def lr_factor(update: int, updates: int, warmup: int) -> float:
@@ -69,7 +60,7 @@ def build_optimizer(model: MaskRCNN, lr: float, weight_decay: float) -> torch.op
 
 def train_one_epoch(
     model: nn.Module,
-    loader: utils.Progress,
+    loader: progress.Progress,
     optimizer: torch.optim.Optimizer,
     lr_of: Callable[[int], float],
     precision: engine.Precision,
@@ -94,7 +85,7 @@ def train_one_epoch(
         ``images_per_second`` over all processes.
 
     Raises:
-        engine.NonFiniteLossError: The loss is infinite or not a number, in float16 ten times in
+        UserError: The loss is infinite or not a number, in float16 ten times in
             a row: the loss scaler leaves out the updates of such steps.
     """
     model.train()
@@ -178,7 +169,7 @@ class Run:
     def restore(self, checkpoint: Mapping[str, Any], source: str) -> None:
         """Continue from a checkpoint."""
         log(str(models.load_weights(self.model, checkpoint, source)))
-        utils.restore_optimizer(self.optimizer, checkpoint["optimizer"], source)
+        run_state.restore_optimizer(self.optimizer, checkpoint["optimizer"], source)
         if checkpoint["scaler"]:  # empty unless the run used float16
             self.precision.scaler.load_state_dict(checkpoint["scaler"])
         self.epoch, self.best_ap = checkpoint["epoch"], checkpoint["best_ap"]
@@ -285,7 +276,7 @@ def evaluate(
     return stats
 
 
-def run(args: Namespace, place: Place, device: torch.device) -> None:
+def run(args: Namespace, place: DistInfo, device: torch.device) -> None:
     """One run: build everything, then evaluate or train."""
     log(f"device {device}, {place.world_size} process(es) started by {place.launcher}")
     coco.require_pycocotools()
@@ -298,7 +289,7 @@ def run(args: Namespace, place: Place, device: torch.device) -> None:
 def run_in(
     output: Output,
     args: Namespace,
-    place: Place,
+    place: DistInfo,
     device: torch.device,
     group: dist.ProcessGroup | None,
 ) -> None:
@@ -353,7 +344,7 @@ def train_epochs(
     output: Output,
     train_loader: DataLoader,
     val_loader: DataLoader,
-    place: Place,
+    place: DistInfo,
     n_parameters: int,
 ) -> None:
     """Epochs up to ``--epochs`` or ``--stop-epoch``, each trained, evaluated, logged and saved."""
@@ -377,7 +368,7 @@ def train_epochs(
         train_loader.sampler.set_epoch(epoch)
         train_stats = train_one_epoch(
             wrapped,
-            utils.Progress(train_loader, epoch, stop, place.world_size),
+            progress.Progress(train_loader, epoch, stop, place.world_size),
             state.optimizer,
             lambda update: args.lr * lr_factor(update, args.epochs * steps, warmup),
             precision,
@@ -404,13 +395,13 @@ def train_epochs(
 def start(argv: list[str]) -> None:
     """Run with the flags ``argv``."""
     args = parse_args(argv)
-    with utils.process_group(args) as (place, device):
+    with launch.process_group(args) as (place, device):
         run(args, place, device)
 
 
 def main(argv: list[str]) -> int:
     """Run with the flags ``argv``; returns the exit status."""
-    return utils.exit_status(lambda: start(argv), EXPECTED_ERRORS, utils.RESUMES)
+    return launch.run_program(lambda: start(argv), launch.RESUMES)
 
 
 if __name__ == "__main__":

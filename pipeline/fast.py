@@ -1,7 +1,7 @@
 """The host's share of a batch: images are read, cropped and resized, and the rest is drawn.
 
 What is drawn, from the very numbers that the transforms of timm would draw, is done on the device
-(:mod:`pipeline.finish`), in most cases for the whole batch at once.
+(:mod:`pipeline.prefetch`), in most cases for the whole batch at once.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolatio
 from torch.utils.data import get_worker_info
 from torchvision import transforms
 
-from pipeline import host
-from pipeline.draws import (
+from pipeline import augment_host
+from pipeline.augment_ops import (
     ENCODED,
     Box,
     ErasingRecorder,
@@ -31,11 +31,11 @@ from pipeline.draws import (
     UnsupportedPolicy,
     encode,
 )
+from pipeline.crop import Header, decode_crop, is_readable, read_header
 from pipeline.images import EnlargeTiny
-from pipeline.jpeg import Header, decode_crop, is_readable, read_header
 from pipeline.reference import LabelledImages, kept_random_numbers
-from pipeline.sources import Encoded, Pixels, Source
-from samplers import Draw, mix_seed
+from pipeline.sources.base import Encoded, Pixels, Source
+from samplers import SampleIndex, mix_seed
 
 TO_TENSOR = (MaybeToTensor, transforms.ToTensor)
 SIZING = (  # the last of these gives an image the size of the input
@@ -119,7 +119,7 @@ class RawBatch(NamedTuple):
         corrupt: Messages of the corrupt files met.
         flips: ``B``, whether still to be mirrored; or None.
         offsets: ``B 2``, top and left of the crop of a padded image; or None.
-        operations: ``B S 8``, see :func:`pipeline.draws.encode`; S is 0 where all are done.
+        operations: ``B S 8``, see :func:`pipeline.augment_ops.encode`; S is 0 where all are done.
         boxes: ``B K 4``, top, left, height and width of what is erased; zeros for nothing.
         encoded: JPEGs that are to be decoded on the device, one after the other; or None.
         crops: ``B 6``: length of the JPEG (0 for an image of ``images``), top, left, height and
@@ -195,7 +195,7 @@ class FastDataset(LabelledImages):
         sound = [(drawn, target) for drawn, target, _ in found if drawn is not None]
         targets = torch.tensor([target for _, target in sound], dtype=torch.long)
         first = indices[0]
-        is_drawn = isinstance(first, Draw)
+        is_drawn = isinstance(first, SampleIndex)
         seed = mix_seed(self.seed, first.epoch, first, first.copy) if is_drawn else 0
         return self._stack([drawn for drawn, _ in sound], targets, corrupt, seed)
 
@@ -247,7 +247,7 @@ class FastDataset(LabelledImages):
             pixels = torch.from_numpy(pixels).flip(1).numpy()  # several times as fast as NumPy
         operations = recipe.policy.draw() if recipe.policy else []
         if self.augment and operations:
-            pixels, operations = host.apply(pixels, operations, recipe.policy.fill), []
+            pixels, operations = augment_host.apply(pixels, operations, recipe.policy.fill), []
         if recipe.others:
             pixels = np.array(_apply(recipe.others, Image.fromarray(pixels)))
         boxes = recipe.erasing.draw() if recipe.erasing else []

@@ -11,6 +11,8 @@ from PIL import Image, UnidentifiedImageError
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms
 
+from utils import UserError
+
 NORMALIZATION = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)  # of images, by channel
 MAX_ASPECT = 8
 # Pillow also reads formats that it recognises by guesswork, or by calling Ghostscript.
@@ -18,7 +20,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000",
 GREY_OF_16_BITS = ((np.arange(2**16) + 128) // 257).astype(np.uint8)  # 0..65535 to 0..255
 
 
-class DataError(RuntimeError):
+class DataError(UserError):
     """The data cannot be used as given; the message names the path and what would be right."""
 
 

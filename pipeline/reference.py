@@ -11,8 +11,8 @@ from PIL import Image
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from pipeline.images import CorruptImageError, DataError
-from pipeline.sources import Source
-from samplers import Draw, mix_seed
+from pipeline.sources.base import Source
+from samplers import SampleIndex, mix_seed
 
 Found = TypeVar("Found")
 
@@ -42,7 +42,7 @@ class LabelledImages(Dataset):
     Args:
         source: The images.
         is_train: Whether these are training images.
-        seed: Seed of the run; with a :class:`Draw` as index, each draw has its own numbers.
+        seed: Seed of the run; with a :class:`SampleIndex` as index, each draw has its own numbers.
         skip_corrupt: Instead of raising, replace a corrupt training image by the next sound
             one of its class, and leave a corrupt evaluation image out; both are reported.
     """
@@ -76,7 +76,7 @@ class LabelledImages(Dataset):
         corrupt: tuple[str, ...] = ()
         for candidate in self._candidates(int(index)):
             try:
-                if isinstance(index, Draw):
+                if isinstance(index, SampleIndex):
                     seed_generators(mix_seed(self.seed, index.epoch, index, index.copy))
                 return read(candidate), int(self.targets[candidate]), corrupt
             except CorruptImageError as error:

@@ -16,7 +16,7 @@ def die_with_parent(number: int) -> None:
             os.kill(os.getpid(), number)
 
 
-def settle_worker(worker: int) -> None:
+def worker_init_fn(worker: int) -> None:
     """Leave signals to the process that this loader process works for, and die with it.
 
     A terminal, Slurm and torchrun send what asks a run to stop to all of its processes, and the

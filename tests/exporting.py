@@ -16,7 +16,7 @@ CLASSES = ["ant", "bee", "cat", "dog", "elk", "fox"]
 VIT = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32}
 
 
-def settle(model, size):
+def warm_up_ddp(model, size):
     """Statistics as after training: without them, deep nets amplify rounding."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
@@ -31,7 +31,7 @@ def save(path, name, kwargs, size, **extra):
     """A checkpoint as training writes it; returns the model."""
     torch.manual_seed(0)
     kwargs = {"num_classes": len(CLASSES), **kwargs}
-    model = settle(timm.create_model(name, **kwargs), size)
+    model = warm_up_ddp(timm.create_model(name, **kwargs), size)
     content = {
         "model": model.state_dict(),
         "model_name": name,

@@ -16,8 +16,8 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from datasets import keep_posterize_possible
-from pipeline import batched, host
-from pipeline.draws import (
+from pipeline import augment_device, augment_host
+from pipeline.augment_ops import (
     ENCODED,
     ErasingRecorder,
     Kind,
@@ -104,7 +104,7 @@ def check_host(found, expected, operations):
 
     An operation after that may make more of a unit: equalize, most.
     """
-    large = expected.shape[0] * expected.shape[1] >= host.SLIDE_PIXELS
+    large = expected.shape[0] * expected.shape[1] >= augment_host.SLIDE_PIXELS
     if not large or not any(operation.kind == Kind.AFFINE for operation in operations):
         return np.testing.assert_array_equal(found, expected, str(operations))
     difference = np.abs(found.astype(int) - expected)
@@ -125,12 +125,12 @@ def check_policy(policy, images, seeds):
         seed_all(seed)
         operations = recorder.draw()
         assert states() == after
-        check_host(host.apply(source, operations, recorder.fill), wanted, operations)
+        check_host(augment_host.apply(source, operations, recorder.fill), wanted, operations)
         sources.append(source)
         expected.append(wanted)
         drawn.append(operations)
     encoded = np.stack([encode(operations, recorder.slots) for operations in drawn])
-    batch = batched.augment(to_batch(sources), torch.from_numpy(encoded), recorder.fill)
+    batch = augment_device.augment(to_batch(sources), torch.from_numpy(encoded), recorder.fill)
     np.testing.assert_array_equal(from_batch(batch), np.stack(expected))
     return {kind for operations in drawn for kind, *_ in operations}
 
@@ -232,10 +232,10 @@ def test_each_operation_is_pillows(pixels):
     operations = [*geometric(width, height), *pointwise()]
     encoded = np.stack([encode([operation], 2) for operation in operations])
     batch = to_batch([pixels] * len(operations))
-    result = from_batch(batched.augment(batch, torch.from_numpy(encoded), FILL))
+    result = from_batch(augment_device.augment(batch, torch.from_numpy(encoded), FILL))
     for operation, image in zip(operations, result, strict=True):
         expected = by_pillow(pixels, operation)
-        applied = host.apply(pixels, [operation], FILL)
+        applied = augment_host.apply(pixels, [operation], FILL)
         check_host(applied, expected, [operation])
         np.testing.assert_array_equal(image, expected, str(operation))
     assert torch.equal(batch, to_batch([pixels] * len(operations)))  # not changed
@@ -255,15 +255,15 @@ def test_any_memory_format_and_no_operation():
     images = to_batch([pixels_of(33, 20, seed) for seed in range(3)])
     operations = [[], [Operation(Kind.INVERT)], [Operation(Kind.SHARPNESS, (1.9,))]]
     encoded = torch.from_numpy(np.stack([encode(draw, 2) for draw in operations]))
-    result = batched.augment(images, encoded, FILL)
-    assert torch.equal(result, batched.augment(images.contiguous(), encoded, FILL))
+    result = augment_device.augment(images, encoded, FILL)
+    assert torch.equal(result, augment_device.augment(images.contiguous(), encoded, FILL))
     assert torch.equal(result[0], images[0])
     assert torch.equal(result[1], 255 - images[1])
     assert result.is_contiguous(memory_format=torch.channels_last)
     with pytest.raises(ValueError, match="must be 3 S 8, not"):
-        batched.augment(images, encoded[:2], FILL)
+        augment_device.augment(images, encoded[:2], FILL)
     with pytest.raises(ValueError, match="on the host, not on meta"):
-        batched.augment(images, encoded.to("meta"), FILL)
+        augment_device.augment(images, encoded.to("meta"), FILL)
 
 
 def test_encoding():
@@ -344,7 +344,7 @@ def test_boxes_are_those_of_timm(mode, counts, is_batch):
     assert random.getstate() == after
     assert erasing.device == "cpu"
     generator = torch.Generator().manual_seed(0)
-    result = batched.erase(images, to_tensor(draws, recorder.slots), mode, generator)
+    result = augment_device.erase(images, to_tensor(draws, recorder.slots), mode, generator)
     assert result is images
     assert torch.equal(result != 7, expected != 7)
     assert 0.3 < (result != 7).flatten(1).any(1).float().mean() < 0.7
@@ -356,7 +356,7 @@ def test_noise_of_pixels_is_normal_and_independent():
     images = torch.full((32, 3, 30, 50), 7.0)
     boxes = to_tensor([[(5, 10, 20, 30)]] * 32, 1)
     generator = torch.Generator().manual_seed(0)
-    result = batched.erase(images.clone(), boxes, "pixel", generator)
+    result = augment_device.erase(images.clone(), boxes, "pixel", generator)
     noise = result[:, :, 5:25, 10:40]
     assert (result == 7).sum() == images.numel() - noise.numel()
     assert abs(noise.mean()) < 0.02
@@ -365,15 +365,15 @@ def test_noise_of_pixels_is_normal_and_independent():
     assert noise.flatten().unique().numel() > 0.98 * noise.numel()
     correlations = torch.corrcoef(noise.flatten(1))
     assert correlations.triu(1).abs().max() < 0.12  # 1800 numbers each
-    assert not torch.equal(result, batched.erase(images.clone(), boxes, "pixel", generator))
-    again = batched.erase(images.clone(), boxes, "pixel", generator.manual_seed(0))
+    assert not torch.equal(result, augment_device.erase(images.clone(), boxes, "pixel", generator))
+    again = augment_device.erase(images.clone(), boxes, "pixel", generator.manual_seed(0))
     assert torch.equal(result, again)
 
 
 def test_noise_of_boxes_is_one_colour_each_and_later_boxes_lie_over_earlier_ones():
     images = torch.full((2000, 3, 6, 9), 7.0)
     boxes = to_tensor([[(0, 0, 4, 6), (2, 3, 4, 6)]] * 2000, 2)
-    result = batched.erase(images, boxes, "rand", torch.Generator().manual_seed(0))
+    result = augment_device.erase(images, boxes, "rand", torch.Generator().manual_seed(0))
     first, second = result[:, :, 0, 0], result[:, :, 5, 8]
     assert (result[:, :, 2:, 3:] == second[:, :, None, None]).all()
     assert (result[:, :, :2, :6] == first[:, :, None, None]).all()
@@ -383,18 +383,18 @@ def test_noise_of_boxes_is_one_colour_each_and_later_boxes_lie_over_earlier_ones
     assert (colours.std(0) - 1).abs().max() < 0.1
     assert torch.corrcoef(colours.T).triu(1).abs().max() < 0.1
     with pytest.raises(ValueError, match="'noise' is none of pixel, rand, const"):
-        batched.erase(images, boxes, "noise")
+        augment_device.erase(images, boxes, "noise")
 
 
 def test_crop_and_flip_are_torchvisions():
     images = to_batch([pixels_of(33, 20, seed) for seed in range(9)])
     offsets = torch.tensor([(0, 0), (8, 8), (4, 4), (0, 8), (3, 5), (8, 1), (7, 7), (2, 0), (4, 3)])
-    crops = batched.crop_padded(images, offsets, 4)
+    crops = augment_device.crop_padded(images, offsets, 4)
     for image, (top, left), crop in zip(images, offsets.tolist(), crops, strict=True):
         expected = functional.crop(functional.pad(image, 4), top, left, 20, 33)
         assert torch.equal(crop, expected)
     mask = torch.arange(9) % 2 == 0
-    flipped = batched.flip(images, mask)
+    flipped = augment_device.flip(images, mask)
     assert torch.equal(flipped[mask], functional.hflip(images[mask]))
     assert torch.equal(flipped[~mask], images[~mask])
 
@@ -409,11 +409,13 @@ def test_the_device_does_the_same_and_is_not_waited_for():
     moved = batch.cuda()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        augmented = batched.augment(moved, encoded, FILL)
-        cropped = batched.flip(batched.crop_padded(moved, offsets, 4), torch.ones(len(batch)) > 0)
-        erased = batched.erase(moved.float(), boxes, "pixel", torch.Generator("cuda"))
+        augmented = augment_device.augment(moved, encoded, FILL)
+        cropped = augment_device.flip(
+            augment_device.crop_padded(moved, offsets, 4), torch.ones(len(batch)) > 0
+        )
+        erased = augment_device.erase(moved.float(), boxes, "pixel", torch.Generator("cuda"))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.equal(augmented.cpu(), batched.augment(batch, encoded, FILL))
-    assert torch.equal(cropped.cpu(), batched.crop_padded(batch, offsets, 4).flip(3))
+    assert torch.equal(augmented.cpu(), augment_device.augment(batch, encoded, FILL))
+    assert torch.equal(cropped.cpu(), augment_device.crop_padded(batch, offsets, 4).flip(3))
     assert torch.equal(erased, moved.float())

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import models
-from models.backbone import SwinVisformer, VisionBackbone
+from models.detection_backbone import SwinVisformer, VisionBackbone
 from models.layers import Mlp2d, set_recompute_activations
 
 ORIGINAL = {

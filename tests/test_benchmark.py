@@ -15,7 +15,6 @@ from tools.benchmark.__main__ import verdicts
 from tools.benchmark.backbone import KINDS
 from tools.benchmark.backbone import main as backbone_benchmark
 from tools.benchmark.candidates import (
-    BenchmarkError,
     build,
     configure,
     equal_vit,
@@ -25,6 +24,7 @@ from tools.benchmark.candidates import (
 )
 from tools.benchmark.measure import Case, alternate, memory, ratio
 from tools.flops import our_models
+from utils import UserError
 
 QUICK = ["--rounds", "1", "--min-time", "0.01", "--batch-size", "2"]
 ORIGINAL = """
@@ -119,7 +119,7 @@ def test_configurations():
     theirs = configure(build("timm", "fastvit_t8"), "timm", "deploy")
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in theirs.stem.modules())
     assert configure(build("ours", "convit_tiny"), "ours", "checkpoint").grad_checkpointing
-    with pytest.raises(BenchmarkError, match="'nchw' is not eager, nor one of deploy, channels"):
+    with pytest.raises(UserError, match="'nchw' is not eager, nor one of deploy, channels"):
         configure(model, "ours", "deploy+nchw")
 
 
@@ -149,9 +149,9 @@ def test_bad_input(tmp_path, capsys, original):
     assert "no file defines convit_tiny()" in error("convit_tiny", "--peer-path", str(original))
     assert "'fast' is not eager" in error("visformer_tiny", "--configs", "fast")
     (tmp_path / "broken.py").write_text("import nothing_of_this_name\ndef convit_tiny(): ...\n")
-    with pytest.raises(BenchmarkError, match="broken cannot be imported: ModuleNotFoundError"):
+    with pytest.raises(UserError, match="broken cannot be imported: ModuleNotFoundError"):
         peer_entrypoint(tmp_path, "convit_tiny")
-    with pytest.raises(BenchmarkError, match="'nchw' is not eager"):
+    with pytest.raises(UserError, match="'nchw' is not eager"):
         memory(Case("infer", "visformer_tiny", "ours", "nchw", 1, "float32", "cpu", 224), None)
     assert models.ModelError is sys.modules["models"].ModelError
 

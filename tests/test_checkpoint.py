@@ -16,9 +16,8 @@ import safetensors.torch
 import timm
 import torch
 
-import utils
 from models import CheckpointError, load_checkpoint, normalization_of, read_checkpoint
-from training import files
+from training import files, run_state
 
 
 def tiny(**kwargs):
@@ -258,11 +257,11 @@ def test_optimizer_of_other_shapes_is_refused():
         built.step()
         return built
 
-    utils.restore_optimizer(optimizer(3), optimizer(3).state_dict(), "x.pth")
+    run_state.restore_optimizer(optimizer(3), optimizer(3).state_dict(), "x.pth")
     with pytest.raises(CheckpointError, match=r"x.pth: the optimizer's exp_avg of shape \(2, 4\)"):
-        utils.restore_optimizer(optimizer(3), optimizer(4).state_dict(), "x.pth")
+        run_state.restore_optimizer(optimizer(3), optimizer(4).state_dict(), "x.pth")
     with pytest.raises(CheckpointError, match="does not fit"):
-        utils.restore_optimizer(optimizer(3), {"state": {}, "param_groups": []}, "x.pth")
+        run_state.restore_optimizer(optimizer(3), {"state": {}, "param_groups": []}, "x.pth")
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,11 @@ from PIL import Image, ImageFile, ImageOps
 from torch.utils.data._utils.pin_memory import pin_memory
 
 import datasets
-from configs import parse_args
 from pipeline.images import CorruptImageError, CropLongSide, DataError, EnlargeTiny, load_image
 from pipeline.reference import Batch, seed_generators
-from pipeline.standard import CIFAR10, CIFAR100, open_digits
-from samplers import Draw
+from pipeline.sources.folder import CIFAR10, CIFAR100, open_digits
+from samplers import SampleIndex
+from training.flags import parse_args
 
 ORANGE = (200, 100, 50)
 
@@ -38,7 +38,9 @@ def folder_args(folder, *words):
 
 
 def train_feed(dataset, args, num_replicas=1, rank=0):
-    return datasets.build_feed(datasets.build_train_loader(dataset, args, num_replicas, rank), args)
+    return datasets.build_prefetcher(
+        datasets.build_train_loader(dataset, args, num_replicas, rank), args
+    )
 
 
 LOADERS = pytest.mark.parametrize("loader", ["fast", "timm"])
@@ -88,7 +90,7 @@ def test_cifar(tmp_path, monkeypatch, name, classes):
         dataset, count = datasets.build_dataset(is_train, args)
         assert (len(dataset), count, dataset.targets[3]) == (6, classes, 3)
         batch = next(
-            iter(datasets.build_feed(datasets.build_eval_loader(dataset, args, 1, 0), args))
+            iter(datasets.build_prefetcher(datasets.build_eval_loader(dataset, args, 1, 0), args))
         )
         assert (batch.images.shape, batch.targets.tolist()) == ((6, 3, 32, 32), [0, 1, 2, 3, 4, 5])
 
@@ -234,7 +236,7 @@ def test_loading_leaves_the_process_s_random_numbers_alone(image_folder, loader)
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     expected = random.random(), np.random.rand(), torch.rand(1)
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    dataset.__getitems__([Draw(3)])
+    dataset.__getitems__([SampleIndex(3)])
     assert (random.random(), np.random.rand(), torch.rand(1)) == expected
 
 
@@ -285,7 +287,7 @@ def test_skipping_replaces_in_training_and_reports_in_evaluation(image_folder, l
     for name in ("cat/0", "cat/1", "cat/2", "dog/0"):
         truncate(image_folder / "val" / f"{name}.jpg")
     args.batch_size = 2  # three images per evaluation batch: the first batch has none left
-    batches = list(datasets.build_feed(datasets.build_eval_loader(val, args, 1, 0), args))
+    batches = list(datasets.build_prefetcher(datasets.build_eval_loader(val, args, 1, 0), args))
     assert [(len(batch.images), len(batch.corrupt)) for batch in batches] == [(0, 3), (2, 1)]
     assert str(image_folder / "val" / "dog" / "0.jpg") in batches[1].corrupt[0]
 
@@ -295,7 +297,7 @@ def test_messages_survive_pinning(monkeypatch):
     pinned = pin_memory(Batch(torch.ones(2, 3, 2, 2), torch.tensor([1, 1]), ["a", "b"]))
     assert isinstance(pinned, Batch)
     assert (pinned.targets.tolist(), pinned.corrupt) == ([1, 1], ["a", "b"])
-    raw = datasets.build_dataset(True, flags())[0].__getitems__([Draw(0), Draw(1)])
+    raw = datasets.build_dataset(True, flags())[0].__getitems__([SampleIndex(0), SampleIndex(1)])
     for value, same in zip(raw, pin_memory(raw), strict=True):
         assert torch.equal(value, same) if isinstance(value, torch.Tensor) else value == same
 

@@ -15,7 +15,7 @@ from exporting import CLASSES, VIT, close, export, python_block, save
 from PIL import Image
 
 import datasets
-from configs import parse_args
+from training.flags import parse_args
 
 NO_COMPILER = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler"

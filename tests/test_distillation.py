@@ -9,7 +9,7 @@ from torch import nn
 
 import models
 from engine import Precision
-from training.distillation import DistillationLoss, Lesson, Taught, build_teacher
+from training.distillation import DistillationLoss, DistillBatch, TeacherTargets, build_teacher
 from training.network import Renormalized
 
 CPU = torch.device("cpu")
@@ -20,7 +20,9 @@ NORMALIZATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def test_soft_loss_is_equation_2(alpha):
     z, teacher = (5 * torch.randn(4, 7, dtype=torch.float64) for _ in range(2))
     targets, tau = torch.tensor([0, 3, 6, 3]), 3.0
-    loss = DistillationLoss(nn.CrossEntropyLoss(), "soft", alpha, tau)(z, Lesson(targets, teacher))
+    loss = DistillationLoss(nn.CrossEntropyLoss(), "soft", alpha, tau)(
+        z, DistillBatch(targets, teacher)
+    )
     q, p = (x / tau - (x / tau).exp().sum(1, keepdim=True).log() for x in (z.float(), teacher))
     divergence = (p.exp() * (p - q)).sum(1).mean()
     hits = torch.softmax(z, 1)[torch.arange(4), targets]
@@ -36,7 +38,7 @@ def test_hard_loss_is_equation_3_and_a_second_head_learns_from_the_teacher():
     def entropy(logits, labels):
         return -torch.softmax(logits, 1)[torch.arange(4), labels].log().mean()
 
-    lesson = Lesson(targets, teacher)
+    lesson = DistillBatch(targets, teacher)
     expected = 0.75 * entropy(own, targets) + 0.25 * entropy(taught, teacher.argmax(1))
     assert torch.allclose(loss((own, taught), lesson), expected)
     expected = 0.75 * entropy(own, targets) + 0.25 * entropy(own, teacher.argmax(1))
@@ -50,7 +52,7 @@ def test_teacher_sees_the_mixed_images_in_its_own_normalization_without_gradient
     scale, shift = torch.tensor([2.0, 1.0, 0.5]), torch.tensor([0.1, 0.0, -0.3])
     teacher = Renormalized(net, given, own).eval()
     mixup = Mixup(mixup_alpha=0.8, num_classes=5)
-    taught = Taught(teacher, mixup, Precision(CPU, torch.bfloat16))
+    taught = TeacherTargets(teacher, mixup, Precision(CPU, torch.bfloat16))
     images, targets = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
     before = images.clone()
     mixed, lesson = taught(images, targets)
@@ -72,7 +74,7 @@ def teacher_file(tmp_path_factory):
 
 
 def parsed(*words):
-    from configs import parse_args
+    from training.flags import parse_args
 
     return parse_args(["--input-size", "32", *map(str, words)])[0]
 

@@ -10,9 +10,10 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import engine
-from configs import parse_args
 from engine import Precision
 from pipeline.reference import Batch
+from training.flags import parse_args
+from utils import UserError
 
 CPU = torch.device("cpu")
 
@@ -197,7 +198,7 @@ def test_a_loss_that_is_not_finite_stops_and_says_where(interval):
     model.qk_scale_factor = -0.25
     data = batches(6)
     data[3].images[0] = math.inf
-    with pytest.raises(engine.NonFiniteLossError) as caught:
+    with pytest.raises(UserError) as caught:
         train(model, data, precision=Precision(CPU, torch.bfloat16), epoch=7, log_interval=interval)
     message = str(caught.value)
     for part in ("epoch 7, step 3", "learning rate 0.1", "bfloat16", "exponent -0.25"):
@@ -214,7 +215,7 @@ def bad_batches(count, bad):
 
 def test_in_float16_bad_losses_are_left_out_and_counted():
     model, reference = linear(), linear()
-    options = {"set_training_mode": False, "max_nonfinite": 3}
+    options = {"set_training_mode": nn.Module.eval, "max_nonfinite": 3}
     data = bad_batches(7, [1, 2, 5])
     precision = Precision(CPU, torch.float16)
     precision.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=10**6)
@@ -232,7 +233,7 @@ def test_in_float16_bad_losses_are_left_out_and_counted():
 def test_losses_that_stay_bad_end_the_training(bad):
     precision = Precision(CPU, torch.float16)
     message = rf"epoch 0, step {bad[0]}, in 3 steps in a row .* float16, .* bfloat16 or --qk-scale"
-    with pytest.raises(engine.NonFiniteLossError, match=message):
+    with pytest.raises(UserError, match=message):
         train(linear(), bad_batches(6, bad), precision=precision, max_nonfinite=3, log_interval=4)
 
 
@@ -240,7 +241,7 @@ def test_a_row_of_bad_losses_goes_on_in_the_next_epoch():
     meter, model, precision = engine.Meter(CPU), linear(), Precision(CPU, torch.float16)
     train(model, bad_batches(4, [2, 3]), precision=precision, max_nonfinite=3, meter=meter)
     meter.restart()
-    with pytest.raises(engine.NonFiniteLossError, match="in 3 steps in a row"):
+    with pytest.raises(UserError, match="in 3 steps in a row"):
         train(model, bad_batches(4, [0]), precision=precision, max_nonfinite=3, meter=meter)
 
 
@@ -336,7 +337,7 @@ def test_binary_cross_entropy_makes_every_mixed_class_a_full_target():
 
 
 def test_odd_batches_cannot_be_mixed():
-    with pytest.raises(engine.SettingError, match="--batch-size 7 must be even"):
+    with pytest.raises(UserError, match="--batch-size 7 must be even"):
         engine.build_mixup(flags("--batch-size", 7), 3)
     assert engine.build_mixup(flags("--batch-size", 7, "--mixup", 0, "--cutmix", 0), 3) is None
 
@@ -344,7 +345,7 @@ def test_odd_batches_cannot_be_mixed():
 def test_train_mode_off_leaves_statistics_alone():
     model = nn.Sequential(nn.BatchNorm2d(3), linear())
     before = copy.deepcopy(model[0].running_mean)
-    train(model, batches(2), set_training_mode=False)
+    train(model, batches(2), set_training_mode=nn.Module.eval)
     assert torch.equal(model[0].running_mean, before)
     train(model, batches(2))
     assert not torch.equal(model[0].running_mean, before)
@@ -368,7 +369,7 @@ def test_evaluation_counts(classes):
 
 def test_evaluation_of_nothing_is_an_error():
     data = [Batch(torch.empty(0), torch.empty(0, dtype=torch.long), ["bad"] * 4)]
-    with pytest.raises(engine.NoImagesError, match="4 corrupt images"):
+    with pytest.raises(UserError, match="4 corrupt images"):
         engine.evaluate(data, linear(), CPU)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from exporting import CLASSES, VIT, close, export, save, session_of, settle, source_of
+from exporting import CLASSES, VIT, close, export, save, session_of, source_of, warm_up_ddp
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
@@ -16,7 +16,7 @@ from models.visformer import Stage
 from tools.export import formats
 from tools.export.__main__ import main
 from tools.export.check import compare, speed
-from tools.export.source import ExportError
+from utils import UserError
 
 CONVIT = {"depth": 3, "local_up_to_layer": 2, "embed_dim": 32, "num_heads": 4, "img_size": 64}
 # one of every kind, small enough to export in seconds
@@ -61,7 +61,7 @@ def test_shifted_windows_in_any_batch(fuse, tmp_path):
     size = (128, 96)  # a map of 8x6: windows of 4 do not fill it, and half of the layers shift
     stages = (Stage(1, 16, 4, spatial_groups=8), Stage(2, 32, 2, num_heads=2, window=4))
     model = timm.create_model("swin_visformer_tiny_v2", stages=stages, img_size=size)
-    model = settle(model, size)
+    model = warm_up_ddp(model, size)
     assert [block.attn.shift for block in model.stage3] == [2, 0]
     assert all(block.attn.windows(8, 6, torch.zeros(1)) is not None for block in model.stage3)
     source = source_of(model, size, net=model.fuse() if fuse else model)
@@ -194,9 +194,9 @@ def test_the_comparison_knows_rounding():
     wrongs = (lambda x: model(x) * (1 + 3e-4), lambda x: model(x) * torch.nan)
     wrongs += (lambda x: model(x) * (torch.nan if len(x) == 1 else 1),)
     for wrong in wrongs:
-        with pytest.raises(ExportError, match="the program is wrong"):
+        with pytest.raises(UserError, match="the program is wrong"):
             compare(wrong, source, None)
-    with pytest.raises(ExportError, match=r"output is \(1, 3\), not \(1, 4\)"):
+    with pytest.raises(UserError, match=r"output is \(1, 3\), not \(1, 4\)"):
         compare(lambda x: model(x)[:, :3], source, None)
 
     class Amplifies(nn.Module):
@@ -211,5 +211,5 @@ def test_the_comparison_knows_rounding():
     assert agreement.difference == pytest.approx(agreement.rounding, rel=0.1)
     assert agreement.rounding > 1e-3
     assert "float32 itself is within" in str(agreement)
-    with pytest.raises(ExportError, match="the program is wrong"):
+    with pytest.raises(UserError, match="the program is wrong"):
         compare(lambda x: 2 * x.mean((2, 3)), source_of(model), None)

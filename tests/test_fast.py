@@ -12,16 +12,16 @@ from PIL import Image
 from test_bad_images import CORPUS, encode
 
 import datasets
-from configs import parse_args
-from pipeline.draws import Box
+from pipeline.augment_ops import Box
+from pipeline.crop import decode_crop, is_readable, read_header
 from pipeline.fast import FastDataset, resize, take_apart
-from pipeline.finish import Memory
 from pipeline.images import CorruptImageError, DataError
-from pipeline.jpeg import decode_crop, is_readable, read_header
+from pipeline.prefetch import Memory
 from pipeline.reference import AugmentedDataset
-from pipeline.sources import Files, Pixels
-from pipeline.standard import open_digits
-from samplers import Draw
+from pipeline.sources.base import Files, Pixels
+from pipeline.sources.folder import open_digits
+from samplers import SampleIndex
+from training.flags import parse_args
 
 CPU = torch.device("cpu")
 MEAN_BOUND = 0.35  # of 255: mean absolute difference over many images
@@ -115,7 +115,7 @@ def test_the_outcome_of_odd_files_is_the_reference_s(tmp_path, words):
     fast = FastDataset(source, transform, True, 48)
     reference = AugmentedDataset(source, transform, True)
     for index in range(len(source)):
-        draws = [Draw(index, epoch) for epoch in range(4)]
+        draws = [SampleIndex(index, epoch) for epoch in range(4)]
         expected = {outcome(lambda d=d: reference.__getitems__([d])) for d in draws}
         assert {outcome(lambda d=d: fast.__getitems__([d])) for d in draws} == expected
 
@@ -125,7 +125,7 @@ def test_tiny_jpegs_can_be_cropped_at_random(tmp_path, size):
     source = files(tmp_path, {"x.jpg": encode(Image.new("RGB", size, (200, 100, 50)), "JPEG")})
     args = flags("--data-path", "x", "--input-size", 40, "--std-aug")
     fast = FastDataset(source, datasets.build_transform(True, args), True, 40)
-    images = fast.__getitems__([Draw(0, epoch) for epoch in range(50)]).images
+    images = fast.__getitems__([SampleIndex(0, epoch) for epoch in range(50)]).images
     difference = images.int() - torch.tensor([200, 100, 50])
     assert difference.abs().max() < 4
 
@@ -139,7 +139,7 @@ def test_every_draw_of_an_image_has_numbers_of_its_own(tmp_path, loader):
     images = []
     for seed in (0, 1):
         dataset = loader(source, transform, True, *size, seed=seed)
-        for draw in (Draw(0), Draw(0, epoch=1), Draw(0, copy=1)):
+        for draw in (SampleIndex(0), SampleIndex(0, epoch=1), SampleIndex(0, copy=1)):
             first, second = (dataset.__getitems__([draw]).images for _ in range(2))
             assert torch.equal(first, second)
             images.append(first.numpy().tobytes())
@@ -195,7 +195,7 @@ def test_images_are_the_reference_s(photographs, words, where):
     reference = AugmentedDataset(photographs, transform, True, seed=3)
     fast = FastDataset(photographs, transform, True, 224, seed=3, augment=where == "workers")
     feed = feed_of(fast, args)
-    draws = [Draw(i, epoch) for epoch in range(3) for i in range(len(photographs))]
+    draws = [SampleIndex(i, epoch) for epoch in range(3) for i in range(len(photographs))]
     expected = datasets.denormalize(reference.__getitems__(draws).images) * 255
     raw = fast.__getitems__(draws)
     found = datasets.denormalize(feed.finish(raw).images) * 255
@@ -206,13 +206,13 @@ def test_images_are_the_reference_s(photographs, words, where):
 
 
 def feed_of(dataset, args):
-    return datasets.build_feed(datasets.build_eval_loader(dataset, args, 1, 0), args)
+    return datasets.build_prefetcher(datasets.build_eval_loader(dataset, args, 1, 0), args)
 
 
 def test_erased_boxes_hold_the_reference_s_noise_in_distribution(photographs):
     args = flags("--data-path", "x", "--aa", "", "--color-jitter", 0, "--reprob", 1)
     transform = datasets.build_transform(True, args)
-    draws = [Draw(i, epoch) for epoch in range(4) for i in range(len(photographs))]
+    draws = [SampleIndex(i, epoch) for epoch in range(4) for i in range(len(photographs))]
     fast = FastDataset(photographs, transform, True, 224, seed=3)
     raw = fast.__getitems__(draws)
     found = feed_of(fast, args).finish(raw).images
@@ -242,7 +242,7 @@ def test_images_on_the_device_are_the_reference_s(name):
         reference = AugmentedDataset(source, transform, is_train)
         resident = datasets.resized(source, transform.transforms[0], 32)
         fast = FastDataset(resident, transform, is_train, 32, resident=True)
-        draws = [Draw(i, epoch) for epoch in range(8 if is_train else 1) for i in range(40)]
+        draws = [SampleIndex(i, epoch) for epoch in range(8 if is_train else 1) for i in range(40)]
         raw = fast.__getitems__(draws)
         assert raw.images is None
         found = feed_of(fast, flags(*words)).finish(raw).images
@@ -266,7 +266,7 @@ def test_small_sets_are_on_the_device_if_they_are_augmented_there(image_folder):
     ):
         dataset, _ = datasets.build_dataset(True, flags(*words))
         assert dataset.resident == resident
-        assert (dataset.__getitems__([Draw(0)]).images is None) == resident
+        assert (dataset.__getitems__([SampleIndex(0)]).images is None) == resident
 
 
 @pytest.mark.parametrize("kind", ["memory", "files of the size", "other files"])
@@ -282,7 +282,7 @@ def test_small_images_of_the_workers_are_the_reference_s(tmp_path, kind):
     args = flags("--data-set", "CIFAR10", "--input-size", 32, "--reprob", 0)
     transform = datasets.build_transform(True, args)
     fast = FastDataset(source, transform, True, 32)
-    draws = [Draw(i, epoch) for epoch in range(20) for i in range(len(source))]
+    draws = [SampleIndex(i, epoch) for epoch in range(20) for i in range(len(source))]
     found = feed_of(fast, args).finish(fast.__getitems__(draws)).images
     expected = AugmentedDataset(source, transform, True).__getitems__(draws).images
     assert torch.equal(found, expected)
@@ -305,7 +305,7 @@ def test_jpegs_may_be_decoded_where_the_network_is(photographs):
         datasets.build_dataset(True, flags("--decode-on-device", "--augment-on", "workers"))
     args = flags("--data-path", "x", "--decode-on-device", "--reprob", 0)
     transform = datasets.build_transform(True, args)
-    draws = [Draw(i) for i in range(len(photographs))]
+    draws = [SampleIndex(i) for i in range(len(photographs))]
     there = FastDataset(photographs, transform, True, 224, augment=False, decode=False)
     here = FastDataset(photographs, transform, True, 224, augment=False)
     raw = there.__getitems__(draws)
@@ -324,7 +324,7 @@ def test_datasets_travel_to_processes_that_are_not_forked(image_folder, words):
     args = flags("--data-path", image_folder, "--input-size", 40, *words)
     dataset, _ = datasets.build_dataset(True, args)
     copy = pickle.loads(pickle.dumps(dataset))
-    first, second = (d.__getitems__([Draw(3), Draw(9)]) for d in (dataset, copy))
+    first, second = (d.__getitems__([SampleIndex(3), SampleIndex(9)]) for d in (dataset, copy))
     assert torch.equal(first.images, second.images) and torch.equal(first.boxes, second.boxes)
 
 
@@ -334,10 +334,14 @@ def test_batches_have_the_type_and_layout_of_the_network(image_folder, loader, d
     args = flags("--data-path", image_folder, "--input-size", 40, "--loader", loader)
     dataset, _ = datasets.build_dataset(True, args)
     batch = datasets.build_eval_loader(dataset, args, 1, 0)
-    feed = datasets.build_feed(batch, args, CPU, dtype, torch.channels_last)
-    images = feed.batch([Draw(0), Draw(1)]).images
+    feed = datasets.build_prefetcher(batch, args, CPU, dtype, torch.channels_last)
+    images = feed.batch([SampleIndex(0), SampleIndex(1)]).images
     assert images.dtype == dtype and images.is_contiguous(memory_format=torch.channels_last)
-    plain = datasets.build_feed(batch, args, CPU, dtype).batch([Draw(0), Draw(1)]).images
+    plain = (
+        datasets.build_prefetcher(batch, args, CPU, dtype)
+        .batch([SampleIndex(0), SampleIndex(1)])
+        .images
+    )
     assert plain.is_contiguous() and torch.equal(plain, images)
 
 
@@ -359,7 +363,9 @@ def test_every_image_once_over_ranks_and_workers(tmp_path, kind, ranks, workers)
         transform = datasets.build_transform(is_train, args)
         dataset = FastDataset(source, transform, is_train, 32, resident=kind == "memory")
         build = datasets.build_train_loader if is_train else datasets.build_eval_loader
-        feeds = [datasets.build_feed(build(dataset, args, ranks, r), args) for r in range(ranks)]
+        feeds = [
+            datasets.build_prefetcher(build(dataset, args, ranks, r), args) for r in range(ranks)
+        ]
         for epoch in range(2 if is_train else 1):
             if is_train:
                 [feed.sampler.set_epoch(epoch) for feed in feeds]
@@ -402,7 +408,7 @@ def test_real_images(shared, tmp_path):
     source = Files(paths, [0] * len(paths), ["x"])
     args = flags("--data-path", "x", "--reprob", 0)
     transform = datasets.build_transform(True, args)
-    draws = [Draw(i, 1) for i in range(len(paths))]
+    draws = [SampleIndex(i, 1) for i in range(len(paths))]
     fast = FastDataset(source, transform, True, 224)
     found = feed_of(fast, args).finish(fast.__getitems__(draws)).images
     expected = AugmentedDataset(source, transform, True).__getitems__(draws).images

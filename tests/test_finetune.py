@@ -10,11 +10,12 @@ from torch import nn
 
 import engine
 import models
-from configs import parse_args
-from pipeline.sources import Files, Pixels
-from pipeline.subset import share_of, stratified_share
+from pipeline.sources.base import Files, Pixels
+from pipeline.sources.subset import share_of, stratified_share
+from training.flags import parse_args
 from training.network import choose_model
-from utils import restore_optimizer
+from training.run_state import restore_optimizer
+from utils import UserError
 
 SMALL = ["--input-size", 32, "--batch-size", 4, "--num_workers", 0, "--no-model-ema"]
 FAMILIES = {
@@ -62,7 +63,7 @@ def test_layers_that_a_model_does_not_tell():
             super().__init__()
             self.head = nn.Linear(2, 2)
 
-    with pytest.raises(engine.SettingError, match="Plain does not say what its layers are"):
+    with pytest.raises(UserError, match="Plain does not say what its layers are"):
         engine.build_optimizer(flags("--layer-decay", 0.5), Plain(), lr=1.0)
 
 
@@ -94,7 +95,7 @@ def test_only_the_classifier_learns():
         learning = [key for key, p in model.named_parameters() if p.requires_grad]
         assert learning and all(key.startswith("head") for key in learning)
         model.train()
-        models.rest_frozen(model)
+        models.set_training_mode(model)
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         assert norms and not any(norm.training for norm in norms)
         assert model.training

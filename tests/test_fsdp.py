@@ -19,8 +19,8 @@ from conftest import (
 )
 from test_distributed import accuracy_lines
 
-from engine import SettingError
-from training.sharding import check
+from training.fsdp import check
+from utils import UserError
 
 RUN = [
     *("--model", "visformer_tiny", "--input-size", 32, "--batch-size", 2, "--num_workers", 0),
@@ -198,7 +198,7 @@ def check(name, rank, world):
     shard(twin, CPU)
     twin.load_state_dict(after)
     second = torch.optim.AdamW(twin.parameters(), lr=1e-3, fused=True)
-    utils.restore_optimizer(second, spread_moments(second, moments), "here")
+    run_state.restore_optimizer(second, spread_moments(second, moments), "here")
     again = gather(second.state_dict(), True)["state"]
     reloaded = gather(twin.state_dict(), True)
     plain.load_state_dict(after)
@@ -277,7 +277,7 @@ def test_shards_are_shards_and_make_a_whole(tmp_path):
 def test_what_does_not_go_together_is_said(flags, processes, message):
     plain = {"compile": None, "model_ema": False, "model_ema_force_cpu": True}
     check(Namespace(**plain), 2)
-    with pytest.raises(SettingError, match=message):
+    with pytest.raises(UserError, match=message):
         check(Namespace(**plain | flags), processes)
 
 

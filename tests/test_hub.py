@@ -18,8 +18,8 @@ from conftest import ROOT, run_python, write_images
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.hub import OURS, open_hub
 from pipeline.images import CorruptImageError, DataError
+from pipeline.sources.hf_datasets import OURS, open_hub
 
 # pyarrow comes with the library; here the name of the library itself means our module
 HAS_LIBRARY = importlib.util.find_spec("pyarrow") is not None and any(

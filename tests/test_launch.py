@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from configs import LaunchError, Place, find_place, rendezvous
-from configs.launch import first_node
-from utils import select_device
+from training.launch import DistInfo, dist_info_from_env, first_node, rendezvous, select_device
+from utils import UserError
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 SLURM = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "5"}
@@ -20,21 +19,21 @@ HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1"}
 @pytest.mark.parametrize(
     ("env", "place"),
     [
-        ({}, Place()),
-        (TORCHRUN, Place(3, 8, 1, "torchrun")),
-        (TORCHRUN | SLURM, Place(3, 8, 1, "torchrun")),
-        (SLURM, Place(5, 16, 5, "srun")),
-        (SLURM | {"PMI_RANK": "5", "PMI_SIZE": "16"}, Place(5, 16, 5, "srun")),
-        (OPENMPI | SLURM, Place(1, 2, 1, "mpirun")),
-        (HYDRA | SLURM, Place(1, 4, 1, "mpirun")),
+        ({}, DistInfo()),
+        (TORCHRUN, DistInfo(3, 8, 1, "torchrun")),
+        (TORCHRUN | SLURM, DistInfo(3, 8, 1, "torchrun")),
+        (SLURM, DistInfo(5, 16, 5, "srun")),
+        (SLURM | {"PMI_RANK": "5", "PMI_SIZE": "16"}, DistInfo(5, 16, 5, "srun")),
+        (OPENMPI | SLURM, DistInfo(1, 2, 1, "mpirun")),
+        (HYDRA | SLURM, DistInfo(1, 4, 1, "mpirun")),
         # a script that sbatch runs directly, and a shell of srun --pty
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, Place()),
-        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}, Place()),
-        ({"RANK": "0", "WORLD_SIZE": "1"}, Place()),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, DistInfo()),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}, DistInfo()),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, DistInfo()),
     ],
 )
 def test_places(env, place):
-    assert find_place(env) == place
+    assert dist_info_from_env(env) == place
 
 
 @pytest.mark.parametrize(
@@ -50,8 +49,8 @@ def test_places(env, place):
     ],
 )
 def test_inconsistent_environments_are_named(env, message):
-    with pytest.raises(LaunchError, match=message):
-        find_place(env)
+    with pytest.raises(UserError, match=message):
+        dist_info_from_env(env)
 
 
 @pytest.mark.parametrize(
@@ -65,13 +64,13 @@ def test_inconsistent_environments_are_named(env, message):
     ],
 )
 def test_rendezvous(env, expected):
-    assert rendezvous(find_place(env), env) == expected
+    assert rendezvous(dist_info_from_env(env), env) == expected
 
 
 @pytest.mark.parametrize("env", [TORCHRUN, OPENMPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}])
 def test_unknown_rendezvous_is_an_error(env):
-    with pytest.raises(LaunchError, match="set MASTER_ADDR and MASTER_PORT"):
-        rendezvous(find_place(env), env)
+    with pytest.raises(UserError, match="set MASTER_ADDR and MASTER_PORT"):
+        rendezvous(dist_info_from_env(env), env)
 
 
 def test_first_node():
@@ -81,16 +80,16 @@ def test_first_node():
 
 
 def test_devices(monkeypatch):
-    assert select_device("cpu", Place()) == torch.device("cpu")
-    with pytest.raises(LaunchError, match="'gpu' is not a device"):
-        select_device("gpu", Place())
+    assert select_device("cpu", DistInfo()) == torch.device("cpu")
+    with pytest.raises(UserError, match="'gpu' is not a device"):
+        select_device("gpu", DistInfo())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert select_device(None, Place()) == torch.device("cuda", 0)
-    assert select_device("cuda:1", Place()) == torch.device("cuda", 1)
-    assert select_device("cuda", Place(3, 4, 1, "torchrun")) == torch.device("cuda", 1)
-    with pytest.raises(LaunchError, match="local rank 2 has no GPU: 2 here"):
-        select_device("cuda", Place(2, 4, 2, "torchrun"))
+    assert select_device(None, DistInfo()) == torch.device("cuda", 0)
+    assert select_device("cuda:1", DistInfo()) == torch.device("cuda", 1)
+    assert select_device("cuda", DistInfo(3, 4, 1, "torchrun")) == torch.device("cuda", 1)
+    with pytest.raises(UserError, match="local rank 2 has no GPU: 2 here"):
+        select_device("cuda", DistInfo(2, 4, 2, "torchrun"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(LaunchError, match="no CUDA device here; use --device cpu"):
-        select_device("cuda", Place())
+    with pytest.raises(UserError, match="no CUDA device here; use --device cpu"):
+        select_device("cuda", DistInfo())

@@ -294,7 +294,7 @@ def test_a_set_that_lies_on_the_device(main, tmp_path):
 
 
 def test_old_command_lines_parse(main):
-    from configs import parse_args
+    from training.flags import parse_args
 
     line = (
         "--model visformer_small --batch-size 64 --data-path /data --output_dir /out --dist-eval "
@@ -323,7 +323,7 @@ def test_recipes_are_strict(tmp_path, main):
         status, _, errors = main("-c", recipe)
         assert (status, message in errors) == (1, True), errors
     assert "cannot read recipe /none.yaml" in main("-c", "/none.yaml")[2]
-    from configs import parse_args
+    from training.flags import parse_args
 
     recipe.write_text("lr: 4e-3\namp: true\nrepeated-aug: false\nopt_betas: [0.5, 0.6]\n")
     args, given = parse_args(["-c", str(recipe), "--lr", "1e-3", "--no-amp"])
@@ -337,7 +337,7 @@ def test_recipes_are_strict(tmp_path, main):
 
 
 def test_shipped_recipes_parse():
-    from configs import parse_args
+    from training.flags import parse_args
 
     recipes = sorted((ROOT / "configs").glob("*.yaml"))
     assert recipes

@@ -12,9 +12,14 @@ import timm
 import torch
 
 import models
-from models.convert import fill_missing_bias_tables, to_original_names
+from models.checkpoint.mindcv_names import fill_missing_bias_tables, to_original_names
+from models.checkpoint.mindspore import (
+    MindSporeError,
+    looks_like_mindspore,
+    read_all,
+    read_mindspore,
+)
 from models.convit import ConViT
-from models.mindspore import MindSporeError, looks_like_mindspore, read_all, read_mindspore
 from models.visformer import Stage, Visformer
 from models.vit import ViT
 

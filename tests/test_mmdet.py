@@ -17,12 +17,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import models
-from models.backbone import load_backbone
+from models.detection_backbone import load_backbone
 from object_detection import checkpoints, flops, mmcv_ops, recipe, runtime
+from utils import UserError
 
 try:
     runtime.load_mmdet()
-except runtime.SetupError as error:
+except UserError as error:
     pytest.skip(f"{error}", allow_module_level=True)
 
 import mmcv.ops

@@ -14,10 +14,11 @@ from conftest import ROOT, THREADS, run_python
 from PIL import Image
 
 from object_detection import benchmark, flops, infer, runtime, test, train
+from utils import UserError
 
 try:
     runtime.load_mmdet()
-except runtime.SetupError as error:
+except UserError as error:
     pytest.skip(f"{error}", allow_module_level=True)
 
 CONFIG = ROOT / "object_detection/configs/mask_rcnn_swin_visformer_tiny_v2_pennfudan.py"

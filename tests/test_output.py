@@ -24,12 +24,15 @@ import pytest
 import torch
 from conftest import ROOT, read_log, run_python
 
-from models import read_checkpoint, seal
-from training import Output, files, find_checkpoint
+from models import read_checkpoint
+from models.checkpoint import checksum
+from training import files
 from training import output as module
 from training.files import OutputError, save_checkpoint
+from training.output import Output
+from training.resume import find_checkpoint
 
-WRITER = {module.__file__, files.__file__, seal.__file__}
+WRITER = {module.__file__, files.__file__, checksum.__file__}
 NOBODY = 65534
 UNTRACED = {"log", "plain", "snapshot", "size_of"}  # functions that touch no file
 BEST_EPOCHS = [[0], [0, 1], [2, 0]]  # of a run of three epochs, after each
@@ -41,7 +44,7 @@ def state(number):
 
 def number_in(path):
     """The number of the state in a checkpoint, which is whole."""
-    assert seal.check_seal(path), f"{path} is not sealed"
+    assert checksum.verify_checksum(path), f"{path} is not sealed"
     content = read_checkpoint(path)
     assert torch.equal(content["weights"], state(content["number"])["weights"])
     return content["number"]
@@ -526,7 +529,7 @@ def test_none_is_removed_for_one_that_cannot_be_written(tmp_path, monkeypatch):
     output.wait()
     kept = numbers(tmp_path)
     with monkeypatch.context() as full:
-        full.setattr(files, "write_sealed", partial(fail, errno.ENOSPC))
+        full.setattr(files, "write_with_checksum", partial(fail, errno.ENOSPC))
         end_epoch(output, 2, [10, 20, 30, 0])
         output.wait()
     assert numbers(tmp_path) == kept

@@ -15,7 +15,7 @@ from packing import TRAIN, content, image_folder, kill_at, pack, run_forked, who
 from PIL import Image
 
 from pipeline.images import DataError
-from pipeline.shards import open_shards
+from pipeline.sources.shards import open_shards
 from tools import pack_dataset
 
 

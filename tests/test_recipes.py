@@ -15,7 +15,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import engine
 import models
-from configs import ConfigError, get_args_parser, parse_args
+from training.flags import get_args_parser, parse_args
+from utils import UserError
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 NAMES = [path.stem for path in RECIPES]
@@ -224,7 +225,7 @@ STRICT = {
 def test_recipe_with_an_error_is_refused(text, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=STRICT[text]) as caught:
+    with pytest.raises(UserError, match=STRICT[text]) as caught:
         parse_args(["-c", str(path)])
     assert str(path) in str(caught.value)
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from packing import FORK, content, image_folder, pack
 
-import pipeline.shards
-from pipeline import fetch
-from pipeline.fetch import Cache
+import pipeline.sources.shards
 from pipeline.images import CorruptImageError, DataError
-from pipeline.shards import open_shards
+from pipeline.sources import download
+from pipeline.sources.download import Cache
+from pipeline.sources.shards import open_shards
 from tools import pack_dataset
 
 
@@ -129,7 +129,7 @@ def test_remote_shards_are_local_ones(packed, server, cache, monkeypatch, tmp_pa
         assert content(open_shards(place, True, cache=cache)) == truth[0]
         assert content(open_shards(place, False, cache=cache)) == truth[1]
     assert set(server.count().values()) == {1}
-    monkeypatch.setattr(fetch.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    monkeypatch.setattr(download.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     mine = open_shards(f"{server.url}/{EVERY}", False, val_path=str(packed))
     assert content(mine) == truth[1]
@@ -310,7 +310,7 @@ def test_commands(packed, cache):
 
 
 def test_a_bounded_cache_keeps_what_was_used_last(packed, server, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline.shards, "OPEN_IN_BOUNDED_CACHE", 1)
+    monkeypatch.setattr(pipeline.sources.shards, "OPEN_IN_BOUNDED_CACHE", 1)
     sizes = [(packed / f"train-{i:06d}.tar").stat().st_size for i in range(6)]
     bound = 2 * max(sizes) + (packed / "train.npz").stat().st_size
     cache = Cache(tmp_path / "cache", max_bytes=bound, pause=0.0)
@@ -353,11 +353,11 @@ def test_a_full_disk_and_a_foreign_folder(server, cache, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(fetch._Download, "write", fail)
+        patch.setattr(download._Download, "write", fail)
         with pytest.raises(DataError, match=f"cannot keep .* in {cache.folder}: No space left"):
             shards.read(0)
     assert list(cache.folder.glob("*.part")) == []
-    monkeypatch.setattr(fetch.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(download.tempfile, "gettempdir", lambda: str(tmp_path))
     (tmp_path / f"shards-{os.getuid()}").symlink_to(tmp_path)
     with pytest.raises(DataError, match="belongs to somebody else: name a folder"):
         open_shards(server.url, True)

@@ -6,9 +6,9 @@ import shlex
 import pytest
 from conftest import ROOT, read_log
 
-from configs import parse_args
 from tools.results import __main__ as results
 from tools.results.claims import CLAIMS, SHARES
+from training.flags import parse_args
 
 RECIPE = str(ROOT / "configs/cifar10_claims.yaml")
 

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from torch.utils.data import DataLoader
 
-from samplers import Draw, EvalBatchSampler, RASampler, mix_seed
+from samplers import EvalBatchSampler, RASampler, SampleIndex, mix_seed
 
 SIZES = [1, 2, 3, 7, 64, 255, 256, 1000]
 
@@ -92,7 +92,7 @@ def test_evaluation_refuses_impossible_values():
 
 
 def test_draw_is_an_index_that_crosses_processes():
-    draw = pickle.loads(pickle.dumps(Draw(2, epoch=5, copy=1)))
+    draw = pickle.loads(pickle.dumps(SampleIndex(2, epoch=5, copy=1)))
     assert (["a", "b", "c"][draw], draw.epoch, draw.copy) == ("c", 5, 1)
     sampler = RASampler(6, batch_size=2)
     batches = list(DataLoader(list("abcdef"), batch_size=2, sampler=sampler, num_workers=1))

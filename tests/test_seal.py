@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from models import CheckpointError, read_checkpoint
-from models.seal import COMMENT_BYTES, check_seal, is_sealed, write_sealed
+from models.checkpoint.checksum import (
+    COMMENT_BYTES,
+    has_checksum,
+    verify_checksum,
+    write_with_checksum,
+)
 
 
 def content():
@@ -20,7 +25,7 @@ def content():
 
 def sealed(path):
     with path.open("w+b") as file:
-        write_sealed(content(), file)
+        write_with_checksum(content(), file)
     return path
 
 
@@ -47,9 +52,11 @@ def test_seal_is_the_digest_of_the_file_as_torch_wrote_it(tmp_path):
 def test_what_has_no_seal_is_told_apart(tmp_path):
     torch.save(content(), tmp_path / "plain.pth")
     (tmp_path / "empty.pth").touch()
-    assert check_seal(sealed(tmp_path / "sealed.pth")) and is_sealed(tmp_path / "sealed.pth")
+    assert verify_checksum(sealed(tmp_path / "sealed.pth")) and has_checksum(
+        tmp_path / "sealed.pth"
+    )
     for name in ("plain.pth", "empty.pth"):
-        assert not check_seal(tmp_path / name) and not is_sealed(tmp_path / name)
+        assert not verify_checksum(tmp_path / name) and not has_checksum(tmp_path / name)
 
 
 def test_one_changed_bit_anywhere_is_noticed(tmp_path):
@@ -60,7 +67,7 @@ def test_one_changed_bit_anywhere_is_noticed(tmp_path):
     path = tmp_path / "b.pth"
     for at, bit in bits:
         path.write_bytes(data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :])
-        for read in (check_seal, read_checkpoint):
+        for read in (verify_checksum, read_checkpoint):
             with pytest.raises(CheckpointError, match="is damaged"):
                 read(path)
 
@@ -72,7 +79,7 @@ def test_digests_are_told(tmp_path):
     data[1000] ^= 1
     path.write_bytes(data)
     with pytest.raises(CheckpointError) as caught:
-        check_seal(path)
+        verify_checksum(path)
     start, _, should = str(caught.value).partition(", and should be ")
     assert start.startswith(f"{path} is damaged: its SHA-256 is ") and should == stated
 
@@ -103,9 +110,9 @@ def test_seal_vouches_for_what_was_in_memory(tmp_path):
             return getattr(self.file, name)
 
     with (tmp_path / "a.pth").open("w+b") as file:
-        write_sealed(content(), Wrong(file))
+        write_with_checksum(content(), Wrong(file))
     with pytest.raises(CheckpointError, match="its SHA-256 is"):
-        check_seal(tmp_path / "a.pth")
+        verify_checksum(tmp_path / "a.pth")
 
 
 def test_reason_of_a_failed_write_is_kept():
@@ -116,5 +123,5 @@ def test_reason_of_a_failed_write_is_kept():
             return super().write(data)
 
     with pytest.raises(OSError, match="No space left") as caught:
-        write_sealed(content(), Full())
+        write_with_checksum(content(), Full())
     assert caught.value.errno == errno.ENOSPC

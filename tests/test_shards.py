@@ -18,9 +18,9 @@ import torch
 from packing import TRAIN, content, image_folder, pack, run_forked
 from torch.utils.data import DataLoader, Dataset
 
-import pipeline.shards
+import pipeline.sources.shards
 from pipeline.images import CorruptImageError, DataError
-from pipeline.shards import open_shards
+from pipeline.sources.shards import open_shards
 from samplers import EvalBatchSampler, RASampler
 from tools import pack_dataset
 
@@ -107,7 +107,7 @@ def test_an_epoch_goes_on_in_its_middle(dataset, world):
 
 
 def test_processes_and_threads_have_files_of_their_own(packed, monkeypatch):
-    monkeypatch.setattr(pipeline.shards, "OPEN_FILES", 2)
+    monkeypatch.setattr(pipeline.sources.shards, "OPEN_FILES", 2)
     shards = open_shards(packed, True)
     truth = content(shards)
     before = len(os.listdir("/proc/self/fd"))

@@ -18,8 +18,8 @@ from conftest import (
 )
 
 import utils
-from training.control import Agreement, StopSignals
 from training.files import plain
+from training.stopping import RequestExchange, StopSignals
 
 RUN = [
     *("--model", "visformer_tiny", "--input-size", 32, "--batch-size", 2, "--num_workers", 0),
@@ -146,8 +146,8 @@ def test_a_launcher_and_its_cluster_make_one_request():
 
 
 def test_alone_wishes_are_granted_at_once():
-    assert Agreement().exchange([0, 3, 1]) == [0, 3, 1]
-    assert Agreement().now([2]) == [2]
+    assert RequestExchange().exchange([0, 3, 1]) == [0, 3, 1]
+    assert RequestExchange().now([2]) == [2]
 
 
 DISTRIBUTED = [*RUN, "--epochs", 1, "--accum-iter", 1]

@@ -211,12 +211,12 @@ def test_flags_of_the_run():
 )
 def test_what_cannot_be_submitted_is_an_error(flags, status, message, tmp_path, capsys):
     from tools.submit import __main__ as command
-    from utils import exit_status
+    from training.launch import run_program
 
     words = ["--job-dir", str(tmp_path), *map(str, flags)]
     expected = (command.ConfigError, command.SubmitError)
     try:
-        found = exit_status(lambda: command.main(words), expected)
+        found = run_program(lambda: command.main(words), expected)
     except SystemExit as usage:
         found = usage.code
     assert found == status

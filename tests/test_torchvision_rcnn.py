@@ -18,7 +18,7 @@ from torchvision.ops.poolers import _setup_scales
 
 import models
 from datasets import DataError
-from samplers import Draw, RASampler
+from samplers import RASampler, SampleIndex
 
 masks = pytest.importorskip("pycocotools.mask")
 
@@ -265,9 +265,11 @@ def test_half_of_the_images_are_mirrored_the_same_in_every_run(few):
     annotations = read_annotations(few / "annotations" / "instances_train.json")
     dataset = CocoDataset(annotations, few / "images", {1: 1}, True, seed=1)
     plain, target = dataset[0]
-    flips = [not torch.equal(dataset[Draw(0, epoch)][0], plain) for epoch in range(20)]
+    flips = [not torch.equal(dataset[SampleIndex(0, epoch)][0], plain) for epoch in range(20)]
     assert 5 < sum(flips) < 15
-    assert flips == [not torch.equal(dataset[Draw(0, epoch)][0], plain) for epoch in range(20)]
+    assert flips == [
+        not torch.equal(dataset[SampleIndex(0, epoch)][0], plain) for epoch in range(20)
+    ]
     image, flipped = mirrored(plain, target)
     assert torch.equal(image, plain.flip(2))
     for box, mask in zip(flipped["boxes"], flipped["masks"], strict=True):
@@ -361,7 +363,7 @@ from samplers import EvalBatchSampler
 args = Namespace(world_size=1, device="cpu", dist_url="env://", dist_timeout=60)
 folder, results = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
 truth = read_annotations(folder / "annotations" / "instances_train.json")
-with utils.process_group(args) as (place, _):
+with launch.process_group(args) as (place, _):
     batches = EvalBatchSampler(len(truth.images), 2, place.world_size, place.rank)
     mine = {truth.images[index]["id"] for batch in batches for index in batch}
     stats = score_together(truth, [result for result in results if result["image_id"] in mine])

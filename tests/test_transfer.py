@@ -7,8 +7,8 @@ import pytest
 import torchvision.datasets as tv
 from PIL import Image
 
-from pipeline import transfer
 from pipeline.images import CorruptImageError, DataError
+from pipeline.sources import fine_grained
 
 savemat = pytest.importorskip("scipy.io", reason="writing .mat files needs scipy").savemat
 
@@ -87,7 +87,7 @@ def test_inat(tmp_path, year, supercategories):
     listings = write_inat(tmp_path / "inat", year, supercategories)
     target = {2: 0, 0: 1, 1: 2}  # as the training annotations bring them
     for is_train, split in ((True, "train"), (False, "val")):
-        source = transfer.open_inat(tmp_path / "inat", is_train, False, year)
+        source = fine_grained.open_inat(tmp_path / "inat", is_train, False, year)
         expected = [(path, target[number]) for path, number in listings[split]]
         check(source, expected, ["Acer rubrum", "Alca torda", "Uria aalge"])
 
@@ -107,8 +107,8 @@ def test_inat(tmp_path, year, supercategories):
 )
 def test_levels_of_inat(tmp_path, category, classes, targets):
     write_inat(tmp_path / "inat", 2018)
-    assert category in transfer.INAT_CATEGORIES
-    source = transfer.open_inat(tmp_path / "inat", True, False, category=category)
+    assert category in fine_grained.INAT_CATEGORIES
+    source = fine_grained.open_inat(tmp_path / "inat", True, False, category=category)
     assert (source.classes, source.targets.tolist()) == (classes, targets)
 
 
@@ -120,7 +120,7 @@ def test_inat_that_is_missing_or_damaged(tmp_path):
         path = root / name
         sound = path.read_bytes()
         path.write_bytes(content) if content is not None else path.unlink()
-        refused(transfer.open_inat, path, *parts, root=root, is_train=False)
+        refused(fine_grained.open_inat, path, *parts, root=root, is_train=False)
         path.write_bytes(sound)
 
     for name in ("train2018.json", "val2018.json", "categories.json"):
@@ -139,10 +139,10 @@ def test_inat_that_is_missing_or_damaged(tmp_path):
     one = json.loads((root / "val2018.json").read_text())
     other = one | {"annotations": [one["annotations"][0] | {"category_id": 9}]}
     broken("val2018.json", json.dumps(other).encode(), "category 9", root / "train2018.json")
-    refused(transfer.open_inat, "train2019.json", root=root, is_train=True, year=2019)
+    refused(fine_grained.open_inat, "train2019.json", root=root, is_train=True, year=2019)
     (root / "train_val2018").rename(root / "images")
     folder = root / "train_val2018" / "Plantae" / "2"
-    refused(transfer.open_inat, folder, "no folder", root=root, is_train=True)
+    refused(fine_grained.open_inat, folder, "no folder", root=root, is_train=True)
 
 
 SPECIES = (
@@ -173,7 +173,7 @@ def test_inat2021(tmp_path):
         ("2021_valid", False, False),
         ("2021_valid", False, True),
     ):
-        source = transfer.open_inat2021(tmp_path, is_train, False, mini=mini)
+        source = fine_grained.open_inat2021(tmp_path, is_train, False, mini=mini)
         check(source, expected[version], names)
 
 
@@ -190,14 +190,14 @@ def test_inat2021(tmp_path):
 )
 def test_levels_of_inat2021(tmp_path, category, classes, targets):
     write_inat2021(tmp_path)
-    source = transfer.open_inat2021(tmp_path, False, False, category)
+    source = fine_grained.open_inat2021(tmp_path, False, False, category)
     assert (source.classes, source.targets.tolist()) == (classes, targets)
 
 
 def test_inat2021_that_is_missing_or_damaged(tmp_path):
     def broken(*parts, **options):
         place = tmp_path / "2021_valid"
-        refused(transfer.open_inat2021, place, *parts, root=tmp_path, is_train=False, **options)
+        refused(fine_grained.open_inat2021, place, *parts, root=tmp_path, is_train=False, **options)
 
     broken("no folder", "--download fetches it")
     assert list(tmp_path.iterdir()) == []
@@ -209,7 +209,7 @@ def test_inat2021_that_is_missing_or_damaged(tmp_path):
     broken("Unexpected category id 00002")
     for level in ("supercategory", "species"):
         options = {"root": tmp_path, "is_train": True, "category": level}
-        refused(transfer.open_inat2021, f"no level {level}", tmp_path, **options)
+        refused(fine_grained.open_inat2021, f"no level {level}", tmp_path, **options)
 
 
 def write_flowers(root):
@@ -234,10 +234,10 @@ def test_flowers(tmp_path, monkeypatch):
     monkeypatch.setattr(tv.flowers102, "check_integrity", lambda path, md5: True)
     names = list(tv.Flowers102.classes)
     assert len(names) == 102
-    check(transfer.open_flowers(tmp_path, True, False), expected("trnid", "valid"), names)
-    check(transfer.open_flowers(tmp_path, False, False), expected("tstid"), names)
+    check(fine_grained.open_flowers(tmp_path, True, False), expected("trnid", "valid"), names)
+    check(fine_grained.open_flowers(tmp_path, False, False), expected("tstid"), names)
     (tmp_path / "flowers-102" / "jpg" / "image_00003.jpg").unlink()
-    source = transfer.open_flowers(tmp_path, False, False)
+    source = fine_grained.open_flowers(tmp_path, False, False)
     with pytest.raises(CorruptImageError, match=r"image_00003\.jpg: No such file"):
         source.read(0)
 
@@ -247,7 +247,7 @@ def test_flowers_that_are_missing_or_damaged(tmp_path, monkeypatch):
 
     def broken(*parts):
         for is_train in (True, False):
-            refused(transfer.open_flowers, place, *parts, root=tmp_path, is_train=is_train)
+            refused(fine_grained.open_flowers, place, *parts, root=tmp_path, is_train=is_train)
 
     broken("not found", "--download fetches it")
     write_flowers(tmp_path)
@@ -283,28 +283,28 @@ def write_cars(root):
 def test_cars(tmp_path):
     expected, names = write_cars(tmp_path)
     for download in (False, True):
-        check(transfer.open_cars(tmp_path, True, download), expected["train"], names)
-        check(transfer.open_cars(tmp_path, False, download), expected["test"], names)
+        check(fine_grained.open_cars(tmp_path, True, download), expected["train"], names)
+        check(fine_grained.open_cars(tmp_path, False, download), expected["test"], names)
 
 
 def test_cars_that_are_missing_or_damaged(tmp_path):
     place = tmp_path / "stanford_cars"
     options = {"root": tmp_path, "is_train": False, "download": True}
-    refused(transfer.open_cars, place, "cannot fetch it", "cars_test/", **options)
+    refused(fine_grained.open_cars, place, "cannot fetch it", "cars_test/", **options)
     write_cars(tmp_path)
     for name in ("cars_test_annos_withlabels.mat", "devkit/cars_meta.mat"):
         sound = (place / name).read_bytes()
         for damaged in (b"", b"no matrix" * 99, sound[:200]):
             (place / name).write_bytes(damaged)
-            refused(transfer.open_cars, f"cannot read {place}", **options)
+            refused(fine_grained.open_cars, f"cannot read {place}", **options)
         (place / name).unlink()
-        refused(transfer.open_cars, f"no {place / name}", **options)
+        refused(fine_grained.open_cars, f"no {place / name}", **options)
         (place / name).write_bytes(sound)
     meta = {"class_names": np.array([["A", "B"]], object)}
     savemat(place / "devkit" / "cars_meta.mat", meta)
-    refused(transfer.open_cars, place, "targets 1..2 of 2 classes", **options)
+    refused(fine_grained.open_cars, place, "targets 1..2 of 2 classes", **options)
     (place / "cars_test").rename(place / "elsewhere")
-    refused(transfer.open_cars, f"no {place / 'cars_test'}", **options)
+    refused(fine_grained.open_cars, f"no {place / 'cars_test'}", **options)
 
 
 def write_pets(root):
@@ -328,15 +328,15 @@ def write_pets(root):
 
 def test_pets(tmp_path):
     expected, names = write_pets(tmp_path)
-    check(transfer.open_pets(tmp_path, True, False), expected["trainval"], names)
-    check(transfer.open_pets(tmp_path, False, False), expected["test"], names)
+    check(fine_grained.open_pets(tmp_path, True, False), expected["trainval"], names)
+    check(fine_grained.open_pets(tmp_path, False, False), expected["test"], names)
 
 
 def test_pets_that_are_missing_or_damaged(tmp_path):
     listing = tmp_path / "oxford-iiit-pet" / "annotations" / "test.txt"
 
     def broken(*parts):
-        refused(transfer.open_pets, listing, *parts, root=tmp_path, is_train=False)
+        refused(fine_grained.open_pets, listing, *parts, root=tmp_path, is_train=False)
 
     broken("cannot read", "--download fetches it")
     write_pets(tmp_path)
@@ -354,9 +354,9 @@ def test_pets_that_are_missing_or_damaged(tmp_path):
 @pytest.mark.parametrize(
     ("open_it", "cls"),
     [
-        (transfer.open_inat2021, "INaturalist"),
-        (transfer.open_flowers, "Flowers102"),
-        (transfer.open_pets, "OxfordIIITPet"),
+        (fine_grained.open_inat2021, "INaturalist"),
+        (fine_grained.open_flowers, "Flowers102"),
+        (fine_grained.open_pets, "OxfordIIITPet"),
     ],
 )
 def test_download_is_asked_for_and_may_fail(tmp_path, monkeypatch, open_it, cls):
@@ -365,7 +365,7 @@ def test_download_is_asked_for_and_may_fail(tmp_path, monkeypatch, open_it, cls)
         raise OSError("no network")
 
     asked = []
-    monkeypatch.setattr(transfer, cls, fetch)
+    monkeypatch.setattr(fine_grained, cls, fetch)
     with pytest.raises(DataError) as caught:
         open_it(tmp_path, True, True)
     assert asked == [True]

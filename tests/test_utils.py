@@ -12,7 +12,8 @@ import torch
 from torch.utils.data import DataLoader
 
 import utils
-from training import Output
+from training import launch, progress
+from training.output import Output
 
 
 class Terminal(io.StringIO):
@@ -29,7 +30,7 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setenv("LINES", "40")
     monkeypatch.setenv("COLUMNS", "150")
-    walk(utils.Progress(DataLoader(range(8), batch_size=4), 1, 3, world_size=2))
+    walk(progress.Progress(DataLoader(range(8), batch_size=4), 1, 3, world_size=2))
     bar = sys.stderr.getvalue()
     # 2 steps of 4 images are left in the next epoch, at 8 images per second and process
     assert "epoch 1:   0%|" in bar
@@ -40,7 +41,7 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch, capsys):
 
 
 def test_progress_is_lines_elsewhere(capsys):
-    walk(utils.Progress(DataLoader(range(12), batch_size=4), 0, 1, world_size=1))
+    walk(progress.Progress(DataLoader(range(12), batch_size=4), 0, 1, world_size=1))
     output, errors = capsys.readouterr()
     assert [line.split(" loss")[0] for line in output.splitlines()] == [
         "epoch 0 step 1/3",
@@ -86,13 +87,13 @@ def test_seeds_depend_on_every_number():
 
 def test_a_dead_loader_process_is_told_from_other_errors():
     message = "DataLoader worker (pid 7) is killed by signal: Killed."
-    assert f"a loader process died ({message})" in utils.loader_message(RuntimeError(message))
+    assert f"a loader process died ({message})" in launch.loader_message(RuntimeError(message))
     with pytest.raises(RuntimeError, match="another"):
-        utils.loader_message(RuntimeError("another"))
+        launch.loader_message(RuntimeError("another"))
     code = compile("raise EOFError", "/x/torch/utils/data/dataloader.py", "exec")
     with pytest.raises(EOFError) as caught:
         exec(code)
-    assert "a loader process died (EOFError): it may" in utils.loader_message(caught.value)
+    assert "a loader process died (EOFError): it may" in launch.loader_message(caught.value)
 
 
 def test_messages_lose_the_traceback_of_a_loader_process():
@@ -100,15 +101,15 @@ def test_messages_lose_the_traceback_of_a_loader_process():
         "Caught X in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
         '  File "x", line 1\ndatasets.CorruptImageError: cannot decode image a: b'
     )
-    assert utils.last_message(RuntimeError(wrapped)) == "cannot decode image a: b"
-    assert utils.last_message(RuntimeError("plain: text")) == "plain: text"
+    assert launch.last_message(RuntimeError(wrapped)) == "cannot decode image a: b"
+    assert launch.last_message(RuntimeError("plain: text")) == "plain: text"
 
 
 def test_an_interrupt_says_what_the_program_knows(capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    assert utils.exit_status(interrupt, ()) == 130
+    assert launch.run_program(interrupt, ()) == 130
     assert capsys.readouterr().err == "error: interrupted\n"
-    assert utils.exit_status(interrupt, (), utils.RESUMES) == 130
+    assert launch.run_program(interrupt, (), launch.RESUMES) == 130
     assert "--resume auto continues" in capsys.readouterr().err

@@ -11,7 +11,8 @@ from conftest import free_port, ranks, read_log, same_log, same_state, start_pyt
 from test_distributed import LAUNCH
 
 from datasets import DataError
-from training.watchdog import ProcessError, Watchdog
+from training.watchdog import Watchdog
+from utils import UserError
 
 needs_proc = pytest.mark.skipif(
     not Path("/proc/self/task").is_dir(), reason="finds processes through /proc"
@@ -165,7 +166,7 @@ def test_ranks_end_with_their_launcher(tmp_path):
 
 def test_memory_that_runs_out_is_an_error_with_a_place():
     message = r"out of memory at epoch 2 step 7 \(no more\): a smaller --batch-size"
-    with pytest.raises(ProcessError, match=message), Watchdog(0, 1, 60.0) as watchdog:
+    with pytest.raises(UserError, match=message), Watchdog(0, 1, 60.0) as watchdog:
         watchdog.at("epoch 2 step 7")
         raise MemoryError("no more")
 
@@ -173,9 +174,9 @@ def test_memory_that_runs_out_is_an_error_with_a_place():
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
-        (RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer"), ProcessError),
-        (ConnectionResetError("Connection reset by peer"), ProcessError),
-        (dist.DistBackendError("NCCL error: unhandled system error"), ProcessError),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer"), UserError),
+        (ConnectionResetError("Connection reset by peer"), UserError),
+        (dist.DistBackendError("NCCL error: unhandled system error"), UserError),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), RuntimeError),
         (DataError("cannot decode image /data/gloomy/NCCL.jpg: timed out"), DataError),
     ],
@@ -185,4 +186,4 @@ def test_the_loss_of_another_process_is_told_from_other_errors(error, kind):
         watchdog.at("epoch 2 step 7")
         raise error
     assert type(caught.value) is kind
-    assert ("at epoch 2 step 7" in str(caught.value)) == (kind is ProcessError)
+    assert ("at epoch 2 step 7" in str(caught.value)) == (kind is UserError)

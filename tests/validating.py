@@ -9,9 +9,9 @@ import torch
 from conftest import THREADS, write_images
 
 import datasets
-from configs import get_args_parser
 from pipeline.images import load_image
 from tools.validate import __main__ as validate
+from training.flags import get_args_parser
 
 CLASSES = [f"kind{index:02}" for index in range(12)]
 SIZE = 32

@@ -14,7 +14,7 @@ from typing import Any
 import safetensors.torch
 
 import models
-from models.content import num_classes_of, state_dict_of
+from models.checkpoint.contents import num_classes_of, state_dict_of
 from training import files
 
 KEPT_FLAGS = ("eval_crop_ratio",)  # of a run's: how its images are prepared

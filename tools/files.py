@@ -7,9 +7,9 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from configs import ConfigError
 from pipeline.images import DataError
 from training.files import TEMPORARY, OutputError
+from utils import UserError
 
 
 def visible(folder: Path) -> list[Path]:
@@ -37,10 +37,10 @@ def check_suffix(flag: str, path: Path | None, suffix: str) -> None:
     """Refuse a file whose name says that it is of another kind.
 
     Raises:
-        ConfigError: It does not end in ``suffix``.
+        UserError: It does not end in ``suffix``.
     """
     if path is not None and path.suffix.lower() != suffix:
-        raise ConfigError(f"{flag} {path} must end in {suffix}")
+        raise UserError(f"{flag} {path} must end in {suffix}")
 
 
 def check_outputs(outputs: Iterable[tuple[str, Path]], inputs: Iterable[str | Path] = ()) -> None:

@@ -28,11 +28,11 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from webdataset import TarWriter
 
-from configs.flags import usable_cpus
 from datasets import open_image_folder
-from pipeline.fetch import REMOTE, Cache, default_folder, locked
 from pipeline.images import CorruptImageError, DataError
-from pipeline.shard_index import (
+from pipeline.sources.base import Encoded
+from pipeline.sources.download import REMOTE, Cache, default_folder, locked
+from pipeline.sources.shard_index import (
     Index,
     Members,
     Part,
@@ -43,10 +43,10 @@ from pipeline.shard_index import (
     sha256_of,
     split_place,
 )
-from pipeline.shards import scan_shards
-from pipeline.sources import Encoded
-from pipeline.workers import settle_worker
+from pipeline.sources.shards import scan_shards
+from pipeline.workers import worker_init_fn
 from training.files import OutputError, write_atomically
+from training.flags import usable_cpus
 
 
 class Sample(NamedTuple):
@@ -192,7 +192,7 @@ class Split:
             batch_size=None,
             sampler=self.order[position:],
             num_workers=self.args.num_workers,
-            worker_init_fn=settle_worker,
+            worker_init_fn=worker_init_fn,
             collate_fn=as_it_is,
         )
         samples = zip(self.order[position:], loader, strict=True)

@@ -20,12 +20,8 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import datasets
-import models
-import utils
-from configs import ConfigError, LaunchError, Place
-from configs.flags import Parser
 from pipeline.images import CorruptImageError, DataError, load_image
-from tools import command, files
+from tools import cli, files
 from tools.validate import flags, pictures
 from tools.validate.cases import Case, cases, check_sources
 from tools.validate.classes import (
@@ -37,19 +33,15 @@ from tools.validate.classes import (
 )
 from tools.validate.tables import aligned, write_csv
 from tools.validate.text import labels, shortened, shown
-from training import OutputError
+from training import launch
+from training.files import OutputError
+from training.flags import Parser
+from training.launch import DistInfo
+from utils import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-EXPECTED_ERRORS = (
-    ConfigError,
-    LaunchError,
-    OutputError,
-    DataError,
-    models.CheckpointError,
-    models.ModelError,
-)
 FLAGS = ("batch_size", "qk_scale_factor", "amp", "amp_dtype", "channels_last", "eval_crop_ratio")
 HEADS = ("image", "rank", "class", "name", "probability")  # of the CSV file
 ENDING = "-prediction.png"  # of the pictures in a folder
@@ -228,13 +220,13 @@ def is_one_file(output: Path) -> bool:
     """Whether ``--output`` is a picture, not a folder of pictures.
 
     Raises:
-        ConfigError: Its name is that of a file of another kind.
+        UserError: Its name is that of a file of another kind.
     """
     suffix = output.suffix.lower()
     if os.path.isdir(output) or suffix not in FILES:
         return False
     if suffix != ".png":
-        raise ConfigError(f"--output {output} must end in .png, or be a folder")
+        raise UserError(f"--output {output} must end in .png, or be a folder")
     return True
 
 
@@ -242,7 +234,7 @@ def picture_paths(output: Path, images: Sequence[Path]) -> list[Path]:
     """Where the picture of each image goes: ``output`` itself, or a file of its own within.
 
     Raises:
-        ConfigError: See :func:`is_one_file`.
+        UserError: See :func:`is_one_file`.
         OutputError: One file is named for several images.
     """
     if is_one_file(output):
@@ -280,7 +272,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 def prepared(args: Namespace) -> Case:
     """The network of the flags, ready to run."""
-    device = utils.select_device(args.device, Place())
+    device = launch.select_device(args.device, DistInfo())
     sizes = [args.input_size] if args.input_size else None
     others = {"input_size": sizes, "data_set": "IMNET", "fuse": False}
     files = [args.checkpoint] if args.checkpoint else []
@@ -291,7 +283,7 @@ def start(argv: list[str]) -> int:
     """Run with the flags ``argv``; returns the exit status."""
     args = flags.parse(get_parser, argv)
     if args.topk < 1:
-        raise ConfigError(f"--topk {args.topk} must be positive")
+        raise UserError(f"--topk {args.topk} must be positive")
     sources = [args.checkpoint] if args.checkpoint else []
     check_sources(sources, args)
     files.check_suffix("--csv", args.csv, ".csv")
@@ -343,7 +335,7 @@ def run(args: Namespace, paths: Sequence[Path], places: Sequence[Path]) -> int:
                     failed.append(str(error))
     finally:
         write = partial(write_csv, heads=HEADS, rows=rows)
-        status = command.finish([(args.csv, write)] if args.csv and rows else [], failed)
+        status = cli.finish([(args.csv, write)] if args.csv and rows else [], failed)
     return status
 
 
@@ -359,7 +351,7 @@ def csv_rows(found: Prediction, names: Sequence[str], asked: int | None) -> list
 
 def main(argv: list[str]) -> int:
     """Run with the flags ``argv``; returns the exit status."""
-    return command.run(lambda: start(argv), EXPECTED_ERRORS)
+    return launch.run_program(lambda: start(argv))
 
 
 if __name__ == "__main__":

@@ -10,20 +10,19 @@ from torch import nn
 
 import engine
 import models
-from configs import ConfigError
-from models.content import num_classes_of, state_dict_of
+from models.checkpoint.contents import num_classes_of, state_dict_of
 from training.network import renormalized
-from utils import log
+from utils import UserError, log
 
 
-class Lesson(NamedTuple):
+class DistillBatch(NamedTuple):
     """What a batch is trained on: targets of the data, and the teacher's logits ``B K``."""
 
     targets: torch.Tensor
     teacher: torch.Tensor
 
 
-class Taught:
+class TeacherTargets:
     """Mixes a batch, and asks the teacher about the mixed images; stands for timm's ``Mixup``.
 
     Args:
@@ -41,13 +40,15 @@ class Taught:
         self.teacher, self.mixup_fn, self.precision = teacher, mixup_fn, precision
 
     @torch.no_grad()
-    def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, Lesson]:
+    def __call__(
+        self, images: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, DistillBatch]:
         """Images ``B 3 H W`` and targets ``B`` to mixed images and what is to be learnt."""
         if self.mixup_fn is not None:
             images, targets = self.mixup_fn(images, targets)
         with self.precision.autocast():
             logits = self.teacher(images)
-        return images, Lesson(targets, logits.float())
+        return images, DistillBatch(targets, logits.float())
 
 
 class DistillationLoss(nn.Module):
@@ -71,7 +72,7 @@ class DistillationLoss(nn.Module):
         self.base, self.kind, self.alpha, self.tau = base, kind, alpha, tau
 
     def forward(
-        self, logits: torch.Tensor | tuple[torch.Tensor, torch.Tensor], lesson: Lesson
+        self, logits: torch.Tensor | tuple[torch.Tensor, torch.Tensor], lesson: DistillBatch
     ) -> torch.Tensor:
         """Logits ``B K``, or a pair of them, to the loss."""
         own, taught = logits if isinstance(logits, tuple) else (logits, logits)
@@ -105,7 +106,7 @@ def build_teacher(
             trained with the same, any other one is given what timm says of the model.
 
     Raises:
-        ConfigError: The teacher knows other classes, or has no weights.
+        UserError: The teacher knows other classes, or has no weights.
         ModelError: There is no such model, or it cannot take images of ``--input-size``.
         CheckpointError: Its file cannot be read, or does not fit.
     """
@@ -114,7 +115,7 @@ def build_teacher(
     kwargs = dict(checkpoint.get("model_kwargs", {}))
     name = args.teacher_model or checkpoint.get("model_name")
     if not name:
-        raise ConfigError(f"--teacher-path {path} does not name its model: give --teacher-model")
+        raise UserError(f"--teacher-path {path} does not name its model: give --teacher-model")
     if name != checkpoint.get("model_name"):
         kwargs = {}
     known = kwargs.get("num_classes")
@@ -123,7 +124,7 @@ def build_teacher(
     elif known is None:
         known = num_classes_of(state_dict_of(checkpoint, path)[0], name)
     if known not in (None, num_classes):
-        raise ConfigError(
+        raise UserError(
             f"teacher {path or name} knows {known} classes, the training set has {num_classes}"
         )
     required = {"num_classes": num_classes} | ({} if path else {"pretrained": True})
@@ -132,7 +133,7 @@ def build_teacher(
         model, _ = models.build_model(name, required, optional)
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"cannot get weights of teacher {name}: {reason}") from error
+        raise UserError(f"cannot get weights of teacher {name}: {reason}") from error
     if path:
         log(f"teacher {name}: {models.load_weights(model, checkpoint, path)}")
     models.check_input_size(model, name, args.input_size)
@@ -146,12 +147,12 @@ def _pretrained_classes(name: str) -> int:
     """How many classes timm's weights of a model know.
 
     Raises:
-        ConfigError: timm has none.
+        UserError: timm has none.
         ModelError: It does not know the model.
     """
     cfg = models.pretrained_config(name)
     if cfg is None or not cfg.has_weights:
-        raise ConfigError(f"timm has no weights of teacher {name}: give --teacher-path CHECKPOINT")
+        raise UserError(f"timm has no weights of teacher {name}: give --teacher-path CHECKPOINT")
     return cfg.num_classes
 
 

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 
 from models import CheckpointError
-from models.seal import check_seal, write_sealed
+from models.checkpoint.checksum import verify_checksum, write_with_checksum
+from utils import UserError
 
 TEMPORARY = ".tmp"
 
 
-class OutputError(RuntimeError):
+class OutputError(UserError):
     """The output folder cannot be written."""
 
 
@@ -127,7 +128,7 @@ def size_of(value: Any) -> int:
 
 
 def _prove(path: Path) -> None:
-    if not check_seal(path):
+    if not verify_checksum(path):
         raise CheckpointError(f"{path} is damaged: its seal is missing")
 
 
@@ -145,7 +146,7 @@ def save_checkpoint(
     """
     content = plain(state)
     try:
-        write_atomically(path, lambda file: write_sealed(content, file), _prove, also, keep)
+        write_atomically(path, lambda file: write_with_checksum(content, file), _prove, also, keep)
     except OutputError as error:
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(path.parent).free

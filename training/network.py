@@ -10,8 +10,8 @@ from torch import nn
 
 import engine
 import models
-from configs import get_args_parser, keyword_arguments
 from pipeline.images import DataError
+from training.flags import get_args_parser, keyword_arguments
 from utils import log
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from configs import Place
 from models import CheckpointError, read_checkpoint
 from training.files import OutputError
+from training.launch import DistInfo
 from training.output import BEST, CHECKPOINT, PREVIOUS
 from utils import all_or_none, from_first, log
 
@@ -49,7 +49,7 @@ def _set_aside(path: Path) -> None:
 
 
 def read_resume(
-    args: Namespace, place: Place, group: dist.ProcessGroup | None
+    args: Namespace, place: DistInfo, group: dist.ProcessGroup | None
 ) -> tuple[str, dict[str, Any]]:
     """The checkpoint that the run goes on from and its content, or two empty ones.
 

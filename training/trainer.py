@@ -6,6 +6,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from timm.data import Mixup
 from torch import nn
 
 import engine
+import models
 import utils
-from pipeline.finish import Feed
-from training import sharding
-from training.control import Agreement, StopSignals
+from pipeline.prefetch import Prefetcher
+from training import fsdp, launch
 from training.output import Output, list_corrupt
-from training.run import Run
+from training.progress import Progress
+from training.run_state import RunState
+from training.stopping import RequestExchange, StopSignals
 from training.watchdog import Watchdog
 from utils import log
 
@@ -37,7 +40,7 @@ class Evaluation:
     def __init__(
         self,
         args: Namespace,
-        loader: Feed,
+        loader: Prefetcher,
         precision: engine.Precision,
         group: dist.ProcessGroup | None,
     ):
@@ -51,7 +54,7 @@ class Evaluation:
         if next(model.parameters()).device.type != precision.device.type:  # --model-ema-force-cpu
             model = copy.deepcopy(model).to(precision.device)
         utils.broadcast_buffers(model)
-        with sharding.gathered(model):
+        with fsdp.gathered(model):
             stats = engine.evaluate(
                 self.loader,
                 engine.compiled(model, args.compile),
@@ -85,9 +88,9 @@ class Trainer:
 
     def __init__(
         self,
-        state: Run,
+        state: RunState,
         output: Output,
-        loader: Feed,
+        loader: Prefetcher,
         evaluation: Evaluation,
         mixup_fn: Mixup | None,
         criterion: nn.Module,
@@ -95,7 +98,7 @@ class Trainer:
         self.state, self.output, self.loader = state, output, loader
         self.evaluation, self.mixup_fn, self.criterion = evaluation, mixup_fn, criterion
         self.args, self.place = state.args, state.place
-        self.agreement = Agreement(state.group)
+        self.exchange = RequestExchange(state.group)
         self.signals = StopSignals()
         self.watchdog = Watchdog(self.place.rank, self.place.world_size, self.args.dist_timeout)
         self._saved_at = time.monotonic()
@@ -117,7 +120,7 @@ class Trainer:
                 if stats is None:
                     return self.stopped()
                 stats |= self.evaluate()
-                if any(self.agreement.now(self.wishes())[:1]):
+                if any(self.exchange.now(self.requests())[:1]):
                     return self.stopped()
                 self.finish_epoch(stats | {"n_parameters": n_parameters})
             self.output.finish_saving()
@@ -136,7 +139,7 @@ class Trainer:
             model = engine.distribute(model, precision.device, static)
         model = engine.compiled(model, args.compile)
         if self.place.world_size > 1:
-            engine.settle(model, precision, args.batch_size, args.input_size)
+            engine.warm_up_ddp(model, precision, args.batch_size, args.input_size)
         return model
 
     def train_epoch(self, model: nn.Module, stop: int) -> dict[str, float] | None:
@@ -144,7 +147,7 @@ class Trainer:
         state, args = self.state, self.args
         epoch = state.begin_epoch()
         self.watchdog.where = f"epoch {epoch} step {state.meter.steps}"
-        progress = utils.Progress(
+        progress = Progress(
             self.loader,
             epoch,
             stop,
@@ -165,7 +168,7 @@ class Trainer:
             mixup_fn=self.mixup_fn,
             lr_scheduler=state.scheduler,
             accum_iter=args.accum_iter,
-            set_training_mode=args.train_mode,
+            set_training_mode=partial(models.set_training_mode, mode=args.train_mode),
             log_interval=args.log_interval,
             report=progress.report,
             max_nonfinite=args.max_nonfinite,
@@ -178,7 +181,7 @@ class Trainer:
             self.output.list_corrupt(utils.gather_lines(state.meter.corrupt, state.group))
         return {f"train_{key}": value for key, value in stats.items()}
 
-    def wishes(self) -> list[int]:
+    def requests(self) -> list[int]:
         """What this process wants to happen: stop (the signal), save, give up."""
         return [self.signals.requested or 0, self.is_save_due(), self.state.meter.bad_in_row]
 
@@ -196,7 +199,7 @@ class Trainer:
         """Do what the processes agreed on a step ago; True if that is to stop."""
         epoch = self.state.epoch + 1
         self.watchdog.at(f"epoch {epoch} step {meter.steps}")
-        stop, save, bad_in_row = self.agreement.exchange(self.wishes())
+        stop, save, bad_in_row = self.exchange.exchange(self.requests())
         if bad_in_row >= self.args.max_nonfinite:
             engine.check_finite(meter, 0, epoch, self.state.precision, self.state.model)
         if save and not stop:
@@ -243,12 +246,12 @@ class Trainer:
         """Save where the run is, and say so; the exit status."""
         state = self.state
         self.watchdog.pause()
-        (number, *_) = self.agreement.now(self.wishes())
+        (number, *_) = self.exchange.now(self.requests())
         name, where = signal.Signals(number).name, f"epoch {state.epoch + 1}"
         where += f" after step {state.meter.steps}"
         if not self.args.output_dir:
             message = f"stopped by {name} in {where}; without --output_dir nothing is saved"
-            return utils.fail(message, 128 + number) if self.place.rank == 0 else 128 + number
+            return launch.fail(message, 128 + number) if self.place.rank == 0 else 128 + number
         self.save()
         self.output.finish_saving()
         log(f"stopped by {name} in {where}; --resume auto goes on")

@@ -12,7 +12,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-import utils
+from training import launch
+from utils import UserError
 
 T = TypeVar("T")
 TICK = 1.0  # seconds between signs of life
@@ -21,10 +22,6 @@ SHOWN = 4  # processes named in a message
 
 # how gloo and NCCL say that the other side does not answer
 LOST = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Tt]imed out")
-
-
-class ProcessError(RuntimeError):
-    """A process that this one depends on died or hangs."""
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T | None:
@@ -79,18 +76,18 @@ class Watchdog:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # of PyTorch: it would raise once more
         self._ended.set()
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
-            raise ProcessError(
-                f"out of memory at {self.where} ({utils.last_message(error)[:200]}): a smaller "
+            raise UserError(
+                f"out of memory at {self.where} ({launch.last_message(error)[:200]}): a smaller "
                 f"--batch-size, --grad-checkpointing or fewer --num_workers may help"
             ) from error
         if isinstance(error, ConnectionError | EOFError | RuntimeError):
-            if utils.loader_died(error):
-                raise ProcessError(f"{utils.loader_message(error)} (at {self.where})") from error
+            if launch.loader_died(error):
+                raise UserError(f"{launch.loader_message(error)} (at {self.where})") from error
             foreign = type(error).__module__ == "builtins" and LOST.search(str(error))
             if foreign or isinstance(error, dist.DistError):
                 reason = str(error).strip().splitlines()[0][:200]
                 message = f"another process is lost or stuck at {self.where}{self.others()}"
-                raise ProcessError(f"{message} ({reason})") from error
+                raise UserError(f"{message} ({reason})") from error
 
     def at(self, where: str) -> None:
         """Note progress: where the process is now."""
@@ -128,7 +125,7 @@ class Watchdog:
                 f"{self.others()}"
             )
             print(f"error on rank {self.rank}: {message}", file=sys.stderr, flush=True)
-            utils.end_children()
+            launch.end_children()
             os._exit(1)
 
     def others(self) -> str:

@@ -18,15 +18,7 @@ import torch
 import yaml
 
 import models
-from tools.benchmark.candidates import (
-    CONFIGS,
-    CUDA_CONFIGS,
-    BenchmarkError,
-    Peer,
-    build,
-    makes_sense,
-    sides_of,
-)
+from tools.benchmark.candidates import CONFIGS, CUDA_CONFIGS, Peer, build, makes_sense, sides_of
 from tools.benchmark.measure import (
     Case,
     alternate,
@@ -37,6 +29,7 @@ from tools.benchmark.measure import (
     step_of,
 )
 from tools.flops import count, our_models
+from utils import UserError
 
 NAMES = (
     "visformer_tiny",
@@ -97,7 +90,7 @@ def crashes(case: Case, peer: Peer | None) -> str | None:
         return None
     try:
         in_process_of_its_own(case, peer)
-    except BenchmarkError as error:
+    except UserError as error:
         return str(error)
     return None
 
@@ -203,12 +196,12 @@ def plot(rows: list[dict], path: str) -> None:
     """Bars of ours over the best peer, by model and mode.
 
     Raises:
-        BenchmarkError: matplotlib is not installed.
+        UserError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise BenchmarkError("--plot needs matplotlib: pip install matplotlib") from error
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from error
     chosen = [r for r in rows if r["side"] == "ours" and r["best"] and "ratio" in r]
     figure = Figure(figsize=(8, 1 + 0.4 * len(chosen)), layout="constrained")
     axes = figure.add_subplot()
@@ -293,11 +286,11 @@ def main(argv: list[str]) -> int:
         known = our_models()
         for name in args.names:
             if name not in known:
-                raise BenchmarkError(f"{name!r} is none of {', '.join(known)}")
+                raise UserError(f"{name!r} is none of {', '.join(known)}")
         if args.device == "cuda" and not torch.cuda.is_available():
-            raise BenchmarkError("--device cuda, but PyTorch finds no CUDA device")
+            raise UserError("--device cuda, but PyTorch finds no CUDA device")
         run(args)
-    except BenchmarkError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -15,13 +15,13 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from models.backbone import Backbone, VisionBackbone
-from models.factory import ModelError
+from models.detection_backbone import Backbone, VisionBackbone
+from models.errors import ModelError
 from models.layers.window import WindowAttention2d
 from tools.benchmark.__main__ import machine
-from tools.benchmark.candidates import BenchmarkError
 from tools.benchmark.measure import ROOT, alternate, ratio, resident_peak
 from tools.benchmark.original import OriginalWindowAttention, as_original
+from utils import UserError
 
 NAMES = ("swin_visformer_small_v2", "swin_visformer_tiny_v2", "swin_visformer_small")
 SIZES = {"cpu": (512, 640), "cuda": (800, 1344)}
@@ -33,12 +33,12 @@ def build(name: str, side: str, device: str) -> Backbone:
     """The backbone ``name``, its attention ours or the original's, with statistics of a batch.
 
     Raises:
-        BenchmarkError: It has no windows.
+        UserError: It has no windows.
     """
     torch.manual_seed(0)
     backbone = VisionBackbone(name)
     if not any(isinstance(module, WindowAttention2d) for module in backbone.modules()):
-        raise BenchmarkError(f"{name} has no windows to compare")
+        raise UserError(f"{name} has no windows to compare")
     if side == "original":
         as_original(backbone)
     backbone.to(device)
@@ -161,7 +161,7 @@ def peak_in_process_of_its_own(args: argparse.Namespace, name: str, side: str) -
     words += ["--input-size", *map(str, args.input_size)]
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise BenchmarkError(f"{name} {side}: {done.stderr.strip().splitlines()[-1]}")
+        raise UserError(f"{name} {side}: {done.stderr.strip().splitlines()[-1]}")
     return float(done.stdout.splitlines()[-1])
 
 
@@ -209,14 +209,14 @@ def main(argv: list[str]) -> int:
     args.input_size = args.input_size or SIZES[args.device]
     try:
         if args.device == "cuda" and not torch.cuda.is_available():
-            raise BenchmarkError("--device cuda, but PyTorch finds no CUDA device")
+            raise UserError("--device cuda, but PyTorch finds no CUDA device")
         if args.peak:
             print(peak(args, args.names[0], args.peak))
             return 0
         for name in args.names or NAMES:
             compare(args, name)
         print(machine(args.device), "x".join(map(str, args.input_size)), args.dtype, sep=", ")
-    except (BenchmarkError, ModelError) as error:
+    except (UserError, ModelError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

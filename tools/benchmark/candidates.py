@@ -21,6 +21,7 @@ from torch import nn
 
 from models.layers import set_fused_attention
 from tools.flops import size_options
+from utils import UserError
 
 # implementations of our names that timm has under another
 TIMM_NAMES = {
@@ -39,10 +40,6 @@ CUDA_CONFIGS = {
     "infer": (*CONFIGS["infer"], "channels_last+compile", "deploy+channels_last+compile"),
     "train": (*CONFIGS["train"], "channels_last+compile"),
 }
-
-
-class BenchmarkError(ValueError):
-    """A model, peer or configuration is not to be had; the message says what is."""
 
 
 def timm_entrypoint(name: str) -> Callable[..., nn.Module] | None:
@@ -92,11 +89,11 @@ def peer_entrypoint(folder: Path, name: str) -> Callable[[], nn.Module]:
     """The function ``name`` of an original repository: of a file at its top, or of ``models``.
 
     Raises:
-        BenchmarkError: There is no such folder, or none of its files has the function; files
+        UserError: There is no such folder, or none of its files has the function; files
             that cannot be imported are named with the reason.
     """
     if not folder.is_dir():
-        raise BenchmarkError(f"--peer-path {folder} is not a folder")
+        raise UserError(f"--peer-path {folder} is not a folder")
     files = sorted(path.stem for path in folder.glob("*.py"))
     packages = sorted(path.parent.name for path in folder.glob("*/__init__.py"))
     reasons = []
@@ -114,7 +111,7 @@ def peer_entrypoint(folder: Path, name: str) -> Callable[[], nn.Module]:
             if found is not None:
                 return found
     why = "; ".join(reasons) or f"no file defines {name}()"
-    raise BenchmarkError(f"--peer-path {folder} has no model {name}: {why}")
+    raise UserError(f"--peer-path {folder} has no model {name}: {why}")
 
 
 def equal_vit(name: str, **options) -> nn.Module:
@@ -206,7 +203,7 @@ def configure(model: nn.Module, side: str, config: str) -> nn.Module:
     """``model`` or what is made of it in a configuration.
 
     Raises:
-        BenchmarkError: The configuration is unknown, or not for this model.
+        UserError: The configuration is unknown, or not for this model.
     """
     for transform in config.split("+"):
         if transform == "deploy" and side == "ours":
@@ -220,7 +217,7 @@ def configure(model: nn.Module, side: str, config: str) -> nn.Module:
         elif transform == "compile":
             model = torch.compile(model, dynamic=False)
         elif transform != "eager":
-            raise BenchmarkError(
+            raise UserError(
                 f"configuration {config!r}: {transform!r} is not eager, nor one of "
                 f"{', '.join(TRANSFORMS)}"
             )

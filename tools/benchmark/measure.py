@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from tools.benchmark.candidates import BenchmarkError, Peer, build, configure
+from tools.benchmark.candidates import Peer, build, configure
+from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 MATRIX = {"cpu": 2048, "cuda": 8192}
@@ -159,7 +160,7 @@ def in_process_of_its_own(case: Case, peer: Peer | None) -> float:
     """:func:`peak_memory` of a fresh process.
 
     Raises:
-        BenchmarkError: The process dies, as some configurations of peers do.
+        UserError: The process dies, as some configurations of peers do.
     """
     words = {"case": asdict(case), "peer": peer and [str(peer.folder), peer.kwargs]}
     command = [sys.executable, "-m", "tools.benchmark.measure", json.dumps(words)]
@@ -168,7 +169,7 @@ def in_process_of_its_own(case: Case, peer: Peer | None) -> float:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         if done.returncode < 0:
             reason = f"killed by signal {-done.returncode}"
-        raise BenchmarkError(f"{case.mode} {case.name} {case.label}: {reason}")
+        raise UserError(f"{case.mode} {case.name} {case.label}: {reason}")
     return float(done.stdout.splitlines()[-1])
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from models.backbone import Backbone
+from models.detection_backbone import Backbone
 from models.layers import set_recompute_activations
 from models.layers.window import WindowAttention2d
 

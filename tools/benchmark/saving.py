@@ -21,12 +21,16 @@ import torch.distributed as dist
 import engine
 import models
 import utils
-from configs import LaunchError, Place, parse_args
 from pipeline.reference import Batch
 from samplers import RASampler
 from tools.benchmark.__main__ import machine
-from training import Output, Run, Trainer
-from utils import log
+from training import launch
+from training.flags import parse_args
+from training.launch import DistInfo
+from training.output import Output
+from training.run_state import RunState
+from training.trainer import Trainer
+from utils import UserError, log
 
 CLASSES = 1000
 
@@ -34,7 +38,7 @@ CLASSES = 1000
 class OneBatch:
     """A loader that yields the same batch ``steps`` times."""
 
-    def __init__(self, batch_size: int, size: int, steps: int, place: Place):
+    def __init__(self, batch_size: int, size: int, steps: int, place: DistInfo):
         self.batch_size, self.steps = batch_size, steps
         images = torch.randn(batch_size, 3, size, size)
         self.batch = Batch(images, torch.randint(CLASSES, (batch_size,)), [])
@@ -57,7 +61,7 @@ class Bare(Trainer):
 
 
 def build(
-    kind: type[Trainer], args: Namespace, place: Place, group: dist.ProcessGroup | None
+    kind: type[Trainer], args: Namespace, place: DistInfo, group: dist.ProcessGroup | None
 ) -> Trainer:
     """A trainer of its own model, with nothing but its folder to tell it from the other."""
     size = args.input_size
@@ -70,7 +74,7 @@ def build(
     loader = OneBatch(args.batch_size, size, args.steps, place)
     parts = (args, model, args.model, kwargs, precision, 1e-4, args.steps, loader.sampler)
     return kind(
-        Run(*parts, place, group),
+        RunState(*parts, place, group),
         Output(args.output_dir if kind is Trainer else ""),
         loader,
         None,
@@ -91,7 +95,7 @@ def seconds(trainer: Trainer, model: torch.nn.Module) -> float:
     return elapsed
 
 
-def compare(args: Namespace, rounds: int, place: Place) -> None:
+def compare(args: Namespace, rounds: int, place: DistInfo) -> None:
     """Measure both in turn and print their ratio."""
     group = utils.control_group(args.dist_timeout)
     trainers = [build(kind, args, place, group) for kind in (Trainer, Bare)]
@@ -133,14 +137,14 @@ def start(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         flags = {key: value for key, value in vars(given).items() if value is not None}
         args = Namespace(**vars(args) | flags | {"output_dir": folder, "log_interval": 10**9})
-        with utils.process_group(args) as (place, device):
+        with launch.process_group(args) as (place, device):
             settled = Namespace(**vars(args) | {"device": device.type})
             compare(settled, given.rounds, place)
 
 
 def main(argv: list[str]) -> int:
     """Run with the flags ``argv``; returns the exit status."""
-    return utils.exit_status(lambda: start(argv), (LaunchError, models.ModelError))
+    return launch.run_program(lambda: start(argv), (UserError, models.ModelError))
 
 
 if __name__ == "__main__":

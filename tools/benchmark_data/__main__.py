@@ -21,19 +21,19 @@ from pathlib import Path
 import torch
 from torchvision.datasets import ImageFolder
 
-from configs import parse_args
 from datasets import SMALL_SIZE
-from engine import SettingError
 from models import ModelError
 from pipeline.images import DataError
-from pipeline.shards import open_shards
-from pipeline.sources import Encoded, Files
-from samplers import Draw
+from pipeline.sources.base import Encoded, Files
+from pipeline.sources.shards import open_shards
+from samplers import SampleIndex
 from tools import pack_dataset
 from tools.benchmark.__main__ import machine
 from tools.benchmark_data.feeding import Training, in_memory
 from tools.benchmark_data.sides import Side, fast_stages, reference_stages, seconds_of, sides
 from tools.benchmark_data.workers import Workers
+from training.flags import parse_args
+from utils import UserError
 
 NAMES = ("raw", "packed")
 
@@ -116,7 +116,7 @@ class Together:
     def __call__(self) -> float:
         """Seconds per image."""
         self.epoch += 1
-        draws = [Draw(index, self.epoch) for index in range(len(self.side.dataset))]
+        draws = [SampleIndex(index, self.epoch) for index in range(len(self.side.dataset))]
         started = time.perf_counter()
         for start in range(0, len(draws), self.batch_size):
             batch = self.side.dataset.__getitems__(draws[start : start + self.batch_size])
@@ -305,7 +305,7 @@ def main(argv: list[str]) -> int:
     args = get_parser().parse_args(argv)
     try:
         feed(args) if args.model else run(args)
-    except (DataError, ModelError, SettingError) as error:
+    except (DataError, ModelError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -10,11 +10,11 @@ import torch
 
 import engine
 import models
-from datasets import build_feed, build_train_loader, build_transform
+from datasets import build_prefetcher, build_train_loader, build_transform
 from pipeline.fast import FastDataset
-from pipeline.finish import Feed
+from pipeline.prefetch import Prefetcher
 from pipeline.reference import Batch
-from pipeline.sources import Pixels, Source
+from pipeline.sources.base import Pixels, Source
 
 
 class Steps:
@@ -42,7 +42,7 @@ def in_memory(source: Source, size: int) -> Pixels:
     return Pixels(pixels, source.targets, source.classes)
 
 
-def endless(feed: Feed) -> Iterator[Batch]:
+def endless(feed: Prefetcher) -> Iterator[Batch]:
     """Batches of one epoch after the other."""
     epoch = 0
     while True:
@@ -78,7 +78,7 @@ class Training:
         options: dict[str, Any] = {"resident": resident, "augment": device.type != "cuda"}
         dataset = FastDataset(source, transform, True, args.input_size, **options)
         loader = build_train_loader(dataset, args, 1, 0)
-        feed = build_feed(loader, args, device, dtype or torch.float32, layout)
+        feed = build_prefetcher(loader, args, device, dtype or torch.float32, layout)
         self.batches = endless(feed)
         self.batch = next(self.batches)
 

@@ -12,14 +12,14 @@ from torch.utils.data import default_collate
 
 from datasets import build_transform
 from engine import build_mixup
-from pipeline import host
-from pipeline.batched import erase
+from pipeline import augment_host
+from pipeline.augment_device import erase
+from pipeline.crop import decode_crop, read_header
 from pipeline.fast import FastDataset, crop_slices, empty_batch, resize
-from pipeline.finish import Finish
 from pipeline.images import decode_image
-from pipeline.jpeg import decode_crop, read_header
+from pipeline.prefetch import BatchFinalizer
 from pipeline.reference import AugmentedDataset, LabelledImages, seed_generators
-from pipeline.sources import Encoded
+from pipeline.sources.base import Encoded
 
 CLASSES = 1000  # of mixup's targets
 
@@ -57,7 +57,7 @@ def sides(sources: dict[str, Encoded], args: Namespace) -> list[Side]:
         reference = AugmentedDataset(source, transform, True)
         found.append(Side(f"reference {name}", reference, nothing))
         fast = FastDataset(source, transform, True, args.input_size)
-        finish = Finish(fast.recipe, torch.device("cpu"), mode=args.remode)
+        finish = BatchFinalizer(fast.recipe, torch.device("cpu"), mode=args.remode)
         found.append(Side(f"fast {name}", fast, finish))
         host_only = FastDataset(source, transform, True, args.input_size, augment=False)
         found.append(Side(f"host {name}", host_only, nothing))
@@ -108,7 +108,7 @@ def fast_stages(source: Encoded, args: Namespace) -> dict[str, Stage]:
     """Ours, cut where the dataset and what finishes its batches go from step to step."""
     dataset = FastDataset(source, build_transform(True, args), True, args.input_size)
     recipe, size = dataset.recipe, args.input_size
-    finish = Finish(recipe, torch.device("cpu"), mode=args.remode)
+    finish = BatchFinalizer(recipe, torch.device("cpu"), mode=args.remode)
     generator = torch.Generator()
 
     def decode(data: bytes) -> tuple[np.ndarray, str]:
@@ -143,7 +143,9 @@ def fast_stages(source: Encoded, args: Namespace) -> dict[str, Stage]:
         "decode": each(decode),
         "crop, resize": each(lambda pair: resize(pair[0], size, pair[1])),
         "flip": each(flip),
-        "RandAugment": each(lambda x: host.apply(x, recipe.policy.draw(), recipe.policy.fill)),
+        "RandAugment": each(
+            lambda x: augment_host.apply(x, recipe.policy.draw(), recipe.policy.fill)
+        ),
         "collate": batches(collate, args.batch_size),
         "normalise": each(finish.normalized),
         "erase": each(erased),

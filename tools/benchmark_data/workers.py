@@ -7,12 +7,12 @@ from pathlib import Path
 from torch.utils.data import DataLoader, Sampler
 
 from datasets import as_it_is
-from pipeline.workers import settle_worker
-from samplers import Draw
+from pipeline.workers import worker_init_fn
+from samplers import SampleIndex
 from tools.benchmark_data.sides import Side
 
 
-class Rounds(Sampler[Draw]):
+class Rounds(Sampler[SampleIndex]):
     """Every image ``repeats`` times, drawn anew in every epoch.
 
     Args:
@@ -26,10 +26,10 @@ class Rounds(Sampler[Draw]):
     def __len__(self) -> int:
         return self.num_images * self.repeats
 
-    def __iter__(self) -> Iterator[Draw]:
+    def __iter__(self) -> Iterator[SampleIndex]:
         self.epoch += 1
         for copy in range(self.repeats):
-            yield from (Draw(i, self.epoch, copy) for i in range(self.num_images))
+            yield from (SampleIndex(i, self.epoch, copy) for i in range(self.num_images))
 
 
 class Workers:
@@ -50,7 +50,7 @@ class Workers:
             batch_size,
             sampler=self.sampler,
             num_workers=count,
-            worker_init_fn=settle_worker,
+            worker_init_fn=worker_init_fn,
             persistent_workers=True,
             collate_fn=as_it_is,
         )

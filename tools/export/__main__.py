@@ -14,14 +14,14 @@ import os
 import sys
 from pathlib import Path
 
-import models
-from tools import command
 from tools.export.check import compare, speed
 from tools.export.formats import LOADERS, check_requirements, device_of, format_of, write
-from tools.export.source import ExportError, load_source
+from tools.export.source import load_source
 from tools.files import check_outputs, check_writable, folder_beside
 from tools.flops.__main__ import positive
+from training import launch
 from training.files import OutputError
+from utils import UserError
 
 RUNTIMES = {"onnx": "onnxruntime", "exported": "torch.export", "aot": "AOTInductor"}
 
@@ -30,7 +30,7 @@ def export(args: argparse.Namespace) -> None:
     """Write ``args.output``, whole and proved, or not at all.
 
     Raises:
-        ExportError, ModelError, CheckpointError: It cannot be made.
+        UserError, ModelError, CheckpointError: It cannot be made.
         OutputError: It cannot be written.
     """
     path = args.output
@@ -38,7 +38,7 @@ def export(args: argparse.Namespace) -> None:
     check_outputs([("--output", path)], [args.checkpoint] if args.checkpoint else [])
     check_writable("--output", path)
     if args.opset is not None and format_name != "onnx":
-        raise ExportError(f"--opset is for ONNX, and {path} is not")
+        raise UserError(f"--opset is for ONNX, and {path} is not")
     check_requirements(format_name, args.check)
     source = load_source(args, device_of(args.device, format_name))
     for note in source.notes:
@@ -101,8 +101,7 @@ def main(argv: list[str]) -> int:
         if len(args.input_size) > 2:
             parser.error("--input-size takes one or two numbers")
         args.input_size = (args.input_size[0], args.input_size[-1])
-    expected = (models.CheckpointError, models.ModelError, ExportError, OutputError)
-    return command.run(lambda: export(args), expected)
+    return launch.run_program(lambda: export(args))
 
 
 if __name__ == "__main__":

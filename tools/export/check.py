@@ -9,7 +9,8 @@ import torch
 
 from tools.benchmark.measure import alternate, ratio
 from tools.export.formats import Program
-from tools.export.source import ExportError, Source
+from tools.export.source import Source
+from utils import UserError
 
 TOLERANCE = 1e-4  # of the largest logit
 ROUNDING = 4.0  # multiples of what float32 itself is off by
@@ -49,7 +50,7 @@ def compare(program: Program, source: Source, batch: int | None) -> Agreement:
     """Compare on random images, at batch 1 and 3, or at the only one.
 
     Raises:
-        ExportError: The difference is larger than 1e-4 of the largest logit, and than what
+        UserError: The difference is larger than 1e-4 of the largest logit, and than what
             rounding explains.
     """
     batches = (batch,) if batch else (1, 3)
@@ -58,7 +59,7 @@ def compare(program: Program, source: Source, batch: int | None) -> Agreement:
         images = source.images(number, seed=number)
         expected, found = source.eager(images), program(images)
         if found.shape != expected.shape:
-            raise ExportError(
+            raise UserError(
                 f"the program's output is {tuple(found.shape)}, not {tuple(expected.shape)}"
             )
         off = _relative(found, expected)
@@ -72,7 +73,7 @@ def compare(program: Program, source: Source, batch: int | None) -> Agreement:
         rounding = max(rounding, _relative(source.eager(images), exact(double)))
     if difference <= ROUNDING * rounding:
         return Agreement(difference, rounding, batches)
-    raise ExportError(
+    raise UserError(
         f"the program is wrong: {difference:.1e} of the largest logit off, with {TOLERANCE:.0e} "
         f"allowed; float32 itself is within {rounding:.1e} of float64"
     )

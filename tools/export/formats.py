@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch.export import Dim, ExportedProgram
 
-from tools.export.source import ExportError, Source
+from tools.export.source import Source
+from utils import UserError
 
 SUFFIXES = {".onnx": ("onnx",), ".pt2": ("exported", "aot")}
 PACKAGES = {"onnx": ("onnx", "onnxscript"), "exported": (), "aot": ()}
@@ -32,14 +33,14 @@ def format_of(path: Path, name: str | None) -> str:
     """The format of a file: ``name``, or the first of its suffix.
 
     Raises:
-        ExportError: The suffix is unknown, or does not go with the format.
+        UserError: The suffix is unknown, or does not go with the format.
     """
     if path.suffix not in SUFFIXES:
-        raise ExportError(f"{path} must end in {' or '.join(SUFFIXES)}")
+        raise UserError(f"{path} must end in {' or '.join(SUFFIXES)}")
     name = name or SUFFIXES[path.suffix][0]
     if name not in SUFFIXES[path.suffix]:
         right = next(suffix for suffix, names in SUFFIXES.items() if name in names)
-        raise ExportError(f"--format {name} is written to a {right} file, not to {path}")
+        raise UserError(f"--format {name} is written to a {right} file, not to {path}")
     return name
 
 
@@ -47,7 +48,7 @@ def device_of(name: str | None, format_name: str) -> torch.device:
     """Where a program will run: the device named, or CUDA if it can run there, else the CPU.
 
     Raises:
-        ExportError: The device is none, does not exist here, or onnxruntime cannot use it.
+        UserError: The device is none, does not exist here, or onnxruntime cannot use it.
     """
     has_cuda = torch.cuda.is_available()
     if format_name == "onnx" and has_cuda:
@@ -60,19 +61,19 @@ def device_of(name: str | None, format_name: str) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if has_cuda else "cpu"))
     except RuntimeError as error:
-        raise ExportError(f"--device {name!r} is not a device: cpu or cuda") from error
+        raise UserError(f"--device {name!r} is not a device: cpu or cuda") from error
     if device.type not in ("cpu", "cuda"):
-        raise ExportError(f"--device {name}: programs are made for cpu or cuda")
+        raise UserError(f"--device {name}: programs are made for cpu or cuda")
     if device.type == "cuda" and not has_cuda:
         why = "PyTorch finds no CUDA device"
         if torch.cuda.is_available():
             why = "onnxruntime here has no CUDA (pip install onnxruntime-gpu)"
-        raise ExportError(f"--device {name}: {why}; use --device cpu")
+        raise UserError(f"--device {name}: {why}; use --device cpu")
     return device
 
 
 def check_requirements(format_name: str, check: bool) -> None:
-    """Raise ExportError, which names what to install, if the format cannot be made here."""
+    """Raise UserError, which names what to install, if the format cannot be made here."""
     packages = PACKAGES[format_name]
     if check and format_name == "onnx":
         packages = (*packages, "onnxruntime")
@@ -80,10 +81,10 @@ def check_requirements(format_name: str, check: bool) -> None:
         try:
             importlib.import_module(package)
         except ImportError as error:
-            raise ExportError(f"this needs {package}: pip install {' '.join(packages)}") from error
+            raise UserError(f"this needs {package}: pip install {' '.join(packages)}") from error
     compiler = os.environ.get("CXX") or "g++"
     if format_name == "aot" and shutil.which(compiler) is None:
-        raise ExportError(
+        raise UserError(
             f"--format aot needs a C++ compiler, and {compiler} is not here: install g++, or name "
             f"another in the environment variable CXX"
         )
@@ -110,7 +111,7 @@ def capture(source: Source, batch: int | None) -> ExportedProgram:
     """The graph of the net, for any batch, or for ``batch`` images.
 
     Raises:
-        ExportError: It cannot be captured.
+        UserError: It cannot be captured.
     """
     shapes = None if batch else ({0: Dim(BATCH, min=1)},)
     try:
@@ -119,7 +120,7 @@ def capture(source: Source, batch: int | None) -> ExportedProgram:
                 source.net, (source.images(batch or 2),), dynamic_shapes=shapes
             )
     except Exception as error:  # torch.export raises errors of many kinds
-        raise ExportError(f"torch.export cannot capture {source.name}: {error}") from error
+        raise UserError(f"torch.export cannot capture {source.name}: {error}") from error
 
 
 def write_onnx(
@@ -128,7 +129,7 @@ def write_onnx(
     """Write an ONNX file, weights and metadata within.
 
     Raises:
-        ExportError: It cannot have this version of the operators.
+        UserError: It cannot have this version of the operators.
     """
     with _quiet():
         onnx = torch.onnx.export(
@@ -142,7 +143,7 @@ def write_onnx(
         )
         written = onnx.model.opset_imports[""]
         if opset not in (None, written):
-            raise ExportError(f"no conversion to --opset {opset}: the program needs {written}")
+            raise UserError(f"no conversion to --opset {opset}: the program needs {written}")
         onnx.model.metadata_props.update(source.metadata)
         onnx.save(path, external_data=False)
 
@@ -198,7 +199,7 @@ def write(format_name: str, path: Path, source: Source, batch: int | None, opset
     """Write the program of a source in a format.
 
     Raises:
-        ExportError: It cannot be made.
+        UserError: It cannot be made.
     """
     program = capture(source, batch)
     try:
@@ -208,14 +209,14 @@ def write(format_name: str, path: Path, source: Source, batch: int | None, opset
             write_exported(program, path, source)
         else:
             write_aot(program, path, source)
-    except (ExportError, OSError):
+    except (UserError, OSError):
         raise
     except Exception as error:  # exporters and compilers raise errors of many kinds
         cause: BaseException = error  # what exporters say last is where to look for help
         while cause.__cause__ is not None:
             cause = cause.__cause__
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        raise ExportError(f"{source.name} cannot be written as {format_name}: {reason}") from error
+        raise UserError(f"{source.name} cannot be written as {format_name}: {reason}") from error
 
 
 LOADERS = {"onnx": load_onnx, "exported": load_exported, "aot": load_aot}

@@ -10,16 +10,13 @@ import torch
 from torch import nn
 
 import models
-from models.content import num_classes_of, state_dict_of
+from models.checkpoint.contents import num_classes_of, state_dict_of
 from models.layers.fuse import Fusible
+from utils import UserError
 
 PROJECT = "visformer"
 SMALL = 32  # up to this size, evaluation resizes whole images, without a crop
 CROP_RATIO = 0.875
-
-
-class ExportError(RuntimeError):
-    """A program cannot be made, or does not compute what the model does."""
 
 
 class Preprocessed(nn.Module):
@@ -110,12 +107,12 @@ def _check_flags(args: argparse.Namespace, checkpoint: Mapping[str, Any]) -> str
     saved = checkpoint.get("model_name")
     name = args.model or saved
     if saved not in (None, name):
-        raise ExportError(f"--model {name}, but {args.checkpoint} is of {saved}: leave it out")
+        raise UserError(f"--model {name}, but {args.checkpoint} is of {saved}: leave it out")
     if not args.checkpoint and args.weights == "ema":
-        raise ExportError("--weights ema needs --checkpoint")
+        raise UserError("--weights ema needs --checkpoint")
     if name is None:
         what = f"{args.checkpoint} does not say which model it is: " if args.checkpoint else ""
-        raise ExportError(f"{what}give --model NAME")
+        raise UserError(f"{what}give --model NAME")
     return name
 
 
@@ -127,7 +124,7 @@ def _kwargs(args: argparse.Namespace, checkpoint: Mapping[str, Any], name: str) 
         kwargs["num_classes"] = num_classes_of(state, name)
     if args.num_classes is not None:
         if kwargs.get("num_classes") not in (None, args.num_classes):
-            raise ExportError(
+            raise UserError(
                 f"--num-classes {args.num_classes}, but {args.checkpoint} has "
                 f"{kwargs['num_classes']}: leave it out"
             )
@@ -147,7 +144,7 @@ def load_source(args: argparse.Namespace, device: torch.device) -> Source:
     """Build what the flags ask for, on a device.
 
     Raises:
-        ExportError, ModelError, CheckpointError: Flags contradict each other, the model is
+        UserError, ModelError, CheckpointError: Flags contradict each other, the model is
             unknown or does not take the size, or the checkpoint is unreadable or of another model.
     """
     checkpoint = models.read_checkpoint(args.checkpoint) if args.checkpoint else {}
@@ -196,7 +193,7 @@ def load_source(args: argparse.Namespace, device: torch.device) -> Source:
 def _check_size(model: nn.Module, name: str, size: tuple[int, int]) -> None:
     channels = getattr(model, "in_chans", 3)
     if channels != 3:
-        raise ExportError(f"{name} takes images of {channels} channels; exported are those of 3")
+        raise UserError(f"{name} takes images of {channels} channels; exported are those of 3")
     try:
         model(torch.zeros(1, channels, *size, device=next(model.parameters()).device))
     except (RuntimeError, ValueError, AssertionError) as error:

@@ -25,10 +25,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import models
-from tools import command
 from tools.flops.counting import Request, Row, our_models, run, total
 from tools.flops.stages import by_stage
-from training import files
+from training import files, launch
 
 # name: (parameters in M, GMACs, ImageNet top-1 in %) as printed in the paper
 PAPER = {
@@ -184,8 +183,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.input_size and len(args.input_size) > 2:
         parser.error("--input-size takes one or two numbers")
-    expected = (models.CheckpointError, models.ModelError, files.OutputError)
-    return command.run(lambda: report(args), expected)
+    return launch.run_program(lambda: report(args))
 
 
 if __name__ == "__main__":

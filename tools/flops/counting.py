@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
-from models.content import num_classes_of, state_dict_of
+from models.checkpoint.contents import num_classes_of, state_dict_of
 from models.layers import set_fused_attention
 from models.layers.fuse import Fusible
 

@@ -19,16 +19,12 @@ from pathlib import Path
 
 import torch
 
-from configs import ConfigError, parse_args
-from configs.flags import usable_cpus
 from tools.results.claims import CLAIMS, Arm
-from utils import exit_status
+from training.flags import parse_args, usable_cpus
+from training.launch import run_program
+from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-
-
-class RunError(RuntimeError):
-    """A training failed."""
 
 
 def folder_of(args: Namespace, arm: Arm, seed: int) -> Path:
@@ -63,7 +59,7 @@ def train(args: Namespace, arm: Arm, seed: int) -> None:
     """Train an arm, or what is left of it, in a process of its own.
 
     Raises:
-        RunError: It failed.
+        UserError: It failed.
     """
     folder, flags = folder_of(args, arm, seed), flags_of(args, arm, seed)
     wanted = parse_args(flags)[0].epochs
@@ -80,7 +76,7 @@ def train(args: Namespace, arm: Arm, seed: int) -> None:
             env=os.environ | {"OMP_NUM_THREADS": threads},
         ).returncode
     if status or len(read_epochs(folder)) < wanted:
-        raise RunError(f"{arm.name} with seed {seed} failed: see {folder / 'stdout.txt'}")
+        raise UserError(f"{arm.name} with seed {seed} failed: see {folder / 'stdout.txt'}")
 
 
 def train_all(
@@ -148,9 +144,9 @@ def start(argv: list[str]) -> int:
     args = get_parser().parse_args(argv)
     unknown = [name for name in args.claims if name not in CLAIMS]
     if unknown:
-        raise ConfigError(f"{unknown[0]!r} is no claim; there are {', '.join(CLAIMS)}")
+        raise UserError(f"{unknown[0]!r} is no claim; there are {', '.join(CLAIMS)}")
     if args.jobs < 1 or len(set(args.seeds)) < len(args.seeds):
-        raise ConfigError("--jobs must be positive, and --seeds all different")
+        raise UserError("--jobs must be positive, and --seeds all different")
     names = args.claims or list(CLAIMS)
     if not args.no_train:
         train_all(args, [arm for name in names for arm in CLAIMS[name].arms])
@@ -164,7 +160,7 @@ def start(argv: list[str]) -> int:
 def main(argv: list[str]) -> int:
     """Run with the flags ``argv``; returns the exit status."""
     interrupted = "interrupted; the same command goes on from the last checkpoints"
-    return exit_status(lambda: start(argv), (ConfigError, RunError), interrupted)
+    return run_program(lambda: start(argv), (UserError, UserError), interrupted)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import utils
-from configs import ConfigError, parse_args
+from training import launch
+from training.flags import parse_args
+from utils import UserError
 
 SHARED = ("partition", "constraint", "account", "qos", "comment", "exclude")
-
-
-class SubmitError(RuntimeError):
-    """The job cannot be submitted from here."""
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -53,7 +50,7 @@ def flags_of_run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[list
     what is saved.
 
     Raises:
-        ConfigError: They contradict each other.
+        UserError: They contradict each other.
     """
     flags = ["--output_dir", str(Path(options.job_dir).absolute()), *argv]
     args, _ = parse_args(flags)
@@ -64,14 +61,14 @@ def submit(options: argparse.Namespace, argv: Sequence[str]) -> Any:
     """Submit ``main.py`` with the flags ``argv``; returns submitit's job.
 
     Raises:
-        SubmitError: submitit or Slurm is missing, or does not take the job.
+        UserError: submitit or Slurm is missing, or does not take the job.
     """
     try:
         import submitit
 
         from tools.submit.job import Job
     except ImportError as error:
-        raise SubmitError("submitit is not installed: pip install submitit") from error
+        raise UserError("submitit is not installed: pip install submitit") from error
     flags, uses_gpus = flags_of_run(options, argv)
     gpus = options.ngpus if uses_gpus else 0
     try:
@@ -101,7 +98,7 @@ def submit(options: argparse.Namespace, argv: Sequence[str]) -> Any:
         return executor.submit(Job(flags))
     except (RuntimeError, ValueError, OSError, submitit.core.utils.FailedJobError) as error:
         hint = "" if options.local else "; --local runs on this machine, without Slurm"
-        raise SubmitError(f"{utils.last_message(error)}{hint}") from error
+        raise UserError(f"{launch.last_message(error)}{hint}") from error
 
 
 def main(words: Sequence[str]) -> int:
@@ -116,5 +113,4 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    expected = (ConfigError, SubmitError)
-    sys.exit(utils.exit_status(lambda: main(sys.argv[1:]), expected))
+    sys.exit(launch.run_program(lambda: main(sys.argv[1:])))

@@ -11,12 +11,10 @@ from typing import Any
 from submitit import JobEnvironment
 from submitit.helpers import DelayedSubmission
 
+from utils import UserError
+
 ROOT = Path(__file__).resolve().parents[2]
 PORTS = 20000  # from which, and how many, jobs choose by their number
-
-
-class JobError(RuntimeError):
-    """``main.py`` failed; its own message is in the task's log."""
 
 
 def place(env: JobEnvironment) -> dict[str, str]:
@@ -52,7 +50,7 @@ class Job:
         """Run to the end.
 
         Raises:
-            JobError: The status is not 0.
+            UserError: The status is not 0.
         """
         env = JobEnvironment()
         argv = [word.replace("%j", env.job_id) for word in self.argv]
@@ -74,7 +72,7 @@ class Job:
             if self._child.poll() is None:
                 self._child.terminate()
         if self._child.returncode:
-            raise JobError(f"main.py ended with status {self._child.returncode}")
+            raise UserError(f"main.py ended with status {self._child.returncode}")
 
     def _wait(self) -> None:
         # Popen.wait holds a lock that a signal's handler, which waits as well, could not take

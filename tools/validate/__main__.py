@@ -9,27 +9,16 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-import datasets
 import engine
-import models
-import utils
-from configs import ConfigError, LaunchError, Place
-from configs.flags import Parser
-from tools import command, files
+from tools import files
 from tools.validate import flags, imagenet_c, pictures, rows
 from tools.validate.cases import check_sources
 from tools.validate.classes import RULES
-from training import OutputError
+from training import launch
+from training.flags import Parser
+from training.launch import DistInfo
+from utils import UserError
 
-EXPECTED_ERRORS = (
-    ConfigError,
-    LaunchError,
-    OutputError,
-    datasets.DataError,
-    engine.NoImagesError,
-    models.CheckpointError,
-    models.ModelError,
-)
 ENDINGS = {"csv": ".csv", "per_class": ".csv", "confusion": ".png", "reliability": ".png"}
 OF_SETS = (*rows.PER_ROW, "real_labels", "data_path", "data_set")  # not of --corruptions
 
@@ -59,14 +48,14 @@ def check(args: Namespace) -> None:
     """What can be known before reading anything.
 
     Raises:
-        ConfigError: Flags contradict each other.
+        UserError: Flags contradict each other.
         OutputError: A file cannot be written.
     """
     check_sources(args.checkpoints, args)
     if args.corruptions is not None:
         for name in OF_SETS:
             if getattr(args, name) is not None:
-                raise ConfigError(
+                raise UserError(
                     f"{rows.flag_of(name)} is not for --corruptions, which counts errors alone, "
                     f"in its own folders"
                 )
@@ -81,7 +70,7 @@ def start(argv: list[str]) -> int:
     """Run with the flags ``argv``; returns the exit status."""
     args = flags.parse(get_parser, argv)
     check(args)
-    device = utils.select_device(args.device, Place())
+    device = launch.select_device(args.device, DistInfo())
     engine.set_determinism(False)
     run = rows.validate if args.corruptions is None else imagenet_c.validate
     return run(args, device)
@@ -89,7 +78,7 @@ def start(argv: list[str]) -> int:
 
 def main(argv: list[str]) -> int:
     """Run with the flags ``argv``; returns the exit status."""
-    return command.run(lambda: start(argv), EXPECTED_ERRORS)
+    return launch.run_program(lambda: start(argv))
 
 
 if __name__ == "__main__":

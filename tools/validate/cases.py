@@ -10,7 +10,6 @@ from torch import nn
 import datasets
 import engine
 import models
-from configs import ConfigError
 from tools.validate.classes import ClassMap, match_classes
 from tools.validate.networks import (
     Network,
@@ -19,7 +18,8 @@ from tools.validate.networks import (
     size_of,
 )
 from tools.validate.text import shown
-from training import choose_precision, fused, renormalized
+from training.network import choose_precision, fused, renormalized
+from utils import UserError
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,14 @@ def check_sources(files: list[str], args: Namespace) -> None:
     """Refuse flags that do not say which networks, or say it twice.
 
     Raises:
-        ConfigError: They do.
+        UserError: They do.
     """
     if args.pretrained and files:
-        raise ConfigError("--pretrained takes timm's weights: leave the checkpoints out")
+        raise UserError("--pretrained takes timm's weights: leave the checkpoints out")
     if args.pretrained and not args.model:
-        raise ConfigError("--pretrained needs --model NAME")
+        raise UserError("--pretrained needs --model NAME")
     if not args.pretrained and not files:
-        raise ConfigError("give a checkpoint, or --model NAME --pretrained")
+        raise UserError("give a checkpoint, or --model NAME --pretrained")
 
 
 def cases(

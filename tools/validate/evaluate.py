@@ -16,6 +16,7 @@ from tools.validate.classes import ClassMap
 from tools.validate.counts import Bins, Counts
 from tools.validate.real import RealCounts
 from tools.validate.sets import EvalSet
+from utils import UserError
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def evaluate(
         real: Labels of ImageNet-ReaL by number of the image, ``N 1000`` of bool.
 
     Raises:
-        NoImagesError: There was not a single sound image.
+        UserError: There was not a single sound image.
     """
     device = precision.device
     model.eval()
@@ -151,7 +152,7 @@ def evaluate(
     synchronize(device)
     seconds = time.perf_counter() - started
     if not images_seen:
-        raise engine.NoImagesError(
+        raise UserError(
             f"nothing to evaluate in {test_set.title}: {len(messages)} corrupt images, no sound "
             f"one; the first: {messages[0]}"
         )

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from configs import ConfigError, get_args_parser
+from training.flags import get_args_parser
+from utils import UserError
 
 DATA = "data"  # the group of main.py's flags that say where images come from
 OF_TRAINING = ("sampling_ratio", "decode_on_device", "dist_eval")
@@ -33,7 +34,7 @@ def parse(make_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str
     """The flags of a tool, and those of ``main.py`` that it has not got, at their defaults.
 
     Raises:
-        ConfigError: Flags contradict each other, a number is out of its range, or there is no such
+        UserError: Flags contradict each other, a number is out of its range, or there is no such
             backend of ``--compile``.
     """
     args = vars(make_parser().parse_args(argv))
@@ -48,18 +49,18 @@ def parse(make_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str
 
 def _check(args: Namespace, given: set[str]) -> None:
     if args.batch_size < 1:
-        raise ConfigError(f"--batch-size {args.batch_size} must be positive")
+        raise UserError(f"--batch-size {args.batch_size} must be positive")
     if args.num_workers < 0:
-        raise ConfigError(f"--num_workers {args.num_workers} must be 0 or more")
+        raise UserError(f"--num_workers {args.num_workers} must be 0 or more")
     sizes = args.input_size if isinstance(args.input_size, list) else [args.input_size]
     for size in sizes:
         if size is not None and size < 1:
-            raise ConfigError(f"--input-size {size} must be positive")
+            raise UserError(f"--input-size {size} must be positive")
     if not 0 < args.eval_crop_ratio <= 1:
-        raise ConfigError(f"--eval-crop-ratio {args.eval_crop_ratio} must be above 0, at most 1")
+        raise UserError(f"--eval-crop-ratio {args.eval_crop_ratio} must be above 0, at most 1")
     if "amp_dtype" in given and not args.amp:
-        raise ConfigError(f"--amp-dtype {args.amp_dtype} does nothing without --amp: give both")
+        raise UserError(f"--amp-dtype {args.amp_dtype} does nothing without --amp: give both")
     backend = args.compile
     if backend is not None and backend not in torch.compiler.list_backends(None):
         backends = ", ".join(torch.compiler.list_backends())
-        raise ConfigError(f"--compile {backend} is no backend here; there are {backends}")
+        raise UserError(f"--compile {backend} is no backend here; there are {backends}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tools import command
+from tools import cli
 from tools.validate import corruptions, tables
 from tools.validate.cases import Case, again, cases
 from tools.validate.classes import NUM_IMAGENET
@@ -48,7 +48,7 @@ def validate(args: Namespace, device: torch.device) -> int:
                     print(tables.corruption_table(found), flush=True)
     finally:
         outputs = [(args.csv, partial(tables.write_corruptions, rows=rows))]
-        status = command.finish(outputs if args.csv and rows else [], failed)
+        status = cli.finish(outputs if args.csv and rows else [], failed)
     return status
 
 
@@ -67,13 +67,13 @@ def check_classes(
 
 
 def measure(case: Case, name: str, paths: Sequence[Path], told: set[str]) -> corruptions.Corruption:
-    """Evaluate a network on the folders of a corruption; ``told`` as for :func:`command.warn`."""
+    """Evaluate a network on the folders of a corruption; ``told`` as for :func:`cli.warn`."""
     errors, is_imagenet, corrupt, nonfinite = [], True, 0, 0
     for path in paths:
         test_set = open_class_folders(path, case.args)
         matched = case.match(test_set.classes, test_set.title)
         scores = evaluate(case.model, test_set, matched, case.precision, case.args)
-        command.warn(scores.messages, told)
+        cli.warn(scores.messages, told)
         errors.append(100 - scores.top1)
         is_imagenet &= matched.num_outputs == NUM_IMAGENET and not matched.is_subset
         corrupt += scores.corrupt

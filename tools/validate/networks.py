@@ -10,7 +10,7 @@ from torch import nn
 
 import datasets
 import models
-from models.content import num_classes_of, state_dict_of
+from models.checkpoint.contents import num_classes_of, state_dict_of
 
 WEIGHTS = ("model", "ema")
 

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from configs import ConfigError
 from pipeline.images import DataError
-from tools import command, files
+from tools import cli, files
 from tools.validate import pictures, real, tables
 from tools.validate.cases import Case, again, cases
 from tools.validate.classes import NUM_IMAGENET, ClassMap
 from tools.validate.evaluate import evaluate
 from tools.validate.sets import EvalSet, open_set
 from tools.validate.text import labels, shortened, shown
+from utils import UserError
 
 PER_ROW = ("per_class", "confusion", "reliability")  # flags whose files are written for each row
 SOURCE_WIDTH = 32  # of a checkpoint's name above a picture
@@ -68,7 +68,7 @@ class Bench:
         """The set of a case, the outputs of its classes, and its labels of ImageNet-ReaL, if any.
 
         Raises:
-            ConfigError: There is no ``--data-path``, and the network is not one of the digits.
+            UserError: There is no ``--data-path``, and the network is not one of the digits.
             DataError: The set cannot be had, or is not one of the network's classes.
         """
         size = case.args.input_size
@@ -78,7 +78,7 @@ class Bench:
         if self.args.data_path is None and self.args.data_set is None:
             known = case.network.classes or test_set.classes
             if (known, case.num_outputs) != (test_set.classes, len(test_set.classes)):
-                raise ConfigError(
+                raise UserError(
                     f"--data-path is missing: without it, images are of {test_set.title}, whose "
                     f"classes are not those of {case.network.source}"
                 )
@@ -137,7 +137,7 @@ def validate(args: Namespace, device: torch.device) -> int:
             )
             rows.append(row | {"matched": matched} | vars(scores))
             failed += case.complaints(scores.nonfinite)
-            command.warn(scores.messages, told)
+            cli.warn(scores.messages, told)
             line = f"{case.label} on {test_set.title}, {matched}: top-1 {scores.top1:.3f}"
             print(shown(line), flush=True)
     finally:
@@ -161,7 +161,7 @@ def finish(
         if rows:
             print(f"\n{tables.table(rows)}", flush=True)
     finally:
-        status = command.finish(outputs, failed)
+        status = cli.finish(outputs, failed)
     return status
 
 

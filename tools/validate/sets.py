@@ -11,10 +11,10 @@ from torchvision.datasets.folder import is_image_file
 
 import datasets
 from pipeline.fast import FastDataset
-from pipeline.finish import Feed
 from pipeline.images import DataError
+from pipeline.prefetch import Prefetcher
 from pipeline.reference import AugmentedDataset
-from pipeline.sources import Encoded, Files
+from pipeline.sources.base import Encoded, Files
 from tools.files import subfolders
 
 
@@ -38,10 +38,10 @@ class EvalSet:
 
     def feed(
         self, args: Namespace, device: torch.device, memory_format: torch.memory_format
-    ) -> Feed:
+    ) -> Prefetcher:
         """Batches of images ``B 3 H W``, their numbers ``B``, and messages of corrupt ones."""
         loader = datasets.build_eval_loader(self._dataset, args, 1, 0)
-        return datasets.build_feed(loader, args, device, torch.float32, memory_format)
+        return datasets.build_prefetcher(loader, args, device, torch.float32, memory_format)
 
     def file_names(self) -> list[str]:
         """The file of each image.

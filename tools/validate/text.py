@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from tools.command import shown
+from tools.cli import shown
 from tools.validate.classes import synonyms
 
 NAME_WIDTH = 24

@@ -8,14 +8,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from configs import ConfigError
-from models import CheckpointError, ModelError
-from pipeline.images import DataError
-from tools import command
 from tools.visualize import attention, curves, distances, features, gates, kernels, positions
-from tools.visualize.loading import VisualizeError
 from tools.visualize.saving import check_targets, save
-from training.files import OutputError
+from training import launch
 
 KINDS = {
     "gates": gates,
@@ -26,8 +21,6 @@ KINDS = {
     "features": features,
     "curves": curves,
 }
-EXPECTED_ERRORS = (CheckpointError, ConfigError, DataError, ModelError, OutputError)
-EXPECTED_ERRORS += (VisualizeError,)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -69,7 +62,7 @@ def make(args: argparse.Namespace) -> None:
 def main(argv: list[str]) -> int:
     """Make one picture as the flags ``argv`` say; returns the exit status."""
     args = get_parser().parse_args(argv)
-    return command.run(lambda: make(args), EXPECTED_ERRORS)
+    return launch.run_program(lambda: make(args))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from tools.visualize.capture import CLASS, PARTS, Captured, attention_layers, capture, choose
-from tools.visualize.loading import Subject, VisualizeError, load_pictures, load_subject
+from tools.visualize.loading import Subject, load_pictures, load_subject
 from tools.visualize.panels import MAGNITUDE, grid_of_axes, name_columns, short, title
 from tools.visualize.saving import Picture
+from utils import UserError
 
 CENTRE = ("centre", "center")
 
@@ -51,18 +52,18 @@ def add_flags(parser: ArgumentParser) -> None:
 def make(args: Namespace) -> Picture:
     """Maps of layers and heads for one query, over the image."""
     if bool(args.checkpoint) == bool(args.model) and not args.checkpoint:
-        raise VisualizeError("give --checkpoint CKPT or --model NAME")
+        raise UserError("give --checkpoint CKPT or --model NAME")
     subject = _subject(args)
     query = parse_query(args.query, subject.size)
     picture = load_pictures(subject, [args.image])
     parts = PARTS if args.part == "all" else (args.part,)
     rows = list(_rows(subject, picture, query, parts, args))
     if not rows:
-        raise VisualizeError(f"--query class: no layer of {subject.label} has a class token")
+        raise UserError(f"--query class: no layer of {subject.label} has a class token")
     notes = [f"{row.name} left out: it does not attend by position" for row in rows if not row.maps]
     rows = [row for row in rows if row.maps]
     if not rows:
-        raise VisualizeError(f"--part {args.part}: no chosen layer attends by position")
+        raise UserError(f"--part {args.part}: no chosen layer attends by position")
     parts = [part for part in parts if any(part in row.maps for row in rows)]
     figure = draw(rows, parts, picture[0], f"{subject.label}, query {args.query}")
     return Picture(figure, _numbers(rows), subject.epoch or 0, notes)
@@ -78,7 +79,7 @@ def parse_query(text: str, size: int) -> tuple[int, int] | str:
     """``"class"``, or the pixel ``(x, y)`` that ``X,Y`` or ``centre`` says.
 
     Raises:
-        VisualizeError: It is none of them, or outside of the image.
+        UserError: It is none of them, or outside of the image.
     """
     if text == CLASS:
         return CLASS
@@ -87,9 +88,9 @@ def parse_query(text: str, size: int) -> tuple[int, int] | str:
     try:
         x, y = (int(word) for word in text.split(","))
     except ValueError as error:
-        raise VisualizeError(f"--query {text!r} is none of X,Y, centre and class") from error
+        raise UserError(f"--query {text!r} is none of X,Y, centre and class") from error
     if not (0 <= x < size and 0 <= y < size):
-        raise VisualizeError(
+        raise UserError(
             f"--query {text} is outside of the net's input, {size}x{size} pixels from 0,0"
         )
     return x, y
@@ -115,7 +116,7 @@ def _rows(
     for captured in capture(subject.model, layers, subject.normalized(picture)):
         if query == CLASS and not (captured.prefix and has_class):
             if args.layers is not None:
-                raise VisualizeError(
+                raise UserError(
                     f"--query class: layer {names.index(captured.name)} ({captured.name}) has no "
                     f"class token"
                 )

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from models.layers.reparam import ReparamModule, RepMixer
-from tools.visualize.loading import VisualizeError
+from utils import UserError
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def reparam_layers(model: nn.Module) -> dict[str, ReparamModule]:
     """Outermost reparameterisable layers with branches, by name.
 
     Raises:
-        VisualizeError: There are none, or they have no branches any more.
+        UserError: There are none, or they have no branches any more.
     """
     found: dict[str, ReparamModule] = {}
     for name, module in model.named_modules():
@@ -39,12 +39,12 @@ def reparam_layers(model: nn.Module) -> dict[str, ReparamModule]:
         if isinstance(module, ReparamModule) and not inner:
             found[name] = module
     if not found:
-        raise VisualizeError(
+        raise UserError(
             f"{type(model).__name__} has no kernels that are reparameterised: FastViT has"
         )
     branched = {name: m for name, m in found.items() if m.reparam_conv is None}
     if not branched:
-        raise VisualizeError(
+        raise UserError(
             "the net is reparameterised already: its branches are gone, take weights of training"
         )
     return branched
@@ -54,13 +54,13 @@ def choose_layer(layers: dict[str, ReparamModule], name: str | None) -> str:
     """``name``, or the first RepMixer, or the first layer.
 
     Raises:
-        VisualizeError: There is no layer of this name; names those there are.
+        UserError: There is no layer of this name; names those there are.
     """
     if name is None:
         mixers = (key for key, layer in layers.items() if isinstance(layer, RepMixer))
         return next(mixers, next(iter(layers)))
     if name not in layers:
-        raise VisualizeError(f"--layer {name!r} is none of {', '.join(layers)}")
+        raise UserError(f"--layer {name!r} is none of {', '.join(layers)}")
     return name
 
 

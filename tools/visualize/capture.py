@@ -15,7 +15,7 @@ from models import vit
 from models.layers import Attention2d, WindowAttention2d, attention_weights
 from models.layers.attention import AttentionParts, split_heads
 from models.layers.gpsa import GPSA, SelfAttention
-from tools.visualize.loading import VisualizeError
+from utils import UserError
 
 KINDS = (GPSA, SelfAttention, Attention2d, TimmAttention)
 CLASS = "class"  # the query that is the class token
@@ -26,11 +26,11 @@ def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The attention layers of ``model`` by name, in the order of depth.
 
     Raises:
-        VisualizeError: It has none whose weights are known.
+        UserError: It has none whose weights are known.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, KINDS)}
     if not layers:
-        raise VisualizeError(f"{type(model).__name__} has no attention layer of a known kind")
+        raise UserError(f"{type(model).__name__} has no attention layer of a known kind")
     return layers
 
 
@@ -38,14 +38,14 @@ def choose(kind: str, flag: str, wanted: Iterable[int] | None, count: int) -> li
     """``wanted`` indices of ``count`` things, each once, or all.
 
     Raises:
-        VisualizeError: One is out of range.
+        UserError: One is out of range.
     """
     if wanted is None:
         return list(range(count))
     wanted = list(wanted)
     for index in wanted:
         if not 0 <= index < count:
-            raise VisualizeError(f"{flag}: there is no {kind} {index}, they are 0..{count - 1}")
+            raise UserError(f"{flag}: there is no {kind} {index}, they are 0..{count - 1}")
     return list(dict.fromkeys(wanted))
 
 
@@ -156,6 +156,6 @@ def _geometry(
         prefix = x.shape[1] - grid[0] * grid[1]
         if prefix in (0, getattr(model, "num_prefix_tokens", 0)):
             return grid, prefix
-    raise VisualizeError(
+    raise UserError(
         f"{type(model).__name__} does not say how its {x.shape[1]} tokens lie in the image"
     )

@@ -6,10 +6,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tools.visualize.loading import VisualizeError
 from tools.visualize.logs import NEEDED, OPTIONAL, log_file, read_log, run_name
 from tools.visualize.panels import COLOURS, new_figure, title, whole_ticks
 from tools.visualize.saving import Picture
+from utils import UserError
 
 PANELS = {
     "loss": (
@@ -41,7 +41,7 @@ def make(args: Namespace) -> Picture:
         else:
             files[file.resolve()] = path
     if len(files) > len(COLOURS):
-        raise VisualizeError(
+        raise UserError(
             f"{len(files)} runs are more than there are colours, {len(COLOURS)}: give fewer"
         )
     names = Counter(run_name(file) for file in files)

@@ -10,7 +10,6 @@ from tools.visualize.gates import draw_epochs, draw_heads, rows_of
 from tools.visualize.loading import (
     Snapshot,
     Subject,
-    VisualizeError,
     find_images,
     in_order,
     load_pictures,
@@ -18,6 +17,7 @@ from tools.visualize.loading import (
 )
 from tools.visualize.measures import nonlocality_of
 from tools.visualize.saving import Picture
+from utils import UserError
 
 FAR = "non-locality D, patches"
 BATCH = 8  # images at once: N x N weights of every head are formed
@@ -34,7 +34,7 @@ def add_flags(parser: ArgumentParser) -> None:
 def make(args: Namespace) -> Picture:
     """Non-locality by layer of one checkpoint, or over the epochs of several."""
     if bool(args.image) == bool(args.data_path):
-        raise VisualizeError("give either --image IMG ... or --data-path FOLDER")
+        raise UserError("give either --image IMG ... or --data-path FOLDER")
     paths = args.image or find_images(args.data_path, args.count)
     found = []
     for path in args.checkpoints:

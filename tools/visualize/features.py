@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from tools.visualize.capture import choose
-from tools.visualize.loading import Subject, VisualizeError, load_pictures, load_subject
+from tools.visualize.loading import Subject, load_pictures, load_subject
 from tools.visualize.measures import principal_colours
 from tools.visualize.panels import grid_of_axes, symmetric, title
 from tools.visualize.saving import Picture
+from utils import UserError
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -30,7 +31,7 @@ def add_flags(parser: ArgumentParser) -> None:
 def make(args: Namespace) -> Picture:
     """Maps after every stage or block."""
     if args.channels < 1:
-        raise VisualizeError(f"--channels {args.channels} must be 1 at least")
+        raise UserError(f"--channels {args.channels} must be 1 at least")
     subject = load_subject(args.subject, args)
     picture = load_pictures(subject, [args.image])
     maps = stage_maps(subject, picture)
@@ -52,10 +53,10 @@ def stage_maps(subject: Subject, picture: torch.Tensor) -> list[torch.Tensor]:
     """Maps ``C H W`` after the stages, or blocks, for an image ``1 3 H W`` of values in 0..1.
 
     Raises:
-        VisualizeError: The net gives none, or such as are not finite.
+        UserError: The net gives none, or such as are not finite.
     """
     if not hasattr(subject.model, "forward_intermediates"):
-        raise VisualizeError(f"{subject.label}: it has no forward_intermediates, and gives no maps")
+        raise UserError(f"{subject.label}: it has no forward_intermediates, and gives no maps")
     with torch.no_grad():
         maps = subject.model.forward_intermediates(
             subject.normalized(picture), intermediates_only=True, output_fmt="NCHW"
@@ -63,7 +64,7 @@ def stage_maps(subject: Subject, picture: torch.Tensor) -> list[torch.Tensor]:
     maps = [features[0].float().cpu() for features in maps]
     for name, features in zip(stage_names(subject, len(maps)), maps, strict=True):
         if not features.isfinite().all():
-            raise VisualizeError(f"{subject.label}: maps after {name} are not finite")
+            raise UserError(f"{subject.label}: maps after {name} are not finite")
     return maps
 
 

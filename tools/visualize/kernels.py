@@ -6,9 +6,10 @@ from typing import Any
 import torch
 
 from tools.visualize.branches import Kernels, choose_layer, kernels_of, own_slices, reparam_layers
-from tools.visualize.loading import VisualizeError, load_subject
+from tools.visualize.loading import load_subject
 from tools.visualize.panels import grid_of_axes, symmetric, title
 from tools.visualize.saving import Picture
+from utils import UserError
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -22,7 +23,7 @@ def add_flags(parser: ArgumentParser) -> None:
 def make(args: Namespace) -> Picture:
     """Kernels of the first channels of a layer."""
     if args.channels < 1:
-        raise VisualizeError(f"--channels {args.channels} must be 1 at least")
+        raise UserError(f"--channels {args.channels} must be 1 at least")
     subject = load_subject(args.subject, args)
     layers = reparam_layers(subject.model)
     name = choose_layer(layers, args.layer)

@@ -15,15 +15,12 @@ from torchvision import transforms
 
 import datasets
 import models
-from models.content import num_classes_of, state_dict_of
+from models.checkpoint.contents import num_classes_of, state_dict_of
 from pipeline.images import DataError, load_image
+from utils import UserError
 
 EVAL_CROP_RATIO = 0.875  # main.py's default
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm")
-
-
-class VisualizeError(RuntimeError):
-    """There is no such picture of this net; the message names what there is."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +64,11 @@ def device_of(args: Namespace) -> torch.device:
     """``--device``, or CUDA if present, else the CPU.
 
     Raises:
-        VisualizeError: It does not exist here.
+        UserError: It does not exist here.
     """
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
-        raise VisualizeError("--device cuda, but PyTorch finds no CUDA device: use --device cpu")
+        raise UserError("--device cuda, but PyTorch finds no CUDA device: use --device cpu")
     return torch.device(name)
 
 
@@ -83,25 +80,25 @@ def load_subject(what: str, args: Namespace) -> Subject:
         args: The flags ``model``, ``pretrained``, ``weights``, ``input_size``, ``device``.
 
     Raises:
-        VisualizeError: It is neither, a flag does not go with it, or weights are not finite.
+        UserError: It is neither, a flag does not go with it, or weights are not finite.
         CheckpointError, ModelError: It cannot be read or built, or not for this size.
     """
     is_file = Path(what).exists() or what.startswith(("http://", "https://"))
     if not is_file and not timm.is_model(what):
         near = difflib.get_close_matches(what, timm.list_models(), n=3)
         hint = f"the nearest are {', '.join(near)}" if near else "timm.list_models() lists models"
-        raise VisualizeError(f"{what!r} is neither a checkpoint file nor a model; {hint}")
+        raise UserError(f"{what!r} is neither a checkpoint file nor a model; {hint}")
     subject = (_from_file if is_file else _from_name)(what, args)
     for name, value in subject.model.state_dict().items():
         if not value.isfinite().all():
-            raise VisualizeError(f"{what}: {name} has values that are not finite")
+            raise UserError(f"{what}: {name} has values that are not finite")
     models.check_input_size(subject.model, subject.label, subject.size)
     return subject
 
 
 def _from_file(path: str, args: Namespace) -> Subject:
     if args.pretrained:
-        raise VisualizeError(f"--pretrained goes with the name of a model, not with {path}")
+        raise UserError(f"--pretrained goes with the name of a model, not with {path}")
     checkpoint = models.read_checkpoint(path)
     name = args.model or checkpoint.get("model_name")
     if name is None:
@@ -134,9 +131,9 @@ def _from_file(path: str, args: Namespace) -> Subject:
 
 def _from_name(name: str, args: Namespace) -> Subject:
     if args.weights == "ema":
-        raise VisualizeError(f"--weights ema goes with a checkpoint, not with the model {name}")
+        raise UserError(f"--weights ema goes with a checkpoint, not with the model {name}")
     if args.model:
-        raise VisualizeError(f"--model {args.model} goes with a checkpoint, {name} is a model")
+        raise UserError(f"--model {args.model} goes with a checkpoint, {name} is a model")
     optional: dict[str, Any] = {"img_size": args.input_size}
     if args.pretrained:
         try:
@@ -197,7 +194,7 @@ def in_order(
     """Snapshots by their epochs, one for each, and notes of those that are left out.
 
     Raises:
-        VisualizeError: The epoch of one among several is not known, or they are of different nets.
+        UserError: The epoch of one among several is not known, or they are of different nets.
     """
     if len(snapshots) == 1:
         return list(snapshots), []
@@ -206,12 +203,12 @@ def in_order(
     for snapshot, path in zip(snapshots, paths, strict=True):
         epoch = snapshot.epoch
         if epoch is None:
-            raise VisualizeError(
+            raise UserError(
                 f"{path} does not say its epoch, by which several are ordered, or is of the middle "
                 f"of one: give it alone"
             )
         if (snapshot.net, _shape(snapshot)) != (snapshots[0].net, _shape(snapshots[0])):
-            raise VisualizeError(
+            raise UserError(
                 f"{path} is of another net ({snapshot.net}) than {paths[0]} ({snapshots[0].net}): "
                 f"give checkpoints of one, at one --input-size"
             )

@@ -8,7 +8,7 @@ from torch import nn
 from models.layers import WindowAttention2d
 from models.layers.gpsa import GPSA, positional_attention
 from tools.visualize.capture import Captured
-from tools.visualize.loading import VisualizeError
+from utils import UserError
 
 MOST_PREFIX_TOKENS = 16  # class, distillation and register tokens
 
@@ -19,7 +19,7 @@ def gates(model: nn.Module) -> dict[str, torch.Tensor]:
     ConViT, arXiv 2103.10697, section 3.
 
     Raises:
-        VisualizeError: No layer has gates.
+        UserError: No layer has gates.
     """
     found = {
         name: module.gate().detach().flatten().cpu()
@@ -27,7 +27,7 @@ def gates(model: nn.Module) -> dict[str, torch.Tensor]:
         if isinstance(module, GPSA)
     }
     if not found:
-        raise VisualizeError(f"{type(model).__name__} has no gates: ConViT's GPSA layers have them")
+        raise UserError(f"{type(model).__name__} has no gates: ConViT's GPSA layers have them")
     return found
 
 
@@ -110,7 +110,7 @@ def position_embeddings(model: nn.Module) -> dict[str, torch.Tensor]:
     Embeddings of tokens are of the grid that the net is built for, or of a square one.
 
     Raises:
-        VisualizeError: They are of neither.
+        UserError: They are of neither.
     """
     grid = getattr(
         model, "grid_size", getattr(getattr(model, "patch_embed", None), "grid_size", None)
@@ -136,7 +136,7 @@ def _tokens_as_map(name: str, tokens: torch.Tensor, grid: tuple[int, int] | None
     height, width = grid or (side, side)
     prefix = len(tokens) - height * width  # the class token and others come first
     if not 0 <= prefix <= MOST_PREFIX_TOKENS:
-        raise VisualizeError(f"{name} has {len(tokens)} tokens: no grid of {height}x{width}")
+        raise UserError(f"{name} has {len(tokens)} tokens: no grid of {height}x{width}")
     return tokens[prefix:].T.unflatten(-1, (height, width))
 
 

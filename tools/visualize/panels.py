@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from tools.validate.text import shown
-from tools.visualize.loading import VisualizeError
+from utils import UserError
 
 MAGNITUDE, SIGNED = "viridis", "RdBu_r"  # safe for the colour-blind; red is positive
 # of Okabe and Ito, which the colour-blind tell apart
@@ -22,12 +22,12 @@ def new_figure(width: float, height: float) -> Any:
     """An empty figure of this size in inches, laid out by its content.
 
     Raises:
-        VisualizeError: matplotlib is not installed.
+        UserError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise VisualizeError("pictures need matplotlib: pip install matplotlib") from error
+        raise UserError("pictures need matplotlib: pip install matplotlib") from error
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -52,10 +52,10 @@ def grid_of_axes(
         flags: What there could be fewer panels by.
 
     Raises:
-        VisualizeError: There would be too many to see anything.
+        UserError: There would be too many to see anything.
     """
     if rows * columns > MAX_PANELS or columns > MAX_COLUMNS:
-        raise VisualizeError(
+        raise UserError(
             f"{rows} rows of {columns} panels are more than can be seen, {MAX_COLUMNS} in a row "
             f"and {MAX_PANELS} in all: choose fewer by {flags}"
         )

@@ -8,7 +8,7 @@ import torch
 from models.layers import WindowAttention2d
 from models.layers.gpsa import GPSA
 from tools.visualize.capture import capture, choose
-from tools.visualize.loading import Subject, VisualizeError, load_subject
+from tools.visualize.loading import Subject, load_subject
 from tools.visualize.measures import (
     bias_pictures,
     centre_positions,
@@ -27,6 +27,7 @@ from tools.visualize.panels import (
     title,
 )
 from tools.visualize.saving import Picture
+from utils import UserError
 
 MOST = 7  # positions a side whose similarities are shown
 
@@ -53,12 +54,12 @@ def make(args: Namespace) -> Picture:
     has = {"table": tables, "gpsa": gated, "embedding": embeddings}
     there = [kind for kind, parts in has.items() if parts]
     if not there:
-        raise VisualizeError(
+        raise UserError(
             f"{subject.label}: it has no bias table, GPSA or position embedding of a known kind"
         )
     show = args.show or there[0]
     if show not in there:
-        raise VisualizeError(f"--show {show}: {subject.label} has only {', '.join(there)}")
+        raise UserError(f"--show {show}: {subject.label} has only {', '.join(there)}")
     names = list(has[show])
     chosen = choose(f"{show} layer", "--layers", args.layers, len(names))
     parts = {names[index]: has[show][names[index]] for index in chosen}

@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from tools.files import check_outputs, check_suffix, check_writable
-from tools.visualize.loading import VisualizeError
 from training.files import OutputError, write_atomically
+from utils import UserError
 
 DPI = 110
 INPUTS = ("image", "subject", "checkpoint", "checkpoints", "runs")  # flags of files to be read
@@ -40,12 +40,12 @@ def check_targets(args: Namespace) -> None:
     """Find out what cannot be written before anything is computed.
 
     Raises:
-        VisualizeError: There is nothing to write.
-        ConfigError: A name is of another kind of file.
+        UserError: There is nothing to write.
+        UserError: A name is of another kind of file.
         OutputError: A file cannot be written, or would take the place of one that is read.
     """
     if not (args.output or args.csv or args.tensorboard):
-        raise VisualizeError("give --output FILE.png, --tensorboard DIR or --csv FILE")
+        raise UserError("give --output FILE.png, --tensorboard DIR or --csv FILE")
     check_suffix("--output", args.output, ".png")
     check_suffix("--csv", args.csv, ".csv")
     files = [(f"--{name}", getattr(args, name)) for name in ("output", "csv")]
@@ -55,7 +55,7 @@ def check_targets(args: Namespace) -> None:
         check_writable(flag, path)
     folder = args.tensorboard
     if folder is not None and folder.exists() and not folder.is_dir():
-        raise VisualizeError(f"--tensorboard {folder} is no folder")
+        raise UserError(f"--tensorboard {folder} is no folder")
 
 
 def _inputs(args: Namespace) -> list[str]:
@@ -89,11 +89,11 @@ def save(picture: Picture, kind: str, args: Namespace) -> list[str]:
     TensorBoard gets the picture under ``visualize/KIND``.
 
     Raises:
-        VisualizeError: There are no numbers for ``--csv``.
+        UserError: There are no numbers for ``--csv``.
         OutputError: A file cannot be written. What was there before is unchanged.
     """
     if args.csv and not picture.rows:
-        raise VisualizeError(f"--csv: {kind} has no numbers to write")
+        raise UserError(f"--csv: {kind} has no numbers to write")
     png = as_png(picture.figure) if args.output or args.tensorboard else b""
     files = [(args.output, png)] if args.output else []
     files += [(args.csv, as_csv(picture.rows))] if args.csv else []

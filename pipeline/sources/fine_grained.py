@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import Flowers102, INaturalist, OxfordIIITPet, StanfordCars
 
 from pipeline.images import DataError
-from pipeline.sources import Files
+from pipeline.sources.base import Files
 
 # DeiT's spellings of --inat-category
 INAT_CATEGORIES = (

@@ -12,8 +12,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
-from models.pickled import DAMAGED, Refused, follow, is_part
-from models.seal import COMMENT_BYTES, END_BYTES, END_MARK
+from models.checkpoint.checksum import COMMENT_BYTES, END_BYTES, END_MARK
+from models.checkpoint.pickled import DAMAGED, UnsafeFileError, follow, is_part
 
 FREE_BYTES, SHARED = 1 << 24, 4  # all tensors may have so much, and so often the file's size
 MAX_DIRECTORY = 1 << 24  # bytes, some 100 per tensor
@@ -26,13 +26,13 @@ LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
 LENGTH = 8  # bytes before each storage of the older format
 
 
-def vet(path: Path) -> None:
+def verify_archive(path: Path) -> None:
     """Check that a PyTorch file is what torch.save writes for tensors and plain values.
 
     Takes memory in proportion to the pickle, and reads no tensor.
 
     Raises:
-        Refused: It is not, or is damaged.
+        UnsafeFileError: It is not, or is damaged.
         OSError: It cannot be read.
     """
     with path.open("rb") as file:
@@ -44,7 +44,7 @@ def vet(path: Path) -> None:
         elif start == LEGACY_START:
             _vet_legacy(file, size)
         else:
-            raise Refused(DAMAGED)
+            raise UnsafeFileError(DAMAGED)
 
 
 def _vet_legacy(file: BinaryIO, size: int) -> None:
@@ -53,50 +53,54 @@ def _vet_legacy(file: BinaryIO, size: int) -> None:
 
     def storage(key: str, count: int) -> None:
         if storages.setdefault(key, count) != count or count > size:
-            raise Refused("is damaged or cut short (a storage has a wrong size)")
+            raise UnsafeFileError("is damaged or cut short (a storage has a wrong size)")
 
     limit = FREE_BYTES + SHARED * size
     follow(file, size, limit, storage)
     follow(file, size, limit, storage)
     keys = follow(file, size, limit, storage)
     if not is_part(keys, "list") or sorted(map(str, keys.items)) != sorted(storages):
-        raise Refused(DAMAGED)
+        raise UnsafeFileError(DAMAGED)
     if file.tell() + sum(storages.values()) + LENGTH * len(storages) != size:
-        raise Refused("is damaged or cut short (its storages are not as long as they should be)")
+        raise UnsafeFileError(
+            "is damaged or cut short (its storages are not as long as they should be)"
+        )
 
 
 def _vet_zip(file: BinaryIO, size: int) -> None:
     start, end = _directory(file, size)
     if end - start > MAX_DIRECTORY:
-        raise Refused(f"is refused: its directory has {end - start} bytes")
+        raise UnsafeFileError(f"is refused: its directory has {end - start} bytes")
     try:
         with zipfile.ZipFile(file) as archive:
             infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
             first = archive.infolist()[0].filename if infos else ""
     except (zipfile.BadZipFile, ValueError, struct.error, NotImplementedError) as error:
-        raise Refused(f"is damaged or cut short ({error})") from error
+        raise UnsafeFileError(f"is damaged or cut short ({error})") from error
     prefix = first[: first.find("/") + 1]
     records: dict[str, tuple[int, int]] = {}  # begin and bytes
     bounds = [info.header_offset for info in infos[1:]] + [start]
     for info, bound in zip(infos, bounds, strict=True):
         name = info.orig_filename
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-            raise Refused(f"is refused: its record {name[:100]} is compressed")
+            raise UnsafeFileError(f"is refused: its record {name[:100]} is compressed")
         if not prefix or not name.startswith(prefix) or not name.isascii() or "\0" in name:
-            raise Refused(DAMAGED)
+            raise UnsafeFileError(DAMAGED)
         begin = _begin(file, info)
         key = name.removeprefix(prefix).lower()  # torch finds names whatever their case
         if begin + info.file_size > bound or key in records:
-            raise Refused("is damaged or cut short (its records overlap, or are there twice)")
+            raise UnsafeFileError(
+                "is damaged or cut short (its records overlap, or are there twice)"
+            )
         records[key] = begin, info.file_size
     if "constants.pkl" in records:
-        raise Refused("is refused: it is a TorchScript program, not a checkpoint")
+        raise UnsafeFileError("is refused: it is a TorchScript program, not a checkpoint")
     if "data.pkl" not in records:
-        raise Refused(DAMAGED)
+        raise UnsafeFileError(DAMAGED)
 
     def storage(key: str, count: int) -> None:
         if records.get(f"data/{key}".lower(), (0, -1))[1] != count:
-            raise Refused("is damaged or cut short (a storage has a wrong size)")
+            raise UnsafeFileError("is damaged or cut short (a storage has a wrong size)")
 
     begin, length = records["data.pkl"]
     file.seek(begin)
@@ -107,7 +111,7 @@ def _directory(file: BinaryIO, size: int) -> tuple[int, int]:
     """Where the directory of an archive begins and ends, if there is one way to see it.
 
     Raises:
-        Refused: The file does not end with the directory and its end records, or a seal.
+        UnsafeFileError: The file does not end with the directory and its end records, or a seal.
     """
     for comment in (0, COMMENT_BYTES):
         end = size - comment - END_BYTES
@@ -128,7 +132,7 @@ def _directory(file: BinaryIO, size: int) -> tuple[int, int]:
         if start + length == end:
             return start, end
         break
-    raise Refused("is damaged or cut short (it does not end as an archive does)")
+    raise UnsafeFileError("is damaged or cut short (it does not end as an archive does)")
 
 
 def _begin(file: BinaryIO, info: zipfile.ZipInfo) -> int:
@@ -136,5 +140,5 @@ def _begin(file: BinaryIO, info: zipfile.ZipInfo) -> int:
     file.seek(info.header_offset)
     mark, name, extra = ENTRY.unpack(file.read(ENTRY.size).ljust(ENTRY.size))
     if mark != ZIP_START or file.read(name) != info.orig_filename.encode():
-        raise Refused("is damaged or cut short (its directory and its records differ)")
+        raise UnsafeFileError("is damaged or cut short (its directory and its records differ)")
     return info.header_offset + ENTRY.size + name + extra

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.draws import ENCODED, Kind
+from pipeline.augment_ops import ENCODED, Kind
 
 
 def augment(images: Tensor, operations: Tensor, fill: tuple[int, int, int]) -> Tensor:
@@ -14,7 +14,7 @@ def augment(images: Tensor, operations: Tensor, fill: tuple[int, int, int]) -> T
 
     Args:
         images: RGB, uint8 ``B 3 H W`` in any memory format; they are not changed.
-        operations: float64 ``B S 8`` on the host, see :func:`pipeline.draws.encode`.
+        operations: float64 ``B S 8`` on the host, see :func:`pipeline.augment_ops.encode`.
         fill: Red, green and blue of what comes from outside an image.
 
     Returns:

@@ -13,27 +13,13 @@ from typing import Any, BinaryIO
 
 import torch
 
+from models.errors import CheckpointError
+
 END_MARK = b"PK\5\6"  # of the record that ends an archive, whose last two bytes are a length
 END_BYTES = 22
 COMMENT = re.compile(rb"sha256=([0-9a-f]{64})")
 COMMENT_BYTES = len("sha256=") + 64
 CHUNK = 1 << 22
-SHOWN = 2000  # characters of an error, enough for a path and a few names
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be read, or does not fit the model.
-
-    The message is one line that a terminal can show, whatever names the file holds.
-    """
-
-    def __init__(self, message: str):
-        super().__init__(printable(message if len(message) <= SHOWN else message[:SHOWN] + "..."))
-
-
-def printable(text: str) -> str:
-    """``text`` with line ends, terminal escapes and the like as Python writes them."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 class _Hashing:
@@ -57,7 +43,7 @@ class _Hashing:
         self.file.flush()
 
 
-def write_sealed(content: Any, file: BinaryIO) -> None:
+def write_with_checksum(content: Any, file: BinaryIO) -> None:
     """Write a checkpoint with its seal; never holds the file in memory.
 
     Args:
@@ -93,7 +79,7 @@ def file_digest(file: BinaryIO, size: int) -> "hashlib._Hash":
     return digest
 
 
-def _read_seal(file: BinaryIO) -> tuple[bytes, bytes]:
+def _read_checksum(file: BinaryIO) -> tuple[bytes, bytes]:
     """What stands at the places of the end record and of the comment in a sealed file."""
     size = file.seek(0, 2)
     file.seek(max(size - END_BYTES - COMMENT_BYTES, 0))
@@ -101,19 +87,19 @@ def _read_seal(file: BinaryIO) -> tuple[bytes, bytes]:
     return tail[:-COMMENT_BYTES], tail[-COMMENT_BYTES:]
 
 
-def is_sealed(path: str | PathLike[str]) -> bool:
-    """Whether a file carries a seal, be it damaged; see :func:`check_seal`.
+def has_checksum(path: str | PathLike[str]) -> bool:
+    """Whether a file carries a seal, be it damaged; see :func:`verify_checksum`.
 
     Raises:
         OSError: The file cannot be read.
     """
     with open(path, "rb") as file:
-        end, comment = _read_seal(file)
+        end, comment = _read_checksum(file)
     # either of the two shows that a seal was there, should the other be damaged
     return end.startswith(END_MARK) or COMMENT.fullmatch(comment) is not None
 
 
-def check_seal(path: str | PathLike[str]) -> bool:
+def verify_checksum(path: str | PathLike[str]) -> bool:
     """Verify a file's seal.
 
     Returns:
@@ -123,10 +109,10 @@ def check_seal(path: str | PathLike[str]) -> bool:
         CheckpointError: The file differs from what was written.
         OSError: The file cannot be read.
     """
-    if not is_sealed(path):
+    if not has_checksum(path):
         return False
     with open(path, "rb", buffering=0) as file:
-        end, comment = _read_seal(file)
+        end, comment = _read_checksum(file)
         stated = COMMENT.fullmatch(comment)
         if not stated or end[:4] != END_MARK or end[-2:] != bytes([COMMENT_BYTES, 0]):
             raise CheckpointError(f"{path} is damaged: its seal, at the end, is not whole")

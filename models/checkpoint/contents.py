@@ -8,8 +8,8 @@ import timm
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from models.convert import to_original_names
-from models.seal import CheckpointError
+from models.checkpoint.mindcv_names import to_original_names
+from models.errors import CheckpointError
 
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation by channel
 

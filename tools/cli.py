@@ -1,14 +1,12 @@
 """How tools that print and write results begin and end."""
 
-import io
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import utils
-from training import OutputError
+from training import launch
+from training.files import OutputError
 
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 SURROGATES = re.compile("[\ud800-\udfff]")  # what Python makes of bytes that are not UTF-8
@@ -17,34 +15,6 @@ SURROGATES = re.compile("[\ud800-\udfff]")  # what Python makes of bytes that ar
 def shown(value: object) -> str:
     """A text in one line that can be printed: control characters as spaces, odd bytes as �."""
     return SURROGATES.sub("�", CONTROLS.sub(" ", str(value)))
-
-
-def run(command: Callable[[], int | None], expected: tuple[type[Exception], ...]) -> int:
-    """Run a program as :func:`utils.exit_status` does, whose output may be cut short.
-
-    Args:
-        command: The program, which may return a status.
-        expected: Errors whose message says what is wrong and what would be right.
-
-    Returns:
-        The exit status; 1 where nobody reads the output to its end.
-    """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names have letters of any kind
-
-    def whole() -> int | None:
-        try:
-            status = command()
-            sys.stdout.flush()
-            return status
-        except BrokenPipeError as error:
-            if utils.loader_died(error):
-                raise
-            # else the interpreter would complain of what it cannot flush at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
-
-    return utils.exit_status(whole, expected)
 
 
 def warn(messages: Iterable[str], told: set[str]) -> None:
@@ -75,5 +45,5 @@ def finish(files: Sequence[tuple[Path, Callable[[Path], None]]], failed: Sequenc
     for path in written:
         print(shown(f"written to {path}"), flush=True)
     for message in failed:
-        utils.fail(shown(message))
+        launch.fail(shown(message))
     return 1 if failed else 0

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from pipeline.batched import augment, crop_padded, erase, flip
+from pipeline.augment_device import augment, crop_padded, erase, flip
 from pipeline.fast import RawBatch, Recipe
 from pipeline.images import decode_image
 from pipeline.reference import Batch
@@ -48,7 +48,7 @@ class Memory:
         return torch.from_numpy(array)
 
 
-class Finish:
+class BatchFinalizer:
     """Makes of what the loader brings the images that a network takes.
 
     Args:
@@ -147,7 +147,7 @@ class Finish:
         return found
 
 
-class Move:
+class ToDevice:
     """Brings finished batches to the device.
 
     Args:
@@ -173,7 +173,7 @@ def _decoded_here(data: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-class Feed:
+class Prefetcher:
     """Iterates over a loader, and has the next batch finished while one is in use.
 
     On CUDA, the copy and what follows it run beside the network, on a stream of their own.

@@ -6,7 +6,7 @@ import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 from pipeline.images import DataError
-from pipeline.sources import Files, Pixels
+from pipeline.sources.base import Files, Pixels
 
 
 def open_digits(root: Path | None, is_train: bool, download: bool) -> Pixels:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.fetch import PIPE, REMOTE, Cache, NotThereError, default_folder, shown
 from pipeline.images import CorruptImageError, DataError
-from pipeline.shard_index import (
+from pipeline.sources.base import Encoded
+from pipeline.sources.download import PIPE, REMOTE, Cache, NotThereError, default_folder, shown
+from pipeline.sources.shard_index import (
     Index,
     Members,
     Shard,
@@ -27,7 +28,6 @@ from pipeline.shard_index import (
     sha256_of,
     split_place,
 )
-from pipeline.sources import Encoded
 
 OPEN_FILES = 256
 OPEN_IN_BOUNDED_CACHE = 16  # what is open cannot make room
@@ -210,11 +210,11 @@ def open_shards(
     unless they come by a command; without one, the shards are scanned.
 
     Args:
-        path: Place of the training shards. A folder has the validation shards, too. Beside a
+        path: DistInfo of the training shards. A folder has the validation shards, too. Beside a
             pattern they have to lie as ``val.json``, or locally ``val*.tar``; a pattern of shards
             whose names begin with ``val`` stands for them itself.
         is_train: Which of the two to open.
-        val_path: Place of the validation shards, if they are elsewhere.
+        val_path: DistInfo of the validation shards, if they are elsewhere.
         cache: Where remote shards are kept, if not in this user's temporary folder.
 
     Raises:

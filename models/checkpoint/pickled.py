@@ -43,7 +43,7 @@ STORAGES = {"torch.storage.UntypedStorage": 1} | {
 }
 
 
-class Refused(ValueError):
+class UnsafeFileError(ValueError):
     """A file is damaged, or asks for what it may not; the message continues the file's name."""
 
 
@@ -86,7 +86,7 @@ def follow(
         A stand-in of its value; constants as they are.
 
     Raises:
-        Refused: It is not to be given to torch.load.
+        UnsafeFileError: It is not to be given to torch.load.
     """
     machine = _Machine(file, size, max_bytes, storage)
     try:
@@ -95,11 +95,11 @@ def follow(
             if op == b".":
                 return machine.stack.pop()
             machine.step(op)
-    except Refused:
+    except UnsafeFileError:
         raise
     except (LookupError, ValueError) as error:  # of the stack, of texts, of unpacked arguments
-        raise Refused(DAMAGED) from error
-    raise Refused(f"is refused: its pickle has more than {MAX_OPCODES} opcodes")
+        raise UnsafeFileError(DAMAGED) from error
+    raise UnsafeFileError(f"is refused: its pickle has more than {MAX_OPCODES} opcodes")
 
 
 class _Machine:
@@ -123,7 +123,7 @@ class _Machine:
         """The next ``count`` bytes, all of them."""
         data = self.file.read(count) if count <= self.size else b""
         if len(data) < count:
-            raise Refused("is damaged or cut short (its pickle ends early)")
+            raise UnsafeFileError("is damaged or cut short (its pickle ends early)")
         return data
 
     def number(self, form: struct.Struct) -> Any:
@@ -132,7 +132,7 @@ class _Machine:
     def part(self, kind: str, items: Sequence[Any] = (), name: Any = None) -> _Part:
         self.parts += 1
         if self.parts > MAX_PARTS:
-            raise Refused(f"is refused: it has more than {MAX_PARTS} parts")
+            raise UnsafeFileError(f"is refused: it has more than {MAX_PARTS} parts")
         part = _Part(kind, name)
         if kind == "tuple":
             part.items = tuple(items)
@@ -151,17 +151,19 @@ class _Machine:
             else:
                 part.weight += 1 + (len(item) >> 4 if isinstance(item, str | bytes) else 0)
         if part.used:
-            raise Refused("is refused: a part of it contains itself, or changes after its use")
+            raise UnsafeFileError(
+                "is refused: a part of it contains itself, or changes after its use"
+            )
         if part.depth > MAX_DEPTH:
-            raise Refused(f"is refused: it is nested more than {MAX_DEPTH} deep")
+            raise UnsafeFileError(f"is refused: it is nested more than {MAX_DEPTH} deep")
         if part.weight > self.max_weight:
-            raise Refused("is refused: its parts repeat each other beyond any measure")
+            raise UnsafeFileError("is refused: its parts repeat each other beyond any measure")
 
     def top(self, kind: str) -> _Part:
         """The part that an opcode adds to."""
         part = self.stack[-1]
         if not isinstance(part, _Part) or part.kind != kind:
-            raise Refused(DAMAGED)
+            raise UnsafeFileError(DAMAGED)
         return part
 
     def pop_mark(self) -> list[Any]:
@@ -190,7 +192,7 @@ class _Machine:
             self.marks.append(self.stack)
             self.stack = []
             if len(self.marks) > MAX_DEPTH:
-                raise Refused(f"is refused: it is nested more than {MAX_DEPTH} deep")
+                raise UnsafeFileError(f"is refused: it is nested more than {MAX_DEPTH} deep")
         elif op == b"t" or op in TUPLES:
             items = self.pop_mark() if op == b"t" else self.pop(TUPLES[op])
             self.stack.append(self.part("tuple", items))
@@ -217,17 +219,17 @@ class _Machine:
             self.build(*self.stack[-2:])
             self.stack.pop()
         elif op != b"\x80" or self.read(1) != b"\2":
-            raise Refused(f"{DAMAGED} (its pickle is not as torch.save writes it)")
+            raise UnsafeFileError(f"{DAMAGED} (its pickle is not as torch.save writes it)")
 
     def find(self) -> _Part:
         """A function, type or dtype by its name."""
         lines = [self.file.readline(MAX_LINE) for _ in range(2)]
         if not all(line.endswith(b"\n") for line in lines):
-            raise Refused(DAMAGED)
+            raise UnsafeFileError(DAMAGED)
         module, name = (line[:-1].decode() for line in lines)
         name = f"{'builtins' if module == '__builtin__' else module}.{name}"
         if not (name in CALLS or name in STORAGES or name in self.trusted or _dtype(name)):
-            raise Refused(
+            raise UnsafeFileError(
                 f"is refused: it asks for {name}, and a checkpoint may hold tensors and plain "
                 f"values only"
             )
@@ -237,16 +239,16 @@ class _Machine:
         """What a call returns; ``new`` where a type makes an object without its ``__init__``."""
         name = getattr(called, "name", None)
         if not isinstance(arguments, _Part) or arguments.kind != "tuple":
-            raise Refused(DAMAGED)
+            raise UnsafeFileError(DAMAGED)
         if is_part(called, "global", name) and name in self.trusted:
             return self.part("object", [arguments], "trusted")
         if not is_part(called, "global", name) or name not in CALLS:
-            raise Refused("is refused: it calls what is no function")
+            raise UnsafeFileError("is refused: it calls what is no function")
         if new != (name == "argparse.Namespace"):
-            raise Refused(UNUSUAL.format(name))
+            raise UnsafeFileError(UNUSUAL.format(name))
         kind, check = CALLS[name]
         if not check(arguments.items, self):
-            raise Refused(UNUSUAL.format(name))
+            raise UnsafeFileError(UNUSUAL.format(name))
         return self.part(kind, [arguments], name)
 
     def refer(self, reference: Any) -> _Part:
@@ -255,11 +257,11 @@ class _Machine:
         if len(items) == 6 and items[5] is None:
             items = items[:5]  # the legacy format adds a view, which torch.save leaves None
         if len(items) != 5 or items[0] not in ("storage", b"storage"):
-            raise Refused(DAMAGED)
+            raise UnsafeFileError(DAMAGED)
         kind, key, place, count = items[1:]
         itemsize = STORAGES.get(kind.name) if isinstance(kind, _Part) else None
         if not (itemsize and isinstance(key, str) and isinstance(place, str) and is_size(count)):
-            raise Refused(DAMAGED)
+            raise UnsafeFileError(DAMAGED)
         self.storage(key, count * itemsize)
         return self.part("storage", name=(count * itemsize, itemsize))
 
@@ -270,9 +272,9 @@ class _Machine:
             names = state.items if is_part(state, "dict") else [None]
             # __class__ and its like are no values
             if not all(isinstance(name, str) and not name.startswith("__") for name in names):
-                raise Refused("is refused: it sets what is no attribute of plain values")
+                raise UnsafeFileError("is refused: it sets what is no attribute of plain values")
         elif name != "trusted":
-            raise Refused("is refused: it changes what is no plain value")
+            raise UnsafeFileError("is refused: it changes what is no plain value")
         self.put([state], made)
 
 
@@ -291,7 +293,7 @@ def check_keys(keys: Sequence[Any]) -> bool:
     """Refuse keys that take long to hash: a tuple is walked anew each time, at any depth."""
     for key in keys:
         if isinstance(key, _Part) and (key.kind != "tuple" or key.weight > MAX_KEY):
-            raise Refused("is refused: a key of a dict or a set is no plain value")
+            raise UnsafeFileError("is refused: a key of a dict or a set is no plain value")
     return True
 
 
@@ -313,12 +315,14 @@ def _tensor(items: Sequence[Any], machine: _Machine, dtype: torch.dtype | None =
         end += (length - 1) * stride
         count *= max(length, 1)  # torch multiplies these, too
     if 0 not in size and end * itemsize > room:
-        raise Refused(
+        raise UnsafeFileError(
             f"is damaged or cut short (a tensor of shape {tuple(size)} exceeds its {room} bytes)"
         )
     machine.bytes_left -= count * itemsize
     if machine.bytes_left < 0:
-        raise Refused(f"is refused: it is far too small for a tensor of shape {tuple(size)}")
+        raise UnsafeFileError(
+            f"is refused: it is far too small for a tensor of shape {tuple(size)}"
+        )
     return True
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from pipeline.sources import Encoded, Pixels, Source
+from pipeline.sources.base import Encoded, Pixels, Source
 
 SEED = 2103_10697  # of the choice, which is the set's and not the run's
 

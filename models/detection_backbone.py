@@ -18,16 +18,12 @@ from timm.layers import LayerNorm2d, trunc_normal_
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from models.checkpoint import (
-    COMPUTED_KEYS,
-    load_weights,
-    read_checkpoint,
-    to_own_names,
-)
-from models.factory import ModelError, build_model
+from models.checkpoint.apply import COMPUTED_KEYS, load_weights, read_checkpoint, to_own_names
+from models.checkpoint.report import LoadReport
+from models.errors import ModelError
+from models.factory import build_model
 from models.freezing import freeze_stages, is_frozen
 from models.layers import set_recompute_activations
-from models.report import LoadReport
 from models.visformer import Stage, Visformer
 
 NATIVE_SIZE = 224

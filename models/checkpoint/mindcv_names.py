@@ -86,7 +86,7 @@ def to_original_names(
     of the query/key pre-scale: neither is in the weights.
 
     Args:
-        state: What :func:`models.mindspore.read_mindspore` returns.
+        state: What :func:`models.checkpoint.mindspore.read_mindspore` returns.
         ema: Take the moving average instead of the raw weights.
 
     Returns:

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from engine import SettingError
+from utils import UserError
 
 ROW = re.compile(r"(blocks|layers?|stages?)\d*")  # what models call their rows of blocks
 
@@ -28,17 +28,17 @@ def check(args: Namespace, world_size: int) -> None:
     """Refuse flags that do not go with ``--fsdp``.
 
     Raises:
-        SettingError: There is one process, or a flag that asks for something else.
+        UserError: There is one process, or a flag that asks for something else.
     """
     if world_size == 1:
-        raise SettingError(
+        raise UserError(
             "--fsdp shares a model among processes, and there is one: leave it out, or start "
             "several, by torchrun --nproc_per_node"
         )
     if args.compile is not None:
-        raise SettingError("--fsdp does not go with --compile: leave one of them out")
+        raise UserError("--fsdp does not go with --compile: leave one of them out")
     if args.model_ema and args.model_ema_force_cpu:
-        raise SettingError(
+        raise UserError(
             "--fsdp shards the moving average like the weights: leave --model-ema-force-cpu out"
         )
 
@@ -78,7 +78,7 @@ def shard(model: nn.Module, device: torch.device) -> None:
         device: Where the shards go and blocks are gathered.
 
     Raises:
-        SettingError: A parameter cannot be sharded.
+        UserError: A parameter cannot be sharded.
     """
     model.to(memory_format=torch.contiguous_format)  # the only layout that is sharded
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
@@ -87,7 +87,7 @@ def shard(model: nn.Module, device: torch.device) -> None:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
     except (ValueError, NotImplementedError) as error:
-        raise SettingError(f"--fsdp cannot shard {type(model).__name__}: {error}") from error
+        raise UserError(f"--fsdp cannot shard {type(model).__name__}: {error}") from error
     model.register_load_state_dict_pre_hook(_spread_loaded)
 
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from configs.recipe import ConfigError, recipe_argv
 from datasets import DATA_SETS, HUB, data_set_named
-from pipeline.transfer import INAT_CATEGORIES
+from pipeline.sources.fine_grained import INAT_CATEGORIES
+from training.recipes import recipe_argv
+from utils import UserError
 
 ELSEWHERE = {  # arguments of models that are not for --model-kwargs, and where they come from
     "num_classes": "is the dataset's: leave it out",
@@ -34,15 +35,15 @@ def keyword_arguments(words: Sequence[str]) -> dict[str, Any]:
     """What ``--model-kwargs`` gives: ``KEY=VALUE`` with a Python literal, or else a text, as value.
 
     Raises:
-        ConfigError: A word is not of that form, or is what another flag says.
+        UserError: A word is not of that form, or is what another flag says.
     """
     found = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not key.isidentifier():
-            raise ConfigError(f"--model-kwargs {word} must be KEY=VALUE, such as depth=6")
+            raise UserError(f"--model-kwargs {word} must be KEY=VALUE, such as depth=6")
         if key in ELSEWHERE:
-            raise ConfigError(f"--model-kwargs {word}: {key} {ELSEWHERE[key]}")
+            raise UserError(f"--model-kwargs {word}: {key} {ELSEWHERE[key]}")
         try:
             found[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -267,7 +268,7 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
         The flags, and the names of those that were given rather than left at their default.
 
     Raises:
-        ConfigError: The file cannot be read, has unknown keys, or flags contradict each other.
+        UserError: The file cannot be read, has unknown keys, or flags contradict each other.
     """
     parser = get_args_parser()
     recipe, words = parser.parse_args(argv).config, list(argv)
@@ -282,7 +283,7 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
     typed = silent.parse_args(words)
     resumes = getattr(typed, "resume", "") not in ("", "auto") and not args.eval
     if resumes and getattr(typed, "finetune", ""):
-        raise ConfigError(
+        raise UserError(
             f"--resume {args.resume} goes on from that checkpoint, and --finetune {args.finetune} "
             f"would never be read: leave one of them out"
         )
@@ -316,61 +317,59 @@ def _check_ranges(args: argparse.Namespace) -> None:
     for name in POSITIVE:
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
-            raise ConfigError(f"--{name.replace('_', '-')} {value} must be positive")
+            raise UserError(f"--{name.replace('_', '-')} {value} must be positive")
     for name, (low, high) in RANGES.items():
         value = getattr(args, name)
         if not low <= value <= high or math.isinf(value):
             what = f"{low} or more" if math.isinf(high) else f"from {low} to {high}"
-            raise ConfigError(f"--{name.replace('_', '-')} {value} must be {what}")
+            raise UserError(f"--{name.replace('_', '-')} {value} must be {what}")
     ratios = args.cutmix_minmax
     if ratios is not None and not (len(ratios) == 2 and 0 <= ratios[0] < ratios[1] <= 1):
         given = " ".join(map(str, ratios))
-        raise ConfigError(
-            f"--cutmix-minmax {given} must be two shares from 0 to 1, such as 0.2 0.8"
-        )
+        raise UserError(f"--cutmix-minmax {given} must be two shares from 0 to 1, such as 0.2 0.8")
     if args.opt_betas is not None and len(args.opt_betas) < 2:
-        raise ConfigError(f"--opt-betas {args.opt_betas[0]} must be two numbers or more")
+        raise UserError(f"--opt-betas {args.opt_betas[0]} must be two numbers or more")
 
 
 def _check(args: argparse.Namespace) -> None:
     _check_ranges(args)
     if not 0 <= args.lr < math.inf:
-        raise ConfigError(f"--lr {args.lr} must be 0 or more, and finite")
+        raise UserError(f"--lr {args.lr} must be 0 or more, and finite")
     _check_finetuning(args)
     keyword_arguments(args.model_kwargs)
     if args.resume == "auto" and not args.output_dir:
-        raise ConfigError("--resume auto looks into --output_dir, which is not given")
+        raise UserError("--resume auto looks into --output_dir, which is not given")
     if args.eval and not args.resume:
-        raise ConfigError("--eval needs --resume CHECKPOINT")
+        raise UserError("--eval needs --resume CHECKPOINT")
     if args.fuse and not args.eval:
-        raise ConfigError("--fuse is for --eval: a fused net cannot be trained")
+        raise UserError("--fuse is for --eval: a fused net cannot be trained")
     if args.compile is not None and args.compile not in torch.compiler.list_backends(None):
         backends = ", ".join(torch.compiler.list_backends())
-        raise ConfigError(f"--compile {args.compile} is no backend here; there are {backends}")
+        raise UserError(f"--compile {args.compile} is no backend here; there are {backends}")
 
 
 def _check_finetuning(args: argparse.Namespace) -> None:
     if not 0 < args.sampling_ratio <= 1:
-        raise ConfigError(f"--sampling-ratio {args.sampling_ratio} must be above 0, at most 1")
+        raise UserError(f"--sampling-ratio {args.sampling_ratio} must be above 0, at most 1")
     if args.layer_decay is not None and not 0 < args.layer_decay <= 1:
-        raise ConfigError(f"--layer-decay {args.layer_decay} must be above 0, at most 1")
+        raise UserError(f"--layer-decay {args.layer_decay} must be above 0, at most 1")
     if args.freeze_stages is not None and args.freeze_stages < 0:
-        raise ConfigError(f"--freeze-stages {args.freeze_stages} must be 0 or more")
+        raise UserError(f"--freeze-stages {args.freeze_stages} must be 0 or more")
     for flag in ("linear_probe", "freeze_stages"):
         wanted = getattr(args, flag) not in (None, False)
         if wanted and not (args.finetune or args.resume):
-            raise ConfigError(
+            raise UserError(
                 f"--{flag.replace('_', '-')} keeps weights as they are, and here they would be "
                 f"random: give --finetune CHECKPOINT"
             )
     if args.linear_probe and (args.freeze_stages is not None or args.layer_decay is not None):
         other = "--layer-decay" if args.freeze_stages is None else "--freeze-stages"
-        raise ConfigError(f"--linear-probe trains the classifier alone: leave {other} out")
+        raise UserError(f"--linear-probe trains the classifier alone: leave {other} out")
     distils, teacher = args.distillation_type != "none", args.teacher_model or args.teacher_path
     if distils and not teacher:
-        raise ConfigError(
+        raise UserError(
             f"--distillation-type {args.distillation_type} needs a teacher: give --teacher-model "
             f"NAME or --teacher-path CHECKPOINT"
         )
     if teacher and not distils:
-        raise ConfigError(f"teacher {teacher} would do nothing: give --distillation-type")
+        raise UserError(f"teacher {teacher} would do nothing: give --distillation-type")

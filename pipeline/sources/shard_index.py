@@ -14,8 +14,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand
 
-from pipeline.fetch import PIPE, REMOTE
 from pipeline.images import DataError
+from pipeline.sources.download import PIPE, REMOTE
 
 FORMAT = "packed shards 1"
 LABEL = "cls"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from pipeline.draws import Kind, Operation
+from pipeline.augment_ops import Kind, Operation
 
 BLOCK = 64  # rows computed at once, so that intermediate results stay in the cache
 WHOLE = 2.0**-10  # keeps sums that should be whole numbers from being cut to the one below

@@ -7,9 +7,7 @@ from typing import Any
 
 import yaml
 
-
-class ConfigError(ValueError):
-    """A recipe file cannot be read, or flags contradict each other."""
+from utils import UserError
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -31,24 +29,24 @@ def recipe_argv(parser: argparse.ArgumentParser, path: str) -> list[str]:
     """The flags of a recipe file as command-line words.
 
     Raises:
-        ConfigError: The file cannot be read, names no flag or one twice, or a flag does not take
+        UserError: The file cannot be read, names no flag or one twice, or a flag does not take
             its value.
     """
     try:
         recipe = yaml.load(Path(path).read_text(), _StrictLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read recipe {path}: {error}") from error
+        raise UserError(f"cannot read recipe {path}: {error}") from error
     if not isinstance(recipe, dict):
-        raise ConfigError(f"recipe {path} must be a mapping of flags to values")
+        raise UserError(f"recipe {path} must be a mapping of flags to values")
     actions = {action.dest: action for action in parser._actions}
     argv: list[str] = []
     spelled: dict[str, Any] = {}
     for key, value in recipe.items():
         name = str(key).replace("-", "_")
         if name not in actions or name in ("help", "config"):
-            raise ConfigError(f"recipe {path}: {key!r} is no flag of main.py")
+            raise UserError(f"recipe {path}: {key!r} is no flag of main.py")
         if name in spelled:
-            raise ConfigError(f"recipe {path}: {key!r} and {spelled[name]!r} are the same flag")
+            raise UserError(f"recipe {path}: {key!r} and {spelled[name]!r} are the same flag")
         spelled[name] = key
         if value is None or value == actions[name].default == []:
             continue
@@ -56,7 +54,7 @@ def recipe_argv(parser: argparse.ArgumentParser, path: str) -> list[str]:
             argv += _words(parser, actions[name], value)
         except (ValueError, argparse.ArgumentError) as error:
             reason = getattr(error, "message", error)
-            raise ConfigError(f"recipe {path}: {key!r} is {value!r}: {reason}") from error
+            raise UserError(f"recipe {path}: {key!r} is {value!r}: {reason}") from error
     return argv
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.images import CorruptImageError, DataError, read_file
-from pipeline.sources import Encoded
+from pipeline.sources.base import Encoded
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -1,4 +1,4 @@
-"""Requests to stop, and the agreement of all processes on what to do after a step."""
+"""Requests to stop, and the exchange of all processes on what to do after a step."""
 
 import os
 import signal
@@ -48,7 +48,7 @@ class StopSignals:
             signal.raise_signal(number)
 
 
-class Agreement:
+class RequestExchange:
     """Numbers of which every process learns the largest, one exchange later.
 
     The exchange runs beside the training step, so that nobody waits for it.
@@ -61,15 +61,15 @@ class Agreement:
         self.group = group
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
-    def exchange(self, wishes: Sequence[int]) -> list[int]:
-        """Give this process's wishes, and get the largest of the exchange before (at first 0).
+    def exchange(self, requests: Sequence[int]) -> list[int]:
+        """Give this process's requests, and get the largest of the exchange before (at first 0).
 
-        Alone, the wishes are granted at once.
+        Alone, the requests are granted at once.
         """
         if self.group is None:
-            return list(wishes)
-        granted = self.finish() or [0] * len(wishes)
-        numbers = torch.tensor(list(wishes))
+            return list(requests)
+        granted = self.finish() or [0] * len(requests)
+        numbers = torch.tensor(list(requests))
         work = dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.group, async_op=True)
         self._pending = work, numbers
         return granted
@@ -83,8 +83,8 @@ class Agreement:
         work.wait()
         return numbers.tolist()
 
-    def now(self, wishes: Sequence[int]) -> list[int]:
-        """The largest of these wishes and of those still under way, waiting for all."""
-        before = self.finish() or [0] * len(wishes)
-        self.exchange([max(pair) for pair in zip(before, wishes, strict=True)])
-        return self.finish() or list(wishes)
+    def now(self, requests: Sequence[int]) -> list[int]:
+        """The largest of these requests and of those still under way, waiting for all."""
+        before = self.finish() or [0] * len(requests)
+        self.exchange([max(pair) for pair in zip(before, requests, strict=True)])
+        return self.finish() or list(requests)

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from models.seal import printable
+from models.errors import printable
 
 
 @dataclass(frozen=True)

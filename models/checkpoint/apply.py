@@ -15,14 +15,15 @@ import safetensors
 import torch
 from torch import nn
 
-from models.content import settings_of, state_dict_of
-from models.convert import fill_missing_bias_tables
+from models.checkpoint.archive import verify_archive
+from models.checkpoint.checksum import file_digest, verify_checksum
+from models.checkpoint.contents import settings_of, state_dict_of
+from models.checkpoint.mindcv_names import fill_missing_bias_tables
+from models.checkpoint.mindspore import MindSporeError, looks_like_mindspore, read_mindspore
+from models.checkpoint.pickled import UnsafeFileError
+from models.checkpoint.report import LoadReport
+from models.errors import CheckpointError
 from models.layers import set_gelu, set_qk_scale_factor
-from models.mindspore import MindSporeError, looks_like_mindspore, read_mindspore
-from models.pickled import Refused
-from models.report import LoadReport
-from models.seal import CheckpointError, check_seal, file_digest
-from models.vetting import vet
 
 JSON_METADATA = {"model_kwargs", "classes", "input_size", "args"}  # of a header with the first
 COMPUTED_KEYS = ("relative_position_index", "attn_mask", "rel_indices")
@@ -67,7 +68,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Accepted are PyTorch files of tensors and plain values, with an ``argparse.Namespace``
     as DeiT's and Visformer's files hold, safetensors, and MindSpore's ``.ckpt`` of MindCV's
     networks. The content decides, not the name. The file's seal is verified first, if it has
-    one (see :mod:`models.seal`), and what it would have torch.load do (:mod:`models.vetting`).
+    one (see :mod:`models.checkpoint.checksum`), and what it would have torch.load do (:mod:`models.checkpoint.archive`).
 
     Args:
         path: File, or http(s) address of one.
@@ -81,7 +82,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
             raise CheckpointError(f"cannot read checkpoint {path}: it is no regular file")
-        check_seal(path)
+        verify_checksum(path)
         size = status.st_size
         with path.open("rb") as file:
             start = file.read(START_BYTES)
@@ -94,12 +95,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             return _read_safetensors(path)
         if looks_like_mindspore(start, size):
             return _read_mindspore(path)
-        vet(path)
+        verify_archive(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except MindSporeError as error:
         raise CheckpointError(str(error)) from error
-    except Refused as error:
+    except UnsafeFileError as error:
         raise CheckpointError(f"{path} {error}") from error
     except Exception as error:  # bytes of any kind make the readers raise errors of any kind
         raise CheckpointError(f"{path} {_why_unreadable(error)}") from error

@@ -12,16 +12,16 @@ from torch import nn
 import engine
 import models
 import utils
-from configs import Place
 from pipeline.images import NORMALIZATION
 from samplers import RASampler
-from training import sharding
+from training import fsdp, run_state
+from training.launch import DistInfo
 from utils import log
 
 UNTOLD = ("resume", "stop_epoch", "finetune", "output_dir")  # flags that may differ in silence
 
 
-class Run:
+class RunState:
     """Model, moving average, optimizer, schedule, scaler, random numbers and progress of a run.
 
     Args:
@@ -47,7 +47,7 @@ class Run:
         lr: float,
         updates_per_epoch: int,
         sampler: RASampler,
-        place: Place,
+        place: DistInfo,
         group: dist.ProcessGroup | None = None,
         classes: Sequence[str] = (),
     ):
@@ -77,11 +77,11 @@ class Run:
 
     def _shard(self) -> None:
         """Share model and moving average among the processes."""
-        sharding.check(self.args, self.place.world_size)
+        fsdp.check(self.args, self.place.world_size)
         self.model.cpu()
         self.ema = self.start_average()
         for model in [self.model] + ([self.ema.module] if self.ema else []):
-            sharding.shard(model, self.precision.device)
+            fsdp.shard(model, self.precision.device)
 
     def start_average(self) -> ModelEmaV3 | None:
         """A moving average that begins at the model's present weights, if there is to be one."""
@@ -89,7 +89,7 @@ class Run:
             return None
         if self.ema is not None and self.args.fsdp:
             return self.ema  # shards cannot be copied; it was loaded together with the model
-        kind = sharding.ShardedAverage if self.args.fsdp else ModelEmaV3
+        kind = fsdp.ShardedAverage if self.args.fsdp else ModelEmaV3
         return kind(
             self.model,
             self.args.model_ema_decay,
@@ -110,7 +110,7 @@ class Run:
             "model_ema": self.ema.module.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
         }
-        weights = sharding.gather(weights, keep=self.place.rank == 0)
+        weights = fsdp.gather(weights, keep=self.place.rank == 0)
         if self.place.rank:
             return None
         return {
@@ -150,8 +150,8 @@ class Run:
         if "optimizer" not in checkpoint or "epoch" not in checkpoint:
             log(f"{source} holds no optimizer: its weights start a new run")
             return
-        moments = sharding.spread_moments(self.optimizer, checkpoint["optimizer"])
-        utils.restore_optimizer(self.optimizer, moments, source)
+        moments = fsdp.spread_moments(self.optimizer, checkpoint["optimizer"])
+        run_state.restore_optimizer(self.optimizer, moments, source)
         if checkpoint.get("scaler"):  # empty unless the run used float16
             self.precision.scaler.load_state_dict(checkpoint["scaler"])
         self.best_acc1 = checkpoint.get("best_acc1", 0.0)
@@ -258,3 +258,35 @@ class Run:
         is_best = accuracy > self.best_acc1
         self.best_acc1 = max(accuracy, self.best_acc1)
         return is_best
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, state: Mapping[str, Any], source: str
+) -> None:
+    """Load an optimizer's state, strictly; its options, learning rate apart, are not loaded.
+
+    They are those of the flags, which may have changed.
+
+    Raises:
+        models.CheckpointError: Groups or shapes differ from the optimizer's.
+    """
+    loaded = ("params", "lr")  # the plateau schedule keeps its state in the latter
+    options = [{k: v for k, v in g.items() if k not in loaded} for g in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(dict(state))
+        for group, own in zip(optimizer.param_groups, options, strict=True):
+            group.update(own)
+    except (ValueError, KeyError) as error:
+        raise models.CheckpointError(
+            f"{source}: the optimizer's state does not fit: {error}; --opt, --linear-probe, "
+            f"--freeze-stages and --layer-decay must be those of the checkpoint, or start from its "
+            f"weights by --finetune"
+        ) from error
+    for parameter, values in optimizer.state.items():
+        for key, value in values.items():
+            if torch.is_tensor(value) and value.ndim and value.shape != parameter.shape:
+                raise models.CheckpointError(
+                    f"{source}: the optimizer's {key} of shape {tuple(value.shape)} meets a "
+                    f"parameter of shape {tuple(parameter.shape)}; --opt and the model's layout "
+                    f"must be those of the checkpoint"
+                )

@@ -1,0 +1,1 @@
+"""Checkpoint files: reading, verifying and loading weights."""

@@ -1,0 +1,22 @@
+"""Errors of models and checkpoints, which the user can fix."""
+
+SHOWN = 2000  # characters of a checkpoint's message, enough for a path and a few names
+
+
+class ModelError(ValueError):
+    """There is no such model, or it cannot be built or run as asked."""
+
+
+class CheckpointError(ModelError):
+    """A checkpoint cannot be read, or does not fit the model.
+
+    The message is one line that a terminal can show, whatever names the file holds.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(printable(message if len(message) <= SHOWN else message[:SHOWN] + "..."))
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with line ends and control characters escaped as in Python literals."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

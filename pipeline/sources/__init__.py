@@ -1,0 +1,1 @@
+"""Image sources: folders, archives and datasets by name."""

@@ -1,0 +1,322 @@
+"""Launchers, process group, device, and how a program starts and ends."""
+
+import contextlib
+import io
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import traceback
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from models import ModelError
+from pipeline.workers import die_with_parent
+from utils import PeerError, UserError
+
+ANSWER = 10.0  # seconds for a launcher to answer
+RESUMES = "interrupted; --resume auto continues from the last checkpoint"
+
+
+@dataclass(frozen=True)
+class DistInfo:
+    """Where this process stands among all of a run: global rank, number of processes, local rank.
+
+    ``launcher`` names what started it: torchrun, srun, mpirun or, alone, python. ``restarts``
+    says how often torchrun or Slurm has started the run again.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    launcher: str = "python"
+    restarts: int = 0
+
+
+class _Launcher(NamedTuple):
+    name: str
+    marks: tuple[str, ...]  # any of these says that this launcher was at work
+    rank: str
+    size: str
+    local_rank: str
+
+
+# In the order in which they are tried. OpenMPI and Hydra go before Slurm, whose variables they
+# inherit. A Slurm step has its own count of tasks; the job's would also be seen by a script that
+# sbatch or salloc runs directly.
+_LAUNCHERS = (
+    _Launcher("torchrun", ("RANK", "WORLD_SIZE"), "RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    _Launcher(
+        "mpirun",
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+    ),
+    _Launcher("mpirun", ("MPI_LOCALRANKID",), "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    _Launcher(
+        "srun", ("SLURM_STEP_NUM_TASKS",), "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"
+    ),
+)
+
+
+def dist_info_from_env(env: Mapping[str, str]) -> DistInfo:
+    """Read this process's place from the variables of torchrun, mpirun or srun.
+
+    Raises:
+        UserError: A variable is missing, is no number or contradicts another.
+    """
+    launcher = next((x for x in _LAUNCHERS if any(mark in env for mark in x.marks)), None)
+    restarts = _read(env, ["TORCHELASTIC_RESTART_COUNT"]) or _read(env, ["SLURM_RESTART_COUNT"])
+    if launcher is None:
+        return DistInfo(restarts=restarts or 0)
+    variables = (launcher.rank, launcher.size, launcher.local_rank)
+    rank, size, local_rank = (_read(env, [name]) for name in variables)
+    if rank == 0 and size == 1:
+        return DistInfo(restarts=restarts or 0)
+    missing = [name for name in variables if name not in env]
+    if missing:
+        present = next(name for name in (*variables, *launcher.marks) if name in env)
+        raise UserError(
+            f"{' and '.join(missing)} not set although {present} is: start with torchrun, or "
+            f"unset {present} to run a single process"
+        )
+    if not 0 <= rank < size or not 0 <= local_rank < size:
+        raise UserError(
+            f"{launcher.rank}={rank} and {launcher.local_rank}={local_rank} must lie within "
+            f"0..{size - 1} ({launcher.size}={size})"
+        )
+    return DistInfo(rank, size, local_rank, launcher.name, restarts or 0)
+
+
+def _read(env: Mapping[str, str], names: Iterable[str]) -> int | None:
+    for name in names:
+        if name in env:
+            try:
+                return int(env[name])
+            except ValueError:
+                raise UserError(f"{name}={env[name]!r} is not a number") from None
+    return None
+
+
+def rendezvous(place: DistInfo, env: Mapping[str, str]) -> tuple[str, int]:
+    """Address and port at which the processes of a run meet.
+
+    ``MASTER_ADDR`` and ``MASTER_PORT`` where set; under srun the first node and a port made of
+    the job's number; under mpirun on one node this machine.
+
+    Raises:
+        UserError: They are not set and cannot be known.
+    """
+    address, port = env.get("MASTER_ADDR"), _read(env, ["MASTER_PORT"])
+    if place.launcher == "srun":
+        nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
+        address = address or env.get("SLURM_LAUNCH_NODE_IPADDR") or first_node(nodes)
+        port = port or 20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000
+    elif place.launcher == "mpirun":
+        local_size = _read(env, ["OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"])
+        if local_size == place.world_size:
+            address = address or "127.0.0.1"
+        port = port or 29500
+    if not address or port is None:
+        raise UserError(
+            f"rank {place.rank} of {place.world_size} does not know where to meet the others: set "
+            f"MASTER_ADDR and MASTER_PORT to an address and a free port of the first machine"
+        )
+    return address, port
+
+
+def first_node(nodelist: str) -> str | None:
+    """First host of a Slurm node list: ``gpu[03-05,9],x`` gives ``gpu03``."""
+    match = re.match(r"([^,\[]+)(?:\[(\w+))?", nodelist)
+    return match and match[1] + (match[2] or "")
+
+
+@contextlib.contextmanager
+def process_group(args: Namespace, env: Mapping[str, str] = os.environ):
+    """Join the run's processes for the block; yields ``(place, device)``.
+
+    Raises:
+        UserError: The environment, the device or the meeting of the processes fails.
+    """
+    place = dist_info_from_env(env)
+    if "TORCHELASTIC_RUN_ID" in env:
+        stay_with_torchrun(place, env)
+    if args.world_size not in (1, place.world_size):
+        raise UserError(
+            f"--world_size {args.world_size}, but {place.world_size} process(es) were started: "
+            f"start them with torchrun, srun or mpirun"
+        )
+    device = select_device(args.device, place)
+    if place.world_size == 1:
+        yield place, device
+        return
+    init_method = args.dist_url
+    if init_method == "env://":
+        init_method = "tcp://{}:{}".format(*rendezvous(place, env))
+        if place.launcher == "torchrun":
+            init_method = "env://"  # torchrun may hold the store itself
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        timeout = timedelta(seconds=args.dist_timeout)
+        where = {"init_method": init_method}
+        if place.restarts and env.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun may keep its store when it starts again, with the addresses of the dead
+            store, *_ = next(dist.rendezvous(init_method, place.rank, place.world_size))
+            where = {"store": dist.PrefixStore(f"start {place.restarts}", store)}
+        dist.init_process_group(
+            backend="nccl" if device.type == "cuda" else "gloo",
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timeout,
+            **where,
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(
+            f"rank {place.rank} of {place.world_size} could not meet the others at {init_method} "
+            f"within --dist-timeout {args.dist_timeout:g} s: {str(error).splitlines()[0]}"
+        ) from error
+    yield place, device
+    dist.destroy_process_group()  # not after an error: others may be gone, and this would wait
+
+
+def stay_with_torchrun(place: DistInfo, env: Mapping[str, str]) -> None:
+    """End with the torchrun that started this process: without it, nobody else would do it.
+
+    Raises:
+        UserError: It has ended already.
+    """
+    die_with_parent(signal.SIGTERM)
+    if place.world_size > 1 and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        address = rendezvous(place, env)  # where torchrun has listened since before this process
+        try:
+            socket.create_connection(address, timeout=ANSWER).close()
+        except ConnectionRefusedError as error:
+            raise UserError(f"torchrun, which started rank {place.rank}, is gone") from error
+        except OSError:
+            return  # an address that is hard to reach: the meeting itself will tell
+
+
+def select_device(name: str | None, place: DistInfo) -> torch.device:
+    """``--device``, or CUDA if present, else the CPU; under CUDA the local rank's own GPU.
+
+    Raises:
+        UserError: The device does not exist here.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name!r} is not a device: {error}") from error
+    if device.type == "meta":
+        raise UserError("--device meta holds no values: cpu or cuda")
+    if device.type != "cuda":
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError, ImportError) as error:
+            reason = str(error).splitlines()[0].partition(". ")[0]
+            raise UserError(f"--device {name} is not here: {reason}") from error
+        return device
+    count = torch.cuda.device_count()
+    if count == 0:
+        raise UserError(f"--device {name}: no CUDA device here; use --device cpu")
+    index = place.local_rank if place.world_size > 1 else device.index or 0
+    if index >= count:
+        raise UserError(
+            f"local rank {index} has no GPU: {count} here; start at most {count} processes"
+        )
+    return torch.device("cuda", index)
+
+
+def run_program(command: Callable[[], int | None], interrupted: str = "interrupted") -> int:
+    """Run a program; an error that the user can fix is printed as one line.
+
+    Args:
+        command: The program; may return an exit status.
+        interrupted: Message after Ctrl-C.
+
+    Returns:
+        The exit status: the program's own or 0, 1 after an error or where nobody reads the
+        output to its end, 130 after an interrupt.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names may hold any characters
+    try:
+        try:
+            status = command() or 0
+            sys.stdout.flush()
+            return status
+        except PeerError:
+            return 1  # the rank that it happened to reports it
+        except (UserError, ModelError) as error:
+            return fail(last_message(error))
+        except BrokenPipeError as error:
+            if loader_died(error):
+                return fail(loader_message(error))
+            # else the interpreter would complain of what it cannot flush at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except (ConnectionError, EOFError, RuntimeError) as error:
+            return fail(loader_message(error))
+        except KeyboardInterrupt:
+            return fail(interrupted, 130)
+    except RuntimeError as error:
+        # PyTorch's signal handler may also raise while the connection's error is dealt with
+        return fail(loader_message(error))
+    finally:
+        end_children()
+
+
+def last_message(error: BaseException) -> str:
+    """The message of an error, without the traceback that a loader process wraps around it."""
+    text = str(error).strip()
+    if "Original Traceback" in text:
+        text = text.splitlines()[-1].partition(": ")[2]
+    return text
+
+
+def end_children() -> None:
+    """Kill the loader processes that are left: they ignore what would ask them to end."""
+    children = multiprocessing.active_children()
+    if children and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise an error
+    for child in children:
+        child.kill()
+
+
+def loader_message(error: Exception) -> str:
+    """What to say of a dead loader process; raises any other error."""
+    if not loader_died(error):
+        raise error
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (
+        f"a loader process died ({reason}): it may have run out of memory; "
+        f"lower --num_workers. The last checkpoint is kept"
+    )
+
+
+def loader_died(error: Exception) -> bool:
+    """Whether a process of the loader was killed: PyTorch says so, or its connection broke."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker (pid")
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    return any("/torch/utils/data/" in Path(file).as_posix() for file in files)
+
+
+def fail(message: str, status: int = 1) -> int:
+    """Print an error of this process, and return the exit status."""
+    rank = os.environ.get("RANK")
+    print(f"error{f' on rank {rank}' if rank else ''}: {message}", file=sys.stderr, flush=True)
+    return status
