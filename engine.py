@@ -334,6 +334,17 @@ def merge_meters(
     }
 
 
+def eval_frozen(model: nn.Module) -> None:
+    """Put modules without trainable parameters into evaluation mode.
+
+    They compute without dropout, and their BatchNorm statistics stay as they are.
+    """
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            module.eval()
+
+
 def train_one_epoch(
     model: nn.Module,
     criterion: nn.Module,
@@ -347,7 +358,7 @@ def train_one_epoch(
     mixup_fn: Mixup | None = None,
     lr_scheduler: Scheduler | None = None,
     accum_iter: int = 1,
-    set_training_mode: Callable[[nn.Module], object] = nn.Module.train,
+    set_training_mode: bool = True,
     log_interval: int = 50,
     report: Callable[[int, float, float, float], None] = lambda step, loss, lr, rate: None,
     max_nonfinite: int = 10,
@@ -370,8 +381,7 @@ def train_one_epoch(
         mixup_fn: Mixes a batch on the device.
         lr_scheduler: For schedules that step per update.
         accum_iter: Batches per optimizer step.
-        set_training_mode: Puts the model into training mode; what it leaves in evaluation mode
-            stays so (frozen parts, DeiT's ``--no-train-mode``).
+        set_training_mode: Off leaves the model as in evaluation (DeiT's ``--no-train-mode``).
         log_interval: Steps between calls of ``report``, the only ones that wait for the device.
         report: Receives (steps done, mean loss so far, learning rate, images per second), the
             latter two of this process.
@@ -390,7 +400,8 @@ def train_one_epoch(
         UserError: The loss was infinite or not a number too often, noticed at the next
             reading, or once, outside of float16, noticed at the end of the epoch.
     """
-    set_training_mode(model)
+    model.train(set_training_mode)
+    eval_frozen(model)
     meter = Meter(device) if meter is None else meter
     steps = meter.steps + len(data_loader)
     updates = epoch * -(-steps // accum_iter) + -(-meter.steps // accum_iter)

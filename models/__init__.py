@@ -11,7 +11,7 @@ from models.checkpoint.report import LoadReport
 from models.detection_backbone import Backbone, SwinVisformer, VisionBackbone, load_backbone
 from models.errors import CheckpointError, ModelError
 from models.factory import build_model, check_input_size, pretrained_config
-from models.freezing import freeze_all_but_classifier, freeze_stages, set_training_mode
+from models.freezing import freeze_all_but_classifier, freeze_stages
 
 __all__ = [
     "Backbone",
@@ -35,7 +35,6 @@ __all__ = [
     "normalization_of",
     "pretrained_config",
     "read_checkpoint",
-    "set_training_mode",
     "visformer",
     "vit",
 ]

@@ -58,14 +58,3 @@ def is_frozen(module: nn.Module) -> bool:
     """Whether a module has parameters, and none of them learns."""
     parameters = list(module.parameters())
     return bool(parameters) and not any(p.requires_grad for p in parameters)
-
-
-def set_training_mode(model: nn.Module, mode: bool = True) -> None:
-    """Set training or evaluation mode; frozen modules stay in evaluation mode.
-
-    They compute without dropout, and their BatchNorm statistics stay as they are.
-    """
-    model.train(mode)
-    for module in model.modules():
-        if is_frozen(module):
-            module.eval()

@@ -95,7 +95,7 @@ def test_only_the_classifier_learns():
         learning = [key for key, p in model.named_parameters() if p.requires_grad]
         assert learning and all(key.startswith("head") for key in learning)
         model.train()
-        models.set_training_mode(model)
+        engine.eval_frozen(model)
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         assert norms and not any(norm.training for norm in norms)
         assert model.training

@@ -109,7 +109,7 @@ def test_an_interrupt_says_what_the_program_knows(capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    assert launch.run_program(interrupt, ()) == 130
+    assert launch.run_program(interrupt) == 130
     assert capsys.readouterr().err == "error: interrupted\n"
-    assert launch.run_program(interrupt, (), launch.RESUMES) == 130
+    assert launch.run_program(interrupt, launch.RESUMES) == 130
     assert "--resume auto continues" in capsys.readouterr().err

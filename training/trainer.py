@@ -6,7 +6,6 @@ import time
 from argparse import Namespace
 from collections.abc import Callable
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from timm.data import Mixup
 from torch import nn
 
 import engine
-import models
 import utils
 from pipeline.prefetch import Prefetcher
 from training import fsdp, launch
@@ -168,7 +166,7 @@ class Trainer:
             mixup_fn=self.mixup_fn,
             lr_scheduler=state.scheduler,
             accum_iter=args.accum_iter,
-            set_training_mode=partial(models.set_training_mode, mode=args.train_mode),
+            set_training_mode=args.train_mode,
             log_interval=args.log_interval,
             report=progress.report,
             max_nonfinite=args.max_nonfinite,

@@ -68,7 +68,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Accepted are PyTorch files of tensors and plain values, with an ``argparse.Namespace``
     as DeiT's and Visformer's files hold, safetensors, and MindSpore's ``.ckpt`` of MindCV's
     networks. The content decides, not the name. The file's seal is verified first, if it has
-    one (see :mod:`models.checkpoint.checksum`), and what it would have torch.load do (:mod:`models.checkpoint.archive`).
+    one (see :mod:`models.checkpoint.checksum`), and what it would have torch.load do (see
+    :mod:`models.checkpoint.archive`).
 
     Args:
         path: File, or http(s) address of one.
