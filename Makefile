@@ -1,5 +1,5 @@
 # make demo   set up, then watch a Visformer learn handwritten digits
-# make test   set up, then run the tests
+# make test   set up, then run the tests (test-quick: those that take 2 minutes in all)
 # make lint   set up, then check the style
 #
 # VENV is the virtual environment to create and use, PYTHON what creates it.
@@ -7,14 +7,18 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test lint
+.PHONY: demo test test-quick lint
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m tools.demo
 
 test: $(VENV)/.installed-tests
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+test-quick: $(VENV)/.installed-tests
+	$(PYTEST) -m "not (slow or distributed or detection)"
 
 lint: $(VENV)/.installed-tests
 	$(BIN)/ruff check .

@@ -21,15 +21,26 @@ LARGE = 1 << 20  # bytes of a file that is not kept after its test
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # two cores, whoever shares them
 
 
-# the longest, as they start programs: first, so that no process is left alone with one of them
-SLOW = ("mmdet_commands", "main", "watchdog", "distributed", "crashtest", "stop")
-SLOW += ("torchvision_rcnn", "fsdp", "submit", "mmdet")
+# the longest files of tests/slow: first, so that no process is left alone with one of them
+LONGEST = ("mmdet_commands", "main", "watchdog", "distributed", "crashtest", "stop")
+LONGEST += ("torchvision_rcnn", "fsdp", "submit", "mmdet")
+MARKED = {
+    "distributed": ("distributed", "fsdp", "nodes"),
+    "detection": ("mmdet", "mmdet_commands", "torchvision_rcnn"),
+}
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with the slow files, the longest first."""
-    order = {name: place for place, name in enumerate(SLOW)}
+    """Mark the tests in ``slow/`` by their files, and begin with the longest files."""
+    order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem.removeprefix("test_"), len(order)))
+    for item in items:
+        if item.path.parent.name == "slow":
+            item.add_marker("slow")
+            name = item.path.stem.removeprefix("test_")
+            for marker, names in MARKED.items():
+                if name in names:
+                    item.add_marker(marker)
 
 
 @pytest.fixture(scope="session", autouse=True)

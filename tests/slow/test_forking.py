@@ -5,7 +5,6 @@ import select
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from conftest import (
@@ -203,7 +202,7 @@ def test_the_server_ends_with_its_tests(tmp_path, end):
     for file, code in zip(files, codes, strict=True):
         file.write_text(code)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    env = clean_env(PYTHONPATH=str(Path(__file__).parent))
+    env = clean_env(PYTHONPATH=str(ROOT / "tests"))
     with subprocess.Popen([sys.executable, *files], env=env, **pipes) as tester:
         pids = [int(pid) for pid in tester.stdout.readline().split()]
         descriptors = [os.pidfd_open(pid) for pid in pids]
