@@ -1,7 +1,6 @@
-"""Training and evaluation of one epoch, and what they are built from."""
+"""One epoch of training, the evaluation loop, and the optimizer, schedule and loss of a run."""
 
 import contextlib
-import inspect
 import math
 import os
 import time
@@ -24,23 +23,22 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import UserError, random_state, set_random_state, sum_over_processes
+from utils import UserError, sum_over_processes
 
-DDP_WARM_UP_STEPS = 3  # of a distributed model; one more than PyTorch is seen to need
-REFERENCE_BATCH = 512  # the batch that --lr is meant for
-# PyTorch's own; fused, they also take the gradient scaler's verdict without a device sync
+REFERENCE_BATCH = 512  # global batch size for which --lr is given
+# optimizers of PyTorch; fused, they also skip a step of the gradient scaler without a device sync
 FUSED_OPTIMIZERS = ("adamw", "adam", "sgd", "momentum")
 FUSED_SHARDED_OPTIMIZERS = ("adamw", "adam")
 
 
 @dataclass
 class Precision:
-    """How a run computes: mixed precision, with loss scaling for float16 alone, and layout.
+    """Mixed precision, with loss scaling for float16 only, and memory format.
 
     Args:
         device: Device of the model.
         dtype: ``torch.float16``, ``torch.bfloat16``, or ``None`` for full precision.
-        memory_format: Of images and of the model's convolutions.
+        memory_format: Memory format of images and convolution weights.
     """
 
     device: torch.device
@@ -51,11 +49,11 @@ class Precision:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
 
     def autocast(self) -> torch.autocast:
-        """Context of the forward pass."""
+        """Return the context of the forward pass."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def place(self, model: nn.Module) -> None:
-        """Move a model to the device and its weights to the run's layout."""
+        """Move a model to the device and convert its weights to the memory format."""
         model.to(self.device, memory_format=self.memory_format)
         for parameter in model.parameters():
             if parameter.ndim == 4 and len(parameter) == 1 == parameter[0, 0].numel():
@@ -64,14 +62,14 @@ class Precision:
                 parameter.data = parameter.data.flatten().view_as(parameter)
 
     def move(self, images: torch.Tensor) -> torch.Tensor:
-        """Images ``B 3 H W`` on the device in the run's layout, without waiting for the copy."""
+        """Return images ``B 3 H W`` on the device in the memory format (asynchronous copy)."""
         return images.to(self.device, non_blocking=True, memory_format=self.memory_format)
 
     def update_scale(self) -> torch.Tensor | None:
-        """Adapt the loss scale after a step; says whether the step was left out, on the device."""
+        """Update the loss scale after a step; return a device tensor: was the step skipped?"""
         if not self.scaler.is_enabled():
             return None
-        before = self.scaler._scale.clone()  # get_scale() would wait for the device
+        before = self.scaler._scale.clone()  # get_scale() would synchronize
         self.scaler.update()
         return self.scaler._scale < before
 
@@ -80,19 +78,19 @@ class Precision:
 
 
 def set_determinism(deterministic: bool) -> None:
-    """Choose kernels by speed, or those alone that always give the same bits."""
+    """Select kernels by speed, or only deterministic ones."""
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
-        # cuBLAS reads it when it starts
+        # cuBLAS reads it at its start
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
 
 
 def scaled_lr(args: Namespace, world_size: int) -> float:
-    """``--lr`` in proportion to the global batch, 512 being the reference (DeiT).
+    """Return ``--lr`` scaled linearly with the global batch size, relative to 512 (DeiT).
 
-    The global batch counts all processes and accumulated batches; ``--unscale-lr`` takes
-    ``--lr`` as it is.
+    The global batch counts all ranks and accumulated batches; ``--unscale-lr`` returns ``--lr``
+    unchanged.
     """
     if args.unscale_lr:
         return args.lr
@@ -100,15 +98,15 @@ def scaled_lr(args: Namespace, world_size: int) -> float:
 
 
 def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """timm's optimizer named ``--opt``; norms, biases and ``no_weight_decay`` do not decay.
+    """Build timm's optimizer ``--opt``; norms, biases and ``no_weight_decay`` do not decay.
 
     With ``--layer-decay``, the learning rate falls by that factor with every layer from the
-    classifier down (BEiT, arXiv 2106.08254, section 3.1), the layers being timm's: a norm before
-    the classifier is of the last block, which BEiT's code counts with the classifier.
+    classifier down (BEiT, arXiv 2106.08254, section 3.1). Layers are timm's: a norm before the
+    classifier belongs to the last block, where BEiT's code counts it with the classifier.
 
     Raises:
-        UserError: There is no such optimizer, or it does not take its flags; the model does not
-            say what its layers are.
+        UserError: Unknown optimizer, an option it does not accept, or a model without
+            ``group_matcher`` with ``--layer-decay``.
     """
     options = {"eps": args.opt_eps, "betas": args.opt_betas, "layer_decay": args.layer_decay}
     sharded = isinstance(model, FSDPModule)
@@ -127,22 +125,22 @@ def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim
         raise UserError(f"cannot build optimizer --opt {args.opt}: {error}") from error
     if args.layer_decay not in (None, 1) and not hasattr(model, "group_matcher"):
         name = type(model).__name__
-        raise UserError(f"{name} does not say what its layers are: leave --layer-decay out")
+        raise UserError(f"{name} has no group_matcher for its layers: leave --layer-decay out")
     return optimizer
 
 
 def layer_scales(optimizer: torch.optim.Optimizer) -> list[float]:
-    """What ``--layer-decay`` multiplies the learning rate by, layer by layer from the stem up."""
+    """Return the learning rate scales of ``--layer-decay``, in ascending order."""
     return sorted({group.get("lr_scale", 1.0) for group in optimizer.param_groups})
 
 
 def build_scheduler(
     args: Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int
 ) -> Scheduler:
-    """timm's schedule named ``--sched`` over ``--epochs``.
+    """Build timm's schedule ``--sched`` over ``--epochs``.
 
     Raises:
-        UserError: There is no such schedule, or it does not take its flags.
+        UserError: Unknown schedule, or an option it does not accept.
     """
     try:
         scheduler, _ = create_scheduler_v2(
@@ -154,7 +152,7 @@ def build_scheduler(
             patience_epochs=args.patience_epochs,
             decay_rate=args.decay_rate,
             min_lr=args.min_lr,
-            # timm's plateau starts there even without a warm-up
+            # timm's plateau schedule starts there even without a warm-up
             warmup_lr=args.warmup_lr if args.warmup_epochs else optimizer.defaults["lr"],
             warmup_epochs=args.warmup_epochs,
             noise=args.lr_noise,
@@ -165,13 +163,13 @@ def build_scheduler(
         )
     except ValueError as error:
         raise UserError(f"cannot build schedule --sched {args.sched}: {error}") from error
-    if scheduler is None:  # what older versions of timm make of a name that they do not know
-        raise UserError(f"--sched {args.sched} is no schedule of timm's, as cosine or step")
+    if scheduler is None:  # older versions of timm, for an unknown name
+        raise UserError(f"unknown schedule --sched {args.sched}; choose one of cosine, step, ...")
     return scheduler
 
 
 def scheduler_state(scheduler: Scheduler) -> dict[str, Any]:
-    """All that a schedule remembers, as plain values; what timm's own leaves out included."""
+    """Return the full state of a schedule as plain values, including what timm's own omits."""
     state = scheduler.state_dict()
     if isinstance(scheduler, PlateauLRScheduler):
         state |= {"plateau": scheduler.lr_scheduler.state_dict(), "lrs": scheduler.restore_lr}
@@ -179,9 +177,9 @@ def scheduler_state(scheduler: Scheduler) -> dict[str, Any]:
 
 
 def restore_scheduler(scheduler: Scheduler, state: Mapping[str, Any]) -> None:
-    """Go on from :func:`scheduler_state`, where the schedule follows its own past.
+    """Restore :func:`scheduler_state` of a schedule that depends on its past (plateau).
 
-    The other ones are functions of the time and of the flags, which may have changed.
+    The others are functions of the step and of the flags, which may have changed.
     """
     if isinstance(scheduler, PlateauLRScheduler) and state:
         scheduler.load_state_dict(dict(state))
@@ -191,7 +189,7 @@ def restore_scheduler(scheduler: Scheduler, state: Mapping[str, Any]) -> None:
 
 
 def build_mixup(args: Namespace, num_classes: int) -> Mixup | None:
-    """Mixup and cutmix as flagged, or None where both are off.
+    """Return mixup and cutmix as flagged, or None if both are off.
 
     Raises:
         UserError: The batch size is odd, so that images cannot be paired.
@@ -216,11 +214,11 @@ def build_mixup(args: Namespace, num_classes: int) -> Mixup | None:
 
 
 def build_criterion(args: Namespace, mixup_fn: Mixup | None, num_classes: int) -> nn.Module:
-    """The training loss: soft targets wherever mixup *or* cutmix makes them."""
+    """Return the training loss: for soft targets wherever mixup *or* cutmix is on."""
     if args.bce_loss:
         if mixup_fn is None:
             return BinaryCrossEntropy(smoothing=args.smoothing)
-        # every class that is in the mixture is a full target, as in DeiT; what is smoothed is not
+        # every class in the mixture is a full target, as in DeiT; smoothing mass is not
         off_value = args.smoothing / num_classes
         return BinaryCrossEntropy(smoothing=0.0, target_threshold=off_value * 1.001)
     if mixup_fn is not None:
@@ -231,17 +229,17 @@ def build_criterion(args: Namespace, mixup_fn: Mixup | None, num_classes: int) -
 
 
 class Meter:
-    """What an epoch has come to so far on this process, without waiting for the device.
+    """Statistics of an epoch on this rank, accumulated without device syncs.
 
     Attributes:
         steps: Batches done.
         images: Images seen.
-        corrupt: What was said of corrupt image files.
+        corrupt: Messages about corrupt image files.
         lr: Learning rate of the last update.
         seconds: Time spent.
-        bad_in_row: Largest number of steps in a row without a finite loss, up to the last
+        bad_in_row: Largest number of consecutive steps with a nonfinite loss, as of the last
             :meth:`read`.
-        bad_step: The first of the epoch's steps whose loss was not finite, likewise; else -1.
+        bad_step: First step of the epoch with a nonfinite loss, likewise; else -1.
     """
 
     def __init__(self, device: torch.device):
@@ -253,7 +251,7 @@ class Meter:
         return torch.full((), value, dtype=torch.int64, device=self._device)
 
     def restart(self) -> None:
-        """Start an epoch; a row of losses that are not finite goes on."""
+        """Start an epoch; a row of nonfinite losses continues."""
         self._total = torch.zeros((), device=self._device)
         self._bad, self._skipped = self._number(0), self._number(0)
         self._worst, self._first_bad = self._number(0), self._number(-1)
@@ -263,7 +261,7 @@ class Meter:
         self.lr = self.seconds = 0.0
 
     def add(self, loss: torch.Tensor) -> None:
-        """Count the loss of a step; one that is not finite does not enter the mean."""
+        """Count the loss of a step; nonfinite losses do not enter the mean."""
         finite = torch.isfinite(loss)
         self._total += torch.where(finite, loss, 0.0)
         self._bad += ~finite
@@ -274,25 +272,25 @@ class Meter:
         self.steps += 1
 
     def add_skipped(self, skipped: torch.Tensor | None) -> None:
-        """Count an update that the loss scaler left out, if it did."""
+        """Count an update if the loss scaler skipped it."""
         if skipped is not None:
             self._skipped += skipped
 
     def read(self) -> None:
-        """Wait for the device, and note how many losses in a row were not finite."""
+        """Update ``bad_in_row`` and ``bad_step``. Waits for the device."""
         self.bad_in_row, self.bad_step = torch.stack([self._worst, self._first_bad]).tolist()
 
     def mean(self) -> float:
-        """Mean of the finite losses on this process. Waits for the device."""
+        """Return the mean of the finite losses on this rank. Waits for the device."""
         good = self.steps - self._bad.item()
         return self._total.item() / good if good else math.nan
 
     def counts(self) -> dict[str, int]:
-        """Losses that were not finite and updates that were left out. Waits for the device."""
+        """Return the counts of nonfinite losses and skipped updates. Waits for the device."""
         return {"nonfinite": self._bad.item(), "skipped": self._skipped.item()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values that :meth:`load_state_dict` takes. Waits for the device."""
+        """Return the state as plain values. Waits for the device."""
         numbers = {key: getattr(self, key) for key in ("steps", "images", "lr", "seconds")}
         devices = {"total": self._total, "bad": self._bad, "skipped": self._skipped}
         devices |= {"in_row": self._in_row, "worst": self._worst, "first_bad": self._first_bad}
@@ -300,7 +298,7 @@ class Meter:
         return numbers | values | {"corrupt": list(self.corrupt)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a ``state_dict``."""
+        """Restore a ``state_dict``."""
         for key in ("steps", "images", "lr", "seconds"):
             setattr(self, key, state[key])
         self.corrupt = list(state["corrupt"])
@@ -313,9 +311,9 @@ class Meter:
 def merge_meters(
     states: Sequence[Mapping[str, Any]], steps: int, world_size: int, rank: int
 ) -> dict[str, Any]:
-    """States of the meters of other processes as one of this process, after ``steps`` steps.
+    """Merge meter states of other ranks into one for this rank, after ``steps`` steps.
 
-    What is counted over all processes goes to the first one, and means to each.
+    Counts over all ranks go to rank 0, means to every rank.
     """
     sums = {key: sum(state[key] for state in states) for key in ("images", "bad", "skipped")}
     good = sum(state["steps"] - state["bad"] for state in states)
@@ -370,35 +368,34 @@ def train_one_epoch(
     Args:
         model: Model, possibly wrapped in DistributedDataParallel.
         criterion: Loss of (logits, targets).
-        data_loader: Yields batches of (images ``B 3 H W``, targets ``B``, what was said of the
-            corrupt files met).
+        data_loader: Yields batches of (images ``B 3 H W``, targets ``B``, messages about corrupt
+            files).
         optimizer: Stepped every ``accum_iter`` batches and after the last one.
-        device: Where the model is.
-        epoch: Number of the epoch, from 0.
+        device: Device of the model.
+        epoch: Epoch number, from 0.
         precision: Autocast and loss scaling.
-        max_norm: Largest norm of the gradient; it is clipped after unscaling.
+        max_norm: Maximum gradient norm; gradients are clipped after unscaling.
         model_ema: Moving average, updated after every optimizer step.
         mixup_fn: Mixes a batch on the device.
-        lr_scheduler: For schedules that step per update.
+        lr_scheduler: Schedule to step per update.
         accum_iter: Batches per optimizer step.
-        set_training_mode: Off leaves the model as in evaluation (DeiT's ``--no-train-mode``).
+        set_training_mode: False keeps evaluation mode (DeiT's ``--no-train-mode``).
         log_interval: Steps between calls of ``report``, the only ones that wait for the device.
-        report: Receives (steps done, mean loss so far, learning rate, images per second), the
-            latter two of this process.
-        max_nonfinite: Steps in a row without a finite loss that end the training. In float16, the
-            loss scaler leaves out the updates of such steps.
-        meter: Statistics to begin with: its steps are behind, and the loader has the others.
-        after_update: Called after every update; True leaves the epoch.
+        report: Called with (steps done, mean loss so far, learning rate, images per second), the
+            latter two of this rank.
+        max_nonfinite: Consecutive steps with a nonfinite loss that end the training. In float16,
+            the loss scaler skips the updates of such steps.
+        meter: Statistics of the steps already done; the loader yields the others.
+        after_update: Called after every update; True ends the epoch early.
 
     Returns:
-        ``loss``, the mean over all processes, ``lr`` of the last step, ``images_per_second`` over
-        all processes, and, where there were any, ``corrupt``, the number of corrupt files met,
-        ``nonfinite``, the number of losses that were not finite, and ``skipped``, the updates left
-        out. None if ``after_update`` asked to leave.
+        ``loss``, the mean over all ranks, ``lr`` of the last step, ``images_per_second`` over all
+        ranks, and, if not 0, the counts ``corrupt`` (files), ``nonfinite`` (losses) and
+        ``skipped`` (updates). None if ``after_update`` ended the epoch.
 
     Raises:
-        UserError: The loss was infinite or not a number too often, noticed at the next
-            reading, or once, outside of float16, noticed at the end of the epoch.
+        UserError: Too many nonfinite losses, noticed at the next reading, or, except in float16,
+            a single one, noticed at the end of the epoch.
     """
     model.train(set_training_mode)
     eval_frozen(model)
@@ -449,15 +446,13 @@ def train_one_epoch(
             return None
 
     meter.read()
-    # outside of float16, one bad loss has spoilt the weights
-    poisoned = meter.bad_in_row >= (max_nonfinite if precision.scaler.is_enabled() else 1)
+    # except in float16, one nonfinite loss has corrupted the weights
+    failed = meter.bad_in_row >= (max_nonfinite if precision.scaler.is_enabled() else 1)
     numbers = [meter.mean(), 1, meter.images / max(meter.seconds, 1e-9), len(meter.corrupt)]
     counts = meter.counts()
-    sums = torch.tensor([*numbers, poisoned, *counts.values()], dtype=torch.float64)
-    loss, processes, rate, corrupt_seen, poisoned, *totals = sum_over_processes(
-        sums, device
-    ).tolist()
-    if poisoned:
+    sums = torch.tensor([*numbers, failed, *counts.values()], dtype=torch.float64)
+    loss, processes, rate, corrupt_seen, failed, *totals = sum_over_processes(sums, device).tolist()
+    if failed:
         check_finite(meter, 0, epoch, precision, model)
     report(steps, loss / processes, meter.lr, rate / processes)
     stats = {"loss": loss / processes, "lr": meter.lr, "images_per_second": round(rate, 1)}
@@ -468,10 +463,7 @@ def train_one_epoch(
 def check_finite(
     meter: Meter, limit: int, epoch: int, precision: Precision, model: nn.Module
 ) -> None:
-    """Raise UserError, naming all that bears on it, after ``limit`` bad losses in a row.
-
-    Waits for nothing: it goes by the meter's last reading.
-    """
+    """Raise UserError after ``limit`` consecutive nonfinite losses, as last read by the meter."""
     if meter.bad_in_row < limit:
         return
     exponent = getattr(unwrap(model), "qk_scale_factor", None)
@@ -485,66 +477,19 @@ def check_finite(
     )
 
 
-def distribute(
-    model: nn.Module, device: torch.device, static: bool = True
-) -> DistributedDataParallel:
-    """Wrap a model so that its gradients are averaged over the processes.
-
-    BatchNorm's statistics are not exchanged at every step: those of the first process count,
-    and are shared before evaluation. Gradients are views of the buffers that are exchanged.
-
-    Args:
-        model: On its device.
-        device: Of this process.
-        static: Every step uses the same parameters in the same order. Not for accumulated
-            batches or a compiled model.
-    """
-    # older versions of PyTorch know the second name only, newer ones deprecate it
-    names = inspect.signature(DistributedDataParallel).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-    ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(
-        model, device_ids=ids, gradient_as_bucket_view=True, static_graph=static, **{name: False}
-    )
-
-
-def warm_up_ddp(model: nn.Module, precision: Precision, batch_size: int, input_size: int) -> None:
-    """Let a distributed model find the order of exchanging gradients, by steps for nothing.
-
-    DistributedDataParallel regroups gradients after its first backward passes, and groups decide
-    how sums over three and more processes are rounded: without this, the first steps after a
-    resumption would not be those that an uninterrupted run takes. Statistics and random numbers
-    are left as they were.
-    """
-    buffers = [buffer.clone() for buffer in model.buffers()]
-    state = random_state(precision.device)
-    model.train()
-    size = (batch_size, 3, input_size, input_size)
-    images = precision.move(torch.zeros(size, dtype=precision.dtype or torch.float32))
-    for _ in range(DDP_WARM_UP_STEPS):
-        with precision.autocast():
-            output = model(images)
-        outputs = output if isinstance(output, tuple) else (output,)  # of a student of a teacher
-        sum(logits.float().sum() for logits in outputs).backward()
-        model.zero_grad()
-    set_random_state(state, precision.device)
-    for buffer, before in zip(model.buffers(), buffers, strict=True):
-        buffer.copy_(before)
-
-
 def compiled(model: nn.Module, backend: str | None) -> nn.Module:
-    """``model`` compiled for batches of one size, which runs as the model's own; None for as is."""
+    """Return ``model`` compiled for a fixed batch size; unchanged if ``backend`` is None."""
     return model if backend is None else torch.compile(model, backend=backend, dynamic=False)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside of what :func:`compiled` and :func:`distribute` made of it."""
+    """Return the model without the wrappers of torch.compile and DistributedDataParallel."""
     model = getattr(model, "_orig_mod", model)
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def gradient_sync(model: nn.Module, sync: bool) -> contextlib.AbstractContextManager:
-    """Context of a backward pass that averages gradients over processes only if ``sync``."""
+    """Return the context of a backward pass that averages gradients over ranks only if ``sync``."""
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(sync)

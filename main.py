@@ -3,68 +3,46 @@
 import contextlib
 import sys
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torchvision.utils import make_grid
 
 import datasets
 import engine
 import models
 import utils
-from pipeline.prefetch import Prefetcher
-from samplers import SampleIndex
 from training import launch
-from training.distillation import (
-    DistillationLoss,
-    TeacherTargets,
-    build_teacher,
-    learn_from_teacher,
-)
+from training.checkpoints import read_resume
+from training.distillation import distill
 from training.flags import parse_args
 from training.launch import DistInfo
-from training.network import Network, build_network, count_parameters, fused, renormalized
+from training.network import (
+    Network,
+    build_network,
+    choose_input_size,
+    compare_classes,
+    fused,
+    renormalized,
+)
 from training.output import Output
-from training.resume import read_resume
 from training.run_state import RunState
-from training.trainer import Evaluation, Trainer
-from utils import UserError, log
+from training.trainer import Evaluation, Trainer, example_images
+from utils import log
 
 
-def choose_input_size(args: Namespace, checkpoint: Mapping[str, Any], source: str) -> int:
-    """``--input-size`` where given, else the checkpoint's, else the dataset's usual one."""
-    saved = checkpoint.get("input_size")
-    if args.input_size and saved and args.input_size != saved:
-        log(f"warning: --input-size {args.input_size}, but {source} was trained at {saved}")
-    return args.input_size or saved or datasets.input_size_of(args)
-
-
-def compare_classes(checkpoint: Mapping[str, Any], source: str, names: Sequence[str]) -> None:
-    """Warn where a classifier was trained for classes of other names than the dataset's."""
-    saved = models.class_names(checkpoint, source) or list(names)
-    if len(saved) == len(names) and saved != list(names):
-        number = next(
-            i for i, pair in enumerate(zip(saved, names, strict=True)) if len({*pair}) > 1
-        )
-        log(
-            f"warning: class {number} of {source} is {saved[number]!r}, that of the dataset is "
-            f"{names[number]!r}"
-        )
-
-
-def run(args: Namespace, given: set[str], place: DistInfo, device: torch.device) -> int:
-    """One run: build what evaluation and training share, then do either; the exit status."""
+def run(args: Namespace, given: set[str], info: DistInfo, device: torch.device) -> int:
+    """Build what evaluation and training share, then do either; return the exit status."""
     found = "found" if device.type == "cuda" else "not found"
     why = "" if args.device else f" (CUDA {found})"
-    log(f"device {device}{why}, {place.world_size} process(es) started by {place.launcher}")
+    log(f"device {device}{why}, {info.world_size} process(es) started by {info.launcher}")
     group = utils.control_group(args.dist_timeout)
     folder = "" if args.eval else args.output_dir  # evaluation locks and writes nothing there
     with contextlib.closing(
         utils.all_or_none(lambda: Output(folder, args.keep_checkpoints), group)
     ) as output:
-        source, checkpoint = read_resume(args, place, group)
+        source, checkpoint = read_resume(args, info, group)
         size = choose_input_size(args, checkpoint, source)
         args = Namespace(**vars(args) | {"input_size": size})
         utils.seed_everything(args.seed)
@@ -72,15 +50,15 @@ def run(args: Namespace, given: set[str], place: DistInfo, device: torch.device)
 
         eval_set, num_classes = datasets.build_dataset(False, args, device)
         compare_classes(checkpoint, source, eval_set.classes)
-        part = (place.world_size, place.rank) if args.dist_eval else (1, 0)
+        part = (info.world_size, info.rank) if args.dist_eval else (1, 0)
         eval_loader = datasets.build_eval_loader(eval_set, args, *part)
         network = build_network(args, given, checkpoint, source, num_classes, device)
         placement = (device, torch.float32, network.precision.memory_format)
-        eval_feed = datasets.build_prefetcher(eval_loader, args, *placement)
-        evaluation = Evaluation(args, eval_feed, network.precision, group)
+        eval_batches = datasets.build_prefetcher(eval_loader, args, *placement)
+        evaluation = Evaluation(args, eval_batches, network.precision, group)
         if args.eval:
             return evaluate(args, network, evaluation, checkpoint, source)
-        return train(args, network, evaluation, (checkpoint, source), place, output, group)
+        return train(args, network, evaluation, (checkpoint, source), info, output, group)
 
 
 def evaluate(
@@ -90,21 +68,20 @@ def evaluate(
     checkpoint: Mapping[str, Any],
     source: str,
 ) -> int:
-    """Evaluate a checkpoint and its moving average; the exit status."""
+    """Evaluate a checkpoint and its moving average; return the exit status."""
     model, name = network.model, network.name
     log(str(models.load_weights(model, checkpoint, source)))
     own = models.normalization_of(checkpoint, model.pretrained_cfg)
     if own != datasets.NORMALIZATION:
-        log(f"images are normalised as {source} expects: mean {own[0]}, std {own[1]}")
+        log(f"images are normalized as {source} expects: mean {own[0]}, std {own[1]}")
 
-    def net() -> torch.nn.Module:
-        folded = fused(model, name) if args.fuse else model
-        return renormalized(folded, datasets.NORMALIZATION, own)
+    def prepared() -> torch.nn.Module:
+        return renormalized(fused(model, name) if args.fuse else model, datasets.NORMALIZATION, own)
 
-    evaluation(net())
+    evaluation(prepared())
     if checkpoint.get("model_ema"):
         models.load_weights(model, checkpoint, source, ema=True)
-        evaluation(net(), "EMA ")
+        evaluation(prepared(), "EMA ")
     return 0
 
 
@@ -113,74 +90,50 @@ def train(
     network: Network,
     evaluation: Evaluation,
     resumed: tuple[Mapping[str, Any], str],
-    place: DistInfo,
+    info: DistInfo,
     output: Output,
     group: dist.ProcessGroup | None,
 ) -> int:
-    """Train, from a checkpoint and its name if they are not empty; the exit status."""
+    """Train, from a checkpoint and its name unless they are empty; return the exit status."""
     precision, device = network.precision, network.precision.device
     train_set, num_classes = datasets.build_dataset(True, args, device)
-    if num_classes != (of_network := network.kwargs["num_classes"]):
+    if num_classes != (validated := network.kwargs["num_classes"]):
         raise datasets.DataError(
-            f"the training set has {num_classes} classes, the validation set {of_network}"
+            f"the training set has {num_classes} classes, the validation set {validated}"
         )
-    train_loader = datasets.build_train_loader(train_set, args, place.world_size, place.rank)
+    train_loader = datasets.build_train_loader(train_set, args, info.world_size, info.rank)
     placement = (device, precision.dtype or torch.float32, precision.memory_format)
-    train_feed = datasets.build_prefetcher(train_loader, args, *placement)
+    train_batches = datasets.build_prefetcher(train_loader, args, *placement)
     mixup_fn = engine.build_mixup(args, num_classes)
     criterion = engine.build_criterion(args, mixup_fn, num_classes)
     if args.distillation_type != "none":
-        teacher = build_teacher(args, num_classes, precision, datasets.NORMALIZATION)
-        mixup_fn = TeacherTargets(engine.compiled(teacher, args.compile), mixup_fn, precision)
-        weights = (args.distillation_type, args.distillation_alpha, args.distillation_tau)
-        criterion = DistillationLoss(criterion, *weights)
-        learn_from_teacher(network.model)
-    lr = engine.scaled_lr(args, place.world_size)
-    global_batch = args.batch_size * args.accum_iter * place.world_size
+        mixup_fn, criterion = distill(args, network, mixup_fn, criterion)
+    lr = engine.scaled_lr(args, info.world_size)
+    global_batch = args.batch_size * args.accum_iter * info.world_size
     share = "" if args.sampling_ratio == 1 else f" ({args.sampling_ratio:g} of the set)"
     log(f"learning rate {lr:.6g} (--lr {args.lr:g}) for {global_batch} images per step")
     log(f"training on {len(train_set)} images{share}")
-    n_parameters = count_parameters(network.model)
     updates = -(-len(train_loader) // args.accum_iter)
     state = RunState(
         *(args, network.model, network.name, network.kwargs, precision, lr, updates),
-        *(train_loader.sampler, place, group, train_set.classes),
+        *(train_loader.sampler, info, group, train_set.classes),
     )
-    checkpoint, source = resumed
-    if checkpoint:
-        state.restore(checkpoint, source)
-        if args.finetune:
-            log(f"--finetune {args.finetune} is not read: the run goes on from {source}")
-    elif args.finetune:
-        state.finetune(args.finetune)
-    elif args.linear_probe or args.freeze_stages is not None:
-        raise UserError(
-            f"{args.output_dir} holds no checkpoint to resume, and what --linear-probe and "
-            f"--freeze-stages keep would be random: give --finetune CHECKPOINT"
-        )
-    state.set_lr()
+    state.start(*resumed)
     utils.all_or_none(lambda: output.begin(args, state.epoch + 1), group)
     if state.epoch < 0 and not state.meter.steps:
-        output.add_images("train/images", example_images(train_feed, len(train_set)))
-    trainer = Trainer(state, output, train_feed, evaluation, mixup_fn, criterion.to(device))
-    return trainer.train(n_parameters)
-
-
-def example_images(feed: Prefetcher, num_images: int, count: int = 32) -> torch.Tensor:
-    """A picture of augmented training images, spread over the classes."""
-    images = feed.batch([SampleIndex(i * num_images // count) for i in range(count)]).images
-    return make_grid(datasets.denormalize(images.float().cpu()), nrow=8)
+        output.add_images("train/images", example_images(train_batches, len(train_set)))
+    return Trainer(state, output, train_batches, evaluation, mixup_fn, criterion.to(device)).train()
 
 
 def start(argv: list[str]) -> int:
-    """Run with the flags ``argv``; returns the exit status."""
+    """Parse the flags, join the process group and run; return the exit status."""
     args, given = parse_args(argv)
-    with launch.process_group(args) as (place, device):
-        return run(args, given, place, device)
+    with launch.process_group(args) as (info, device):
+        return run(args, given, info, device)
 
 
 def main(argv: list[str]) -> int:
-    """Run with the flags ``argv``; returns the exit status."""
+    """Run the command line ``argv``; return the exit status."""
     return launch.run_program(lambda: start(argv), launch.RESUMES)
 
 

@@ -22,18 +22,18 @@ class PeerError(Exception):
 
 
 def log(message: str) -> None:
-    """Print on the first process only."""
+    """Print on rank 0 only."""
     if is_main_process():
         print(message, flush=True)
 
 
 def is_main_process() -> bool:
-    """Whether this process is the first one, or the only one."""
+    """Return True on rank 0, or in a single process."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def sum_over_processes(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Sum of a tensor over all processes, which communicate through ``device``."""
+    """Return the sum of a tensor over all ranks, exchanged on ``device``."""
     if not dist.is_initialized():
         return tensor
     total = tensor.to(device, copy=True)
@@ -42,36 +42,36 @@ def sum_over_processes(tensor: torch.Tensor, device: torch.device) -> torch.Tens
 
 
 def control_group(timeout: float) -> dist.ProcessGroup | None:
-    """A group of all processes that talk over the CPU, beside the gradients; None for one."""
+    """Return a CPU process group of all ranks, separate from the gradients'; None for one rank."""
     if not dist.is_initialized():
         return None
     return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
 
 
 def all_or_none(call: Callable[[], T], group: dist.ProcessGroup | None) -> T:
-    """What ``call`` returns on this process, if it fails on none.
+    """Return ``call()`` if it fails on no rank.
 
     Raises:
-        PeerError: It failed on another process, which raises the error itself.
+        PeerError: It failed on another rank, which raises the error itself.
     """
     if group is None:
         return call()
     failed, result = None, None
     try:
         result = call()
-    except Exception as error:  # of any kind: the others must not wait for this process
+    except Exception as error:  # of any kind: the other ranks must not wait for this one
         failed = error
     count = torch.tensor(int(failed is not None))
     dist.all_reduce(count, group=group)
     if failed is not None:
         raise failed
     if count:
-        raise PeerError("another process failed")
+        raise PeerError("another rank failed")
     return result
 
 
-def from_first(value: Any, group: dist.ProcessGroup | None) -> Any:
-    """The first process's ``value``, on every process."""
+def broadcast_value(value: Any, group: dist.ProcessGroup | None) -> Any:
+    """Return the ``value`` of rank 0 on every rank."""
     if group is None:
         return value
     values = [value]
@@ -80,7 +80,7 @@ def from_first(value: Any, group: dist.ProcessGroup | None) -> Any:
 
 
 def gather_lines(lines: Sequence[str], group: dist.ProcessGroup | None) -> list[str]:
-    """The lines of all processes."""
+    """Return the lines of all ranks."""
     if group is None:
         return list(lines)
     gathered: list[Any] = [None] * dist.get_world_size()
@@ -89,7 +89,7 @@ def gather_lines(lines: Sequence[str], group: dist.ProcessGroup | None) -> list[
 
 
 def broadcast_buffers(module: nn.Module) -> None:
-    """Give every process the first one's buffers (BatchNorm's statistics differ by process)."""
+    """Broadcast the buffers of rank 0 (BatchNorm statistics differ by rank)."""
     if dist.is_initialized():
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)
@@ -104,7 +104,7 @@ def seed_everything(*numbers: int) -> None:
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """The state of this process's random numbers, as plain values and tensors."""
+    """Return the random state of this process as plain values and tensors."""
     name, keys, *rest = np.random.get_state()
     state = {
         "python": random.getstate(),
@@ -117,7 +117,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Go on with the random numbers of :func:`random_state`."""
+    """Restore the random state that :func:`random_state` returned."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, *rest = state["numpy"]

@@ -26,9 +26,10 @@ from object_detection import coco, coco_evaluation
 from object_detection.mask_rcnn import CHANNELS, MAX_SIZE, MIN_SIZE, build_mask_rcnn
 from object_detection.rcnn_flags import MODEL, WARMUP_ITERS, parse_args
 from training import launch, progress, run_state
+from training.checkpoints import read_resume
+from training.ddp import distribute
 from training.launch import DistInfo
 from training.output import Output
-from training.resume import read_resume
 from utils import log
 
 __all__ = ["build_mask_rcnn", "main"]
@@ -276,28 +277,28 @@ def evaluate(
     return stats
 
 
-def run(args: Namespace, place: DistInfo, device: torch.device) -> None:
+def run(args: Namespace, info: DistInfo, device: torch.device) -> None:
     """One run: build everything, then evaluate or train."""
-    log(f"device {device}, {place.world_size} process(es) started by {place.launcher}")
+    log(f"device {device}, {info.world_size} process(es) started by {info.launcher}")
     coco.require_pycocotools()
     group = utils.control_group(args.dist_timeout)
     folder = "" if args.eval else args.output_dir  # evaluation locks and writes nothing there
     with contextlib.closing(utils.all_or_none(lambda: Output(folder), group)) as output:
-        run_in(output, args, place, device, group)
+        run_in(output, args, info, device, group)
 
 
 def run_in(
     output: Output,
     args: Namespace,
-    place: DistInfo,
+    info: DistInfo,
     device: torch.device,
     group: dist.ProcessGroup | None,
 ) -> None:
     """One run, its folder being its own."""
-    source, checkpoint = read_resume(args, place, group)
+    source, checkpoint = read_resume(args, info, group)
     check_resume(checkpoint, source)
     utils.seed_everything(args.seed)
-    share = (args.batch_size, args.num_workers, place.world_size, place.rank)
+    share = (args.batch_size, args.num_workers, info.world_size, info.rank)
 
     val, val_folder = read_split(args, "val")
     if args.eval:
@@ -336,7 +337,7 @@ def run_in(
     if checkpoint:
         state.restore(checkpoint, source)
     utils.all_or_none(lambda: output.begin(args, state.epoch + 1), group)
-    train_epochs(state, output, train_loader, val_loader, place, n_parameters)
+    train_epochs(state, output, train_loader, val_loader, info, n_parameters)
 
 
 def train_epochs(
@@ -344,7 +345,7 @@ def train_epochs(
     output: Output,
     train_loader: DataLoader,
     val_loader: DataLoader,
-    place: DistInfo,
+    info: DistInfo,
     n_parameters: int,
 ) -> None:
     """Epochs up to ``--epochs`` or ``--stop-epoch``, each trained, evaluated, logged and saved."""
@@ -354,8 +355,8 @@ def train_epochs(
         log(f"nothing left to train: {state.epoch + 1} of {stop} epochs are done")
         return
     wrapped = model
-    if place.world_size > 1:
-        wrapped = engine.distribute(model, precision.device, static=False)
+    if info.world_size > 1:
+        wrapped = distribute(model, precision.device, static=False)
     steps = len(train_loader)
     warmup = min(WARMUP_ITERS, steps) if args.warmup_iters is None else args.warmup_iters
     log(
@@ -364,11 +365,11 @@ def train_epochs(
     )
     started = time.time()
     for epoch in range(state.epoch + 1, stop):
-        utils.seed_everything(args.seed, epoch, place.rank)
+        utils.seed_everything(args.seed, epoch, info.rank)
         train_loader.sampler.set_epoch(epoch)
         train_stats = train_one_epoch(
             wrapped,
-            progress.Progress(train_loader, epoch, stop, place.world_size),
+            progress.Progress(train_loader, epoch, stop, info.world_size),
             state.optimizer,
             lambda update: args.lr * lr_factor(update, args.epochs * steps, warmup),
             precision,
@@ -383,7 +384,7 @@ def train_epochs(
         stats = {f"train_{key}": value for key, value in train_stats.items()}
         stats |= {f"test_{key}": value for key, value in test_stats.items()}
         output.log_epoch(stats | {"epoch": epoch, "n_parameters": n_parameters}, epoch)
-        if place.rank == 0:
+        if info.rank == 0:
             output.save(state.state(), is_best)
     output.finish_saving()
     log(f"Max box AP {state.best_ap:.4f}")
@@ -395,8 +396,8 @@ def train_epochs(
 def start(argv: list[str]) -> None:
     """Run with the flags ``argv``."""
     args = parse_args(argv)
-    with launch.process_group(args) as (place, device):
-        run(args, place, device)
+    with launch.process_group(args) as (info, device):
+        run(args, info, device)
 
 
 def main(argv: list[str]) -> int:

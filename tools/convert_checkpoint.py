@@ -15,7 +15,7 @@ import safetensors.torch
 
 import models
 from models.checkpoint.contents import num_classes_of, state_dict_of
-from training import files
+from training import checkpoints, files
 
 KEPT_FLAGS = ("eval_crop_ratio",)  # of a run's: how its images are prepared
 
@@ -30,7 +30,7 @@ def write(path: Path, content: Mapping[str, Any], layout: str) -> None:
         data = safetensors.torch.save(weights, metadata={"format": "pt", **metadata})
         files.write_atomically(path, lambda file: file.write(data))
     else:
-        files.save_checkpoint(weights if layout == "timm" else content, path)
+        checkpoints.save_checkpoint(weights if layout == "timm" else content, path)
 
 
 def convert(args: argparse.Namespace) -> str:
@@ -43,7 +43,7 @@ def convert(args: argparse.Namespace) -> str:
         raise files.OutputError(f"{args.output} must end in .safetensors or .pth")
     to = convert_for_detection if args.to == "detection" else convert_classifier
     report, content = to(args, checkpoint, name)
-    write(args.output, files.plain(content), args.to)
+    write(args.output, checkpoints.plain(content), args.to)
     return f"{report}\nwritten to {args.output}"
 
 

@@ -1,4 +1,4 @@
-"""Learning from a teacher: DeiT (Touvron et al., arXiv 2012.12877), section 4."""
+"""Knowledge distillation: DeiT (Touvron et al., arXiv 2012.12877), section 4."""
 
 from argparse import Namespace
 from collections.abc import Callable
@@ -6,29 +6,31 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.data import Mixup
 from torch import nn
 
+import datasets
 import engine
 import models
 from models.checkpoint.contents import num_classes_of, state_dict_of
-from training.network import renormalized
+from training.network import Network, renormalized
 from utils import UserError, log
 
 
 class DistillBatch(NamedTuple):
-    """What a batch is trained on: targets of the data, and the teacher's logits ``B K``."""
+    """Targets of a batch and the teacher's logits ``B K``."""
 
     targets: torch.Tensor
     teacher: torch.Tensor
 
 
 class TeacherTargets:
-    """Mixes a batch, and asks the teacher about the mixed images; stands for timm's ``Mixup``.
+    """Mixes a batch and adds the teacher's logits; replaces timm's ``Mixup``.
 
     Args:
-        teacher: The teacher.
-        mixup_fn: What mixes images and targets, or None.
-        precision: Mixed precision of the teacher's forward pass.
+        teacher: Teacher model.
+        mixup_fn: Mixes images and targets; None for no mixing.
+        precision: Precision of the teacher's forward pass.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class TeacherTargets:
     def __call__(
         self, images: torch.Tensor, targets: torch.Tensor
     ) -> tuple[torch.Tensor, DistillBatch]:
-        """Images ``B 3 H W`` and targets ``B`` to mixed images and what is to be learnt."""
+        """Map images ``B 3 H W`` and targets ``B`` to mixed images and their DistillBatch."""
         if self.mixup_fn is not None:
             images, targets = self.mixup_fn(images, targets)
         with self.precision.autocast():
@@ -55,15 +57,15 @@ class DistillationLoss(nn.Module):
     """``(1 - alpha) base(z, y) + alpha distance(z_d, z_t)``.
 
     Soft (equation 2): ``tau^2 KL(softmax(z_t / tau) || softmax(z_d / tau))``, the mean over the
-    batch. DeiT's code divides that by the number of classes K as well, against its paper: its
-    ``alpha`` is ours of ``alpha / (alpha + K (1 - alpha))``. Hard (equation 3): cross-entropy
-    with ``argmax z_t``. A student with a head of its own for the teacher gives the pair
-    ``(z, z_d)``, any other one learns both by ``z_d = z``.
+    batch. Unlike the paper, DeiT's code also divides it by the number of classes K: its
+    ``alpha`` equals ours of ``alpha / (alpha + K (1 - alpha))``. Hard (equation 3): cross-entropy
+    with ``argmax z_t``. A student with a distillation head returns the pair ``(z, z_d)``; for any
+    other, ``z_d = z``.
 
     Args:
         base: Loss of (logits, targets).
         kind: ``soft`` or ``hard``.
-        alpha: Weight of the teacher's part.
+        alpha: Weight of the distillation loss.
         tau: Temperature of the soft kind.
     """
 
@@ -74,7 +76,7 @@ class DistillationLoss(nn.Module):
     def forward(
         self, logits: torch.Tensor | tuple[torch.Tensor, torch.Tensor], lesson: DistillBatch
     ) -> torch.Tensor:
-        """Logits ``B K``, or a pair of them, to the loss."""
+        """Map logits ``B K``, or a pair of them, to the loss."""
         own, taught = logits if isinstance(logits, tuple) else (logits, logits)
         base = self.base(own, lesson.targets)
         if self.kind == "hard":
@@ -94,21 +96,21 @@ def build_teacher(
     precision: engine.Precision,
     normalization: models.Normalization,
 ) -> nn.Module:
-    """The network of ``--teacher-path`` or, without one, timm's pretrained ``--teacher-model``.
+    """Build the model of ``--teacher-path`` or timm's pretrained ``--teacher-model``.
 
-    It is in evaluation mode, without gradients; images ``B 3 H W`` to logits ``B K``.
+    It is in evaluation mode without gradients, and maps images ``B 3 H W`` to logits ``B K``.
 
     Args:
-        args: The flags.
-        num_classes: Of the training set, which the teacher must have.
-        precision: Says where the teacher goes, and in which layout.
-        normalization: Mean and deviation of the training's images. A file of this project was
-            trained with the same, any other one is given what timm says of the model.
+        args: Flags.
+        num_classes: Number of classes of the training set, which the teacher must have.
+        precision: Device and memory format of the teacher.
+        normalization: Mean and std of the training images. A file of this project was trained
+            with the same; for any other, images are renormalized to the model's config in timm.
 
     Raises:
-        UserError: The teacher knows other classes, or has no weights.
-        ModelError: There is no such model, or it cannot take images of ``--input-size``.
-        CheckpointError: Its file cannot be read, or does not fit.
+        UserError: The teacher has other classes, or no weights.
+        ModelError: Unknown model, or it does not accept images of ``--input-size``.
+        CheckpointError: The file cannot be read, or does not fit the model.
     """
     path = args.teacher_path
     checkpoint = models.read_checkpoint(path) if path else {}
@@ -125,7 +127,7 @@ def build_teacher(
         known = num_classes_of(state_dict_of(checkpoint, path)[0], name)
     if known not in (None, num_classes):
         raise UserError(
-            f"teacher {path or name} knows {known} classes, the training set has {num_classes}"
+            f"teacher {path or name} has {known} classes, the training set has {num_classes}"
         )
     required = {"num_classes": num_classes} | ({} if path else {"pretrained": True})
     optional = kwargs | {"img_size": args.input_size}
@@ -143,20 +145,33 @@ def build_teacher(
     return model.eval().requires_grad_(False)
 
 
-def _pretrained_classes(name: str) -> int:
-    """How many classes timm's weights of a model know.
+def distill(
+    args: Namespace, network: Network, mixup_fn: Mixup | None, criterion: nn.Module
+) -> tuple[TeacherTargets, DistillationLoss]:
+    """Build the teacher; return ``mixup_fn`` and ``criterion`` with its targets added.
+
+    A student with a distillation head, such as timm's distilled DeiT, starts to use it.
 
     Raises:
-        UserError: timm has none.
-        ModelError: It does not know the model.
+        UserError, ModelError, CheckpointError: See :func:`build_teacher`.
+    """
+    precision, model = network.precision, network.model
+    teacher = build_teacher(args, network.kwargs["num_classes"], precision, datasets.NORMALIZATION)
+    if hasattr(model, "set_distilled_training"):
+        model.set_distilled_training(True)
+    targets = TeacherTargets(engine.compiled(teacher, args.compile), mixup_fn, precision)
+    settings = (args.distillation_type, args.distillation_alpha, args.distillation_tau)
+    return targets, DistillationLoss(criterion, *settings)
+
+
+def _pretrained_classes(name: str) -> int:
+    """Return the number of classes of timm's weights of a model.
+
+    Raises:
+        UserError: timm has no weights of it.
+        ModelError: Unknown model.
     """
     cfg = models.pretrained_config(name)
     if cfg is None or not cfg.has_weights:
         raise UserError(f"timm has no weights of teacher {name}: give --teacher-path CHECKPOINT")
     return cfg.num_classes
-
-
-def learn_from_teacher(model: nn.Module) -> None:
-    """Let a student that has a head for the teacher, as timm's distilled DeiT, use it."""
-    if hasattr(model, "set_distilled_training"):
-        model.set_distilled_training(True)

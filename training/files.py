@@ -1,60 +1,41 @@
-"""Files that are whole or not there: checkpoints with a checksum, written atomically."""
+"""Files that are whole or not there: written atomically."""
 
 import contextlib
 import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from models import CheckpointError
-from models.checkpoint.checksum import verify_checksum, write_with_checksum
 from utils import UserError
 
 TEMPORARY = ".tmp"
 
 
 class OutputError(UserError):
-    """The output folder cannot be written."""
-
-
-def plain(value: Any) -> Any:
-    """``value`` as tensors and plain Python types, which load with ``weights_only=True``."""
-    if isinstance(value, Mapping):
-        return {plain(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(plain(item) for item in value)
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, np.generic):
-        return value.item()
-    if value is None or isinstance(value, str | bytes | bool | int | float | torch.Tensor):
-        return value
-    raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}")
+    """The output folder, or a file in it, cannot be written."""
 
 
 def write_atomically(
     path: Path,
     write: Callable[[Any], None],
-    prove: Callable[[Path], object] = lambda path: None,
+    verify: Callable[[Path], object] = lambda path: None,
     also: Sequence[Path] = (),
     keep: Path | None = None,
 ) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, sync it, and rename it to ``path``.
+    """Write a temporary file next to ``path``, sync it, and rename it to ``path``.
 
-    Until the rename the previous file stays whole.
+    Until the rename, the previous file stays whole.
 
     Args:
-        path: The file.
-        write: Fills a binary file, open for writing and reading.
-        prove: Called with the temporary file once it is on the disk; raises unless it is good.
-        also: Further names that the new file gets, before ``path`` itself.
-        keep: Name that the file which was at ``path`` before gets.
+        path: Target file.
+        write: Fills a binary file that is open for reading and writing.
+        verify: Called with the temporary file once it is on the disk; raises if it is damaged.
+        also: Additional names of the new file, created before ``path`` itself.
+        keep: New name of the previous file at ``path``.
 
     Raises:
         OutputError: The disk is full, or the folder cannot be written.
@@ -67,31 +48,31 @@ def write_atomically(
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        prove(temporary)
+        verify(temporary)
         temporary.chmod(0o644)
         for name in also:
-            _give_name(temporary, name)
+            _link(temporary, name)
         if keep is not None and path.exists():
-            _give_name(path, keep)
+            _link(path, keep)
         temporary.replace(path)
         _sync_folder(path.parent)
     except (OSError, CheckpointError) as error:
         name = getattr(error, "filename2", None) or path  # of two, the one to be replaced
         reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"cannot write {name}: {reason}; what was there is unchanged") from error
+        raise OutputError(f"cannot write {name}: {reason}; the previous file is kept") from error
     finally:
         if temporary is not None:
             _remove(temporary)
 
 
 def _remove(temporary: Path) -> None:
-    # a folder that cannot be written any more has a first error, which this one must not replace
+    # in a folder that has become read-only, the first error must not be replaced by this one
     with contextlib.suppress(OSError):
         temporary.unlink(missing_ok=True)
 
 
-def _give_name(file: Path, name: Path) -> None:
-    """Let ``name`` stand for ``file`` as well, in place of what it stood for."""
+def _link(file: Path, name: Path) -> None:
+    """Make ``name`` another name of ``file``, replacing what was there."""
     temporary = file.with_name(f".{name.name}-{os.getpid()}{TEMPORARY}")
     temporary.unlink(missing_ok=True)
     try:
@@ -116,39 +97,3 @@ def _sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def size_of(value: Any) -> int:
-    """Bytes of the tensors within plain values."""
-    if isinstance(value, torch.Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, Mapping):
-        return sum(size_of(item) for item in value.values())
-    return sum(size_of(item) for item in value) if isinstance(value, list | tuple) else 0
-
-
-def _prove(path: Path) -> None:
-    if not verify_checksum(path):
-        raise CheckpointError(f"{path} is damaged: its seal is missing")
-
-
-def save_checkpoint(
-    state: Mapping[str, Any], path: Path, also: Sequence[Path] = (), keep: Path | None = None
-) -> None:
-    """Write a checkpoint of plain types and tensors with a checksum, whole or not at all.
-
-    Args:
-        state, path: Content and file.
-        also, keep: Names of the new and of the previous file, see :func:`write_atomically`.
-
-    Raises:
-        OutputError: It cannot be written; names the bytes needed and those that are free.
-    """
-    content = plain(state)
-    try:
-        write_atomically(path, lambda file: write_with_checksum(content, file), _prove, also, keep)
-    except OutputError as error:
-        with contextlib.suppress(OSError):
-            free = shutil.disk_usage(path.parent).free
-            error.args = (f"{error} ({size_of(content):,} bytes needed, {free:,} free)",)
-        raise

@@ -1,4 +1,4 @@
-"""The flags of ``main.py``: DeiT's and Visformer's spellings and defaults, then our own."""
+"""Flags of ``main.py``: spellings and defaults of DeiT and Visformer, then our own."""
 
 import argparse
 import ast
@@ -16,26 +16,26 @@ from pipeline.sources.fine_grained import INAT_CATEGORIES
 from training.recipes import recipe_argv
 from utils import UserError
 
-ELSEWHERE = {  # arguments of models that are not for --model-kwargs, and where they come from
-    "num_classes": "is the dataset's: leave it out",
-    "img_size": "is --input-size",
-    "drop_rate": "is --drop",
-    "drop_path_rate": "is --drop-path",
-    "qk_scale_factor": "is --qk-scale-factor",
-    "locality_strength": "is --locality-strength",
-    "local_up_to_layer": "is --local-up-to-layer",
-    "pretrained": "would load weights: give --finetune CHECKPOINT",
-    "checkpoint_path": "would load weights: give --finetune CHECKPOINT",
-    "features_only": "makes a backbone, which has no classes to learn: leave it out",
-    "in_chans": "is 3, as images have here: leave it out",
+ELSEWHERE = {  # model arguments that --model-kwargs does not accept, and what sets them instead
+    "num_classes": "is set by the dataset: leave it out",
+    "img_size": "is set by --input-size",
+    "drop_rate": "is set by --drop",
+    "drop_path_rate": "is set by --drop-path",
+    "qk_scale_factor": "is set by --qk-scale-factor",
+    "locality_strength": "is set by --locality-strength",
+    "local_up_to_layer": "is set by --local-up-to-layer",
+    "pretrained": "loads weights: use --finetune CHECKPOINT",
+    "checkpoint_path": "loads weights: use --finetune CHECKPOINT",
+    "features_only": "makes a backbone without a classifier: leave it out",
+    "in_chans": "is always 3 here: leave it out",
 }
 
 
 def keyword_arguments(words: Sequence[str]) -> dict[str, Any]:
-    """What ``--model-kwargs`` gives: ``KEY=VALUE`` with a Python literal, or else a text, as value.
+    """Parse ``--model-kwargs``: ``KEY=VALUE`` words; a value is a Python literal, else a string.
 
     Raises:
-        UserError: A word is not of that form, or is what another flag says.
+        UserError: A word has another form, or another flag sets the argument.
     """
     found = {}
     for word in words:
@@ -66,7 +66,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The parser of all flags."""
+    """Return the parser of all flags."""
     parser = Parser(
         "main.py",
         description="Train and evaluate image classifiers.",
@@ -85,7 +85,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def flags_of(group: argparse._ArgumentGroup) -> Callable[..., None]:
-    """``add_argument`` of a group; a flag that its name explains needs no help text."""
+    """Return ``add_argument`` of a group with the default value as default help text."""
 
     def add(*names: str, **options: Any) -> None:
         options.setdefault("help", "default: %(default)s")
@@ -95,7 +95,7 @@ def flags_of(group: argparse._ArgumentGroup) -> Callable[..., None]:
 
 
 def usable_cpus() -> int:
-    """Cores that this process may run on."""
+    """Return the number of CPU cores available to this process."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -262,7 +262,7 @@ def add_processes(group: argparse._ArgumentGroup) -> None:
 
 
 def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
-    """Parse a command line, with the flags of ``--config FILE`` put before it.
+    """Parse a command line, preceded by the flags of ``--config FILE``.
 
     Returns:
         The flags, and the names of those that were given rather than left at their default.
@@ -284,13 +284,13 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
     resumes = getattr(typed, "resume", "") not in ("", "auto") and not args.eval
     if resumes and getattr(typed, "finetune", ""):
         raise UserError(
-            f"--resume {args.resume} goes on from that checkpoint, and --finetune {args.finetune} "
-            f"would never be read: leave one of them out"
+            f"--resume {args.resume} continues from that checkpoint, and --finetune "
+            f"{args.finetune} would not be read: leave one of them out"
         )
     return args, given
 
 
-RANGES = {  # of flags: the least and the largest value
+RANGES = {  # smallest and largest value of a flag
     "num_workers": (0, math.inf),
     "seed": (0, math.inf),
     "start_epoch": (0, math.inf),
@@ -326,7 +326,7 @@ def _check_ranges(args: argparse.Namespace) -> None:
     ratios = args.cutmix_minmax
     if ratios is not None and not (len(ratios) == 2 and 0 <= ratios[0] < ratios[1] <= 1):
         given = " ".join(map(str, ratios))
-        raise UserError(f"--cutmix-minmax {given} must be two shares from 0 to 1, such as 0.2 0.8")
+        raise UserError(f"--cutmix-minmax {given} must be two ratios from 0 to 1, such as 0.2 0.8")
     if args.opt_betas is not None and len(args.opt_betas) < 2:
         raise UserError(f"--opt-betas {args.opt_betas[0]} must be two numbers or more")
 
@@ -338,14 +338,14 @@ def _check(args: argparse.Namespace) -> None:
     _check_finetuning(args)
     keyword_arguments(args.model_kwargs)
     if args.resume == "auto" and not args.output_dir:
-        raise UserError("--resume auto looks into --output_dir, which is not given")
+        raise UserError("--resume auto needs --output_dir FOLDER")
     if args.eval and not args.resume:
         raise UserError("--eval needs --resume CHECKPOINT")
     if args.fuse and not args.eval:
-        raise UserError("--fuse is for --eval: a fused net cannot be trained")
+        raise UserError("--fuse needs --eval: a fused model cannot be trained")
     if args.compile is not None and args.compile not in torch.compiler.list_backends(None):
         backends = ", ".join(torch.compiler.list_backends())
-        raise UserError(f"--compile {args.compile} is no backend here; there are {backends}")
+        raise UserError(f"--compile {args.compile}: unknown backend; choose one of {backends}")
 
 
 def _check_finetuning(args: argparse.Namespace) -> None:
@@ -359,8 +359,8 @@ def _check_finetuning(args: argparse.Namespace) -> None:
         wanted = getattr(args, flag) not in (None, False)
         if wanted and not (args.finetune or args.resume):
             raise UserError(
-                f"--{flag.replace('_', '-')} keeps weights as they are, and here they would be "
-                f"random: give --finetune CHECKPOINT"
+                f"--{flag.replace('_', '-')} would freeze random weights: give --finetune "
+                f"CHECKPOINT"
             )
     if args.linear_probe and (args.freeze_stages is not None or args.layer_decay is not None):
         other = "--layer-decay" if args.freeze_stages is None else "--freeze-stages"
@@ -372,4 +372,4 @@ def _check_finetuning(args: argparse.Namespace) -> None:
             f"NAME or --teacher-path CHECKPOINT"
         )
     if teacher and not distils:
-        raise UserError(f"teacher {teacher} would do nothing: give --distillation-type")
+        raise UserError(f"teacher {teacher} is not used: give --distillation-type soft or hard")

@@ -1,9 +1,8 @@
-"""Models larger than a device: weights, gradients, moments and average in shards (FSDP2).
+"""Sharded weights, gradients, optimizer state and moving average (FSDP2).
 
-A process keeps 1/n of every tensor, cut along its first dimension, and gathers a block's weights
-for as long as it computes with them: ``torch.distributed.fsdp.fully_shard``. Outside of this file a
-sharded model is a model: it takes whole tensors when it is loaded, and a checkpoint holds whole
-ones, so that its file does not tell how it was trained.
+A rank keeps 1/n of every tensor, split along its first dimension, and gathers the weights of a
+block while it computes with them: ``torch.distributed.fsdp.fully_shard``. Outside this file a
+sharded model is like any other: it loads full tensors, and its checkpoints hold full tensors.
 """
 
 import contextlib
@@ -21,22 +20,22 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from utils import UserError
 
-ROW = re.compile(r"(blocks|layers?|stages?)\d*")  # what models call their rows of blocks
+ROW = re.compile(r"(blocks|layers?|stages?)\d*")  # names of containers of blocks
 
 
 def check(args: Namespace, world_size: int) -> None:
-    """Refuse flags that do not go with ``--fsdp``.
+    """Check the flags that ``--fsdp`` does not support.
 
     Raises:
-        UserError: There is one process, or a flag that asks for something else.
+        UserError: There is a single process, or an unsupported flag is given.
     """
     if world_size == 1:
         raise UserError(
-            "--fsdp shares a model among processes, and there is one: leave it out, or start "
-            "several, by torchrun --nproc_per_node"
+            "--fsdp shards a model over several processes, and there is one: leave it out, or "
+            "start several with torchrun --nproc_per_node N"
         )
     if args.compile is not None:
-        raise UserError("--fsdp does not go with --compile: leave one of them out")
+        raise UserError("--fsdp does not support --compile: leave one of them out")
     if args.model_ema and args.model_ema_force_cpu:
         raise UserError(
             "--fsdp shards the moving average like the weights: leave --model-ema-force-cpu out"
@@ -44,11 +43,11 @@ def check(args: Namespace, world_size: int) -> None:
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules that are gathered one at a time; what they leave is gathered with the root.
+    """Return the modules that are gathered one at a time; all others are gathered with the root.
 
-    They are the children of every Sequential or ModuleList called blocks, layers, stages, or so
-    with a number (ViT's ``blocks.3``, Visformer's ``stage2.0``, ResNet's ``layer1.2``). Where such
-    rows lie in each other, the inner ones count (Swin's ``layers.1.blocks.0``).
+    They are the children of every Sequential or ModuleList named blocks, layers or stages, with
+    or without a number (``blocks.3`` of ViT, ``stage2.0`` of Visformer, ``layer1.2`` of ResNet).
+    Of nested ones, the inner ones count (``layers.1.blocks.0`` of Swin).
     """
     rows = {
         name: module
@@ -66,16 +65,16 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
-    """Leave this process its shard of every parameter, in place; all processes must call it.
+    """Keep this rank's shard of every parameter, in place; all ranks must call it.
 
-    Weights stay float32, and autocast is what computes in less, as in a run that is not sharded:
-    the same function, BatchNorm's statistics included, is trained and evaluated. Gradients are
-    averaged in float32.
+    Weights stay float32 and autocast lowers the precision, as without sharding: the trained and
+    evaluated function is the same, BatchNorm statistics included. Gradients are averaged in
+    float32.
 
     Args:
-        model: On the CPU, so that the device never holds more than one whole block; the same on
-            every process.
-        device: Where the shards go and blocks are gathered.
+        model: Model on the CPU, so that the device never holds more than one full block;
+            identical on all ranks.
+        device: Device of the shards.
 
     Raises:
         UserError: A parameter cannot be sharded.
@@ -88,29 +87,31 @@ def shard(model: nn.Module, device: torch.device) -> None:
         fully_shard(model, mesh=mesh)
     except (ValueError, NotImplementedError) as error:
         raise UserError(f"--fsdp cannot shard {type(model).__name__}: {error}") from error
-    model.register_load_state_dict_pre_hook(_spread_loaded)
+    model.register_load_state_dict_pre_hook(_shard_loaded)
 
 
-def _spread(value: Any, parameter: torch.Tensor) -> Any:
-    """This process's shard of a whole ``value`` that belongs to a sharded parameter."""
-    whole = isinstance(value, torch.Tensor) and not isinstance(value, DTensor)
-    if not whole or not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+def _shard_tensor(value: Any, parameter: torch.Tensor) -> Any:
+    """Return this rank's shard of a full ``value`` that belongs to a sharded parameter."""
+    full = isinstance(value, torch.Tensor) and not isinstance(value, DTensor)
+    if not full or not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
-    # every process has the whole and takes its part: nothing is sent
+    # every rank has the full tensor and takes its part: no communication
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def _spread_loaded(model: nn.Module, state: dict[str, Any], prefix: str, *others: object) -> None:
+def _shard_loaded(model: nn.Module, state: dict[str, Any], prefix: str, *others: object) -> None:
     for name, parameter in model.named_parameters():
         if prefix + name in state:
-            state[prefix + name] = _spread(state[prefix + name], parameter)
+            state[prefix + name] = _shard_tensor(state[prefix + name], parameter)
 
 
-def spread_moments(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The state of an optimizer, as a checkpoint holds it, sharded as its parameters are."""
+def shard_optimizer_state(
+    optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Return a checkpoint's optimizer state of full tensors, sharded like the parameters."""
     parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
     moments = {
-        number: {key: _spread(value, parameters[number]) for key, value in values.items()}
+        number: {key: _shard_tensor(value, parameters[number]) for key, value in values.items()}
         if number in parameters
         else values
         for number, values in state["state"].items()
@@ -119,17 +120,17 @@ def spread_moments(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
 
 
 def gather(value: Any, keep: bool) -> Any:
-    """Plain values with every sharded tensor whole, on the CPU; all processes must call it.
+    """Return plain values with full tensors on the CPU; all ranks must call it.
 
     One tensor is gathered at a time, so that the device holds no more than that.
 
     Args:
         value: Mappings, lists and tensors.
-        keep: Off drops what has been gathered, for the processes that do not need it.
+        keep: False drops the gathered tensors, on ranks that do not need them.
     """
     if isinstance(value, DTensor):
-        whole = value.detach().full_tensor()
-        return whole.cpu() if keep else None
+        full = value.detach().full_tensor()
+        return full.cpu() if keep else None
     if isinstance(value, Mapping):
         return {key: gather(item, keep) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -139,9 +140,9 @@ def gather(value: Any, keep: bool) -> Any:
 
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Within the block, a sharded model is whole, and its forward pass talks to nobody.
+    """Context manager in which the weights are full and the forward pass does not communicate.
 
-    Processes may then run different numbers of batches. Any other model is left alone.
+    Ranks may then run different numbers of batches. Any other model is left unchanged.
     """
     if not isinstance(model, FSDPModule):
         yield
@@ -155,15 +156,15 @@ def gathered(model: nn.Module) -> Iterator[None]:
     finally:
         for module in shards:
             module.reshard()
-            # the root's weights are needed as soon as the backward pass begins
+            # the root's weights are needed as soon as the backward pass starts
             module.set_reshard_after_forward(module is not model, recurse=False)
 
 
 class ShardedAverage(ModelEmaV3):
-    """timm's moving average over the shards of a model, of which it is a sharded twin."""
+    """timm's moving average over the shards of a model, sharded like the model."""
 
     def apply_update_(self, model: nn.Module, decay: float) -> None:
-        """Move by ``1 - decay`` towards the model; counters are copied."""
+        """Move by ``1 - decay`` towards the model; integer buffers are copied."""
         states = zip(self.module.state_dict().values(), model.state_dict().values(), strict=True)
         pairs = [(_local(mean), _local(value)) for mean, value in states]
         moving = [pair for pair in pairs if pair[0].is_floating_point()]

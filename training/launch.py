@@ -30,10 +30,14 @@ RESUMES = "interrupted; --resume auto continues from the last checkpoint"
 
 @dataclass(frozen=True)
 class DistInfo:
-    """Where this process stands among all of a run: global rank, number of processes, local rank.
+    """Ranks of this process.
 
-    ``launcher`` names what started it: torchrun, srun, mpirun or, alone, python. ``restarts``
-    says how often torchrun or Slurm has started the run again.
+    Attributes:
+        rank: Global rank.
+        world_size: Number of processes of the run.
+        local_rank: Rank on this machine.
+        launcher: torchrun, srun, mpirun or, for a single process, python.
+        restarts: Number of restarts by torchrun or Slurm.
     """
 
     rank: int = 0
@@ -45,7 +49,7 @@ class DistInfo:
 
 class _Launcher(NamedTuple):
     name: str
-    marks: tuple[str, ...]  # any of these says that this launcher was at work
+    marks: tuple[str, ...]  # any of these variables shows that this launcher was used
     rank: str
     size: str
     local_rank: str
@@ -71,10 +75,10 @@ _LAUNCHERS = (
 
 
 def dist_info_from_env(env: Mapping[str, str]) -> DistInfo:
-    """Read this process's place from the variables of torchrun, mpirun or srun.
+    """Read the ranks from the environment variables of torchrun, mpirun or srun.
 
     Raises:
-        UserError: A variable is missing, is no number or contradicts another.
+        UserError: A variable is missing, not a number, or contradicts another one.
     """
     launcher = next((x for x in _LAUNCHERS if any(mark in env for mark in x.marks)), None)
     restarts = _read(env, ["TORCHELASTIC_RESTART_COUNT"]) or _read(env, ["SLURM_RESTART_COUNT"])
@@ -109,110 +113,112 @@ def _read(env: Mapping[str, str], names: Iterable[str]) -> int | None:
     return None
 
 
-def rendezvous(place: DistInfo, env: Mapping[str, str]) -> tuple[str, int]:
-    """Address and port at which the processes of a run meet.
+def rendezvous(info: DistInfo, env: Mapping[str, str]) -> tuple[str, int]:
+    """Return address and port of the rendezvous.
 
-    ``MASTER_ADDR`` and ``MASTER_PORT`` where set; under srun the first node and a port made of
-    the job's number; under mpirun on one node this machine.
+    ``MASTER_ADDR`` and ``MASTER_PORT`` where set; under srun the first node and a port derived
+    from the job id; under mpirun on one node the local machine.
 
     Raises:
-        UserError: They are not set and cannot be known.
+        UserError: They are not set and cannot be derived.
     """
     address, port = env.get("MASTER_ADDR"), _read(env, ["MASTER_PORT"])
-    if place.launcher == "srun":
+    if info.launcher == "srun":
         nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
         address = address or env.get("SLURM_LAUNCH_NODE_IPADDR") or first_node(nodes)
         port = port or 20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000
-    elif place.launcher == "mpirun":
+    elif info.launcher == "mpirun":
         local_size = _read(env, ["OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"])
-        if local_size == place.world_size:
+        if local_size == info.world_size:
             address = address or "127.0.0.1"
         port = port or 29500
     if not address or port is None:
         raise UserError(
-            f"rank {place.rank} of {place.world_size} does not know where to meet the others: set "
+            f"rank {info.rank} of {info.world_size} does not know where to meet the others: set "
             f"MASTER_ADDR and MASTER_PORT to an address and a free port of the first machine"
         )
     return address, port
 
 
 def first_node(nodelist: str) -> str | None:
-    """First host of a Slurm node list: ``gpu[03-05,9],x`` gives ``gpu03``."""
+    """Return the first host of a Slurm node list: ``gpu[03-05,9],x`` gives ``gpu03``."""
     match = re.match(r"([^,\[]+)(?:\[(\w+))?", nodelist)
     return match and match[1] + (match[2] or "")
 
 
 @contextlib.contextmanager
 def process_group(args: Namespace, env: Mapping[str, str] = os.environ):
-    """Join the run's processes for the block; yields ``(place, device)``.
+    """Context manager of the process group; yields ``(info, device)``.
 
     Raises:
-        UserError: The environment, the device or the meeting of the processes fails.
+        UserError: The environment, the device or the rendezvous fails.
     """
-    place = dist_info_from_env(env)
+    info = dist_info_from_env(env)
     if "TORCHELASTIC_RUN_ID" in env:
-        stay_with_torchrun(place, env)
-    if args.world_size not in (1, place.world_size):
+        stay_with_torchrun(info, env)
+    if args.world_size not in (1, info.world_size):
         raise UserError(
-            f"--world_size {args.world_size}, but {place.world_size} process(es) were started: "
+            f"--world_size {args.world_size}, but {info.world_size} process(es) were started: "
             f"start them with torchrun, srun or mpirun"
         )
-    device = select_device(args.device, place)
-    if place.world_size == 1:
-        yield place, device
+    device = select_device(args.device, info)
+    if info.world_size == 1:
+        yield info, device
         return
     init_method = args.dist_url
     if init_method == "env://":
-        init_method = "tcp://{}:{}".format(*rendezvous(place, env))
-        if place.launcher == "torchrun":
+        init_method = "tcp://{}:{}".format(*rendezvous(info, env))
+        if info.launcher == "torchrun":
             init_method = "env://"  # torchrun may hold the store itself
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
         timeout = timedelta(seconds=args.dist_timeout)
         where = {"init_method": init_method}
-        if place.restarts and env.get("GROUP_WORLD_SIZE") == "1":
-            # torchrun may keep its store when it starts again, with the addresses of the dead
-            store, *_ = next(dist.rendezvous(init_method, place.rank, place.world_size))
-            where = {"store": dist.PrefixStore(f"start {place.restarts}", store)}
+        if info.restarts and env.get("GROUP_WORLD_SIZE") == "1":
+            # after a restart, torchrun may keep its store with the addresses of dead processes
+            store, *_ = next(dist.rendezvous(init_method, info.rank, info.world_size))
+            where = {"store": dist.PrefixStore(f"start {info.restarts}", store)}
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
-            rank=place.rank,
-            world_size=place.world_size,
+            rank=info.rank,
+            world_size=info.world_size,
             timeout=timeout,
             **where,
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(
-            f"rank {place.rank} of {place.world_size} could not meet the others at {init_method} "
+            f"rank {info.rank} of {info.world_size} could not meet the others at {init_method} "
             f"within --dist-timeout {args.dist_timeout:g} s: {str(error).splitlines()[0]}"
         ) from error
-    yield place, device
-    dist.destroy_process_group()  # not after an error: others may be gone, and this would wait
+    yield info, device
+    dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone
 
 
-def stay_with_torchrun(place: DistInfo, env: Mapping[str, str]) -> None:
-    """End with the torchrun that started this process: without it, nobody else would do it.
+def stay_with_torchrun(info: DistInfo, env: Mapping[str, str]) -> None:
+    """Let this process die with the torchrun that started it; nothing else would end it.
 
     Raises:
-        UserError: It has ended already.
+        UserError: torchrun has ended already.
     """
     die_with_parent(signal.SIGTERM)
-    if place.world_size > 1 and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        address = rendezvous(place, env)  # where torchrun has listened since before this process
+    if info.world_size > 1 and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        address = rendezvous(info, env)  # torchrun has listened there since before this process
         try:
             socket.create_connection(address, timeout=ANSWER).close()
         except ConnectionRefusedError as error:
-            raise UserError(f"torchrun, which started rank {place.rank}, is gone") from error
+            raise UserError(f"torchrun, which started rank {info.rank}, is gone") from error
         except OSError:
-            return  # an address that is hard to reach: the meeting itself will tell
+            return  # hard to reach: the rendezvous itself will report it
 
 
-def select_device(name: str | None, place: DistInfo) -> torch.device:
-    """``--device``, or CUDA if present, else the CPU; under CUDA the local rank's own GPU.
+def select_device(name: str | None, info: DistInfo) -> torch.device:
+    """Return the device named by ``--device``, else CUDA if available, else the CPU.
+
+    Of several processes with CUDA, each gets the GPU of its local rank.
 
     Raises:
-        UserError: The device does not exist here.
+        UserError: The device is not available.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -221,21 +227,21 @@ def select_device(name: str | None, place: DistInfo) -> torch.device:
     except RuntimeError as error:
         raise UserError(f"--device {name!r} is not a device: {error}") from error
     if device.type == "meta":
-        raise UserError("--device meta holds no values: cpu or cuda")
+        raise UserError("--device meta holds no values; choose cpu or cuda")
     if device.type != "cuda":
         try:
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError, ImportError) as error:
             reason = str(error).splitlines()[0].partition(". ")[0]
-            raise UserError(f"--device {name} is not here: {reason}") from error
+            raise UserError(f"--device {name} is not available: {reason}") from error
         return device
     count = torch.cuda.device_count()
     if count == 0:
-        raise UserError(f"--device {name}: no CUDA device here; use --device cpu")
-    index = place.local_rank if place.world_size > 1 else device.index or 0
+        raise UserError(f"--device {name}: no CUDA device found; use --device cpu")
+    index = info.local_rank if info.world_size > 1 else device.index or 0
     if index >= count:
         raise UserError(
-            f"local rank {index} has no GPU: {count} here; start at most {count} processes"
+            f"local rank {index} has no GPU: {count} found; start at most {count} processes"
         )
     return torch.device("cuda", index)
 
@@ -280,7 +286,7 @@ def run_program(command: Callable[[], int | None], interrupted: str = "interrupt
 
 
 def last_message(error: BaseException) -> str:
-    """The message of an error, without the traceback that a loader process wraps around it."""
+    """Return the message of an error without the traceback that a loader worker adds."""
     text = str(error).strip()
     if "Original Traceback" in text:
         text = text.splitlines()[-1].partition(": ")[2]
@@ -288,7 +294,7 @@ def last_message(error: BaseException) -> str:
 
 
 def end_children() -> None:
-    """Kill the loader processes that are left: they ignore what would ask them to end."""
+    """Kill the remaining loader workers, which ignore the usual signals."""
     children = multiprocessing.active_children()
     if children and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise an error
@@ -297,18 +303,18 @@ def end_children() -> None:
 
 
 def loader_message(error: Exception) -> str:
-    """What to say of a dead loader process; raises any other error."""
+    """Return the message for a dead loader worker; raise any other error."""
     if not loader_died(error):
         raise error
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return (
-        f"a loader process died ({reason}): it may have run out of memory; "
+        f"a loader worker died ({reason}), possibly out of memory; "
         f"lower --num_workers. The last checkpoint is kept"
     )
 
 
 def loader_died(error: Exception) -> bool:
-    """Whether a process of the loader was killed: PyTorch says so, or its connection broke."""
+    """Return True if a loader worker was killed: PyTorch says so, or its connection broke."""
     if isinstance(error, RuntimeError):
         return str(error).startswith("DataLoader worker (pid")
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
@@ -316,7 +322,7 @@ def loader_died(error: Exception) -> bool:
 
 
 def fail(message: str, status: int = 1) -> int:
-    """Print an error of this process, and return the exit status."""
+    """Print an error of this rank, and return the exit status."""
     rank = os.environ.get("RANK")
     print(f"error{f' on rank {rank}' if rank else ''}: {message}", file=sys.stderr, flush=True)
     return status

@@ -1,13 +1,14 @@
-"""The network of a run: which model the flags and a checkpoint ask for, and how it computes."""
+"""Model of a run: built from the flags and a checkpoint, with its precision."""
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+import datasets
 import engine
 import models
 from pipeline.images import DataError
@@ -22,10 +23,10 @@ def choose_model(
     source: str,
     num_classes: int,
 ) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Name, required and optional keyword arguments of the model.
+    """Return name, required and optional keyword arguments of the model.
 
-    What a checkpoint of ours says about the model's function goes before the flags, with a
-    warning where a given flag says otherwise. Another ``--model``, though, is taken at its word.
+    The settings of a checkpoint of ours take precedence over the flags, with a warning where a
+    given flag differs; a given ``--model`` of another name takes precedence over the checkpoint.
     """
     optional = {"img_size": args.input_size, "drop_rate": args.drop}
     optional |= {"drop_path_rate": args.drop_path}
@@ -44,7 +45,7 @@ def choose_model(
         return args.model, required, optional
     if saved["num_classes"] != num_classes:
         raise DataError(
-            f"{source} knows {saved['num_classes']} classes, the dataset has {num_classes}"
+            f"{source} has {saved['num_classes']} classes, the dataset has {num_classes}"
         )
     exponent = saved.get("qk_scale_factor")
     if args.qk_scale_factor not in (None, exponent):
@@ -56,7 +57,7 @@ def choose_model(
 
 
 def choose_precision(args: Namespace, model: nn.Module, device: torch.device) -> engine.Precision:
-    """Mixed precision as flagged; the layout as flagged, else the one that suits the model."""
+    """Return the precision of the flags; the memory format defaults to the model's."""
     dtype = getattr(torch, args.amp_dtype) if args.amp else None
     last = args.channels_last
     if last is None:
@@ -65,12 +66,12 @@ def choose_precision(args: Namespace, model: nn.Module, device: torch.device) ->
 
 
 class Renormalized(nn.Module):
-    """A model for images that are normalised otherwise than those that it was trained on.
+    """Adapts a model to images with another normalization than in its training.
 
     Args:
-        model: Takes images ``B C H W``.
-        given: Mean and deviation of the images, ``C`` each, for values from 0 to 1.
-        own: Those of the model's training.
+        model: Model of images ``B C H W``.
+        given: Mean and std of the images, ``C`` each, for values in [0, 1].
+        own: Mean and std of the model's training.
     """
 
     def __init__(self, model: nn.Module, given: models.Normalization, own: models.Normalization):
@@ -81,32 +82,32 @@ class Renormalized(nn.Module):
         self.register_buffer("shift", ((mean - own_mean) / own_std).view(-1, 1, 1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Images ``B C H W`` to what the model makes of them."""
+        """Map images ``B C H W`` to the model's output."""
         return self.model(torch.addcmul(self.shift, images, self.scale))
 
 
 def renormalized(
     model: nn.Module, given: models.Normalization, own: models.Normalization
 ) -> nn.Module:
-    """The model for images that are normalised as given; itself, if that is its own way."""
+    """Return the model for images normalized as given; the model itself if that is its own."""
     if given == own:
         return model
     return Renormalized(model, given, own).to(next(model.parameters()).device)
 
 
 def fused(model: nn.Module, name: str) -> nn.Module:
-    """The model's inference net.
+    """Return the fused model for inference.
 
     Raises:
-        ModelError: It has none.
+        ModelError: The model cannot be fused.
     """
     if not hasattr(model, "fuse"):
-        raise models.ModelError(f"{name} has no inference net of its own: leave --fuse out")
+        raise models.ModelError(f"{name} cannot be fused: leave --fuse out")
     return model.fuse()
 
 
 def recompute_blocks(model: nn.Module, name: str) -> None:
-    """Let a model compute its blocks again in the backward pass."""
+    """Recompute the blocks of a model in the backward pass."""
     try:
         model.set_grad_checkpointing(True)
     except (AttributeError, AssertionError) as error:
@@ -114,9 +115,30 @@ def recompute_blocks(model: nn.Module, name: str) -> None:
         raise models.ModelError(message) from error
 
 
+def choose_input_size(args: Namespace, checkpoint: Mapping[str, Any], source: str) -> int:
+    """Return ``--input-size`` if given, else the checkpoint's, else the dataset's default."""
+    saved = checkpoint.get("input_size")
+    if args.input_size and saved and args.input_size != saved:
+        log(f"warning: --input-size {args.input_size}, but {source} was trained at {saved}")
+    return args.input_size or saved or datasets.input_size_of(args)
+
+
+def compare_classes(checkpoint: Mapping[str, Any], source: str, names: Sequence[str]) -> None:
+    """Warn if a checkpoint has other class names than the dataset."""
+    saved = models.class_names(checkpoint, source) or list(names)
+    if len(saved) == len(names) and saved != list(names):
+        number = next(
+            i for i, pair in enumerate(zip(saved, names, strict=True)) if len({*pair}) > 1
+        )
+        log(
+            f"warning: class {number} is {saved[number]!r} in {source}, and {names[number]!r} in "
+            f"the dataset"
+        )
+
+
 @dataclass
 class Network:
-    """The model of a run, on its device, and how it was built."""
+    """Model of a run on its device, with the arguments that built it."""
 
     model: nn.Module
     name: str
@@ -132,7 +154,7 @@ def build_network(
     num_classes: int,
     device: torch.device,
 ) -> Network:
-    """The model that the flags and the checkpoint ask for, frozen as flagged."""
+    """Build the model of the flags and the checkpoint, and freeze the parts flagged."""
     name, required, optional = choose_model(args, given, checkpoint, source, num_classes)
     model, kwargs = models.build_model(name, required, optional)
     if hasattr(model, "qk_scale_factor"):
@@ -145,13 +167,13 @@ def build_network(
     freeze(args, model)
     learning = count_parameters(model)
     whole = sum(p.numel() for p in model.parameters())
-    part = "" if learning == whole else f" ({learning / 1e6:.3f} M learn)"
+    part = "" if learning == whole else f" ({learning / 1e6:.3f} M trainable)"
     log(f"model {name} {kwargs}: {whole / 1e6:.2f} M parameters{part}, {precision}")
     return Network(model, name, kwargs, precision)
 
 
 def freeze(args: Namespace, model: nn.Module) -> None:
-    """Stop the learning of what ``--linear-probe`` or ``--freeze-stages`` keeps."""
+    """Freeze the parts that ``--linear-probe`` or ``--freeze-stages`` names."""
     if args.linear_probe:
         models.freeze_all_but_classifier(model)
     elif args.freeze_stages is not None:
@@ -159,5 +181,5 @@ def freeze(args: Namespace, model: nn.Module) -> None:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters that learn."""
+    """Return the number of trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)

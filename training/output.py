@@ -1,4 +1,4 @@
-"""The output folder of a run: its lock, checkpoints, log and TensorBoard events."""
+"""Output folder of a run: lock, log, TensorBoard events, checkpoints."""
 
 import contextlib
 import fcntl
@@ -6,7 +6,6 @@ import json
 import os
 import re
 import socket
-import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -18,22 +17,20 @@ import torch
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from training.files import OutputError, plain, save_checkpoint, write_atomically
+from training.checkpoints import BEST, Saver, plain, snapshot
+from training.files import OutputError, write_atomically
 from utils import is_main_process, log
 
-CHECKPOINT = "checkpoint.pth"
-PREVIOUS = "previous.pth"
-BEST = "best.pth"
 LOG = "log.txt"
 LOCK = "run.lock"
 CORRUPT = "corrupt.txt"
 
 
 class RunLock:
-    """Holds an output folder for one process; the system lets go of it when the process ends.
+    """Exclusive lock on an output folder; the system releases it when the process ends.
 
     Args:
-        folder: The folder.
+        folder: Output folder.
 
     Raises:
         OutputError: Another process holds it; names the host and the process.
@@ -48,127 +45,42 @@ class RunLock:
             os.close(self._file)
             raise OutputError(
                 f"--output_dir {folder} is in use by {holder or 'another process'}: stop that run, "
-                f"or give this one another folder"
+                f"or choose another folder"
             ) from error
         except OSError as error:
             log(f"warning: {folder} cannot be locked against a second run: {error.strerror}")
         left = os.pread(self._file, 1000, 0).decode(errors="replace").strip()
         if left:
-            log(f"{folder} was last used by {left}, which did not end by itself")
+            log(f"{folder} was last used by {left}, which did not exit normally")
         self._write(
             f"process {os.getpid()} on {socket.gethostname()} since "
             f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n"
         )
 
     def _write(self, text: str) -> None:
-        # a full disk need not stop a run here: what counts is the lock, not its text
+        # a full disk must not stop a run here: the lock counts, not its text
         with contextlib.suppress(OSError):
             os.ftruncate(self._file, 0)
             os.pwrite(self._file, text.encode(), 0)
 
     def release(self) -> None:
-        """Let go of the folder."""
+        """Release the folder."""
         self._write("")
         os.close(self._file)
 
 
-def snapshot(value: Any) -> Any:
-    """A copy on the CPU of plain values and tensors, which training then leaves alone."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, Mapping):
-        return {key: snapshot(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(snapshot(item) for item in value)
-    return value
-
-
-class Saver:
-    """Writes checkpoints in a thread, one at a time.
-
-    What cannot be written (a full disk) is warned about and kept in memory until the next
-    attempt: the newest state, and the best one where that is another.
-
-    Args:
-        folder: Where to.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self._thread: threading.Thread | None = None
-        # to be written, the newest first: content, names, and what to do afterwards
-        self._jobs: list[tuple[Any, list[str], Callable[[], None]]] = []
-
-    @property
-    def busy(self) -> bool:
-        """Whether a checkpoint is on its way."""
-        return self._thread is not None and self._thread.is_alive()
-
-    def submit(self, content: Any, names: Sequence[str], then: Callable[[], None]) -> None:
-        """Write ``content`` as the newest checkpoint, and under other names; the last one is kept.
-
-        Waits for the one before. Once it is written, ``then`` is called.
-        """
-        self.wait()
-        missed = [
-            (old, [name for name in theirs if name not in (CHECKPOINT, *names)], lambda: None)
-            for old, theirs, _ in self._jobs
-            if BEST in theirs and BEST not in names  # of older states no other is worth its memory
-        ]
-        self._jobs = [(content, [CHECKPOINT, *names], then), *missed]
-        self._thread = threading.Thread(target=self._write)
-        self._thread.start()
-
-    def wait(self) -> None:
-        """Wait for what is on its way."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-
-    def finish(self) -> None:
-        """Wait, and try once more what could not be written.
-
-        Raises:
-            OutputError: It still cannot be.
-        """
-        self.wait()
-        for error in self._attempt():
-            raise error
-
-    def _write(self) -> None:
-        for error in self._attempt():
-            log(f"warning: {error}; training goes on, and the next save tries again")
-
-    def _attempt(self) -> list[OutputError]:
-        """Write what is to be written; the errors of what could not be."""
-        errors, left = [], []
-        for job in self._jobs:
-            content, (first, *others), then = job
-            keep = self.folder / PREVIOUS if first == CHECKPOINT else None
-            also = [self.folder / name for name in others]
-            try:
-                save_checkpoint(content, self.folder / first, also=also, keep=keep)
-            except OutputError as error:
-                errors.append(error)
-                left.append(job)
-            else:
-                then()
-        self._jobs = left
-        return errors
-
-
 class Output:
-    """The output folder of a run: checkpoints, ``log.txt``, ``args.yaml``, TensorBoard events.
+    """Output folder of a run: checkpoints, ``log.txt``, ``args.yaml``, TensorBoard events.
 
-    Only the first process writes. Without a folder nothing is written. Once made, the folder
-    is locked against other runs; :meth:`begin` starts the log.
+    Only rank 0 writes; without a folder, nothing is written. The constructor locks the folder
+    against other runs, :meth:`begin` starts the log.
 
     Args:
         folder: ``--output_dir``, or an empty string.
-        keep: How many last and how many best checkpoints stay.
+        keep: Number of last and of best checkpoints to keep.
 
     Raises:
-        OutputError: The folder cannot be made or written, or another run is using it.
+        OutputError: The folder cannot be created or written, or another run uses it.
     """
 
     def __init__(self, folder: str, keep: int = 1):
@@ -176,7 +88,7 @@ class Output:
         self.keep = keep
         self.writer: SummaryWriter | None = None
         self._saver: Saver | None = None
-        self._lines: list[str] = []  # of the log, not written yet
+        self._lines: list[str] = []  # log lines not yet written
         if not self.folder or not is_main_process():
             return
         try:
@@ -185,11 +97,11 @@ class Output:
             for left in self.folder.glob(".*.tmp"):  # by a process that was killed
                 left.unlink()
         except OSError as error:
-            raise OutputError(f"cannot make --output_dir {folder}: {error.strerror}") from error
+            raise OutputError(f"cannot create --output_dir {folder}: {error.strerror}") from error
         self._saver = Saver(self.folder)
 
     def begin(self, args: Namespace, start_epoch: int) -> None:
-        """Write ``args.yaml``; drop what the log tells of ``start_epoch`` and later ones."""
+        """Write ``args.yaml``; remove log lines of ``start_epoch`` and later epochs."""
         if self._saver is None:
             return
         content = yaml.safe_dump(plain(vars(args)), sort_keys=False)
@@ -198,7 +110,7 @@ class Output:
         try:
             self.writer = SummaryWriter(str(self.folder), purge_step=start_epoch)
         except OSError as error:
-            log(f"warning: TensorBoard gets no events: {error.strerror or error}")
+            log(f"warning: no TensorBoard events: {error.strerror or error}")
 
     def _drop_lines_from(self, epoch: int) -> None:
         path = self.folder / LOG
@@ -210,7 +122,7 @@ class Output:
             write_atomically(path, lambda file: file.write("".join(kept).encode()))
 
     def log_epoch(self, stats: Mapping[str, float], epoch: int) -> None:
-        """Append a line to ``log.txt`` and the numbers to TensorBoard."""
+        """Append a line to ``log.txt`` and the scalars to TensorBoard."""
         if self._saver is None:
             return
         self._lines.append(json.dumps(stats) + "\n")
@@ -249,16 +161,16 @@ class Output:
         try:
             add(self.writer)
         except OSError as error:
-            log(f"warning: TensorBoard's events end here: {error.strerror or error}")
+            log(f"warning: no more TensorBoard events: {error.strerror or error}")
             self.writer = None
 
     def add_images(self, name: str, images: torch.Tensor) -> None:
-        """Write a picture ``3 H W`` of values in 0..1 to TensorBoard."""
+        """Write an image ``3 H W`` with values in [0, 1] to TensorBoard."""
         self._to_tensorboard(lambda writer: writer.add_image(name, images))
 
     @property
     def busy(self) -> bool:
-        """Whether a checkpoint is being written."""
+        """True while a checkpoint is being written."""
         return self._saver is not None and self._saver.busy
 
     def save(
@@ -268,13 +180,13 @@ class Output:
         epoch: int | None = None,
         best_epochs: Sequence[int] = (),
     ) -> None:
-        """Write ``checkpoint.pth``, the one before becoming ``previous.pth``, without waiting.
+        """Write ``checkpoint.pth`` in the background; the current one becomes ``previous.pth``.
 
         Args:
-            state: The content, copied at once.
+            state: Contents, copied at once.
             is_best: Write ``best.pth`` as well.
-            epoch: The epoch that has ended, if one has; kept by number where several are to stay.
-            best_epochs: Epochs whose checkpoints are the best ones, kept by number as well.
+            epoch: Epoch that has ended, if any; numbered files are kept if ``keep`` is above 1.
+            best_epochs: Epochs with the best checkpoints, whose numbered files are kept as well.
         """
         if self._saver is None:
             return
@@ -286,7 +198,7 @@ class Output:
         self._saver.submit(snapshot(plain(state)), names, prune)
 
     def _prune(self, epoch: int | None, best_epochs: Sequence[int]) -> None:
-        """Remove checkpoints that are neither among the last nor among the best any more."""
+        """Remove numbered checkpoints that are neither among the last nor among the best."""
         if epoch is None or self.keep == 1:
             return
         last = range(epoch + 1 - self.keep, epoch + 1)
@@ -297,12 +209,12 @@ class Output:
                     path.unlink()
 
     def wait(self) -> None:
-        """Wait for the checkpoint that is on its way."""
+        """Wait for the checkpoint that is being written."""
         if self._saver is not None:
             self._saver.wait()
 
     def finish_saving(self) -> None:
-        """Wait for the last checkpoint, and try again if it failed.
+        """Wait for the last checkpoint, and retry if it failed.
 
         Raises:
             OutputError: It cannot be written.
@@ -311,20 +223,20 @@ class Output:
             self._saver.finish()
 
     def list_corrupt(self, messages: Sequence[str]) -> None:
-        """Add corrupt images to ``corrupt.txt``, each once."""
+        """Append corrupt images to ``corrupt.txt``, each once."""
         if self.folder:
             list_corrupt(self.folder, messages)
 
     def close(self) -> None:
-        """End the log and let go of the folder.
+        """Close the log and release the folder.
 
         Raises:
-            OutputError: The last checkpoint or lines of the log cannot be written.
+            OutputError: The last checkpoint or log lines cannot be written.
         """
         if self._saver is None:
             return
         self._to_tensorboard(lambda writer: writer.close())
-        with contextlib.ExitStack() as last:  # each is done, whatever becomes of the others
+        with contextlib.ExitStack() as last:  # each runs even if another one fails
             last.callback(self._lock.release)
             last.callback(self._saver.finish)
             try:
@@ -335,7 +247,7 @@ class Output:
 
 
 def list_corrupt(folder: Path, messages: Sequence[str]) -> None:
-    """Add corrupt images to ``corrupt.txt``, each once, on the first process."""
+    """Append corrupt images to ``corrupt.txt`` on rank 0, each once."""
     if not is_main_process():
         return
     path = folder / CORRUPT

@@ -11,17 +11,17 @@ from utils import is_main_process, log
 
 
 class Progress:
-    """Iterates over a training loader and shows how far it is, on the first process.
+    """Iterates over a training loader and shows progress on rank 0.
 
     On a terminal it is a bar, elsewhere a line per report.
 
     Args:
-        loader: The training loader.
-        epoch: Number of this epoch, from 0.
-        epochs: Number of the first epoch that will not be trained.
-        world_size: Processes, all as fast as this one.
-        done: Steps of the epoch that the loader does not bring any more.
-        waiting: Told True before every batch and False after it.
+        loader: Training loader.
+        epoch: Current epoch, from 0.
+        epochs: Epoch before which training stops.
+        world_size: Number of ranks, assumed to be equally fast.
+        done: Steps of the epoch that were done before; the loader yields the others.
+        waiting: Called with True before every batch and with False after it.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Progress:
         self.waiting(False)
 
     def report(self, step: int, loss: float, lr: float, rate: float) -> None:
-        """Show ``step`` steps done, the mean loss, the learning rate and images per second."""
+        """Show the steps done, mean loss, learning rate and images per second of this rank."""
         steps_left = self.steps - step + self.steps * (self.epochs - self.epoch - 1)
         eta = timedelta(seconds=int(steps_left * self.loader.batch_size / rate))
         rate *= self.world_size

@@ -1,6 +1,7 @@
-"""Recipe files: YAML mappings of main.py's flags to values."""
+"""Recipe files: YAML mappings from flags of ``main.py`` to values."""
 
 import argparse
+import difflib
 from argparse import BooleanOptionalAction as OnOff
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from utils import UserError
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that is there twice; PyYAML's own would take the last one."""
+    """Rejects duplicate keys, of which PyYAML's loader takes the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: list[Any] = []
@@ -19,18 +20,18 @@ class _StrictLoader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"{key!r} is there twice", key_node.start_mark
+                    None, None, f"{key!r} is given twice", key_node.start_mark
                 )
             seen.append(key)
         return super().construct_mapping(node, deep)
 
 
 def recipe_argv(parser: argparse.ArgumentParser, path: str) -> list[str]:
-    """The flags of a recipe file as command-line words.
+    """Return the flags of a recipe file as command-line words.
 
     Raises:
-        UserError: The file cannot be read, names no flag or one twice, or a flag does not take
-            its value.
+        UserError: The file cannot be read, has an unknown or duplicate flag, or a flag does not
+            accept its value.
     """
     try:
         recipe = yaml.load(Path(path).read_text(), _StrictLoader)
@@ -39,12 +40,15 @@ def recipe_argv(parser: argparse.ArgumentParser, path: str) -> list[str]:
     if not isinstance(recipe, dict):
         raise UserError(f"recipe {path} must be a mapping of flags to values")
     actions = {action.dest: action for action in parser._actions}
+    actions = {name: actions[name] for name in actions.keys() - {"help", "config"}}
     argv: list[str] = []
     spelled: dict[str, Any] = {}
     for key, value in recipe.items():
         name = str(key).replace("-", "_")
-        if name not in actions or name in ("help", "config"):
-            raise UserError(f"recipe {path}: {key!r} is no flag of main.py")
+        if name not in actions:
+            near = difflib.get_close_matches(name, actions, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"recipe {path}: unknown flag {key!r}{hint}")
         if name in spelled:
             raise UserError(f"recipe {path}: {key!r} and {spelled[name]!r} are the same flag")
         spelled[name] = key
@@ -59,11 +63,11 @@ def recipe_argv(parser: argparse.ArgumentParser, path: str) -> list[str]:
 
 
 def _words(parser: argparse.ArgumentParser, action: argparse.Action, value: Any) -> list[str]:
-    """A flag and its value in a recipe as command-line words.
+    """Return a flag of a recipe and its value as command-line words.
 
     Raises:
-        ValueError: The value is of another kind than the flag's.
-        argparse.ArgumentError: The flag does not take it.
+        ValueError: The value has another type than the flag's.
+        argparse.ArgumentError: The flag does not accept it.
     """
     flag = action.option_strings[0]
     if isinstance(action, OnOff) or action.nargs == 0:

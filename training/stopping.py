@@ -1,4 +1,4 @@
-"""Requests to stop, and the exchange of all processes on what to do after a step."""
+"""Requests to stop, and what all ranks do after a step."""
 
 import os
 import signal
@@ -14,14 +14,14 @@ TWICE = 1.0  # seconds within which a launcher and its cluster may send the same
 
 
 class StopSignals:
-    """Turns SIGTERM, SIGINT and SIGUSR1 into a request, for the block; the second one kills.
+    """Context manager that turns SIGTERM, SIGINT and SIGUSR1 into a request; the second one kills.
 
     Slurm sends SIGUSR1 ahead of the end (``--signal``) and SIGTERM at it, to every process of a
-    step; torchrun sends SIGTERM on to its own. Under either, what comes within a second is one
+    step; torchrun forwards SIGTERM to its own. Under either, signals within a second are one
     request.
 
     Args:
-        env: The environment, which tells of torchrun and Slurm.
+        env: Environment, from which torchrun and Slurm are recognised.
     """
 
     def __init__(self, env: Mapping[str, str] = os.environ):
@@ -49,12 +49,12 @@ class StopSignals:
 
 
 class RequestExchange:
-    """Numbers of which every process learns the largest, one exchange later.
+    """All-reduces the requests of all ranks to their maximum, one exchange later.
 
-    The exchange runs beside the training step, so that nobody waits for it.
+    The exchange overlaps with the training step, so that no rank waits for it.
 
     Args:
-        group: Processes that take part, over the CPU; None for a single one.
+        group: CPU process group; None for a single process.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None):
@@ -62,20 +62,20 @@ class RequestExchange:
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def exchange(self, requests: Sequence[int]) -> list[int]:
-        """Give this process's requests, and get the largest of the exchange before (at first 0).
+        """Send this rank's requests; return the maximum of the previous exchange (0 at first).
 
-        Alone, the requests are granted at once.
+        A single process gets its own requests back.
         """
         if self.group is None:
             return list(requests)
-        granted = self.finish() or [0] * len(requests)
+        reduced = self.finish() or [0] * len(requests)
         numbers = torch.tensor(list(requests))
         work = dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.group, async_op=True)
         self._pending = work, numbers
-        return granted
+        return reduced
 
     def finish(self) -> list[int] | None:
-        """The largest of the last exchange, or None if there is none to wait for."""
+        """Return the maximum of the last exchange, or None if none is pending."""
         if self._pending is None:
             return None
         work, numbers = self._pending
@@ -84,7 +84,7 @@ class RequestExchange:
         return numbers.tolist()
 
     def now(self, requests: Sequence[int]) -> list[int]:
-        """The largest of these requests and of those still under way, waiting for all."""
+        """Return the maximum of these requests and of the pending ones; waits for all ranks."""
         before = self.finish() or [0] * len(requests)
         self.exchange([max(pair) for pair in zip(before, requests, strict=True)])
         return self.finish() or list(requests)

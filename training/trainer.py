@@ -1,4 +1,4 @@
-"""The loop over epochs: train, evaluate, log, save, and stop when asked to."""
+"""Loop over epochs: train, evaluate, log, save, and stop on request."""
 
 import copy
 import signal
@@ -9,14 +9,20 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from timm.data import Mixup
 from torch import nn
+from torchvision.utils import make_grid
 
+import datasets
 import engine
 import utils
 from pipeline.prefetch import Prefetcher
+from samplers import SampleIndex
 from training import fsdp, launch
+from training.ddp import distribute, warm_up_ddp
+from training.network import count_parameters
 from training.output import Output, list_corrupt
 from training.progress import Progress
 from training.run_state import RunState
@@ -26,13 +32,13 @@ from utils import log
 
 
 class Evaluation:
-    """Evaluates a model, prints DeiT's line, and returns the statistics of the log.
+    """Evaluates a model, prints DeiT's line, and returns the statistics for the log.
 
     Args:
-        args: The flags.
-        loader: This process's part of the evaluation set.
+        args: Flags.
+        loader: This rank's part of the evaluation set.
         precision: Mixed precision.
-        group: Processes to gather from, over the CPU; None for a single one.
+        group: CPU process group; None for a single process.
     """
 
     def __init__(
@@ -47,7 +53,7 @@ class Evaluation:
     def __call__(
         self, model: nn.Module, prefix: str = "", after_batch: Callable[[], bool] = lambda: False
     ) -> dict[str, float]:
-        """Accuracies and loss of ``model``; see :func:`engine.evaluate`."""
+        """Return accuracies and loss of ``model``; see :func:`engine.evaluate`."""
         args, precision = self.args, self.precision
         if next(model.parameters()).device.type != precision.device.type:  # --model-ema-force-cpu
             model = copy.deepcopy(model).to(precision.device)
@@ -73,15 +79,15 @@ class Evaluation:
 
 
 class Trainer:
-    """Trains a run up to ``--epochs`` or ``--stop-epoch``, or until it is asked to stop.
+    """Trains up to ``--epochs`` or ``--stop-epoch``, or until a request to stop.
 
     Args:
-        state: The run.
-        output: Its folder.
-        loader: This process's part of the training set.
-        evaluation: What to do after every epoch.
+        state: State of the run.
+        output: Output folder.
+        loader: This rank's part of the training set.
+        evaluation: Called after every epoch.
         mixup_fn: Mixes a batch on the device.
-        criterion: The loss.
+        criterion: Loss.
     """
 
     def __init__(
@@ -95,22 +101,22 @@ class Trainer:
     ):
         self.state, self.output, self.loader = state, output, loader
         self.evaluation, self.mixup_fn, self.criterion = evaluation, mixup_fn, criterion
-        self.args, self.place = state.args, state.place
+        self.args, self.info = state.args, state.info
         self.exchange = RequestExchange(state.group)
         self.signals = StopSignals()
-        self.watchdog = Watchdog(self.place.rank, self.place.world_size, self.args.dist_timeout)
+        self.watchdog = Watchdog(self.info.rank, self.info.world_size, self.args.dist_timeout)
         self._saved_at = time.monotonic()
-        self._owed = False  # a save that came while another one was on its way
+        self._owed = False  # a save that was due while another one was being written
 
-    def train(self, n_parameters: int) -> int:
-        """Train; returns the exit status, which is not 0 after an interrupt."""
+    def train(self) -> int:
+        """Train; return the exit status, which is not 0 after an interrupt."""
         state, args = self.state, self.args
         stop = args.epochs if args.stop_epoch is None else min(args.epochs, args.stop_epoch)
         if state.epoch + 1 >= stop:
             log(f"nothing left to train: {state.epoch + 1} of {stop} epochs are done")
             return 0
         log(f"training epochs {state.epoch + 1} to {stop - 1} of {args.epochs}")
-        started = time.time()
+        started, n_parameters = time.time(), count_parameters(state.model)
         with self.signals, self.watchdog:
             model = self.wrapped()
             while state.epoch + 1 < stop:
@@ -128,20 +134,20 @@ class Trainer:
         return 0
 
     def wrapped(self) -> nn.Module:
-        """The model as it is trained: distributed, compiled."""
+        """Return the model for training: distributed, compiled."""
         args, precision, model = self.args, self.state.precision, self.state.model
         if args.fsdp:
-            return model  # sharded already, in groups that do not change
-        if self.place.world_size > 1:
+            return model  # sharded already, in fixed groups
+        if self.info.world_size > 1:
             static = args.accum_iter == 1 and args.compile is None
-            model = engine.distribute(model, precision.device, static)
+            model = distribute(model, precision.device, static)
         model = engine.compiled(model, args.compile)
-        if self.place.world_size > 1:
-            engine.warm_up_ddp(model, precision, args.batch_size, args.input_size)
+        if self.info.world_size > 1:
+            warm_up_ddp(model, precision, args.batch_size, args.input_size)
         return model
 
     def train_epoch(self, model: nn.Module, stop: int) -> dict[str, float] | None:
-        """What is left of the epoch at hand; None if the run has to stop."""
+        """Train the rest of the current epoch; return None if the run has to stop."""
         state, args = self.state, self.args
         epoch = state.begin_epoch()
         self.watchdog.where = f"epoch {epoch} step {state.meter.steps}"
@@ -149,7 +155,7 @@ class Trainer:
             self.loader,
             epoch,
             stop,
-            self.place.world_size,
+            self.info.world_size,
             state.meter.steps,
             self.watchdog.loading,
         )
@@ -180,13 +186,13 @@ class Trainer:
         return {f"train_{key}": value for key, value in stats.items()}
 
     def requests(self) -> list[int]:
-        """What this process wants to happen: stop (the signal), save, give up."""
+        """Return this rank's requests: signal to stop, save, nonfinite losses in a row."""
         return [self.signals.requested or 0, self.is_save_due(), self.state.meter.bad_in_row]
 
     def is_save_due(self) -> bool:
-        """Whether the first process has a checkpoint to write, and may."""
+        """Return True if rank 0 should save a checkpoint now."""
         args, steps = self.args, self.state.meter.steps
-        if self.place.rank or not args.output_dir:
+        if self.info.rank or not args.output_dir:
             return False
         every, minutes = args.save_every_steps, args.save_every_minutes
         self._owed |= bool(every and steps // every > (steps - args.accum_iter) // every)
@@ -194,7 +200,7 @@ class Trainer:
         return self._owed and not self.output.busy
 
     def after_update(self, meter: engine.Meter) -> bool:
-        """Do what the processes agreed on a step ago; True if that is to stop."""
+        """Act on the all-reduced requests of the previous step; return True to stop."""
         epoch = self.state.epoch + 1
         self.watchdog.at(f"epoch {epoch} step {meter.steps}")
         stop, save, bad_in_row = self.exchange.exchange(self.requests())
@@ -205,8 +211,8 @@ class Trainer:
         return bool(stop)
 
     def evaluate(self) -> dict[str, float]:
-        """Statistics of the model and of its moving average."""
-        self.output.wait()  # loader processes are begun without another thread under way
+        """Return statistics of the model and of its moving average."""
+        self.output.wait()  # loader workers are started while no other thread runs
         where = self.watchdog.where
 
         def after_batch() -> bool:
@@ -230,18 +236,18 @@ class Trainer:
         self.save(is_best, state.epoch, [epoch for _, epoch in state.best])
 
     def save(self, *names: Any) -> None:
-        """Write a checkpoint in the background; see :meth:`Output.save` for its names."""
-        content = self.state.state()
+        """Write a checkpoint in the background; see :meth:`Output.save` for ``names``."""
+        contents = self.state.state()
         self._owed, self._saved_at = False, time.monotonic()
-        if content is None:
+        if contents is None:
             return
-        if self.state.is_poisoned(content):
-            log("warning: loss or weights are not finite: the last checkpoint is kept as it is")
+        if self.state.is_nonfinite(contents):
+            log("warning: loss or weights are not finite: the last checkpoint is not replaced")
         else:
-            self.output.save(content, *names)
+            self.output.save(contents, *names)
 
     def stopped(self) -> int:
-        """Save where the run is, and say so; the exit status."""
+        """Save the current state and report it; return the exit status."""
         state = self.state
         self.watchdog.pause()
         (number, *_) = self.exchange.now(self.requests())
@@ -249,8 +255,14 @@ class Trainer:
         where += f" after step {state.meter.steps}"
         if not self.args.output_dir:
             message = f"stopped by {name} in {where}; without --output_dir nothing is saved"
-            return launch.fail(message, 128 + number) if self.place.rank == 0 else 128 + number
+            return launch.fail(message, 128 + number) if self.info.rank == 0 else 128 + number
         self.save()
         self.output.finish_saving()
-        log(f"stopped by {name} in {where}; --resume auto goes on")
+        log(f"stopped by {name} in {where}; --resume auto continues")
         return 128 + number if number == signal.SIGINT else 0
+
+
+def example_images(feed: Prefetcher, num_images: int, count: int = 32) -> torch.Tensor:
+    """Return a grid ``3 H W`` of augmented training images, spread over the classes."""
+    images = feed.batch([SampleIndex(i * num_images // count) for i in range(count)]).images
+    return make_grid(datasets.denormalize(images.float().cpu()), nrow=8)

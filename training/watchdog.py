@@ -1,4 +1,4 @@
-"""Tells which process died or hangs, and ends the others in bounded time."""
+"""Watchdog: names the rank or worker that died or hangs, and ends the others in bounded time."""
 
 import os
 import re
@@ -20,18 +20,18 @@ TICK = 1.0  # seconds between signs of life
 ANSWER = 5.0  # seconds that the store has to answer
 SHOWN = 4  # processes named in a message
 
-# how gloo and NCCL say that the other side does not answer
+# how gloo and NCCL report a peer that does not answer
 LOST = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Tt]imed out")
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T | None:
-    """What ``call`` returns, or None if it fails or takes longer."""
+    """Return ``call()``, or None if it fails or takes longer than ``seconds``."""
     answers: list[T] = []
 
     def run() -> None:
         try:
             answers.append(call())
-        except Exception:  # whatever the store's connection raises: there is no answer
+        except Exception:  # whatever the connection to the store raises: no answer
             return
 
     thread = threading.Thread(target=run, daemon=True)
@@ -41,22 +41,21 @@ def _within(seconds: float, call: Callable[[], T]) -> T | None:
 
 
 class Watchdog:
-    """Publishes where this process is, and ends it when nothing has moved for too long.
+    """Publishes the position of this rank, and ends it after too long without progress.
 
-    A process that waits for a dead or stuck one cannot end by itself, and would not know whom it
-    waits for. So each process tells the others, through the store at which they met, where it is
-    and that it lives.
+    A rank that waits for a dead or stuck one cannot end by itself, and does not know whom it
+    waits for. So each rank publishes its position and a heartbeat in the rendezvous store.
 
     Args:
-        rank: This process's.
-        world_size: Processes.
-        timeout: Seconds without a step after which the process is ended with status 1.
+        rank: Global rank.
+        world_size: Number of ranks.
+        timeout: Seconds without a step after which the process exits with status 1.
     """
 
     def __init__(self, rank: int, world_size: int, timeout: float):
         self.rank, self.world_size, self.timeout = rank, world_size, timeout
         self.where = ""
-        self._since: float | None = None  # when it was last moving; None: not watched
+        self._since: float | None = None  # time of the last progress; None: not watched
         self._loading = False
         self._moved = False  # the first step may take any time: it may compile
         self._store = None
@@ -71,9 +70,9 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """End the watch; say where it was that a loader process or another one was lost."""
+        """Stop watching; report where a loader worker or another rank was lost."""
         if error is not None:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # of PyTorch: it would raise once more
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise once more
         self._ended.set()
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
             raise UserError(
@@ -90,16 +89,16 @@ class Watchdog:
                 raise UserError(f"{message} ({reason})") from error
 
     def at(self, where: str) -> None:
-        """Note progress: where the process is now."""
+        """Record progress: the current position."""
         self.where, self._moved, self._since = where, True, time.monotonic()
 
     def loading(self, begins: bool) -> None:
-        """Note that the process begins, or has ceased, to wait for data."""
+        """Record that waiting for data starts (True) or ends (False)."""
         self._loading = begins
         self._since = time.monotonic() if begins or self._moved else None
 
     def pause(self) -> None:
-        """Do not watch what may take any time, until progress is noted again."""
+        """Stop watching until the next progress, during work that may take any time."""
         self._since = None
 
     def _publish(self) -> None:
@@ -109,7 +108,7 @@ class Watchdog:
             doing = " waiting for its loader" if self._loading else ""
             try:
                 self._store.set(str(self.rank), f"{count}|{self.where}{doing}")
-            except Exception:  # the store is gone, and so is the run: the watch below ends it
+            except Exception:  # the store is gone, and so is the run: _watch ends it
                 return
 
     def _watch(self) -> None:
@@ -118,7 +117,7 @@ class Watchdog:
             if since is None or time.monotonic() - since < self.timeout:
                 continue
             if self.world_size == 1 and not self._loading:
-                continue  # alone and computing: a long step, however long
+                continue  # a single process in a step may take any time
             doing = "waiting for its loader" if self._loading else "in a step"
             message = (
                 f"no progress for {self.timeout:g} s (--dist-timeout) at {self.where}, {doing}"
@@ -129,7 +128,7 @@ class Watchdog:
             os._exit(1)
 
     def others(self) -> str:
-        """Who does not answer, and who is elsewhere, as the end of a message."""
+        """Return the ranks that do not answer or are elsewhere, as the end of a message."""
         if self._store is None:
             return ""
         first = _within(ANSWER, self._ask)
@@ -147,7 +146,7 @@ class Watchdog:
         return "".join(f"; {part}" for part in parts[:SHOWN])
 
     def _ask(self) -> dict[int, str]:
-        """The last signs of the other processes."""
+        """Return the last heartbeats of the other ranks."""
         ranks = [rank for rank in range(self.world_size) if rank != self.rank]
         signs = (
             self._store.get(str(rank)).decode() if self._store.check([str(rank)]) else ""

@@ -17,7 +17,7 @@ from tools.crashtest import job
 from tools.crashtest.compare import compare, differing_bits, survey
 from tools.crashtest.job import CrashError
 from tools.crashtest.run import Counts, Reference, Run, draw_moment, parts_of
-from training.files import save_checkpoint
+from training.checkpoints import save_checkpoint
 
 
 def test_three_kills_leave_no_trace(tmp_path):

@@ -150,7 +150,7 @@ SHARDS = """
 import copy, json, multiprocessing, os, sys, timm, torch, torch.distributed as dist
 import engine, models, utils
 from training import sharding
-from training.sharding import ShardedAverage, gather, gathered, shard, spread_moments
+from training.sharding import ShardedAverage, gather, gathered, shard, shard_optimizer_state
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -198,7 +198,7 @@ def check(name, rank, world):
     shard(twin, CPU)
     twin.load_state_dict(after)
     second = torch.optim.AdamW(twin.parameters(), lr=1e-3, fused=True)
-    run_state.restore_optimizer(second, spread_moments(second, moments), "here")
+    run_state.restore_optimizer(second, shard_optimizer_state(second, moments), "here")
     again = gather(second.state_dict(), True)["state"]
     reloaded = gather(twin.state_dict(), True)
     plain.load_state_dict(after)

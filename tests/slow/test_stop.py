@@ -18,7 +18,7 @@ from conftest import (
 )
 
 import utils
-from training.files import plain
+from training.checkpoints import plain
 from training.stopping import RequestExchange, StopSignals
 
 RUN = [

@@ -17,7 +17,7 @@ import timm
 import torch
 
 from models import CheckpointError, load_checkpoint, normalization_of, read_checkpoint
-from training import files, run_state
+from training import checkpoints, files, run_state
 
 
 def tiny(**kwargs):
@@ -223,25 +223,25 @@ def test_addresses_must_name_a_file(path):
 def test_checkpoints_hold_plain_values_only(tmp_path):
     path = tmp_path / "state.pth"
     state = {"a": (1, [np.float64(2.5)]), "b": {"c": tmp_path}, "d": None, "e": torch.ones(2)}
-    files.save_checkpoint(state, path)
+    checkpoints.save_checkpoint(state, path)
     loaded = torch.load(path, weights_only=True)
     assert loaded["a"] == (1, [2.5])
     assert type(loaded["a"][1][0]) is float
     assert loaded["b"] == {"c": str(tmp_path)}
     with pytest.raises(TypeError, match="cannot hold a Namespace"):
-        files.save_checkpoint({"args": argparse.Namespace()}, path)
+        checkpoints.save_checkpoint({"args": argparse.Namespace()}, path)
     assert torch.load(path, weights_only=True)["d"] is None
 
 
 def test_failed_write_keeps_the_previous_file(tmp_path):
     path = tmp_path / "state.pth"
-    files.save_checkpoint({"a": torch.zeros(3)}, path)
+    checkpoints.save_checkpoint({"a": torch.zeros(3)}, path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
     try:
         with pytest.raises(files.OutputError, match=f"cannot write {path}: File too large"):
-            files.save_checkpoint({"a": torch.zeros(1 << 20)}, path)
+            checkpoints.save_checkpoint({"a": torch.zeros(1 << 20)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, previous)

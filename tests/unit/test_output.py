@@ -28,9 +28,9 @@ from models import read_checkpoint
 from models.checkpoint import checksum
 from training import files
 from training import output as module
-from training.files import OutputError, save_checkpoint
+from training.checkpoints import find_checkpoint, save_checkpoint
+from training.files import OutputError
 from training.output import Output
-from training.resume import find_checkpoint
 
 WRITER = {module.__file__, files.__file__, checksum.__file__}
 NOBODY = 65534

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from models import CheckpointError, read_checkpoint
-from training.output import BEST, CHECKPOINT, LOG, PREVIOUS
+from training.checkpoints import BEST, CHECKPOINT, PREVIOUS
+from training.output import LOG
 
 # keys of a checkpoint that may differ, as the rate in a log may; at the end of an epoch nobody asks
 # any more where in its samples a start of the run began

@@ -10,8 +10,8 @@ import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from training.checkpoints import CHECKPOINT
 from training.files import TEMPORARY
-from training.output import CHECKPOINT
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HAS_PROC = Path("/proc/self/environ").exists()

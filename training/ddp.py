@@ -1,0 +1,61 @@
+"""DistributedDataParallel: wrapping a model, and warming it up."""
+
+import inspect
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from engine import Precision
+from utils import random_state, set_random_state
+
+WARM_UP_STEPS = 3  # one more than PyTorch is seen to need
+
+
+def distribute(
+    model: nn.Module, device: torch.device, static: bool = True
+) -> DistributedDataParallel:
+    """Wrap a model so that its gradients are averaged over the ranks.
+
+    BatchNorm statistics are not synchronized at every step: those of rank 0 count, and are
+    broadcast before evaluation. Gradients are views of the communication buckets.
+
+    Args:
+        model: Model on its device.
+        device: Device of this rank.
+        static: Every step uses the same parameters in the same order. Not for accumulated
+            batches or a compiled model.
+    """
+    # older versions of PyTorch have only the second name, newer ones deprecate it
+    names = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(
+        model, device_ids=ids, gradient_as_bucket_view=True, static_graph=static, **{name: False}
+    )
+
+
+def warm_up_ddp(model: nn.Module, precision: Precision, batch_size: int, input_size: int) -> None:
+    """Run a few steps without an update, so that gradient buckets get their final order.
+
+    DistributedDataParallel regroups gradients after its first backward passes, and buckets decide
+    how sums over three and more ranks are rounded: without a warm-up, the first steps after
+    resuming would differ from those of an uninterrupted run. Buffers and random state are
+    restored.
+    """
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    state = random_state(precision.device)
+    model.train()
+    size = (batch_size, 3, input_size, input_size)
+    images = precision.move(torch.zeros(size, dtype=precision.dtype or torch.float32))
+    for _ in range(WARM_UP_STEPS):
+        with precision.autocast():
+            output = model(images)
+        outputs = (
+            output if isinstance(output, tuple) else (output,)
+        )  # of a student with a distillation head
+        sum(logits.float().sum() for logits in outputs).backward()
+        model.zero_grad()
+    set_random_state(state, precision.device)
+    for buffer, before in zip(model.buffers(), buffers, strict=True):
+        buffer.copy_(before)
