@@ -106,82 +106,118 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     add("--batch-size", type=int, default=64, help="images per process and step")
     add("--epochs", type=int, default=300)
     add("--output_dir", default="", help="folder of checkpoints and logs; empty for none")
-    add("--resume", default="", help="checkpoint (file or address), or auto: of --output_dir")
+    add("--resume", default="", help="checkpoint (file or URL), or auto: newest of --output_dir")
     add("--start_epoch", type=int, default=0)
-    add("--stop-epoch", type=int, help="stop before this epoch, the schedule being for --epochs")
-    add("--eval", action="store_true", help="evaluate the checkpoint of --resume and leave")
+    add("--stop-epoch", type=int, help="stop before this epoch; the schedule still spans --epochs")
+    add("--eval", action="store_true", help="evaluate the checkpoint of --resume and exit")
     add("--seed", type=int, default=0)
-    add("--save-every-steps", type=int, metavar="N", help="checkpoints within an epoch, too")
-    add("--save-every-minutes", type=float, metavar="M", help="checkpoints within an epoch, too")
-    add("--keep-checkpoints", type=int, default=1, metavar="K", help="the last and the best ones")
-    add("--deterministic", action="store_true", help="the same bits on CUDA, too; slower")
-    add("--max-nonfinite", type=int, default=10, help="losses in a row, not finite, to give up at")
+    add("--save-every-steps", type=int, metavar="N", help="also save within an epoch")
+    add("--save-every-minutes", type=float, metavar="M", help="also save within an epoch")
+    add(
+        "--keep-checkpoints",
+        type=int,
+        default=1,
+        metavar="K",
+        help="keep the last K and the best K",
+    )
+    add("--deterministic", action="store_true", help="bitwise reproducible on CUDA as well; slower")
+    add(
+        "--max-nonfinite",
+        type=int,
+        default=10,
+        help="consecutive nonfinite losses that end the run",
+    )
     add("--log-interval", type=int, default=50, help="steps between readings of the loss")
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
     add = flags_of(group)
-    add("--model", default="visformer_small", help="any name that timm knows")
-    add("--input-size", type=int, help="pixels; 224, or 32 for DIGITS, if not given")
+    add("--model", default="visformer_small", help="any model name of timm")
+    add("--input-size", type=int, help="pixels; default: 224, or 32 for DIGITS")
     add("--drop", type=float, default=0.0, metavar="RATE", help="dropout")
     add("--drop-path", type=float, default=0.1, metavar="RATE", help="stochastic depth")
     add(
         "--qk-scale-factor",
         type=float,
         metavar="EXPONENT",
-        help="queries and keys are each scaled by head_dim ** EXPONENT (models: -0.25)",
+        help="scale queries and keys by head_dim ** EXPONENT each (model default: -0.25)",
     )
-    add("--model-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help="of the model's own")
-    add("--locality-strength", type=float, help="ConViT: how local heads begin (model: 1)")
-    add("--local-up-to-layer", type=int, metavar="N", help="ConViT: blocks of GPSA (model: 10)")
+    add(
+        "--model-kwargs",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="further arguments of the model",
+    )
+    add(
+        "--locality-strength",
+        type=float,
+        help="ConViT: initial locality of heads (model default: 1)",
+    )
+    add(
+        "--local-up-to-layer",
+        type=int,
+        metavar="N",
+        help="ConViT: number of GPSA blocks (model default: 10)",
+    )
     add("--model-ema", action=OnOff, default=True, help="keep a moving average of the weights")
     add("--model-ema-decay", type=float, default=0.99996)
-    add("--model-ema-warmup", action=OnOff, default=False, help="let the decay grow to its value")
+    add("--model-ema-warmup", action=OnOff, default=False, help="ramp up the decay")
     add("--model-ema-force-cpu", action="store_true")
-    add("--fuse", action="store_true", help="with --eval: fold the net for inference first")
-    add("--train-mode", action=OnOff, default=True, help="off: BatchNorm and dropout as in eval")
+    add("--fuse", action="store_true", help="with --eval: fuse the model for inference first")
+    add(
+        "--train-mode",
+        action=OnOff,
+        default=True,
+        help="off: BatchNorm and dropout in evaluation mode",
+    )
 
 
 def _add_finetuning(group: argparse._ArgumentGroup) -> None:
     add = flags_of(group)
-    add("--finetune", default="", help="weights to start from; other classes, new classifier")
-    add("--layer-decay", type=float, metavar="RATE", help="of the learning rate, layer by layer")
-    add("--freeze-stages", type=int, metavar="N", help="0: the stem does not learn, 1: nor stage 1")
-    add("--linear-probe", action="store_true", help="only the classifier learns")
-    add("--teacher-model", help="any name that timm knows; not needed with a file of this project")
-    add("--teacher-path", default="", help="its weights, file or address; timm's own, if not given")
+    add("--finetune", default="", help="start from these weights; new classifier for other classes")
+    add(
+        "--layer-decay",
+        type=float,
+        metavar="RATE",
+        help="decay of the learning rate from layer to layer",
+    )
+    add("--freeze-stages", type=int, metavar="N", help="freeze the stem (0) and the first N stages")
+    add("--linear-probe", action="store_true", help="train only the classifier")
+    add("--teacher-model", help="any model name of timm; not needed with a file of this project")
+    add("--teacher-path", default="", help="weights of the teacher, file or URL; default: timm's")
     add("--distillation-type", choices=["none", "soft", "hard"], default="none")
-    add("--distillation-alpha", type=float, default=0.5, help="weight of the teacher's part")
+    add("--distillation-alpha", type=float, default=0.5, help="weight of the distillation loss")
     add("--distillation-tau", type=float, default=1.0, help="temperature of soft distillation")
 
 
 def _add_optimisation(group: argparse._ArgumentGroup) -> None:
     add = flags_of(group)
-    add("--opt", default="adamw", help="any optimizer that timm knows")
+    add("--opt", default="adamw", help="any optimizer of timm")
     add("--opt-eps", type=float, default=1e-8)
     add("--opt-betas", type=float, nargs="+")
-    add("--clip-grad", type=float, metavar="NORM", help="largest norm of the gradient")
+    add("--clip-grad", type=float, metavar="NORM", help="maximum gradient norm")
     add("--momentum", type=float, default=0.9)
     add("--weight-decay", type=float, default=0.05)
     add("--accum-iter", type=int, default=1, help="batches per optimizer step")
     add("--amp", action=OnOff, default=False, help="automatic mixed precision")
     add("--amp-dtype", choices=["float16", "bfloat16"], default="float16")
-    add("--channels-last", action=OnOff, help="memory format; as suits the model, if not given")
+    add("--channels-last", action=OnOff, help="memory format; default: chosen by the model")
     add(
         "--compile",
         nargs="?",
         const="inductor",
         metavar="BACKEND",
-        help="compile the model by torch.compile (inductor, if no backend is named)",
+        help="compile the model with torch.compile (default backend: inductor)",
     )
     add("--grad-checkpointing", action="store_true", help="recompute blocks to save memory")
-    add("--fsdp", action="store_true", help="share weights and moments among the processes")
+    add("--fsdp", action="store_true", help="shard weights and optimizer state over the processes")
     add("--bce-loss", action="store_true", help="binary cross-entropy per class")
     add("--smoothing", type=float, default=0.1, help="label smoothing")
-    add("--sched", default="cosine", help="any schedule that timm knows")
+    add("--sched", default="cosine", help="any schedule of timm")
     add("--sched-on-updates", action=OnOff, default=False, help="step per update, not per epoch")
     add("--lr", type=float, default=5e-4, help="for 512 images per step, scaled linearly")
-    add("--unscale-lr", action="store_true", help="take --lr as it is")
+    add("--unscale-lr", action="store_true", help="do not scale --lr")
     add("--lr-noise", type=float, nargs="+", metavar="PART")
     add("--lr-noise-pct", type=float, default=0.67)
     add("--lr-noise-std", type=float, default=1.0)
@@ -198,11 +234,11 @@ def _add_augmentation(group: argparse._ArgumentGroup) -> None:
     add = flags_of(group)
     add("--color-jitter", type=float, default=0.4, help="used without --aa")
     add("--aa", default="rand-m9-mstd0.5-inc1", help="timm's auto-augment policy; empty for none")
-    add("--std-aug", action="store_true", help="random resized crop and mirroring only")
+    add("--std-aug", action="store_true", help="random resized crop and horizontal flip only")
     add("--ThreeAugment", action="store_true", help="grey, solarise or blur (DeiT III)")
     add("--src", action="store_true", help="resize and padded crop instead of random resized crop")
     add("--train-interpolation", default="bicubic", choices=["random", "bilinear", "bicubic"])
-    add("--repeated-aug", action=OnOff, default=True, help="three copies of a third of the images")
+    add("--repeated-aug", action=OnOff, default=True, help="three repeats of a third of the images")
     add("--reprob", type=float, default=0.25, help="probability of random erasing")
     add("--remode", default="pixel", choices=["const", "rand", "pixel"])
     add("--recount", type=int, default=1)
@@ -233,28 +269,33 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         help=f"{names}, or {HUB}NAME for the Hugging Face Hub; IMNET with --data-path, else DIGITS",
     )
     add("--data-path", help="folder of the dataset; for WDS, also a pattern of shards, or a URL")
-    add("--val-path", help="for WDS: the validation shards, if they are elsewhere")
-    add("--shard-cache", metavar="FOLDER", help="for WDS: where remote shards are kept")
-    add("--download", action="store_true", help="fetch the dataset into --data-path")
-    add("--inat-category", choices=INAT_CATEGORIES, default="name", help="level of the classes")
+    add("--val-path", help="for WDS: validation shards, if stored elsewhere")
+    add("--shard-cache", metavar="FOLDER", help="for WDS: cache folder of remote shards")
+    add("--download", action="store_true", help="download the dataset into --data-path")
+    add(
+        "--inat-category",
+        choices=INAT_CATEGORIES,
+        default="name",
+        help="taxonomic level of the classes",
+    )
     add("--input-key", default="image", help=f"for {HUB}NAME: column of the images")
     add("--target-key", default="label", help=f"for {HUB}NAME: column of the classes")
-    add("--sampling-ratio", type=float, default=1.0, help="share of every class to train on")
+    add("--sampling-ratio", type=float, default=1.0, help="fraction of every class to train on")
     add("--loader", choices=["fast", "timm"], default="fast", help="timm: the slow reference")
     where = ["auto", "workers", "device"]
-    add("--augment-on", choices=where, default="auto", help="auto: the device, if it is CUDA")
-    add("--decode-on-device", action="store_true", help="decode training JPEGs there, too")
+    add("--augment-on", choices=where, default="auto", help="auto: the device if it is CUDA")
+    add("--decode-on-device", action="store_true", help="decode training JPEGs on the device")
     add("--on-corrupt", choices=["error", "skip"], default="error", help="unreadable images")
     add("--eval-crop-ratio", type=float, default=0.875)
-    add("--dist-eval", action=OnOff, default=True, help="share evaluation among the processes")
+    add("--dist-eval", action=OnOff, default=True, help="distribute evaluation over the processes")
     workers = min(10, usable_cpus())
-    add("--num_workers", type=int, default=workers, help="loader processes per process")
+    add("--num_workers", type=int, default=workers, help="loader workers per process")
     add("--pin-mem", action=OnOff, default=True)
 
 
 def add_processes(group: argparse._ArgumentGroup) -> None:
     add = flags_of(group)
-    add("--device", help="cuda if present, else cpu, if not given")
+    add("--device", help="default: cuda if available, else cpu")
     add("--world_size", type=int, default=1, help="set by the launcher")
     add("--dist_url", default="env://")
     add("--dist-timeout", type=float, default=600.0, help="seconds to wait for other processes")

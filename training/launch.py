@@ -55,8 +55,7 @@ class _Launcher(NamedTuple):
     local_rank: str
 
 
-# In the order in which they are tried. OpenMPI and Hydra go before Slurm, whose variables they
-# inherit. A Slurm step has its own count of tasks; the job's would also be seen by a script that
+# In the order of precedence. OpenMPI and Hydra precede Slurm, whose variables they inherit. A Slurm step has its own count of tasks; the job's would also be seen by a script that
 # sbatch or salloc runs directly.
 _LAUNCHERS = (
     _Launcher("torchrun", ("RANK", "WORLD_SIZE"), "RANK", "WORLD_SIZE", "LOCAL_RANK"),
