@@ -55,8 +55,8 @@ class _Launcher(NamedTuple):
     local_rank: str
 
 
-# In the order of precedence. OpenMPI and Hydra precede Slurm, whose variables they inherit. A Slurm step has its own count of tasks; the job's would also be seen by a script that
-# sbatch or salloc runs directly.
+# In the order of precedence. OpenMPI and Hydra precede Slurm, whose variables they inherit. A Slurm
+# step has its own number of tasks; a script that sbatch or salloc runs directly also sees the job's.
 _LAUNCHERS = (
     _Launcher("torchrun", ("RANK", "WORLD_SIZE"), "RANK", "WORLD_SIZE", "LOCAL_RANK"),
     _Launcher(
