@@ -56,7 +56,7 @@ class _Launcher(NamedTuple):
 
 
 # In the order of precedence. OpenMPI and Hydra precede Slurm, whose variables they inherit. A Slurm
-# step has its own number of tasks; a script that sbatch or salloc runs directly also sees the job's.
+# step has its own number of tasks; a script that sbatch or salloc runs directly sees the job's too.
 _LAUNCHERS = (
     _Launcher("torchrun", ("RANK", "WORLD_SIZE"), "RANK", "WORLD_SIZE", "LOCAL_RANK"),
     _Launcher(
