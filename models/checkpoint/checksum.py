@@ -68,7 +68,7 @@ def write_with_checksum(content: Any, file: BinaryIO) -> None:
 
 def file_digest(file: BinaryIO, size: int) -> "hashlib._Hash":
     """SHA-256 of the first ``size`` bytes, read in pieces."""
-    digest, piece = hashlib.sha256(), memoryview(bytearray(CHUNK))
+    digest, piece = hashlib.sha256(), memoryview(bytearray(min(size, CHUNK)))
     file.seek(0)
     while size > 0:
         count = file.readinto(piece[:size])
