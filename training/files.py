@@ -127,9 +127,9 @@ def size_of(value: Any) -> int:
     return sum(size_of(item) for item in value) if isinstance(value, list | tuple) else 0
 
 
-def _prove(path: Path) -> None:
+def _verify(path: Path) -> None:
     if not verify_checksum(path):
-        raise CheckpointError(f"{path} is damaged: its seal is missing")
+        raise CheckpointError(f"{path} is damaged: it has no checksum")
 
 
 def save_checkpoint(
@@ -146,7 +146,7 @@ def save_checkpoint(
     """
     content = plain(state)
     try:
-        write_atomically(path, lambda file: write_with_checksum(content, file), _prove, also, keep)
+        write_atomically(path, lambda file: write_with_checksum(content, file), _verify, also, keep)
     except OutputError as error:
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(path.parent).free
