@@ -5,11 +5,11 @@ repository, also where timm has one of that name.
 """
 
 from models import convit, fastvit, visformer, vit
-from models.checkpoint.apply import load_checkpoint, load_weights, read_checkpoint
+from models.checkpoint.apply import LoadReport, load_checkpoint, load_weights
 from models.checkpoint.contents import Normalization, class_names, flags_of_run, normalization_of
-from models.checkpoint.report import LoadReport
+from models.checkpoint.read import read_checkpoint
 from models.detection_backbone import Backbone, SwinVisformer, VisionBackbone, load_backbone
-from models.errors import CheckpointError, ModelError
+from models.errors import CheckpointError, ModelError, UnsafeFileError
 from models.factory import build_model, check_input_size, pretrained_config
 from models.freezing import freeze_all_but_classifier, freeze_stages
 
@@ -20,6 +20,7 @@ __all__ = [
     "ModelError",
     "Normalization",
     "SwinVisformer",
+    "UnsafeFileError",
     "VisionBackbone",
     "build_model",
     "check_input_size",

@@ -18,8 +18,8 @@ from timm.layers import LayerNorm2d, trunc_normal_
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from models.checkpoint.apply import COMPUTED_KEYS, load_weights, read_checkpoint, to_own_names
-from models.checkpoint.report import LoadReport
+from models.checkpoint.apply import COMPUTED_KEYS, LoadReport, load_weights, to_own_names
+from models.checkpoint.read import read_checkpoint
 from models.errors import ModelError
 from models.factory import build_model
 from models.freezing import freeze_stages, is_frozen
@@ -296,17 +296,24 @@ def load_backbone(backbone: Backbone, path: str, ema: bool = False) -> LoadRepor
         CheckpointError: The file cannot be read, or the backbone's weights are not in it.
     """
 
-    def spare(key: str) -> bool:
+    def allow_unexpected(key: str) -> bool:
         name = key.removeprefix("net.")
         if name == key:
             return True  # of a detector's other parts, or of levels that are not returned
         return name in backbone.pruned or name.startswith("pos_embed")
 
-    def fresh(key: str) -> bool:
+    def allow_missing(key: str) -> bool:
         return not key.startswith("net.") or key.endswith("relative_position_bias_table")
 
     checkpoint = read_checkpoint(path)
-    return load_weights(backbone, checkpoint, str(path), ema, spare=spare, fresh=fresh)
+    return load_weights(
+        backbone,
+        checkpoint,
+        str(path),
+        ema,
+        allow_missing=allow_missing,
+        allow_unexpected=allow_unexpected,
+    )
 
 
 class VisionBackbone(Backbone):

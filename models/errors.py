@@ -1,10 +1,10 @@
-"""Errors of models and checkpoints, which the user can fix."""
+"""Errors of models and checkpoints that the user can fix."""
 
 SHOWN = 2000  # characters of a checkpoint's message, enough for a path and a few names
 
 
 class ModelError(ValueError):
-    """There is no such model, or it cannot be built or run as asked."""
+    """A model does not exist, or cannot be built or run as requested."""
 
 
 class CheckpointError(ModelError):
@@ -15,6 +15,10 @@ class CheckpointError(ModelError):
 
     def __init__(self, message: str):
         super().__init__(printable(message if len(message) <= SHOWN else message[:SHOWN] + "..."))
+
+
+class UnsafeFileError(CheckpointError):
+    """A checkpoint asks for more than tensors and plain values, or hides what it holds."""
 
 
 def printable(text: str) -> str:

@@ -5,7 +5,7 @@ from mmdet.registry import MODELS
 from mmengine.logging import print_log
 
 import models
-from models.checkpoint.report import LoadReport
+from models.checkpoint.apply import LoadReport
 from object_detection.checkpoints import plain_classes
 
 

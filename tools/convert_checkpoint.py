@@ -90,7 +90,7 @@ def convert_for_detection(
         kwargs["qk_scale_factor"] = args.qk_scale_factor
     backbone = models.VisionBackbone(name, model_kwargs=kwargs)
     report = models.load_backbone(backbone, args.input, ema=args.ema)
-    new = {key.rpartition(".")[0] for key in report.left}
+    new = {key.rpartition(".")[0] for key in report.missing}
     weights = {
         f"backbone.{key}": value
         for key, value in backbone.state_dict().items()

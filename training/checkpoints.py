@@ -89,7 +89,7 @@ def save_checkpoint(
 
 def _verify(path: Path) -> None:
     if not verify_checksum(path):
-        raise CheckpointError(f"{path} is damaged: its checksum is missing")
+        raise CheckpointError(f"{path} is damaged: it has no checksum")
 
 
 class Saver:

@@ -1,149 +1,63 @@
-"""Reading checkpoint files, safely, and loading weights into a model, strictly."""
+"""Load the weights of a checkpoint into a model, strictly."""
 
-import argparse
 import importlib
-import json
-import pickle
 import re
-import stat
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
-import safetensors
 import torch
 from torch import nn
 
-from models.checkpoint.archive import verify_archive
-from models.checkpoint.checksum import file_digest, verify_checksum
 from models.checkpoint.contents import settings_of, state_dict_of
 from models.checkpoint.mindcv_names import fill_missing_bias_tables
-from models.checkpoint.mindspore import MindSporeError, looks_like_mindspore, read_mindspore
-from models.checkpoint.pickled import UnsafeFileError
-from models.checkpoint.report import LoadReport
-from models.errors import CheckpointError
+from models.checkpoint.read import read_checkpoint
+from models.errors import CheckpointError, printable
 from models.layers import set_gelu, set_qk_scale_factor
 
-JSON_METADATA = {"model_kwargs", "classes", "input_size", "args"}  # of a header with the first
 COMPUTED_KEYS = ("relative_position_index", "attn_mask", "rel_indices")
-START_BYTES = 256  # enough to tell the formats apart
 SHOWN = 4
 
 
-def fetch(url: str) -> Path:
-    """Download a checkpoint into torch.hub's folder, once.
+@dataclass(frozen=True)
+class LoadReport:
+    """Outcome of :func:`load_checkpoint`.
 
-    A name such as ``visformer_small-839e1f5b.pth`` holds the first digits of the file's
-    SHA-256, which are verified; a copy that fails is fetched again.
-
-    Raises:
-        CheckpointError: The address names no file, or downloading or the digits fail.
+    Attributes:
+        source: Name of the file.
+        loaded: Keys of the model that were filled.
+        renamed: Keys of the checkpoint that have another name in the model.
+        resampled: Keys of the model whose value was resampled to the model's size.
+        ignored: Keys of the checkpoint that the model computes itself.
+        missing: Keys of the model that keep their initial value.
+        unexpected: Keys of the checkpoint that the model does not use.
+        notes: Settings of the checkpoint that were applied to the model.
     """
-    name = Path(urlparse(url).path).name
-    if name in ("", ".."):
-        raise CheckpointError(f"cannot download {url}: it names no file")
-    path = Path(torch.hub.get_dir(), "checkpoints", name)
-    digits = re.search(r"-([0-9a-f]{8,})\.", name)
-    try:
-        if path.is_file() and (not digits or _digest(path).startswith(digits[1])):
-            return path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(
-            url, str(path), hash_prefix=digits and digits[1], progress=False
-        )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"cannot download {url}: {error}") from error
-    return path
 
+    source: str
+    loaded: tuple[str, ...]
+    renamed: tuple[str, ...] = ()
+    resampled: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
-def _digest(path: Path) -> str:
-    with path.open("rb", buffering=0) as file:
-        return file_digest(file, path.stat().st_size).hexdigest()
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint file onto the CPU without executing anything it holds.
-
-    Accepted are PyTorch files of tensors and plain values, with an ``argparse.Namespace``
-    as DeiT's and Visformer's files hold, safetensors, and MindSpore's ``.ckpt`` of MindCV's
-    networks. The content decides, not the name. The file's seal is verified first, if it has
-    one (see :mod:`models.checkpoint.checksum`), and what it would have torch.load do (see
-    :mod:`models.checkpoint.archive`).
-
-    Args:
-        path: File, or http(s) address of one.
-
-    Raises:
-        CheckpointError: The file is missing, damaged, of another kind, or a pickle that
-            asks for more than plain values.
-    """
-    path = fetch(str(path)) if str(path).startswith(("http://", "https://")) else Path(path)
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
-            raise CheckpointError(f"cannot read checkpoint {path}: it is no regular file")
-        verify_checksum(path)
-        size = status.st_size
-        with path.open("rb") as file:
-            start = file.read(START_BYTES)
-    except OSError as error:
-        raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror}") from error
-    if not start:
-        raise CheckpointError(f"{path} is empty, not a checkpoint")
-    try:
-        if start[8:9] == b"{":
-            return _read_safetensors(path)
-        if looks_like_mindspore(start, size):
-            return _read_mindspore(path)
-        verify_archive(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except MindSporeError as error:
-        raise CheckpointError(str(error)) from error
-    except UnsafeFileError as error:
-        raise CheckpointError(f"{path} {error}") from error
-    except Exception as error:  # bytes of any kind make the readers raise errors of any kind
-        raise CheckpointError(f"{path} {_why_unreadable(error)}") from error
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint")
-    return dict(content)
-
-
-def _read_safetensors(path: Path) -> dict[str, Any]:
-    """The tensors under ``state_dict``, and the texts of the header, JSON where it is ours."""
-    with safetensors.safe_open(path, "pt") as file:
-        content: dict[str, Any] = dict(file.metadata() or {})
-        for key in JSON_METADATA & content.keys() if "model_kwargs" in content else ():
-            content[key] = json.loads(content[key])
-        content["state_dict"] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    return content
-
-
-def _read_mindspore(path: Path) -> dict[str, Any]:
-    """The parameters under ``mindspore``, and what MindCV's networks compute with them."""
-    state = read_mindspore(path)
-    content: dict[str, Any] = {"mindspore": state, "gelu": "tanh"}
-    if any(name.endswith("patch_embed0.proj.weight") for name in state):
-        content["qk_scale_factor"] = -0.5  # VisformerV2
-    return content
-
-
-def _why_unreadable(error: Exception) -> str:
-    wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if wanted and "nsupported" in str(error):
-        return (
-            f"is refused: it asks for {wanted[1]}, and a checkpoint may hold tensors and plain "
-            f"values only"
-        )
-    if isinstance(error, pickle.UnpicklingError | IndexError | KeyError):
-        return "is not a checkpoint, or damaged"
-    reason = str(error).strip() or type(error).__name__
-    return f"is damaged or cut short ({reason.splitlines()[0][:200]})"
+    def __str__(self) -> str:
+        parts = [f"{len(self.loaded)} tensors loaded"]
+        for what in ("renamed", "resampled", "ignored"):
+            if keys := getattr(self, what):
+                parts.append(f"{len(keys)} {what}")
+        for what in ("missing", "unexpected"):
+            if keys := getattr(self, what):
+                names = dict.fromkeys(re.sub(r"(\.\d+\..*|\.[^.]*)$", "", key) for key in keys)
+                parts.append(f"{what}: {', '.join(names)}")
+        return printable(f"{self.source}: {', '.join((*parts, *self.notes))}")
 
 
 def to_own_names(state: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Weights in any layout that the model's file knows -> weights in the model's own."""
+    """Convert weights from any layout that the model's file knows to the model's own."""
     own = model.state_dict()
     # what has the right keys and shapes needs no filter (timm's may rename on suspicion)
     if {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in own.items()}:
@@ -154,27 +68,25 @@ def to_own_names(state: Mapping[str, torch.Tensor], model: nn.Module) -> dict[st
     return dict(convert(dict(state), model))
 
 
-def _nothing(key: str) -> bool:
-    return False
-
-
 def load_weights(
     model: nn.Module,
     checkpoint: Mapping[str, Any],
     source: str,
     ema: bool = False,
     new_head: bool = False,
-    spare: Callable[[str], bool] = _nothing,
-    fresh: Callable[[str], bool] = _nothing,
+    allow_missing: Callable[[str], bool] = lambda key: False,
+    allow_unexpected: Callable[[str], bool] = lambda key: False,
     other_classes: bool = False,
 ) -> LoadReport:
     """Load the weights of a checkpoint that has been read; see :func:`load_checkpoint`.
 
     Args:
-        model, checkpoint, source, ema, new_head: See there.
-        spare: Tells of a key of the checkpoint that the model may lack.
-        fresh: Tells of a key of the model that the checkpoint may lack.
-        other_classes: With ``new_head``, leave a classifier of the same shape, too.
+        model, ema, new_head: See :func:`load_checkpoint`.
+        checkpoint: Content of the file.
+        source: Name of the file, for messages.
+        allow_missing: Return True for a key of the model that the checkpoint may lack.
+        allow_unexpected: Return True for a key of the checkpoint that the model may lack.
+        other_classes: With ``new_head``, skip a classifier of the same shape, too.
     """
     state, others = state_dict_of(checkpoint, source, ema)
     own = model.state_dict()
@@ -188,25 +100,25 @@ def load_weights(
         raise CheckpointError(f"{source} does not fit the model: {e or type(e).__name__}") from e
     if "mindspore" in checkpoint:
         converted = fill_missing_bias_tables(converted, own)
-    dropped = [key for key in converted if key not in own and spare(key)]
-    converted = {key: value for key, value in converted.items() if key not in dropped}
+    unexpected = [key for key in converted if key not in own and allow_unexpected(key)]
+    converted = {key: value for key, value in converted.items() if key not in unexpected}
     # counters that other frameworks do not keep, and no function depends on
     converted = {k: own[k] for k in own if k.endswith(".num_batches_tracked")} | converted
-    left = _unfit_head(model, converted, own, other_classes) if new_head else []
-    left += [key for key in own if key not in converted and fresh(key)]
-    for key in left:
+    missing = _unfit_head(model, converted, own, other_classes) if new_head else []
+    missing += [key for key in own if key not in converted and allow_missing(key)]
+    for key in missing:
         converted[key] = own[key]
     _check_fit(converted, own, source)
     model.load_state_dict(converted)
     resampled = (k for k, v in converted.items() if k in state and v.shape != state[k].shape)
     return LoadReport(
         source=source,
-        loaded=tuple(key for key in own if key not in left),
-        renamed=tuple(key for key in state if key not in own and key not in dropped),
-        resampled=tuple(key for key in resampled if key not in left),
+        loaded=tuple(key for key in own if key not in missing),
+        renamed=tuple(key for key in state if key not in own and key not in unexpected),
+        resampled=tuple(key for key in resampled if key not in missing),
         ignored=(*ignored, *others),
-        left=tuple(left),
-        dropped=tuple(dropped),
+        missing=tuple(missing),
+        unexpected=tuple(unexpected),
         notes=tuple(_apply(model, *settings)),
     )
 
@@ -217,18 +129,14 @@ def load_checkpoint(
     """Load a checkpoint file into ``model``, strictly.
 
     Layouts that the model's file knows are converted (for Visformer the original's and
-    timm's); position embeddings and biases are resampled to the model's size. Where the
-    checkpoint says with which exponent of the query/key pre-scale, or which GELU, its weights
-    were trained, the model takes that over.
+    timm's); position embeddings and biases are resampled to the model's size. If the checkpoint
+    names the exponent of the query/key pre-scale or the GELU of its training, the model uses them.
 
     Args:
         model: Receives the weights.
-        path: File in any form that :func:`read_checkpoint` takes.
+        path: File in any format of :func:`models.read_checkpoint`.
         ema: Load the moving average instead of the raw weights.
-        new_head: Leave a classifier of another number of classes at its initial value.
-
-    Returns:
-        What was loaded, renamed, resampled and left.
+        new_head: Keep the initial classifier where the number of classes differs.
 
     Raises:
         CheckpointError: The file cannot be read, or keys or shapes differ from the model's;
@@ -243,7 +151,7 @@ def _unfit_head(
     own: Mapping[str, torch.Tensor],
     other_classes: bool,
 ) -> list[str]:
-    """Keys of the classifier that the state has in another shape, for others or not at all."""
+    """Keys of the classifier that the state lacks, has in another shape or for other classes."""
     names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     heads = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
     return [
@@ -255,7 +163,7 @@ def _unfit_head(
 
 
 def _apply(model: nn.Module, exponent: float | None, gelu: str) -> Iterator[str]:
-    """Make the model compute what the weights were trained for; says what was changed."""
+    """Give the model the settings that the weights were trained with; yield the changes."""
     if exponent is not None and getattr(model, "qk_scale_factor", exponent) != exponent:
         set_qk_scale_factor(model, exponent)
         yield f"pre-scale exponent {exponent}, as trained"
@@ -268,7 +176,7 @@ def _check_fit(
     state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], source: str
 ) -> None:
     missing = [key for key in own if key not in state]
-    unknown = [key for key in state if key not in own]
+    unexpected = [key for key in state if key not in own]
     shapes = [
         f"{key} ({tuple(state[key].shape)} for {tuple(own[key].shape)})"
         for key in own
@@ -283,9 +191,9 @@ def _check_fit(
         f"{len(keys)} {what}: {', '.join(keys[:SHOWN])}{', ...' if len(keys) > SHOWN else ''}"
         for what, keys in (
             ("missing", missing),
-            ("not in the model", unknown),
+            ("unexpected", unexpected),
             ("of another shape", shapes),
-            ("of another kind", kinds),
+            ("of another type", kinds),
         )
         if keys
     ]
@@ -294,5 +202,5 @@ def _check_fit(
 
 
 def _kind(tensor: torch.Tensor) -> tuple[bool, bool]:
-    """What copying a tensor into another must not change: float32 to bfloat16 may be."""
+    """Properties that a copy must keep; float32 may become bfloat16."""
     return tensor.is_floating_point(), tensor.is_complex()

@@ -1,29 +1,70 @@
-"""Whether torch.load may be given a file: its frame, a zip archive or torch's older format.
+"""Check that torch.load can be given a file: its frame, zip or legacy, and the pickle within.
 
-The reader of archives in torch takes what a directory says: it would unpack a compressed record of
-any size, and records that lie over each other. It also does not look where Python's reader looks,
-so the archive must be of a form that leaves no choice.
+``torch.load(weights_only=True)`` calls no foreign code, but it believes what it reads: it unpacks a
+compressed record of any size, reads records that overlap, and calls functions that fill memory.
+Python's zip reader and torch's must find the same records, so the archive's form is fixed.
 """
 
 import os
+import pickletools
 import struct
 import zipfile
+from collections import deque
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+import torch
 
 from models.checkpoint.checksum import COMMENT_BYTES, END_BYTES, END_MARK
-from models.checkpoint.pickled import DAMAGED, UnsafeFileError, follow, is_part
+from models.errors import UnsafeFileError
 
-FREE_BYTES, SHARED = 1 << 24, 4  # all tensors may have so much, and so often the file's size
+MAX_OPCODES = 1 << 21  # some 30 make a tensor and its place in a dict; one takes up to 216 bytes
 MAX_DIRECTORY = 1 << 24  # bytes, some 100 per tensor
 ZIP_START = b"PK\3\4"
-END = struct.Struct("<4s8xLLH")  # mark, bytes and offset of the directory, bytes of the comment
-END64, LOCATOR = struct.Struct("<4sQ28xQQ"), struct.Struct("<4s4xQ4x")
-ENTRY = struct.Struct("<4s22xHH")  # what stands before a record: mark, bytes of name and extra
-# pickles of torch's magic number and of the version of its older format
+# 64-bit end record (mark, extent, bytes and offset of the directory), its locator (mark, offset),
+# end record (mark, bytes and offset of the directory, bytes of the comment)
+END = struct.Struct("<4sQ28xQQ4s4xQ4x4s8xLLH")
+END64_BYTES = END.size - END_BYTES
+ENTRY = struct.Struct("<4s22xHH")  # in front of a record: mark, bytes of the name and of extras
+# pickles of torch's magic number and of the version of its legacy format
 LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
-LENGTH = 8  # bytes before each storage of the older format
+LENGTH = 8  # bytes before each storage of the legacy format
+
+STORAGES = {"torch.storage.UntypedStorage": 1} | {
+    f"torch.{name}Storage": size
+    for size, names in (
+        (1, ("Byte", "Char", "Bool")),
+        (2, ("Half", "BFloat16", "Short")),
+        (4, ("Float", "Int")),
+        (8, ("Double", "Long", "ComplexFloat")),
+        (16, ("ComplexDouble",)),
+    )
+    for name in names
+}
+# what torch.save's pickles of dense tensors and plain values ask for, dtypes apart
+GLOBALS = STORAGES.keys() | {
+    "_codecs.encode",
+    "argparse.Namespace",
+    "builtins.complex",
+    "builtins.set",
+    "collections.Counter",
+    "collections.OrderedDict",
+    "torch.Size",
+    "torch.device",
+    "torch._utils._rebuild_parameter",
+    "torch._utils._rebuild_tensor",
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_tensor_v3",
+}
+
+Token = tuple[str, Any]  # name of an opcode, and the constant that it pushes or None
+NONE: Token = ("NONE", None)
+INTEGERS = ("BININT", "BININT1", "BININT2", "LONG1")
+ENCODE: Token = ("GLOBAL", "_codecs.encode")
+# bytes as text; other codecs import modules, or make more bytes than there were
+ENCODE_CALL = ("BINUNICODE", ("BINUNICODE", "latin1"), "TUPLE2", "REDUCE")
 
 
 def verify_archive(path: Path) -> None:
@@ -32,7 +73,8 @@ def verify_archive(path: Path) -> None:
     Takes memory in proportion to the pickle, and reads no tensor.
 
     Raises:
-        UnsafeFileError: It is not, or is damaged.
+        UnsafeFileError: It asks for more; the message continues the file's name.
+        ValueError, LookupError, zipfile.BadZipFile: It is damaged, or of another kind.
         OSError: It cannot be read.
     """
     with path.open("rb") as file:
@@ -40,105 +82,167 @@ def verify_archive(path: Path) -> None:
         file.seek(0)
         start = file.read(len(LEGACY_START))
         if start.startswith(ZIP_START):
-            _vet_zip(file, size)
+            _verify_zip(file, size)
         elif start == LEGACY_START:
-            _vet_legacy(file, size)
+            _verify_legacy(file, size)
         else:
-            raise UnsafeFileError(DAMAGED)
+            raise ValueError("unknown format")
 
 
-def _vet_legacy(file: BinaryIO, size: int) -> None:
-    """After the start: the machine's sizes, the content, the keys of storages, and these."""
+def _verify_legacy(file: BinaryIO, size: int) -> None:
+    """After the start: sizes of integers, content, keys of the storages, storages."""
     storages: dict[str, int] = {}
 
-    def storage(key: str, count: int) -> None:
-        if storages.setdefault(key, count) != count or count > size:
-            raise UnsafeFileError("is damaged or cut short (a storage has a wrong size)")
+    def verify(key: str, length: int) -> None:
+        if storages.setdefault(key, length) != length:
+            raise ValueError(f"storage {key} has two sizes")
 
-    limit = FREE_BYTES + SHARED * size
-    follow(file, size, limit, storage)
-    follow(file, size, limit, storage)
-    keys = follow(file, size, limit, storage)
-    if not is_part(keys, "list") or sorted(map(str, keys.items)) != sorted(storages):
-        raise UnsafeFileError(DAMAGED)
+    for _ in range(2):
+        _verify_pickle(file, verify)
+    keys = {value for name, value in _tokens(file) if name == "BINUNICODE"}
+    if keys != storages.keys():
+        raise ValueError("its list of storages is wrong")
     if file.tell() + sum(storages.values()) + LENGTH * len(storages) != size:
-        raise UnsafeFileError(
-            "is damaged or cut short (its storages are not as long as they should be)"
-        )
+        raise ValueError("its storages have another size")
 
 
-def _vet_zip(file: BinaryIO, size: int) -> None:
-    start, end = _directory(file, size)
-    if end - start > MAX_DIRECTORY:
-        raise UnsafeFileError(f"is refused: its directory has {end - start} bytes")
-    try:
-        with zipfile.ZipFile(file) as archive:
-            infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
-            first = archive.infolist()[0].filename if infos else ""
-    except (zipfile.BadZipFile, ValueError, struct.error, NotImplementedError) as error:
-        raise UnsafeFileError(f"is damaged or cut short ({error})") from error
-    prefix = first[: first.find("/") + 1]
-    records: dict[str, tuple[int, int]] = {}  # begin and bytes
-    bounds = [info.header_offset for info in infos[1:]] + [start]
-    for info, bound in zip(infos, bounds, strict=True):
+def _verify_zip(file: BinaryIO, size: int) -> None:
+    start = _directory_start(file, size)
+    with zipfile.ZipFile(file) as archive:
+        infos = archive.infolist()
+    prefix = infos[0].orig_filename.partition("/")[0]
+    records: dict[str, tuple[int, int]] = {}  # offset and bytes; torch ignores the names' case
+    bound = start
+    for info in sorted(infos, key=lambda info: info.header_offset, reverse=True):
         name = info.orig_filename
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
             raise UnsafeFileError(f"is refused: its record {name[:100]} is compressed")
-        if not prefix or not name.startswith(prefix) or not name.isascii() or "\0" in name:
-            raise UnsafeFileError(DAMAGED)
-        begin = _begin(file, info)
-        key = name.removeprefix(prefix).lower()  # torch finds names whatever their case
-        if begin + info.file_size > bound or key in records:
-            raise UnsafeFileError(
-                "is damaged or cut short (its records overlap, or are there twice)"
-            )
-        records[key] = begin, info.file_size
-    if "constants.pkl" in records:
-        raise UnsafeFileError("is refused: it is a TorchScript program, not a checkpoint")
-    if "data.pkl" not in records:
-        raise UnsafeFileError(DAMAGED)
+        offset = _record_start(file, info)
+        if offset + info.file_size > bound:
+            raise UnsafeFileError(f"is refused: its record {name[:100]} overlaps another")
+        if not name.isascii() or "\0" in name or name.lower() in records:
+            raise UnsafeFileError(f"is refused: its record {name[:100]} has no name of its own")
+        records[name.lower()] = offset, info.file_size
+        bound = info.header_offset
 
-    def storage(key: str, count: int) -> None:
-        if records.get(f"data/{key}".lower(), (0, -1))[1] != count:
-            raise UnsafeFileError("is damaged or cut short (a storage has a wrong size)")
+    def verify(key: str, length: int) -> None:
+        if records[f"{prefix}/data/{key}".lower()][1] != length:
+            raise ValueError(f"storage {key} has another size")
 
-    begin, length = records["data.pkl"]
-    file.seek(begin)
-    follow(BytesIO(file.read(length)), length, FREE_BYTES + SHARED * size, storage)
+    offset, length = records[f"{prefix}/data.pkl".lower()]
+    file.seek(offset)
+    _verify_pickle(BytesIO(file.read(length)), verify)
 
 
-def _directory(file: BinaryIO, size: int) -> tuple[int, int]:
-    """Where the directory of an archive begins and ends, if there is one way to see it.
+def _directory_start(file: BinaryIO, size: int) -> int:
+    """Return the offset of the directory, which must end the file but for end records.
 
     Raises:
-        UnsafeFileError: The file does not end with the directory and its end records, or a seal.
+        ValueError: The file ends otherwise, or has a comment that is not a checksum.
     """
     for comment in (0, COMMENT_BYTES):
-        end = size - comment - END_BYTES
-        if end < 0:
-            break
-        file.seek(max(end - LOCATOR.size - END64.size, 0))
-        tail = file.read(min(end, LOCATOR.size + END64.size) + END_BYTES)
-        mark, length, start, stated = END.unpack(tail[-END_BYTES:])
+        file.seek(max(size - comment - END.size, 0))
+        tail = file.read(END.size).rjust(END.size)
+        mark64, extent, length64, start64, locator, place, *record = END.unpack(tail)
+        mark, length, start, stated = record
         if mark != END_MARK or stated != comment:
             continue
-        if len(tail) == LOCATOR.size + END64.size + END_BYTES:
-            locator, place = LOCATOR.unpack_from(tail, END64.size)
-            if locator == b"PK\6\7":  # the numbers are in another record, of 64 bits
-                end -= LOCATOR.size + END64.size
-                mark, extent, length, start = END64.unpack_from(tail)
-                if mark != b"PK\6\6" or place != end or extent != END64.size - 12:
-                    break
+        end = size - comment - END_BYTES
+        if locator == b"PK\6\7":  # the numbers are in the record of 64 bits
+            end -= END64_BYTES
+            length, start = length64, start64
+            if (mark64, extent, place) != (b"PK\6\6", 44, end):
+                break
+        if length > MAX_DIRECTORY:
+            raise UnsafeFileError(f"is refused: its directory has {length} bytes")
         if start + length == end:
-            return start, end
+            return start
         break
-    raise UnsafeFileError("is damaged or cut short (it does not end as an archive does)")
+    raise ValueError("its end is not that of an archive")
 
 
-def _begin(file: BinaryIO, info: zipfile.ZipInfo) -> int:
-    """Where a record's bytes begin: after a header, which must bear its name."""
+def _record_start(file: BinaryIO, info: zipfile.ZipInfo) -> int:
+    """Return the offset of a record's bytes, which follow a header with its name."""
     file.seek(info.header_offset)
-    mark, name, extra = ENTRY.unpack(file.read(ENTRY.size).ljust(ENTRY.size))
+    mark, name, extra = ENTRY.unpack(file.read(ENTRY.size))
     if mark != ZIP_START or file.read(name) != info.orig_filename.encode():
-        raise UnsafeFileError("is damaged or cut short (its directory and its records differ)")
+        raise ValueError(f"record {info.orig_filename[:100]} has another name in its header")
     return info.header_offset + ENTRY.size + name + extra
+
+
+def _verify_pickle(file: BinaryIO, verify: Callable[[str, int], None]) -> None:
+    """Check the pickle at the file's position without running it.
+
+    Args:
+        file: Left behind the pickle.
+        verify: Called with the key and the bytes of every storage, which is outside the pickle.
+    """
+    recent: deque[Token] = deque([NONE] * 8, maxlen=8)
+    for token in _tokens(file):
+        if token[0] == "BINPERSID":
+            verify(*_storage(list(recent)))
+        recent.append(token)
+
+
+def _storage(tokens: list[Token]) -> tuple[str, int]:
+    """Key and bytes of the storage that a tuple refers to; the tokens are those that make it."""
+    # the legacy format adds a view, which torch.save leaves None
+    del tokens[-2 if tokens[-2] == NONE else 0]
+    names, (_, kind, storage, key, _, count, _) = zip(*tokens, strict=True)
+    texts = ("BINUNICODE",) * 2
+    if (
+        names[:-2] + names[-1:] != ("MARK", "BINUNICODE", "GLOBAL", *texts, "TUPLE")
+        or names[-2] not in INTEGERS
+        or kind != "storage"
+    ):
+        raise UnsafeFileError("is refused: it refers to a storage as torch.save never does")
+    return key, count * STORAGES[storage]
+
+
+def _tokens(file: BinaryIO) -> Iterator[Token]:
+    """Opcodes of one pickle, with constants looked up in its memo.
+
+    Raises:
+        UnsafeFileError: The pickle asks for a global that is not allowed, or is too long.
+        ValueError: It is damaged.
+    """
+    # the caller of read_checkpoint may have allowed more
+    allowed = GLOBALS | {
+        f[1] if isinstance(f, tuple) else f"{f.__module__}.{f.__qualname__}"
+        for f in torch.serialization.get_safe_globals()
+    }
+    memo: dict[int, Token] = {}
+    token, due = NONE, ()
+    for number, (opcode, value, _) in enumerate(pickletools.genops(file)):
+        name = opcode.name
+        if number == MAX_OPCODES:
+            raise UnsafeFileError(f"is refused: its pickle has more than {MAX_OPCODES} opcodes")
+        if name in ("BINPUT", "LONG_BINPUT"):
+            memo[value] = token
+            continue
+        if name == "PROTO":
+            if value != 2:
+                raise ValueError(f"pickle protocol {value}, not 2")
+            continue
+        if name == "GLOBAL":
+            value = value.replace(" ", ".").replace("__builtin__.", "builtins.")
+            if value not in allowed and not _is_dtype(value):
+                raise UnsafeFileError(
+                    f"is refused: it asks for {value}; a checkpoint may hold only tensors and "
+                    f"plain values"
+                )
+        if name in ("BINGET", "LONG_BINGET"):
+            token = memo[value]
+            if token[1] is None:  # not a constant
+                token = (name, None)
+        else:
+            token = (name, value)
+        if due and due[0] not in (token[0], token):
+            raise UnsafeFileError("is refused: it calls _codecs.encode as torch.save never does")
+        due = ENCODE_CALL if token == ENCODE else due[1:]
+        yield token
+
+
+def _is_dtype(name: str) -> bool:
+    owner, _, last = name.rpartition(".")
+    return owner == "torch" and isinstance(getattr(torch, last, None), torch.dtype)

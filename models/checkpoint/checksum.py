@@ -1,9 +1,8 @@
-"""A seal: the SHA-256 of a checkpoint, carried by the file itself and verified on reading.
+"""Checksums of checkpoints, stored in the files themselves and verified on reading.
 
-A sealed file is what torch.save writes, a zip archive, with the archive comment
-``sha256=<64 hexadecimal digits>``: the digest of the file as torch wrote it, that is of all bytes
-before the comment with the comment's two-byte length read as zero. Zip readers, torch.load among
-them, take it as they take any archive with a comment.
+A file with a checksum is torch.save's zip archive with the comment ``sha256=<64 hexadecimal
+digits>``: the digest of the file as torch wrote it, that is of all bytes before the comment with
+the comment's two-byte length read as zero. Zip readers, among them torch.load, accept it.
 """
 
 import hashlib
@@ -25,7 +24,7 @@ CHUNK = 1 << 22
 class _Hashing:
     """A file that hashes what is written, and remembers why writing failed.
 
-    What is hashed comes from memory: what a failing disk gives back is not vouched for.
+    It hashes the data in memory: a failing disk may return something else.
     """
 
     def __init__(self, file: BinaryIO):
@@ -44,10 +43,10 @@ class _Hashing:
 
 
 def write_with_checksum(content: Any, file: BinaryIO) -> None:
-    """Write a checkpoint with its seal; never holds the file in memory.
+    """Write a checkpoint with its checksum, without holding the file in memory.
 
     Args:
-        content: What torch.save takes.
+        content: Argument of torch.save.
         file: Empty file, open for writing and seeking (``"w+b"``).
 
     Raises:
@@ -57,7 +56,7 @@ def write_with_checksum(content: Any, file: BinaryIO) -> None:
     try:
         torch.save(content, hashing)
     except RuntimeError as error:
-        if hashing.error is not None:  # torch tells that writing failed, not why
+        if hashing.error is not None:  # torch's error does not say why writing failed
             raise hashing.error from error
         raise
     file.seek(-2, 2)
@@ -67,8 +66,8 @@ def write_with_checksum(content: Any, file: BinaryIO) -> None:
 
 
 def file_digest(file: BinaryIO, size: int) -> "hashlib._Hash":
-    """SHA-256 of the first ``size`` bytes, read in pieces."""
-    digest, piece = hashlib.sha256(), memoryview(bytearray(CHUNK))
+    """Return the SHA-256 of the first ``size`` bytes, read in chunks."""
+    digest, piece = hashlib.sha256(), memoryview(bytearray(min(size, CHUNK)))
     file.seek(0)
     while size > 0:
         count = file.readinto(piece[:size])
@@ -80,7 +79,7 @@ def file_digest(file: BinaryIO, size: int) -> "hashlib._Hash":
 
 
 def _read_checksum(file: BinaryIO) -> tuple[bytes, bytes]:
-    """What stands at the places of the end record and of the comment in a sealed file."""
+    """Return the bytes at the places of the end record and of the checksum comment."""
     size = file.seek(0, 2)
     file.seek(max(size - END_BYTES - COMMENT_BYTES, 0))
     tail = file.read()
@@ -88,22 +87,19 @@ def _read_checksum(file: BinaryIO) -> tuple[bytes, bytes]:
 
 
 def has_checksum(path: str | PathLike[str]) -> bool:
-    """Whether a file carries a seal, be it damaged; see :func:`verify_checksum`.
+    """Return True if a file has a checksum, intact or not; see :func:`verify_checksum`.
 
     Raises:
         OSError: The file cannot be read.
     """
     with open(path, "rb") as file:
         end, comment = _read_checksum(file)
-    # either of the two shows that a seal was there, should the other be damaged
+    # either of the two shows that there was a checksum, should the other be damaged
     return end.startswith(END_MARK) or COMMENT.fullmatch(comment) is not None
 
 
 def verify_checksum(path: str | PathLike[str]) -> bool:
-    """Verify a file's seal.
-
-    Returns:
-        Whether it has one.
+    """Verify a file's checksum; return False if it does not have one.
 
     Raises:
         CheckpointError: The file differs from what was written.
@@ -115,12 +111,12 @@ def verify_checksum(path: str | PathLike[str]) -> bool:
         end, comment = _read_checksum(file)
         stated = COMMENT.fullmatch(comment)
         if not stated or end[:4] != END_MARK or end[-2:] != bytes([COMMENT_BYTES, 0]):
-            raise CheckpointError(f"{path} is damaged: its seal, at the end, is not whole")
+            raise CheckpointError(f"{path} is damaged: its checksum, at the end, is incomplete")
         digest = file_digest(file, file.seek(0, 2) - COMMENT_BYTES - 2)
     digest.update(b"\0\0")
     if digest.hexdigest() != stated[1].decode():
         raise CheckpointError(
-            f"{path} is damaged: its SHA-256 is {digest.hexdigest()}, and should be "
+            f"{path} is damaged: its SHA-256 is {digest.hexdigest()} instead of "
             f"{stated[1].decode()}"
         )
     return True

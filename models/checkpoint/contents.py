@@ -1,4 +1,4 @@
-"""What the content of a checkpoint says: weights, classes, and how they were trained."""
+"""Checkpoint contents: weights, class names and training settings."""
 
 import argparse
 from collections.abc import Mapping
@@ -9,31 +9,32 @@ import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from models.checkpoint.mindcv_names import to_original_names
-from models.errors import CheckpointError
+from models.errors import CheckpointError, UnsafeFileError
 
-Normalization = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation by channel
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std by channel
 
 WEIGHT_KEYS = ("model", "state_dict")
 EMA_KEYS = ("model_ema", "state_dict_ema")
 SHOWN = 4  # keys in a message
+FREE_BYTES, SHARED = 1 << 24, 4  # all weights may have so much, and so often what is stored
 HEADS = ("head.weight", "classifier.weight", "head.fc.weight")
 
 
 def state_dict_of(
     checkpoint: Mapping[str, Any], source: str, ema: bool = False
 ) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
-    """The weights within a checkpoint, whatever they are filed under.
+    """Return the weights of a checkpoint, under whichever key they are.
 
     Args:
-        checkpoint: What :func:`read_checkpoint` returns.
-        source: Its name in error messages.
-        ema: Take the moving average instead of the raw weights.
+        checkpoint: Content of the file.
+        source: Name of the file, for messages.
+        ema: Return the moving average instead of the raw weights.
 
     Returns:
-        The weights, and the names of what a training checkpoint of MindCV holds besides.
+        The weights, and the ignored names of a training checkpoint of MindCV.
 
     Raises:
-        CheckpointError: There are none.
+        CheckpointError: It does not have any.
     """
     if foreign := _mapping(checkpoint, "mindspore"):
         try:
@@ -54,28 +55,37 @@ def state_dict_of(
 
 
 def _mapping(checkpoint: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """What is filed under ``key``, if it holds values by name."""
+    """Return the mapping under ``key``, or an empty one."""
     value = checkpoint.get(key)
     return value if isinstance(value, Mapping) else {}
 
 
 def _named(state: Mapping[Any, Any], source: str) -> dict[str, torch.Tensor]:
-    """The tensors of a mapping, whose keys must be names."""
+    """Return the tensors of a mapping, whose keys must be names.
+
+    Raises:
+        CheckpointError: A key is not text.
+        UnsafeFileError: Strides of zero make the tensors much larger than what the file holds.
+    """
     tensors = {key: value for key, value in state.items() if torch.is_tensor(value)}
+    storages = (value.untyped_storage() for value in tensors.values())
+    held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    if sum(value.nbytes for value in tensors.values()) > FREE_BYTES + SHARED * held:
+        raise UnsafeFileError(f"{source} has {held} bytes, which is far too few for its tensors")
     strange = next((key for key in tensors if not isinstance(key, str)), None)
     if strange is not None:
         raise CheckpointError(
-            f"{source} holds a tensor under {str(strange)[:80]}, which is no name"
+            f"{source} holds a tensor under {str(strange)[:80]}, which is not a name"
         )
     return tensors
 
 
 def num_classes_of(state: Mapping[str, torch.Tensor], name: str = "") -> int | None:
-    """Rows of the classifier, or None where it is not recognised.
+    """Return the number of rows of the classifier, or None if it is not recognised.
 
     Args:
         state: Weights in any layout.
-        name: Of the model, if it is known: timm says what its classifier is called.
+        name: Name of the model, if known, for timm's name of its classifier.
     """
     name = name.partition(".")[0]  # without the tag
     named = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
@@ -84,10 +94,10 @@ def num_classes_of(state: Mapping[str, torch.Tensor], name: str = "") -> int | N
 
 
 def class_names(checkpoint: Mapping[str, Any], source: str) -> list[str]:
-    """Names of the classes in the order of the logits; empty where a checkpoint has none.
+    """Return the class names in the order of the logits, empty if the checkpoint has none.
 
     Raises:
-        CheckpointError: What stands for them are no names.
+        CheckpointError: They are not names.
     """
     names = checkpoint.get("classes") or []
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
@@ -96,10 +106,10 @@ def class_names(checkpoint: Mapping[str, Any], source: str) -> list[str]:
 
 
 def flags_of_run(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Flags of the run that made a checkpoint, if it was of this repository, of DeiT or its kin.
+    """Return the flags of the run that made a checkpoint: of this repository, DeiT or its kin.
 
-    Of MindCV's runs, whose files hold none, an empty dict; None of timm's runs, whose files name
-    their ``arch``, and of weights that say nothing of a run.
+    The dict is empty for MindCV's runs, whose files hold none. The result is None for timm's runs,
+    whose files name their ``arch``, and for weights without a run.
     """
     flags = {} if "mindspore" in checkpoint else checkpoint.get("args")
     flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
@@ -107,13 +117,13 @@ def flags_of_run(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def normalization_of(checkpoint: Mapping[str, Any], config: Mapping[str, Any]) -> Normalization:
-    """Mean and deviation of the images that weights were trained on, for values from 0 to 1.
+    """Return mean and std of the training images, for values from 0 to 1.
 
-    Runs with :func:`flags_of_run` have ImageNet's, whatever the model; other weights have what
-    timm says of the model.
+    They are ImageNet's for runs with :func:`flags_of_run`, whatever the model, and those of the
+    model's ``pretrained_cfg`` for other weights.
 
     Args:
-        checkpoint: The file's content; empty for timm's own weights.
+        checkpoint: Content of the file; empty for timm's own weights.
         config: The model's ``pretrained_cfg``.
     """
     if flags_of_run(checkpoint) is not None or not config.get("mean"):
@@ -122,7 +132,7 @@ def normalization_of(checkpoint: Mapping[str, Any], config: Mapping[str, Any]) -
 
 
 def settings_of(checkpoint: Mapping[str, Any], source: str) -> tuple[float | None, str]:
-    """Exponent of the query/key pre-scale, and GELU, that the weights were trained for."""
+    """Return the exponent of the query/key pre-scale and the GELU of the training."""
     kwargs = _mapping(checkpoint, "model_kwargs") or checkpoint
     exponent, gelu = kwargs.get("qk_scale_factor"), checkpoint.get("gelu", "none")
     if exponent is not None and not (isinstance(exponent, float | int) and -8 <= exponent <= 8):

@@ -199,8 +199,8 @@ def test_other_sizes(name, tmp_path):
     with pytest.raises(models.CheckpointError, match="of another shape"):
         models.load_checkpoint(other, path)
     report = models.load_checkpoint(other, path, new_head=True)
-    assert report.left
-    assert all("head" in key or "fc" in key for key in report.left)
+    assert report.missing
+    assert all("head" in key or "fc" in key for key in report.missing)
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(other.forward_features(x), source.forward_features(x))

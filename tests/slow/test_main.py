@@ -217,7 +217,7 @@ def test_finetuning_keeps_the_body_and_starts_a_new_head(trained, tmp_path, main
     run = [*SMALL, "--finetune", trained[0] / "best.pth", "--epochs", 1, "--output_dir", tmp_path]
     status, output, _ = main(*run, "--batch-size", 64)
     assert status == 0
-    assert "left at their initial value: head" in output
+    assert "missing: head" in output
     assert "pre-scale exponent -0.5, as trained" in output
     checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     assert checkpoint["model_kwargs"]["qk_scale_factor"] == -0.5

@@ -177,7 +177,7 @@ def test_features_are_those_of_the_classifier(tmp_path, monkeypatch):
         }
     ).eval()
     backbone.init_weights()
-    assert len(messages) == 1 and "dropped: net.norm, net.head" in messages[0]
+    assert len(messages) == 1 and "unexpected: net.norm, net.head" in messages[0]
     image = torch.randn(1, 3, 448, 448, dtype=torch.float64)
     with torch.no_grad():
         maps = backbone.double()(image)
@@ -222,7 +222,7 @@ def test_weights_for_a_backbone_from_a_run_of_mmengine(tmp_path, detector):
     settings = recipe.read_config(str(TINY)).model.backbone
     settings.init_cfg = {"type": "Pretrained", "checkpoint": str(tmp_path / "epoch_1.pth")}
     backbone = MODELS.build(settings)
-    assert not backbone.init_weights().left
+    assert not backbone.init_weights().missing
     assert torch.equal(backbone.net.stem[0].weight, model.backbone.net.stem[0].weight)
 
 

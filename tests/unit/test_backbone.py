@@ -65,8 +65,8 @@ def test_equals_the_original(original, golden, tmp_path, exponent, prefix):
     init_cfg = {"type": "Pretrained", "checkpoint": str(path)}
     backbone = SwinVisformer(**ORIGINAL, qk_scale=exponent, init_cfg=init_cfg)
     report = backbone.init_weights()
-    assert not report.left
-    assert report.dropped == (("neck.lateral_convs.0.conv.weight",) if prefix else ())
+    assert not report.missing
+    assert report.unexpected == (("neck.lateral_convs.0.conv.weight",) if prefix else ())
     backbone.double().eval()
     for output in outputs:
         batch, _, height, width = output["input_shape"]
@@ -216,32 +216,32 @@ def test_weights_of_a_classifier(tmp_path):
     init_cfg = save(tmp_path, {"model": source.state_dict(), "qk_scale_factor": -0.5})
     backbone = VisionBackbone("swin_visformer_tiny_v2", out_indices=(1, 2), init_cfg=init_cfg)
     report = backbone.init_weights()
-    dropped = {key.removeprefix("net.").split(".")[0] for key in report.dropped}
+    dropped = {key.removeprefix("net.").split(".")[0] for key in report.unexpected}
     assert dropped == {
         *("pos_embed0", "pos_embed1", "pos_embed2", "pos_embed3", "head", "norm"),
         *("patch_embed3", "stage3"),
     }
-    assert {key.split(".")[0] for key in report.left} == {"norm1", "norm2"}
+    assert {key.split(".")[0] for key in report.missing} == {"norm1", "norm2"}
     assert backbone.qk_scale_factor == backbone.net.qk_scale_factor == -0.5
     assert backbone.net.stage2[0].attn.scale == 32**-0.5
     assert torch.equal(backbone.net.stage1[0].mlp.conv1.weight, source.stage1[0].mlp.conv1.weight)
     text = str(report)
-    assert "left at their initial value: norm1, norm2" in text
-    assert "net.patch_embed3.proj" in text.partition("dropped: ")[2]
+    assert "missing: norm1, norm2" in text
+    assert "net.patch_embed3.proj" in text.partition("unexpected: ")[2]
     assert "net.stage3, net.norm, net.head, " in text
 
 
 def test_weights_of_other_layouts(tmp_path, golden):
     _, weights, _ = golden("danczs.visformer_tiny")
     report = VisionBackbone("visformer_tiny", init_cfg=save(tmp_path, weights)).init_weights()
-    tables = {key for key in report.left if key.endswith("relative_position_bias_table")}
+    tables = {key for key in report.missing if key.endswith("relative_position_bias_table")}
     assert len(tables) == 8
     _, weights, _ = golden("fastvit.fastvit_t8")
     fastvit = VisionBackbone("fastvit_t8", init_cfg=save(tmp_path, {"state_dict": weights}))
-    assert not [key for key in fastvit.init_weights().left if key.startswith("net.")]
+    assert not [key for key in fastvit.init_weights().missing if key.startswith("net.")]
     resnet = timm.create_model("resnet18")
     backbone = VisionBackbone("resnet18", init_cfg=save(tmp_path, resnet.state_dict()))
-    assert backbone.init_weights().dropped == ("net.fc.weight", "net.fc.bias")
+    assert backbone.init_weights().unexpected == ("net.fc.weight", "net.fc.bias")
 
 
 def test_weights_of_a_detector_of_ours(tmp_path):
@@ -250,7 +250,7 @@ def test_weights_of_a_detector_of_ours(tmp_path):
     state["rpn_head.rpn_conv.weight"] = torch.zeros(1)
     backbone = VisionBackbone("swin_visformer_tiny_v2", init_cfg=save(tmp_path, state))
     report = backbone.init_weights()
-    assert (report.left, report.dropped) == ((), ("rpn_head.rpn_conv.weight",))
+    assert (report.missing, report.unexpected) == ((), ("rpn_head.rpn_conv.weight",))
     for key, value in backbone.state_dict().items():
         assert torch.equal(value, source.state_dict()[key])
 

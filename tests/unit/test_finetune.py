@@ -158,7 +158,7 @@ def test_from_run_to_run(trained, main):
 
     tuned = [*base, "--finetune", folder / "a/checkpoint.pth", "--output_dir"]
     status, output, _ = main(*tuned, folder / "b", "--data-path", others, "--linear-probe")
-    assert status == 0 and "left at their initial value: head" in output  # of the same shape
+    assert status == 0 and "missing: head" in output  # of the same shape
     assert "(0.001 M learn)" in output
     second = torch.load(folder / "b/checkpoint.pth", weights_only=True)
     for key, value in first["model"].items():
@@ -173,7 +173,7 @@ def test_from_run_to_run(trained, main):
     words += ["--qk-scale-factor", -0.5]
     status, output, errors = main(*tuned, folder / "c", "--data-path", more, *words)
     assert status == 0, errors
-    for text in ("3 resampled", "left at their initial value: head", "18 layers learn at 0.0225"):
+    for text in ("3 resampled", "missing: head", "18 layers learn at 0.0225"):
         assert text in output
     assert "warning: --qk-scale-factor -0.5 is ignored: " in output
     assert "was trained with -0.25" in output

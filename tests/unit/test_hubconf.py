@@ -26,7 +26,7 @@ def test_hub_has_every_model(hub):
     assert names == sorted(n for n, m in module.items() if m.startswith("models."))
     text = hub.help("someone/visformer", "visformer_tiny")
     assert text.startswith("Visformer-Ti: 10.3 M parameters")
-    assert "checkpoint: File or http(s) address" in text
+    assert all(f"{name}: " in text for name in ("pretrained", "checkpoint", "kwargs"))
 
 
 def test_hub_loads_models_and_weights(hub, tmp_path):
@@ -42,15 +42,17 @@ def test_hub_loads_models_and_weights(hub, tmp_path):
     with pytest.raises(TypeError, match="drop_path_ratee"):
         hub.load(str(ROOT), "visformer_tiny", source="local", drop_path_ratee=0.1)
     for other in ("pretrained", "features_only"):
-        with pytest.raises(ValueError, match=f"does not go with {other}=True"):
+        with pytest.raises(ValueError, match=f"{tmp_path / 'in.pth'}.* {other}=True"):
             words = {"checkpoint": tmp_path / "in.pth", other: True}
             hub.load(str(ROOT), "vit_b_32_224", source="local", **words)
-    backbone = hub.load(str(ROOT), "visformer_tiny", source="local", features_only=True)
-    assert [len(m[0]) for m in backbone(torch.zeros(1, 3, 64, 64))] == [96, 192, 384]
-    with pytest.raises(models.CheckpointError, match="does not fit"):
-        hub.load(str(ROOT), "visformer_tiny", source="local", checkpoint=tmp_path / "in.pth")
+    with torch.device("meta"):  # shapes need no weights
+        backbone = hub.load(str(ROOT), "visformer_tiny", source="local", features_only=True)
+        assert [len(m[0]) for m in backbone(torch.zeros(1, 3, 64, 64))] == [96, 192, 384]
+        with pytest.raises(models.CheckpointError, match=f"^{tmp_path / 'in.pth'} "):
+            hub.load(str(ROOT), "visformer_tiny", source="local", checkpoint=tmp_path / "in.pth")
 
 
+@pytest.mark.slow
 def test_hub_leaves_other_packages_called_models_alone(tmp_path):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "__init__.py").write_text("")

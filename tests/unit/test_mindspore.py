@@ -108,23 +108,23 @@ def test_trailer_is_verified_and_left_out(folder, tmp_path):
     for at in (5, 3000, len(content) - 1):
         broken = bytearray(content)
         broken[at] ^= 1
-        with pytest.raises(MindSporeError, match="it is damaged: its CRC is"):
+        with pytest.raises(MindSporeError, match=f"CRC.*{zlib.crc32(broken[:-17]):#010x}"):
             read_bytes(tmp_path, bytes(broken))
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "named"),
     [
-        ("tiny_aes-cbc", r"tiny_aes-cbc.ckpt: it is encrypted \(AES-CBC\)"),
-        ("tiny_aes-gcm", r"encrypted \(AES-GCM\)"),
-        ("tiny_sm4-cbc", r"encrypted \(SM4-CBC\)"),
-        ("c64", "parameter 'c64': type 'complex64' is not supported, only int8, .*str"),
+        ("tiny_aes-cbc", "AES-CBC"),
+        ("tiny_aes-gcm", "AES-GCM"),
+        ("tiny_sm4-cbc", "SM4-CBC"),
+        ("c64", "'c64'.*'complex64'.*int8, .*str"),
     ],
 )
-def test_what_cannot_be_read_is_refused(folder, name, message):
+def test_what_cannot_be_read_is_refused(folder, name, named):
     path = folder / "format" / f"{name}.ckpt"
     assert looks_like_mindspore(path.read_bytes()[:256], path.stat().st_size)
-    with pytest.raises(MindSporeError, match=message):
+    with pytest.raises(MindSporeError, match=f"{path}: .*{named}"):
         read_mindspore(path)
 
 
@@ -134,7 +134,8 @@ def test_every_cut_is_seen_but_those_between_records(folder, tmp_path):
     ends = ends_of_records(content)
     assert ends[-1] == len(content)
     readable = {}
-    for cut in range(len(content)):
+    cuts = {*ends, *(end + 1 for end in ends), *(end - 1 for end in ends), *range(0, ends[-1], 5)}
+    for cut in cuts & set(range(len(content))):
         try:
             readable[cut] = read_bytes(tmp_path, content[:cut])
         except MindSporeError:
@@ -154,7 +155,7 @@ def test_flipped_bytes_raise_or_read(folder, tmp_path):
     assert len(read_bytes(tmp_path, small)) == 5
     chance = random.Random(0)
     refused = 0
-    for _ in range(4000):
+    for _ in range(1000):
         broken = bytearray(small)
         for _ in range(chance.choice([1, 1, 2, 8])):
             # headers are few, contents long: aim at the ends, which hold more of them
@@ -167,7 +168,7 @@ def test_flipped_bytes_raise_or_read(folder, tmp_path):
             refused += 1
         else:
             assert sum(v.numel() * v.itemsize for v in tensors.values()) <= len(small)
-    assert 1000 < refused < 4000
+    assert 250 < refused < 1000
 
 
 HUGE = 1 << 62
@@ -181,57 +182,55 @@ def message(*fields):
     return field(1, b"".join(field(number, value) for number, value in fields))
 
 
-BAD = {
-    "empty": (b"", "it is empty"),
-    "text": (b"no checkpoint", "no MindSpore checkpoint, or damaged at byte 0"),
-    "huge record": (b"\n" + varint(HUGE) + b"x", f"claims {HUGE} bytes, and 1 are left"),
-    "endless number": (b"\n" + b"\xff" * 20, "exceeds 64 bits"),
-    "number of 65 bits": (b"\n" + b"\xff" * 9 + b"\x02", "exceeds 64 bits"),
-    "cut number": (b"\n\xff", "cut short within a number"),
-    "huge tag": (field(1, b"\n" + varint(HUGE) + b"ab"), f"field 1 claims {HUGE} bytes of 2"),
-    "huge content": (
-        message((1, b"w"), (2, b"\x1a" + varint(HUGE))),
-        f"'w': field 3 claims {HUGE} bytes of 0",
-    ),
-    "huge dimension": (w([HUGE], *FOUR), "'w': shape .* exceeds the file's"),
-    "overflowing dimensions": (w([1 << 32] * 4, b"Int8", b"1"), "exceeds the file's"),
-    "overflow to one": (w([1 << 63, 2], b"Int8", b"1"), "dimension 0 is negative"),
-    "huge beside zero": (w([0, HUGE], b"Int8"), "exceeds the file's"),
-    "negative dimension": (w([1, (1 << 64) - 3], *FOUR), r"'w': dimension 1 is negative \(-3\)"),
-    "many dimensions": (w([1] * 33, *FOUR), "more than 32 dimensions"),
-    "packed dimensions": (w([b"\x01"], *FOUR), "field 1 of the tensor"),
-    "too long": (w([1], *EIGHT), "8 bytes do not fit the 4"),
-    "too short": (w([2], *FOUR), "'w': 4 of its 8 bytes are missing"),
-    "no content": (w([1]), "0 bytes do not fit the 4"),
-    "scalar of two": (w([0], *EIGHT), "8 bytes do not fit the 4"),
-    "long scalar": (w([], *EIGHT), "8 bytes do not fit the 4"),
-    "unknown type": (w([1], b"Float8", b"1"), "type 'float8' is not supported"),
-    "type no text": (w([1], b"\xff", b"1"), "'w': the type is no text"),
-    "no type": (message((1, b"w"), (2, field(3, b"1"))), "'w': it has no type"),
-    "no value": (message((1, b"w")), "'w': it has no value"),
-    "no name": (message((2, tensor([1], *FOUR))), "a record has no name"),
-    "name no text": (record(b"\xff\xfe", [1], *FOUR), "name of a parameter is no text"),
-    "two names": (message((1, b"a"), (1, b"b")), "unknown or there twice"),
-    "map": (message((1, b"w"), (3, b"")), "a map tensor, which is not supported"),
-    "unknown field": (message((1, b"w"), (4, b"")), "field 4 of a record is unknown"),
-    "number for text": (message((1, 5)), "field 1 of a record"),
-    "wire type": (field(1, b"\x0d1234"), "unexpected wire type 5"),
-    "twice": (w([1], *FOUR) * 2, "'w': it is there twice"),
-    "twice, apart": (w([1], *FOUR) + other + w([1], *FOUR), "'w': it is there twice"),
-    "slices apart": (w([2], *FOUR) + other + w([2], *FOUR), "'w': 4 of its 8 bytes are missing"),
-    "slices of two shapes": (w([2], *FOUR) + w([1, 2], *FOUR), "'w': its slices differ"),
-    "text among slices": (w([2], *FOUR) + w([0], b"str", b"a\0\0\0"), "'w': its slices differ"),
-    "last slice too long": (w([2], *FOUR) + w([2], *EIGHT), "8 bytes do not fit the 4"),
-    "text of bad UTF-32": (w([0], b"str", b"\xff" * 4), "'w': the value is no text"),
-    "text with a shape": (w([3], b"str", b"a\0\0\0" * 3), "a text has the shape"),
+BAD = {  # content, and what the message names
+    "empty": (b"", ""),
+    "text": (b"no checkpoint", "byte 0"),
+    "huge record": (b"\n" + varint(HUGE) + b"x", f"{HUGE} bytes.* 1 "),
+    "endless number": (b"\n" + b"\xff" * 20, "64 bits"),
+    "number of 65 bits": (b"\n" + b"\xff" * 9 + b"\x02", "64 bits"),
+    "cut number": (b"\n\xff", ""),
+    "huge tag": (field(1, b"\n" + varint(HUGE) + b"ab"), f"field 1 .*{HUGE} bytes of 2"),
+    "huge content": (message((1, b"w"), (2, b"\x1a" + varint(HUGE))), f"'w': field 3.*{HUGE}"),
+    "huge dimension": (w([HUGE], *FOUR), f"'w': .*{HUGE}"),
+    "overflowing dimensions": (w([1 << 32] * 4, b"Int8", b"1"), f"'w': .*{1 << 32}"),
+    "overflow to one": (w([1 << 63, 2], b"Int8", b"1"), f"'w': dimension 0 .*-{1 << 63}"),
+    "huge and zero": (w([0, HUGE], b"Int8"), f"'w': .*{HUGE}"),
+    "negative dimension": (w([1, (1 << 64) - 3], *FOUR), "'w': dimension 1 .*-3"),
+    "many dimensions": (w([1] * 33, *FOUR), "'w': .* 32 "),
+    "packed dimensions": (w([b"\x01"], *FOUR), "'w': field 1 "),
+    "too long": (w([1], *EIGHT), "'w': 8 bytes .* 4 "),
+    "too short": (w([2], *FOUR), "'w': 4 .* 8 bytes"),
+    "no content": (w([1]), "'w': 0 bytes .* 4 "),
+    "scalar of two": (w([0], *EIGHT), "'w': 8 bytes .* 4 "),
+    "long scalar": (w([], *EIGHT), "'w': 8 bytes .* 4 "),
+    "unknown type": (w([1], b"Float8", b"1"), "'w': .*'float8'"),
+    "type no text": (w([1], b"\xff", b"1"), "'w': .* type"),
+    "no type": (message((1, b"w"), (2, field(3, b"1"))), "'w': .* type"),
+    "no value": (message((1, b"w")), "'w': .* value"),
+    "no name": (message((2, tensor([1], *FOUR))), " name"),
+    "name no text": (record(b"\xff\xfe", [1], *FOUR), " name"),
+    "two names": (message((1, b"a"), (1, b"b")), "field 1 "),
+    "map": (message((1, b"w"), (3, b"")), "map tensor"),
+    "unknown field": (message((1, b"w"), (4, b"")), "field 4 "),
+    "number for text": (message((1, 5)), "field 1 "),
+    "wire type": (field(1, b"\x0d1234"), "wire type 5"),
+    "twice": (w([1], *FOUR) * 2, "'w'"),
+    "twice, apart": (w([1], *FOUR) + other + w([1], *FOUR), "'w'"),
+    "slices apart": (w([2], *FOUR) + other + w([2], *FOUR), "'w': 4 .* 8 bytes"),
+    "slices of two shapes": (w([2], *FOUR) + w([1, 2], *FOUR), "'w'"),
+    "text among slices": (w([2], *FOUR) + w([0], b"str", b"a\0\0\0"), "'w'"),
+    "last slice too long": (w([2], *FOUR) + w([2], *EIGHT), "'w': 8 bytes .* 4 "),
+    "text of bad UTF-32": (w([0], b"str", b"\xff" * 4), "'w': .* value"),
+    "text with a shape": (w([3], b"str", b"a\0\0\0" * 3), r"'w': .*\(3,\)"),
+    "text twice": (w([0], b"str", b"a\0\0\0") * 2, "'w'"),
 }
 
 
 @pytest.mark.parametrize("kind", BAD)
 def test_lies_are_named(tmp_path, kind):
-    content, expected = BAD[kind]
+    content, named = BAD[kind]
     for trailer in (b"", crc_trailer(content)) if content else (b"",):
-        with pytest.raises(MindSporeError, match=expected):
+        with pytest.raises(MindSporeError, match=f"file.ckpt: .*{named}"):
             read_bytes(tmp_path, content + trailer)
 
 
@@ -256,7 +255,7 @@ def test_unusual_forms(tmp_path):
     assert tensors["b"].shape == (0, 3) and tensors["b"].dtype == torch.int8
     assert tensors["c"].tolist() == [False, True, True]
     assert tensors["é"].tolist() == [ord("7")]
-    with pytest.raises(OSError, match="No such file"):
+    with pytest.raises(FileNotFoundError):
         read_mindspore(tmp_path / "none.ckpt")
 
 
@@ -272,7 +271,7 @@ def test_recognition_by_content(folder, tmp_path):
     for zip_form in (True, False):
         torch.save(state, path, _use_new_zipfile_serialization=zip_form)
         others.append(path.read_bytes())
-    for extra in range(600):  # headers of every length, 10 (the record's mark) among them
+    for extra in range(0, 600, 2):  # headers of every length, 10 (the record's mark) among them
         header = b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' + b" " * extra
         others.append(len(header).to_bytes(8, "little") + header)
     others.append((0x0A7B0A).to_bytes(8, "little") + b'{"\x12' + b" " * 0x0A7B08)
@@ -313,12 +312,10 @@ def test_convit_s_projections_are_joined(folder):
         img_size=28, patch_size=2, embed_dim=4, num_heads=4, depth=3, local_up_to_layer=2
     )
     assert set(weights) == set(original.state_dict())
-    with pytest.raises(ValueError, match=r"2.attn.k.weight, .* cannot be joined"):
+    with pytest.raises(ValueError, match=r"blocks.2.attn.k.weight"):
         to_original_names(state | {"blocks.2.attn.k.weight": torch.ones(())})
     del state["blocks.2.attn.k.weight"]
-    with pytest.raises(
-        ValueError, match=r"blocks.2.attn.q.weight is there without blocks.2.attn.k"
-    ):
+    with pytest.raises(ValueError, match=r"blocks.2.attn.q.weight.* blocks.2.attn.k.weight"):
         to_original_names(state)
 
 
@@ -372,7 +369,7 @@ def test_training_checkpoints(folder, name):
     assert smooth.keys() == raw.keys()
     assert all(torch.equal(smooth[key], raw[key] + 1) for key in raw)
     assert set(dropped) == {*slots, *net, *counters}
-    with pytest.raises(ValueError, match="no moving average"):
+    with pytest.raises(ValueError, match=r"'ema.'"):
         to_original_names(net | slots, ema=True)
 
 
@@ -382,7 +379,7 @@ def test_conversion_changes_nothing_and_refuses_names_that_become_one():
     weights, dropped = to_original_names(state)
     assert list(state) == ["norm.gamma", "unknown.thing"] and dropped == ()
     assert list(weights) == ["norm.weight", "unknown.thing"]  # a strict load names the rest
-    with pytest.raises(ValueError, match=r"norm.weight and another .* called norm.weight"):
+    with pytest.raises(ValueError, match=r"norm.weight"):
         to_original_names({"norm.gamma": one, "norm.weight": one})
 
 

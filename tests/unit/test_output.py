@@ -44,7 +44,7 @@ def state(number):
 
 def number_in(path):
     """The number of the state in a checkpoint, which is whole."""
-    assert checksum.verify_checksum(path), f"{path} is not sealed"
+    assert checksum.verify_checksum(path), f"{path} has no checksum"
     content = read_checkpoint(path)
     assert torch.equal(content["weights"], state(content["number"])["weights"])
     return content["number"]
@@ -420,7 +420,7 @@ def test_a_file_that_lost_its_end_on_the_disk_is_not_taken(tmp_path, monkeypatch
     path = tmp_path / "checkpoint.pth"
     save_checkpoint(state(0), path)
     monkeypatch.setattr(os, "fsync", lambda file: os.ftruncate(file, 600))
-    with pytest.raises(OutputError, match="its seal is missing"):
+    with pytest.raises(OutputError, match="has no checksum"):
         save_checkpoint(state(1), path, also=[tmp_path / "best.pth"])
     assert numbers(tmp_path) == {"checkpoint.pth": 0}
     assert not list(tmp_path.glob(".*"))

@@ -68,12 +68,12 @@ def test_convert_for_detection(tmp_path, capsys):
     for name in ("detector.pth", "detector.safetensors"):
         words = [str(path), str(tmp_path / name), "--model", "swin_visformer_tiny_v2"]
         assert convert_checkpoint.main([*words, "--to", "detection"]) == 0
-        assert "left at their initial value: norm0, norm1" in capsys.readouterr().out
+        assert "missing: norm0, norm1" in capsys.readouterr().out
         init_cfg = {"type": "Pretrained", "checkpoint": str(tmp_path / name)}
         backbone = models.VisionBackbone("swin_visformer_tiny_v2", init_cfg=init_cfg)
         report = backbone.init_weights()
-        assert {key.split(".")[0] for key in report.left} == {"norm0", "norm1", "norm2", "norm3"}
-        assert report.dropped == ()
+        assert {key.split(".")[0] for key in report.missing} == {"norm0", "norm1", "norm2", "norm3"}
+        assert report.unexpected == ()
         assert backbone.qk_scale_factor == -0.5
         own = source.state_dict()
         assert all(

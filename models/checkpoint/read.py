@@ -1,0 +1,122 @@
+"""Read checkpoint files and addresses, whatever their format, without running what they hold."""
+
+import argparse
+import json
+import re
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import safetensors
+import torch
+
+from models.checkpoint.archive import verify_archive
+from models.checkpoint.checksum import file_digest, verify_checksum
+from models.checkpoint.mindspore import looks_like_mindspore, read_mindspore
+from models.errors import CheckpointError, UnsafeFileError
+
+JSON_METADATA = {"model_kwargs", "classes", "input_size", "args"}  # of a header with the first
+START_BYTES = 256  # enough to tell the formats apart
+
+
+def fetch(url: str) -> Path:
+    """Download a checkpoint into torch.hub's folder, once.
+
+    A name such as ``visformer_small-839e1f5b.pth`` holds the first digits of the file's
+    SHA-256, which are verified; a copy that fails is fetched again.
+
+    Raises:
+        CheckpointError: The address names no file, or downloading or the digits fail.
+    """
+    name = Path(urlparse(url).path).name
+    if name in ("", ".."):
+        raise CheckpointError(f"cannot download {url}: it names no file")
+    path = Path(torch.hub.get_dir(), "checkpoints", name)
+    digits = re.search(r"-([0-9a-f]{8,})\.", name)
+    try:
+        if path.is_file() and (not digits or _digest(path).startswith(digits[1])):
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(
+            url, str(path), hash_prefix=digits and digits[1], progress=False
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"cannot download {url}: {error}") from error
+    return path
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb", buffering=0) as file:
+        return file_digest(file, path.stat().st_size).hexdigest()
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint file onto the CPU without executing anything that it holds.
+
+    Formats: PyTorch files of tensors and plain values, with an ``argparse.Namespace`` as in
+    DeiT's and Visformer's files; safetensors; MindSpore's ``.ckpt`` of MindCV's models. The
+    content decides, not the name. The checksum is verified first, if the file has one.
+
+    Args:
+        path: File, or http(s) address of one.
+
+    Raises:
+        UnsafeFileError: The file is a pickle or archive that asks for more than plain values.
+        CheckpointError: The file is missing, damaged or of another kind.
+    """
+    path = fetch(str(path)) if str(path).startswith(("http://", "https://")) else Path(path)
+    try:
+        content = _read(path)
+    except UnsafeFileError as error:
+        raise UnsafeFileError(f"{path} {error}") from error
+    except CheckpointError:
+        raise
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(f"cannot read checkpoint {path}: {reason}") from error
+    except Exception as error:  # bytes of any kind make the readers raise errors of any kind
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise CheckpointError(f"{path} is damaged or not a checkpoint: {reason}") from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+    return dict(content)
+
+
+def _read(path: Path) -> Any:
+    """The content of a file, in whatever format."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would block
+        raise CheckpointError(f"cannot read checkpoint {path}: not a regular file")
+    verify_checksum(path)
+    with path.open("rb") as file:
+        start = file.read(START_BYTES)
+    if not start:
+        raise CheckpointError(f"{path} is empty, not a checkpoint")
+    if start[8:9] == b"{":
+        return _read_safetensors(path)
+    if looks_like_mindspore(start, status.st_size):
+        return _read_mindspore(path)
+    verify_archive(path)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """The tensors under ``state_dict``, and the texts of the header, JSON where it is ours."""
+    with safetensors.safe_open(path, "pt") as file:
+        content: dict[str, Any] = dict(file.metadata() or {})
+        for key in JSON_METADATA & content.keys() if "model_kwargs" in content else ():
+            content[key] = json.loads(content[key])
+        content["state_dict"] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    return content
+
+
+def _read_mindspore(path: Path) -> dict[str, Any]:
+    """The parameters under ``mindspore``, and what MindCV's networks compute with them."""
+    state = read_mindspore(path)
+    content: dict[str, Any] = {"mindspore": state, "gelu": "tanh"}
+    if any(name.endswith("patch_embed0.proj.weight") for name in state):
+        content["qk_scale_factor"] = -0.5  # VisformerV2
+    return content
