@@ -1,19 +1,24 @@
 """Shared data and helpers of the tests."""
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tarfile
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from forking import Forked, can_fork
 from PIL import Image
+from ranks import Rank
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -130,14 +135,9 @@ def clean_env(**extra):
 
 
 def start_python(*words, **env):
-    """Start Python with ``words`` in the project's folder, its output in pipes of text.
-
-    A program of ours that no other variables than a launcher's are set for is forked.
-    """
-    words = [str(word) for word in words]
-    forked = can_fork(words) and all(key.startswith(LAUNCHER) for key in env)
-    return (Forked if forked else subprocess.Popen)(
-        [sys.executable, *words],
+    """Start Python with ``words`` in the project's folder, its output in pipes of text."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, words)],
         cwd=ROOT,
         env=clean_env(**{key: str(value) for key, value in env.items()}),
         stdout=subprocess.PIPE,
@@ -157,6 +157,12 @@ def run_python(*words, timeout=300, **env):
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
+def start_rank(*words, **env):
+    """Start ``main.py`` or another program of ours, without its imports; see :class:`Rank`."""
+    env = clean_env(**{key: str(value) for key, value in env.items()})
+    return Rank([str(word) for word in words], env)
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -164,12 +170,21 @@ def free_port():
 
 
 def ranks(count, words, program=("main.py",)):
-    """Processes as torchrun would start them, each with its output in pipes."""
+    """Processes as torchrun would start them, each with its output in a pipe."""
     meeting = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     return [
-        start_python(*program, *words, RANK=rank, LOCAL_RANK=rank, **meeting)
-        for rank in range(count)
+        start_rank(*program, *words, RANK=rank, LOCAL_RANK=rank, **meeting) for rank in range(count)
     ]
+
+
+def until(process, line):
+    """The output of a process up to a line that starts with ``line``."""
+    output = ""
+    for text in process.stdout:
+        output += text
+        if text.startswith(line):
+            return output
+    raise AssertionError(f"no line {line!r} in {output}{process.communicate(timeout=60)[1]}")
 
 
 def together(count, words, rank=None, number=None, line=None, program=("main.py",)):
@@ -180,13 +195,17 @@ def together(count, words, rank=None, number=None, line=None, program=("main.py"
     processes = ranks(count, words, program)
     output = ""
     if line is not None:
-        for text in processes[0].stdout:
-            output += text
-            if text.startswith(line):
-                processes[rank].send_signal(number)
-                break
+        output = until(processes[0], line)
+        processes[rank].send_signal(number)
     results = [process.communicate(timeout=300) for process in processes]
     return [p.returncode for p in processes], output + results[0][0], [e for _, e in results]
+
+
+def run_ranks(count, words, **options):
+    """The output of :func:`together`, in which every rank must succeed."""
+    codes, output, errors = together(count, words, **options)
+    assert codes == [0] * count, errors
+    return output
 
 
 def read_log(folder):
@@ -230,23 +249,59 @@ def vit(tmp_path):
     return save(path, "vit_b_32_224", VIT, (32, 32)), path
 
 
-@pytest.fixture
-def main(capsys, monkeypatch):
-    """``main(*flags) -> (status, output, errors)``: main.py in this process.
+class Printed(io.StringIO):
+    """Captured text; the first line that starts with ``line`` calls ``act``."""
 
-    With one thread, as :func:`run_python` has: sums depend on the number of threads.
+    def __init__(self, line=None, act=None):
+        super().__init__()
+        self.line, self.act = line, act
+
+    def write(self, text):
+        super().write(text)
+        if self.line is not None and text.startswith(self.line):
+            self.line = None
+            self.act()
+        return len(text)
+
+
+def run_main(*flags, line=None, act=None):
+    """Run main.py in this process, as with one thread: sums depend on the number of threads.
+
+    Args:
+        flags: Of the command line.
+        line, act: When a line of the output starts with ``line``, call ``act``; a signal number
+            is raised.
+
+    Returns:
+        Exit status, output and errors.
     """
-    import main as module
+    import main
 
-    for key in set(os.environ) - set(clean_env()):
-        monkeypatch.delenv(key)
-
-    def call(*flags):
-        capsys.readouterr()
-        torch.set_num_threads(1)
-        status = module.main([str(flag) for flag in flags])
+    if isinstance(act, int):
+        act = partial(signal.raise_signal, act)
+    output, errors = Printed(line, act), io.StringIO()
+    torch.set_num_threads(1)
+    try:
+        with (
+            mock.patch.dict(os.environ, clean_env(), clear=True),
+            contextlib.redirect_stdout(output),
+            contextlib.redirect_stderr(errors),
+        ):
+            status = main.main([str(flag) for flag in flags])
+    finally:
         torch.set_num_threads(THREADS)
-        output, errors = capsys.readouterr()
-        return status, output, errors
+    assert output.line is None, f"no line {line!r} in {output.getvalue()}{errors.getvalue()}"
+    return status, output.getvalue(), errors.getvalue()
 
-    return call
+
+def succeed(*flags, **options):
+    """Output of :func:`run_main`, which must succeed without a word on standard error."""
+    status, output, errors = run_main(*flags, **options)
+    assert (status, errors) == (0, ""), errors
+    return output
+
+
+@pytest.fixture
+def main():
+    """:func:`run_main`."""
+    return run_main
