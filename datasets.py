@@ -1,25 +1,22 @@
-"""Datasets by name, their augmentation, and loaders."""
+"""Datasets by name, with their augmentation and data loaders."""
 
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from timm.data import create_transform
-from timm.data.auto_augment import AugmentOp
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from pipeline.fast import FastDataset, RawBatch, take_apart
-from pipeline.images import NORMALIZATION, CropLongSide, DataError, EnlargeTiny
-from pipeline.prefetch import BatchFinalizer, Prefetcher, ToDevice
+from pipeline.augmentation import Augmentation
+from pipeline.fast import FastDataset, RawBatch
+from pipeline.images import NORMALIZATION, DataError
+from pipeline.prefetch import BatchFinalizer, Prefetcher, to_device
 from pipeline.reference import AugmentedDataset, Batch
-from pipeline.sources.base import Pixels, Source
+from pipeline.sources.base import Source
 from pipeline.sources.download import Cache
 from pipeline.sources.fine_grained import (
     open_cars,
@@ -38,17 +35,17 @@ from samplers import EvalBatchSampler, RASampler
 SMALL_SIZE = 32
 EVAL_BATCH_FACTOR = 1.5
 CPU = torch.device("cpu")
-HUB = "hfds/"  # begins names of the Hugging Face Hub, as in timm
+HUB = "hfds/"  # prefix of names on the Hugging Face Hub, as in timm
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """What ``--data-set`` stands for.
+    """A dataset that ``--data-set`` can name.
 
     Attributes:
-        open: Makes of the flags and ``is_train`` the images.
-        input_size: Size of the network's input if ``--input-size`` is not given.
-        hflip: Probability of mirroring a training image.
+        open: Opens the training split, else validation, from the flags and ``is_train``.
+        input_size: Input size if ``--input-size`` is not given.
+        hflip: Probability of flipping a training image horizontally.
     """
 
     open: Callable[[Namespace, bool], Source]
@@ -59,7 +56,7 @@ class DataSet:
 def _at_path(
     open_folder: Callable[..., Source], default: str | None = None, **options: Any
 ) -> Callable[[Namespace, bool], Source]:
-    """Opens what lies at ``--data-path``, or at ``default`` if it is not given."""
+    """Return an opener of ``--data-path``, or of ``default`` if it is not given."""
 
     def open_source(args: Namespace, is_train: bool) -> Source:
         path = args.data_path or default
@@ -76,7 +73,7 @@ def _open_inat(args: Namespace, is_train: bool, opener: Callable[..., Source]) -
 
 def _open_wds(args: Namespace, is_train: bool) -> Source:
     if args.data_path is None:
-        raise DataError("--data-set WDS needs --data-path, a folder or pattern of shards")
+        raise DataError("--data-set WDS needs --data-path: a folder or a pattern of shards")
     cache = Cache(Path(args.shard_cache)) if args.shard_cache else None
     return open_shards(args.data_path, is_train, args.val_path, cache)
 
@@ -91,7 +88,7 @@ _FOLDER = DataSet(_at_path(open_image_folder))
 _CIFAR100 = DataSet(_at_path(open_cifar100, "./dataset"))
 DATA_SETS = {
     "IMNET": _FOLDER,
-    "IMNET100": _FOLDER,  # names of Visformer's command lines; classes are counted anyway
+    "IMNET100": _FOLDER,  # in Visformer's command lines; the classes are counted anyway
     "IMNET10": _FOLDER,
     "CIFAR": _CIFAR100,
     "CIFAR10": DataSet(_at_path(open_cifar10, "./dataset")),
@@ -109,201 +106,166 @@ DATA_SETS = {
 
 
 def data_set_named(name: str) -> DataSet:
-    """What ``name`` stands for.
+    """Return the dataset of a name.
 
     Raises:
-        ValueError: It stands for nothing.
+        ValueError: The name is unknown.
     """
     if name.startswith(HUB) and name != HUB:
         return DataSet(_open_hub)
     if name not in DATA_SETS:
-        raise ValueError(f"{name!r} is none of {', '.join(DATA_SETS)} and {HUB}NAME")
+        raise ValueError(f"{name!r} must be one of {', '.join(DATA_SETS)} or {HUB}NAME")
     return DATA_SETS[name]
 
 
 def data_set_name(args: Namespace) -> str:
-    """``--data-set``, or what its absence means: a folder if there is a path, else DIGITS."""
+    """Return ``--data-set``; if not given, IMNET with ``--data-path`` and DIGITS without."""
     return args.data_set or ("IMNET" if args.data_path else "DIGITS")
 
 
 def input_size_of(args: Namespace) -> int:
-    """``--input-size``, or the usual one of the dataset."""
+    """Return ``--input-size``; if not given, that of the dataset."""
     return args.input_size or data_set_named(data_set_name(args)).input_size
 
 
-def build_transform(is_train: bool, args: Namespace) -> transforms.Compose:
-    """DeiT's augmentation for training, resize and centre crop for evaluation.
+def build_augmentation(is_train: bool, args: Namespace) -> Augmentation:
+    """Return the augmentation of the flags: DeiT's for training, resize and crop for evaluation.
 
-    Inputs of at most 32 pixels are padded by 4 and cropped for training, and resized whole for
-    evaluation. Before a resize by the short side, images longer than 8:1 are cropped to that.
+    Inputs of at most 32 pixels are padded and cropped for training, and not cropped for
+    evaluation.
 
-    Raises:
-        DataError: There is no such policy of augmentation.
+    Args:
+        is_train: Augment for training (else for evaluation).
+        args: The flags.
     """
     size = input_size_of(args)
     small = size <= SMALL_SIZE
     if not is_train:
-        bicubic = transforms.InterpolationMode.BICUBIC
-        if small:
-            resize = [transforms.Resize((size, size), interpolation=bicubic)]
-        else:
-            resize = [
-                CropLongSide(),
-                transforms.Resize(int(size / args.eval_crop_ratio), interpolation=bicubic),
-                transforms.CenterCrop(size),
-            ]
-        normalize = transforms.Normalize(*NORMALIZATION)
-        return transforms.Compose([*resize, transforms.ToTensor(), normalize])
+        return Augmentation(size, "whole" if small else "center", args.eval_crop_ratio)
+    plain = Augmentation(
+        size,
+        "padded" if small else "reflected" if args.src else "random-resized",
+        interpolation=args.train_interpolation,
+        hflip=data_set_named(data_set_name(args)).hflip,
+    )
+    if args.std_aug:
+        return plain
+    return replace(
+        plain,
+        policy="3a" if args.ThreeAugment else args.aa,
+        color_jitter=args.color_jitter,
+        erase_prob=args.reprob,
+        erase_mode=args.remode,
+        erase_count=args.recount,
+    )
 
-    standard = args.std_aug
-    three_augment = args.ThreeAugment
-    policy = None if standard else "3a" if three_augment else args.aa
-    try:
-        transform = create_transform(
-            input_size=size,
-            is_training=True,
-            hflip=data_set_named(data_set_name(args)).hflip,
-            color_jitter=None if standard else args.color_jitter,
-            auto_augment=policy,
-            interpolation=args.train_interpolation,
-            re_prob=0.0 if standard else args.reprob,
-            re_mode=args.remode,
-            re_count=args.recount,
-        )
-    except (AssertionError, ValueError) as error:  # of the parts of a policy's name
-        raise DataError(
-            f"--aa {policy} is none of timm's policies, such as rand-m9-mstd0.5-inc1, original, "
-            f"v0 or augmix-m5-w4: {error}"
-        ) from error
-    if small:
-        crop = [transforms.Resize((size, size)), transforms.RandomCrop(size, padding=4)]
-        transform.transforms[0:1] = crop
-    elif args.src:
-        crop = transforms.RandomCrop(size, padding=4, padding_mode="reflect")
-        resize = transforms.Resize(size, interpolation=3)
-        transform.transforms[0:1] = [CropLongSide(), resize, crop]
-    else:
-        transform.transforms.insert(0, EnlargeTiny())
-    keep_posterize_possible(transform)
-    return transform
+
+def build_transform(is_train: bool, args: Namespace) -> transforms.Compose:
+    """Return the reference transform of :func:`build_augmentation`: PIL image to ``3 H W``.
+
+    Raises:
+        DataError: timm does not know the policy ``--aa``.
+    """
+    return build_augmentation(is_train, args).compose()
 
 
 def denormalize(images: torch.Tensor) -> torch.Tensor:
-    """Undo the normalisation of images ``B 3 H W``, to values in 0..1."""
+    """Undo the normalisation of images ``B 3 H W``; returns values in 0..1."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in NORMALIZATION)
     return (images * std + mean).clamp(0, 1)
-
-
-def keep_posterize_possible(transform: transforms.Compose) -> None:
-    """Let the posterize of RandAugment or AutoAugment keep at least one bit.
-
-    At the highest magnitudes timm asks for 0 bits, which Pillow refuses.
-    """
-    for step in transform.transforms:
-        for operation in chain(getattr(step, "ops", ()), *getattr(step, "policy", ())):
-            if isinstance(operation, AugmentOp) and operation.name.startswith("Posterize"):
-                operation.level_fn = _AtLeastOneBit(operation.level_fn)
-
-
-@dataclass(frozen=True)
-class _AtLeastOneBit:
-    level_fn: Callable
-
-    def __call__(self, level: float, hparams: dict) -> tuple[int]:
-        return (max(self.level_fn(level, hparams)[0], 1),)
 
 
 LoadedDataset = FastDataset | AugmentedDataset
 
 
-def is_augmented_on_device(args: Namespace, device: torch.device) -> bool:
-    """``--augment-on``, or what suits the device."""
-    if args.augment_on == "auto":
-        return device.type == "cuda"
-    return args.augment_on == "device"
+def build_dataset(
+    is_train: bool, args: Namespace, device: torch.device = CPU
+) -> tuple[LoadedDataset, int]:
+    """Return a split of the dataset under its augmentation, and the number of classes.
+
+    Args:
+        is_train: Build the training split (else validation).
+        args: The flags.
+        device: Device of the model.
+
+    Raises:
+        DataError: Data is missing or inconsistent, or flags are.
+    """
+    source = data_set_named(data_set_name(args)).open(args, is_train)
+    if is_train:
+        source = share_of(source, args.sampling_ratio)
+    return augmented(source, is_train, args, device), len(source.classes)
 
 
-def fits(pixels: int, device: torch.device) -> bool:
-    """Whether images of so many pixels take at most a tenth of the memory that is free."""
+def augmented(
+    source: Source, is_train: bool, args: Namespace, device: torch.device = CPU
+) -> LoadedDataset:
+    """Return the dataset of a source for the flags' ``--loader``; see :func:`build_dataset`.
+
+    Raises:
+        DataError: Flags are inconsistent.
+    """
+    augmentation = build_augmentation(is_train, args)
+    options = {"seed": args.seed, "skip_corrupt": args.on_corrupt == "skip"}
+    if args.loader == "timm":
+        return AugmentedDataset(source, augmentation, is_train, **options)
+    on_device = device.type == "cuda" if args.augment_on == "auto" else args.augment_on == "device"
+    if args.decode_on_device and not on_device:
+        raise DataError("--decode-on-device needs --augment-on device")
+    pixels = len(source) * augmentation.size**2
+    return FastDataset(
+        source,
+        augmentation,
+        is_train,
+        augment=not on_device,
+        resident=on_device and _fits(pixels, device),
+        decode=not args.decode_on_device,
+        **options,
+    )
+
+
+def _fits(pixels: int, device: torch.device) -> bool:
+    """Return True if images of so many pixels take at most a tenth of the free memory."""
     if device.type != "cuda":
         return True  # they are in memory already
     free, _ = torch.cuda.mem_get_info(device)
     return 3 * pixels <= free / 10
 
 
-def build_dataset(
-    is_train: bool, args: Namespace, device: torch.device = CPU
-) -> tuple[LoadedDataset, int]:
-    """The training or validation set under its transform, and the number of classes.
-
-    Args:
-        is_train: Which.
-        args: The flags.
-        device: Of the training.
-
-    Raises:
-        DataError: The data is missing or inconsistent, or flags are.
-    """
-    source = data_set_named(data_set_name(args)).open(args, is_train)
-    if is_train:
-        source = share_of(source, args.sampling_ratio)
-    transform = build_transform(is_train, args)
-    options = {"seed": args.seed, "skip_corrupt": args.on_corrupt == "skip"}
-    if args.loader == "timm":
-        return AugmentedDataset(source, transform, is_train, **options), len(source.classes)
-    size = input_size_of(args)
-    on_device = is_augmented_on_device(args, device)
-    if args.decode_on_device and not on_device:
-        raise DataError("--decode-on-device needs --augment-on device")
-    resident = on_device and size <= SMALL_SIZE and isinstance(source, Pixels)
-    resident = resident and not take_apart(transform, size).others  # these are for PIL images
-    if resident and (resident := fits(len(source) * size * size, device)):
-        source = resized(source, transform.transforms[0], size)
-    options["augment"] = not on_device
-    options |= {"resident": resident, "decode": not args.decode_on_device}
-    return FastDataset(source, transform, is_train, size, **options), len(source.classes)
-
-
-def resized(source: Pixels, resize: transforms.Resize, size: int) -> Pixels:
-    """A source whose images are resized once and for all."""
-    if source.pixels.shape[1:3] == (size, size):
-        return source
-    images = [np.asarray(resize(source.open(index))) for index in range(len(source))]
-    return Pixels(np.stack(images), source.targets, source.classes)
-
-
-def _loader_options(args: Namespace) -> dict:
+def loader_options(args: Namespace) -> dict[str, Any]:
+    """Return the options that all data loaders share."""
     return {
         "worker_init_fn": worker_init_fn,
         "num_workers": args.num_workers,
         "pin_memory": args.pin_mem and torch.cuda.is_available(),
         "persistent_workers": args.num_workers > 0,
-        "collate_fn": as_it_is,
-        # of its own, so that the number of workers does not change the run's random numbers
+        "collate_fn": identity,
+        # a separate one, so that the number of workers does not change the run's random numbers
         "generator": torch.Generator(),
     }
 
 
-def as_it_is(batch: Batch | RawBatch) -> Batch | RawBatch:
-    """What a dataset made of the indices of a batch."""
+def identity(batch: Batch | RawBatch) -> Batch | RawBatch:
+    """Return a batch as it is: datasets collate their batches themselves."""
     return batch
 
 
 def build_train_loader(
     dataset: LoadedDataset, args: Namespace, num_replicas: int, rank: int
 ) -> DataLoader:
-    """Loader of this rank's part of the training set; ``loader.sampler`` has ``set_epoch``.
+    """Return the loader of this rank's part of the training set.
+
+    Its ``sampler`` has ``set_epoch``.
 
     Raises:
-        DataError: A batch is larger than a rank's part.
+        DataError: ``--batch-size`` is larger than a rank's part.
     """
-    repeats = 3 if args.repeated_aug else 1
     sampler = RASampler(
         len(dataset),
         num_replicas,
         rank,
         args.batch_size,
-        num_repeats=repeats,
+        num_repeats=3 if args.repeated_aug else 1,
         seed=args.seed,
         shards=dataset.source.shards,
     )
@@ -317,37 +279,33 @@ def build_train_loader(
         batch_size=args.batch_size,
         sampler=sampler,
         drop_last=True,
-        **_loader_options(args),
+        **loader_options(args),
     )
 
 
 def build_eval_loader(
     dataset: LoadedDataset, args: Namespace, num_replicas: int, rank: int
 ) -> DataLoader:
-    """Loader of this rank's batches of the evaluation set."""
+    """Return the loader of this rank's part of the evaluation set."""
     batch_size = max(1, int(EVAL_BATCH_FACTOR * args.batch_size))
     sampler = EvalBatchSampler(len(dataset), batch_size, num_replicas, rank)
-    return DataLoader(dataset, batch_sampler=sampler, **_loader_options(args))
+    return DataLoader(dataset, batch_sampler=sampler, **loader_options(args))
 
 
 def build_prefetcher(
     loader: DataLoader,
-    args: Namespace,
     device: torch.device = CPU,
     dtype: torch.dtype = torch.float32,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Prefetcher:
-    """Batches of a loader of these functions as the network takes them.
+    """Return an iterable of a loader's batches on the device, ready for the model.
 
     Args:
-        loader: Of the training or evaluation set.
-        args: The flags.
-        device: Of the network.
-        dtype, memory_format: Of the images.
+        loader: Loader of :func:`build_train_loader` or :func:`build_eval_loader`.
+        device: Target device.
+        dtype, memory_format: Type and layout of the images.
     """
-    dataset = loader.dataset
-    if isinstance(dataset, AugmentedDataset):
-        return Prefetcher(loader, ToDevice(device, dtype, memory_format), device)
-    resident = torch.from_numpy(dataset.source.pixels) if dataset.resident else None
-    finish = BatchFinalizer(dataset.recipe, device, dtype, memory_format, args.remode, resident)
-    return Prefetcher(loader, finish, device)
+    placement = (device, dtype, memory_format)
+    if isinstance(loader.dataset, AugmentedDataset):
+        return Prefetcher(loader, lambda batch: to_device(batch, *placement), device)
+    return Prefetcher(loader, BatchFinalizer(loader.dataset, *placement), device)

@@ -369,7 +369,7 @@ def train_one_epoch(
         model: Model, possibly wrapped in DistributedDataParallel.
         criterion: Loss of (logits, targets).
         data_loader: Yields batches of (images ``B 3 H W``, targets ``B``, messages about corrupt
-            files).
+            files), the tensors on ``device``.
         optimizer: Stepped every ``accum_iter`` batches and after the last one.
         device: Device of the model.
         epoch: Epoch number, from 0.
@@ -409,8 +409,6 @@ def train_one_epoch(
     for step, (images, targets, corrupt) in enumerate(data_loader, start=meter.steps):
         meter.images += len(images)
         meter.corrupt += corrupt
-        images = precision.move(images)
-        targets = targets.to(device, non_blocking=True)
         if mixup_fn is not None:
             images, targets = mixup_fn(images, targets)
         first_of_update = step - step % accum_iter
@@ -515,7 +513,8 @@ def evaluate(
     """Top-1 and top-5 accuracy and cross-entropy.
 
     Args:
-        data_loader: Yields batches of (images ``B 3 H W``, targets ``B``, corrupt files left out).
+        data_loader: Yields batches of (images ``B 3 H W``, targets ``B``, messages of the corrupt
+            files left out), the tensors on ``device``.
         model: Model, not distributed: processes may have different numbers of batches. For a
             compiled one, smaller batches are filled up with blank images, which do not count.
         device: Where the model is.
@@ -543,8 +542,6 @@ def evaluate(
         images_seen += len(images)
         if not len(images):
             continue
-        images = precision.move(images)
-        targets = targets.to(device, non_blocking=True)
         full = max(full, len(images)) if is_compiled else 0
         with precision.autocast():
             logits = model(_fill_up(images, full))

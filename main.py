@@ -54,7 +54,7 @@ def run(args: Namespace, given: set[str], info: DistInfo, device: torch.device) 
         eval_loader = datasets.build_eval_loader(eval_set, args, *part)
         network = build_network(args, given, checkpoint, source, num_classes, device)
         placement = (device, torch.float32, network.precision.memory_format)
-        eval_batches = datasets.build_prefetcher(eval_loader, args, *placement)
+        eval_batches = datasets.build_prefetcher(eval_loader, *placement)
         evaluation = Evaluation(args, eval_batches, network.precision, group)
         if args.eval:
             return evaluate(args, network, evaluation, checkpoint, source)
@@ -103,7 +103,7 @@ def train(
         )
     train_loader = datasets.build_train_loader(train_set, args, info.world_size, info.rank)
     placement = (device, precision.dtype or torch.float32, precision.memory_format)
-    train_batches = datasets.build_prefetcher(train_loader, args, *placement)
+    train_batches = datasets.build_prefetcher(train_loader, *placement)
     mixup_fn = engine.build_mixup(args, num_classes)
     criterion = engine.build_criterion(args, mixup_fn, num_classes)
     if args.distillation_type != "none":

@@ -1,10 +1,14 @@
-"""Decoding of what a crop needs of a JPEG."""
+"""Crops of images in memory: decode the part of a JPEG that a crop needs, resize it, pad it."""
 
 from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
+import torch
+import torch.nn.functional as F
 from PIL import Image
+
+from pipeline.augment_ops import Box
 
 BASELINE = (0xC0, 0xC1)  # Huffman-coded, the image in one pass
 PROGRESSIVE = 0xC2
@@ -13,12 +17,12 @@ REDUCING_GAP = 2  # a decoded crop keeps at least this many pixels for one of th
 
 
 class Header(NamedTuple):
-    """What the start-of-frame segment of a JPEG says.
+    """Start-of-frame segment of a JPEG.
 
     Attributes:
         height, width: Size in pixels.
-        offset: Of the two bytes of the height.
-        is_baseline: Whether rows are coded from top to bottom, once.
+        offset: Offset of the two bytes of the height.
+        is_baseline: True if the rows are coded once, from top to bottom.
     """
 
     height: int
@@ -28,8 +32,8 @@ class Header(NamedTuple):
 
 
 def read_header(data: bytes) -> Header | None:
-    """The header of a whole JPEG of 8 bits, grey or of three colours; else None."""
-    if data[:2] != b"\xff\xd8" or data[-2:] != b"\xff\xd9":  # a cut one is for others to judge
+    """Return the header of a complete 8-bit JPEG with one or three channels, else None."""
+    if data[:2] != b"\xff\xd8" or data[-2:] != b"\xff\xd9":  # Pillow decides about truncated files
         return None
     start, end = 2, len(data) - 10
     while start < end:
@@ -48,29 +52,27 @@ def read_header(data: bytes) -> Header | None:
 
 
 def is_readable(header: Header | None) -> bool:
-    """Whether :func:`decode_crop` may be tried: larger images are an error of the usual way."""
+    """Return True if :func:`decode_crop` may be tried; Pillow reports images that are too large."""
     limit = Image.MAX_IMAGE_PIXELS
     return header is not None and (limit is None or header.height * header.width <= 2 * limit)
 
 
-def decode_crop(
-    data: bytes, header: Header, box: tuple[int, int, int, int], size: int
-) -> np.ndarray | None:
-    """Decode a crop that is to be resized to ``size``.
+def decode_crop(data: bytes, header: Header, box: Box, size: int) -> np.ndarray | None:
+    """Decode a crop that will be resized to ``size``.
 
-    Rows below the crop are not decoded: the decoder is told a smaller height. Of a crop that is
-    at least four times as large as its result, all frequencies that the result has no use for
-    are left out (scaled inverse transform, by 1/2, 1/4 or 1/8), which moves its border by at
-    most half a pixel of the reduced image. Other pixels are those that Pillow decodes.
+    Rows below the crop are not decoded: the decoder is told a smaller height. A crop at least
+    four times as large as its result is decoded at 1/2, 1/4 or 1/8 of its size (scaled inverse
+    transform), which moves its border by at most half a pixel of the reduced image. Otherwise
+    the pixels equal Pillow's.
 
     Args:
         data: A JPEG.
         header: Its header.
-        box: Top, left, height and width of the crop.
-        size: Of the side that the crop will be resized to.
+        box: The crop.
+        size: Height and width that the crop will be resized to.
 
     Returns:
-        ``h w 3`` of uint8, a view; None where the decoder gives up.
+        uint8 ``h w 3``, a view; None if the decoder fails.
     """
     top, left, height, width = box
     scale = 1
@@ -92,3 +94,39 @@ def decode_crop(
     edges = (top, top + height, left, left + width)
     first, last, start, stop = (round(edge / scale) for edge in edges)
     return pixels[first:last, start:stop]
+
+
+def crop_slices(box: Box) -> tuple[slice, slice]:
+    """Return the rows and columns of a box."""
+    top, left, height, width = box
+    return slice(top, top + height), slice(left, left + width)
+
+
+def crop_padded(pixels: np.ndarray, top: int, left: int, padding: int) -> np.ndarray:
+    """Crop an image ``H W 3`` to its own size at ``top``, ``left`` after padding it with black."""
+    height, width, _ = pixels.shape
+    part = np.zeros_like(pixels)
+    rows, columns = top - padding, left - padding
+    part[max(0, -rows) : height - rows, max(0, -columns) : width - columns] = pixels[
+        max(0, rows) : height + rows, max(0, columns) : width + columns
+    ]
+    return part
+
+
+def resize(pixels: np.ndarray, size: int, mode: str) -> np.ndarray:
+    """Resize uint8 ``h w 3`` to ``size size 3`` with antialiasing, as Pillow does.
+
+    Args:
+        pixels: The image, writable.
+        size: New height and width.
+        mode: ``bilinear`` or ``bicubic``.
+    """
+    # 1 3 h w; in this order of calls, PyTorch sees channels last and takes the faster kernel
+    image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
+    resized = F.interpolate(image, (size, size), mode=mode, antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()
+
+
+def flip(pixels: np.ndarray) -> np.ndarray:
+    """Flip an image ``H W 3`` horizontally."""
+    return torch.from_numpy(pixels).flip(1).numpy()  # several times as fast as NumPy

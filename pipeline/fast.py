@@ -1,23 +1,18 @@
-"""The host's share of a batch: images are read, cropped and resized, and the rest is drawn.
+"""The fast loader's dataset: workers read, crop and resize images, and sample their augmentation.
 
-What is drawn, from the very numbers that the transforms of timm would draw, is done on the device
-(:mod:`pipeline.prefetch`), in most cases for the whole batch at once.
+The random numbers are those that timm's and torchvision's transforms would use. The sampled
+operations run on the device (:mod:`pipeline.prefetch`), batch by batch, or here.
 """
 
-import contextlib
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from timm.data.auto_augment import AutoAugment, RandAugment
-from timm.data.random_erasing import RandomErasing
-from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation
 from torch.utils.data import get_worker_info
 from torchvision import transforms
 
@@ -31,150 +26,119 @@ from pipeline.augment_ops import (
     UnsupportedPolicy,
     encode,
 )
-from pipeline.crop import Header, decode_crop, is_readable, read_header
-from pipeline.images import EnlargeTiny
+from pipeline.augmentation import PADDING, Augmentation
+from pipeline.crop import (
+    Header,
+    crop_padded,
+    crop_slices,
+    decode_crop,
+    flip,
+    is_readable,
+    read_header,
+    resize,
+)
 from pipeline.reference import LabelledImages, kept_random_numbers
 from pipeline.sources.base import Encoded, Pixels, Source
 from samplers import SampleIndex, mix_seed
 
-TO_TENSOR = (MaybeToTensor, transforms.ToTensor)
-SIZING = (  # the last of these gives an image the size of the input
-    transforms.RandomCrop,
-    transforms.CenterCrop,
-    transforms.Resize,
-    RandomResizedCropAndInterpolation,
-)
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a transform consists of, in this order.
+class EncodedImages(NamedTuple):
+    """Images of which some are JPEGs that the device decodes.
 
     Attributes:
-        crop: Random crop and resize, or None.
-        before: Transforms of PIL images in place of the crop.
-        hflip: Probability of mirroring.
-        policy: RandAugment or AutoAugment, or None.
-        others: Transforms of PIL images in place of the policy.
-        mean, std: Of the normalisation.
-        erasing: Random erasing, or None.
+        images: uint8 ``B H W 3``; undefined where there is a JPEG.
+        data: uint8, the JPEGs one after the other.
+        crops: int64 ``B 7``: length of the JPEG (0 for none), top, left, height and width of its
+            crop, 1 to flip it, 1 to resize it by bicubic instead of bilinear filter.
     """
 
-    crop: RandomResizedCropAndInterpolation | None
-    before: Sequence[Callable]
-    hflip: float
-    policy: PolicyRecorder | None
-    others: Sequence[Callable]
-    mean: torch.Tensor
-    std: torch.Tensor
-    erasing: ErasingRecorder | None
-
-    @property
-    def slots(self) -> int:
-        """Operations of an image, at most."""
-        return self.policy.slots if self.policy else 0
-
-    @property
-    def boxes(self) -> int:
-        """Erased boxes of an image, at most."""
-        return self.erasing.slots if self.erasing else 0
-
-    @property
-    def padding(self) -> int:
-        """Black pixels around a resized image, of which a part is then cropped."""
-        last = self.before[-1] if self.before else None
-        is_plain = isinstance(last, transforms.RandomCrop) and last.padding_mode == "constant"
-        return last.padding if is_plain else 0
+    images: torch.Tensor
+    data: torch.Tensor
+    crops: torch.Tensor
 
 
-def take_apart(transform: transforms.Compose, size: int) -> Recipe:
-    """The parts of what :func:`datasets.build_transform` builds for images of ``size``."""
-    steps = list(transform.transforms)
-    end = next(i for i, step in enumerate(steps) if isinstance(step, TO_TENSOR))
-    start = max(i + 1 for i, step in enumerate(steps[:end]) if isinstance(step, SIZING))
-    before, others = steps[:start], steps[start:end]
-    hflip = 0.0
-    if others and isinstance(others[0], transforms.RandomHorizontalFlip):
-        hflip = others.pop(0).p
-    crop = policy = None
-    if isinstance(before[-1], RandomResizedCropAndInterpolation):
-        crop, before = before[-1], []
-    if len(others) == 1 and isinstance(others[0], RandAugment | AutoAugment):
-        with contextlib.suppress(UnsupportedPolicy):
-            policy, others = PolicyRecorder(others[0], size, size), []
-    normalize, *rest = steps[end + 1 :]
-    erasing = next((step for step in rest if isinstance(step, RandomErasing)), None)
-    erasing = erasing and ErasingRecorder(erasing, size, size)
-    mean, std = (torch.as_tensor(value) for value in (normalize.mean, normalize.std))
-    return Recipe(crop, before, hflip, policy, others, mean, std, erasing)
+class ResidentImages(NamedTuple):
+    """Images that are on the device.
+
+    Attributes:
+        indices: int64 ``B``.
+        offsets: int64 ``B 2``, top and left of the crop of the padded image.
+        flips: bool ``B``.
+    """
+
+    indices: torch.Tensor
+    offsets: torch.Tensor
+    flips: torch.Tensor
 
 
 class RawBatch(NamedTuple):
-    """A batch as it leaves the loader.
+    """Batch as a worker returns it.
 
     Attributes:
-        images: ``B H W 3`` of uint8; None where ``indices`` name images that are on the device.
-        indices: ``B``, or None.
-        targets: ``B``.
+        pixels: uint8 ``B H W 3``, or where they come from.
+        targets: int64 ``B``.
         corrupt: Messages of the corrupt files met.
-        flips: ``B``, whether still to be mirrored; or None.
-        offsets: ``B 2``, top and left of the crop of a padded image; or None.
-        operations: ``B S 8``, see :func:`pipeline.augment_ops.encode`; S is 0 where all are done.
-        boxes: ``B K 4``, top, left, height and width of what is erased; zeros for nothing.
-        encoded: JPEGs that are to be decoded on the device, one after the other; or None.
-        crops: ``B 6``: length of the JPEG (0 for an image of ``images``), top, left, height and
-            width of its crop, and whether to mirror it; or None.
-        seed: Of random numbers that are drawn on the device.
+        operations: ``B S 8``, see :func:`pipeline.augment_ops.encode`; S is 0 if all are done.
+        boxes: int64 ``B K 4``, top, left, height and width of erased boxes; zeros for none.
+        seed: Seed of the noise in erased boxes.
     """
 
-    images: torch.Tensor | None
-    indices: torch.Tensor | None
+    pixels: torch.Tensor | EncodedImages | ResidentImages
     targets: torch.Tensor
     corrupt: list[str]
-    flips: torch.Tensor | None
-    offsets: torch.Tensor | None
     operations: torch.Tensor
     boxes: torch.Tensor
-    encoded: torch.Tensor | None
-    crops: torch.Tensor | None
     seed: int
 
 
-NOWHERE = Box(0, 0, 0, 0)
+class EncodedCrop(NamedTuple):
+    """One image of :class:`EncodedImages`."""
+
+    data: bytes
+    box: Box
+    is_bicubic: bool
+    is_flipped: bool = False
 
 
-class Drawn(NamedTuple):
-    """What was read and drawn for one image; see :class:`RawBatch`."""
+class ResidentCrop(NamedTuple):
+    """One image of :class:`ResidentImages`."""
 
     index: int
-    pixels: np.ndarray | None = None
-    encoded: bytes = b""
-    crop: Box = NOWHERE
-    flip: bool = False
-    offset: tuple[int, int] = (0, 0)
-    operations: Sequence[Operation] = ()
-    boxes: Sequence[Box] = ()
+    offset: tuple[int, int]
+    is_flipped: bool = False
+
+
+class RawSample(NamedTuple):
+    """One image of a :class:`RawBatch`."""
+
+    pixels: np.ndarray | EncodedCrop | ResidentCrop
+    operations: Sequence[Operation]
+    boxes: Sequence[Box]
 
 
 class FastDataset(LabelledImages):
-    """Batches of images, cropped and resized, with what is left to do to them.
+    """Batches of cropped and resized images, with the operations that are left to do.
 
     Args:
         source: The images.
-        transform: Of :func:`datasets.build_transform`.
+        augmentation: The augmentation.
         is_train, seed, skip_corrupt: See :class:`LabelledImages`.
-        size: Of the network's input.
-        augment: Whether the operations of the policy are done here rather than on the device.
-        resident: The images are on the device: only draw what is to be done to them.
-        decode: Whether JPEGs are decoded here rather than on the device.
+        augment: Apply the policy's operations here instead of on the device.
+        resident: Keep the images on the device, if they are decoded and small, and if the
+            device can apply the whole augmentation.
+        decode: Decode JPEGs here instead of on the device, where that is possible.
+
+    Attributes:
+        policy: Samples the operations of the policy; None if there is none, or if it has
+            operations for PIL images only, which are applied here.
+        resident: The images, uint8 ``N H W 3``, if they are to be kept on the device, else None.
     """
 
     def __init__(
         self,
         source: Source,
-        transform: transforms.Compose,
+        augmentation: Augmentation,
         is_train: bool,
-        size: int,
         seed: int = 0,
         skip_corrupt: bool = False,
         augment: bool = True,
@@ -182,80 +146,101 @@ class FastDataset(LabelledImages):
         decode: bool = True,
     ):
         super().__init__(source, is_train, seed, skip_corrupt)
-        self.recipe, self.size = take_apart(transform, size), size
-        self.resident = resident
-        self.augment = augment and not resident
-        self.decode = decode or self.recipe.crop is None or bool(self.recipe.others) or self.augment
+        self.augmentation, self.size = augmentation, augmentation.size
+        self._stages = stages = augmentation.stages()
+        self.policy = _record(stages.color, self.size)
+        self._pil_steps = stages.color if self.policy is None else []
+        self._erasing = None
+        if stages.erase:
+            self._erasing = ErasingRecorder(*stages.erase, self.size, self.size)
+        self.resident = None
+        if resident and not self._pil_steps and augmentation.crop in ("padded", "whole"):
+            self.resident = _resized(source, stages.resize, self.size)
+        self._augment = augment and self.resident is None
+        is_random_crop = augmentation.crop == "random-resized"
+        self._decode = decode or not is_random_crop or bool(self._pil_steps) or self._augment
 
     def __getitems__(self, indices: Sequence[int]) -> RawBatch:
-        """A batch of these images."""
+        """Return the batch of these images."""
         with kept_random_numbers():
-            found = [self.find(index, self._draw) for index in indices]
+            found = [self.find(index, self._sample) for index in indices]
         corrupt = [message for *_, messages in found for message in messages]
-        sound = [(drawn, target) for drawn, target, _ in found if drawn is not None]
+        sound = [(sample, target) for sample, target, _ in found if sample is not None]
         targets = torch.tensor([target for _, target in sound], dtype=torch.long)
-        first = indices[0]
-        is_drawn = isinstance(first, SampleIndex)
-        seed = mix_seed(self.seed, first.epoch, first, first.copy) if is_drawn else 0
-        return self._stack([drawn for drawn, _ in sound], targets, corrupt, seed)
+        first, seed = indices[0], 0
+        if isinstance(first, SampleIndex):
+            seed = mix_seed(self.seed, first.epoch, first, first.copy)
+        samples = [sample for sample, _ in sound]
+        slots = 0 if self.policy is None or self._augment else self.policy.slots
+        operations = torch.zeros(len(samples), slots, ENCODED, dtype=torch.float64)
+        slots = self._erasing.slots if self._erasing else 0
+        boxes = torch.zeros(len(samples), slots, 4, dtype=torch.long)
+        for i, sample in enumerate(samples):
+            if sample.operations:
+                operations[i] = torch.from_numpy(encode(sample.operations, operations.shape[1]))
+            if sample.boxes:
+                boxes[i, : len(sample.boxes)] = torch.tensor(sample.boxes)
+        pixels = self.collate([sample.pixels for sample in samples])
+        return RawBatch(pixels, targets, corrupt, operations, boxes, seed)
 
-    def _stack(
-        self, drawn: Sequence[Drawn], targets: torch.Tensor, corrupt: list[str], seed: int
-    ) -> RawBatch:
-        count, recipe = len(drawn), self.recipe
-        images = indices = flips = offsets = encoded = crops = None
-        slots = 0 if self.augment else recipe.slots
-        operations = torch.zeros(count, slots, ENCODED, dtype=torch.float64)
-        boxes = torch.zeros(count, recipe.boxes, 4, dtype=torch.long)
-        for i, one in enumerate(drawn):
-            if one.operations:
-                operations[i] = torch.from_numpy(encode(one.operations, slots))
-            if one.boxes:
-                boxes[i, : len(one.boxes)] = torch.tensor(one.boxes)
-        if self.resident:
-            indices = torch.tensor([one.index for one in drawn], dtype=torch.long)
-            flips = torch.tensor([one.flip for one in drawn], dtype=torch.bool)
-            offsets = torch.tensor([one.offset for one in drawn], dtype=torch.long).view(-1, 2)
-        else:
-            images = empty_batch(count, self.size)
-            pixels = images.numpy()
-            for i, one in enumerate(drawn):
-                if one.pixels is not None:
-                    pixels[i] = one.pixels
-        if data := b"".join(one.encoded for one in drawn):
-            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            crops = torch.tensor([(len(one.encoded), *one.crop, one.flip) for one in drawn])
-        return RawBatch(
-            *(images, indices, targets, corrupt, flips, offsets, operations, boxes),
-            *(encoded, crops, seed),
-        )
+    def collate(
+        self, crops: Sequence[np.ndarray | EncodedCrop | ResidentCrop]
+    ) -> torch.Tensor | EncodedImages | ResidentImages:
+        """Return the ``pixels`` of a batch."""
+        if self.resident is not None:
+            indices, offsets, flips = zip(*crops, strict=True) if crops else ((), (), ())
+            return ResidentImages(
+                torch.tensor(indices, dtype=torch.long),
+                torch.tensor(offsets, dtype=torch.long).view(-1, 2),
+                torch.tensor(flips, dtype=torch.bool),
+            )
+        images = empty_batch(len(crops), self.size)
+        pixels, encoded = images.numpy(), {}
+        for i, crop in enumerate(crops):
+            if isinstance(crop, EncodedCrop):
+                encoded[i] = crop
+            else:
+                pixels[i] = crop
+        if not encoded:
+            return images
+        data = bytearray().join(crop.data for crop in encoded.values())
+        rows = torch.zeros(len(crops), 7, dtype=torch.long)
+        for i, crop in encoded.items():
+            rows[i] = torch.tensor([len(crop.data), *crop.box, crop.is_flipped, crop.is_bicubic])
+        return EncodedImages(images, torch.frombuffer(data, dtype=torch.uint8), rows)
 
-    def _draw(self, index: int) -> Drawn:
-        recipe = self.recipe
-        pixels, encoded, crop, offset = None, b"", NOWHERE, (0, 0)
-        if self.resident:
-            offset = self._draw_offset()
-        elif recipe.crop is not None:
-            pixels, encoded, crop = self._crop(index)
-        elif recipe.padding:
-            whole = self._whole(index)
-            pixels = crop_padded(whole, *self._draw_offset(), recipe.padding)
-        else:
-            pixels = np.array(_apply(recipe.before, self.source.open(index)))
-        flip = recipe.hflip > 0 and torch.rand(1).item() < recipe.hflip
-        if flip and pixels is not None:
-            pixels = torch.from_numpy(pixels).flip(1).numpy()  # several times as fast as NumPy
-        operations = recipe.policy.draw() if recipe.policy else []
-        if self.augment and operations:
-            pixels, operations = augment_host.apply(pixels, operations, recipe.policy.fill), []
-        if recipe.others:
-            pixels = np.array(_apply(recipe.others, Image.fromarray(pixels)))
-        boxes = recipe.erasing.draw() if recipe.erasing else []
-        return Drawn(index, pixels, encoded, crop, flip, offset, operations, boxes)
+    def _sample(self, index: int) -> RawSample:
+        pixels = self._crop(index)
+        hflip = self.augmentation.hflip
+        if hflip > 0 and torch.rand(1).item() < hflip:
+            is_array = isinstance(pixels, np.ndarray)
+            pixels = flip(pixels) if is_array else pixels._replace(is_flipped=True)
+        operations = self.policy.draw() if self.policy else []
+        if self._augment and operations:
+            pixels, operations = augment_host.apply(pixels, operations, self.policy.fill), []
+        if self._pil_steps:
+            pixels = np.array(_apply(self._pil_steps, Image.fromarray(pixels)))
+        return RawSample(pixels, operations, self._erasing.draw() if self._erasing else [])
+
+    def _crop(self, index: int) -> np.ndarray | EncodedCrop | ResidentCrop:
+        crop = self.augmentation.crop
+        if self.resident is not None:
+            return ResidentCrop(index, self._offset() if crop == "padded" else (0, 0))
+        if crop == "random-resized":
+            return self._random_crop(index)
+        if crop == "padded":
+            return crop_padded(self._whole(index), *self._offset(), PADDING)
+        steps = [*self._stages.resize, *self._stages.crop]
+        return np.array(_apply(steps, self.source.open(index)))
+
+    def _offset(self) -> tuple[int, int]:
+        side = self.size + 2 * PADDING
+        padded = torch.empty(3, side, side, device="meta")
+        top, left, *_ = transforms.RandomCrop.get_params(padded, (self.size, self.size))
+        return top, left
 
     def _whole(self, index: int) -> np.ndarray:
-        """An image of the input's size, ``H W 3``, as the transforms before the crop make it."""
-        *resizing, _ = self.recipe.before
+        """Return an image resized to ``H W 3``."""
         pixels = None
         if isinstance(self.source, Pixels):
             pixels = self.source.pixels[index]
@@ -265,24 +250,17 @@ class FastDataset(LabelledImages):
             if is_readable(header):
                 box = Box(0, 0, header.height, header.width)
                 pixels = decode_crop(data, header, box, max(header.height, header.width))
-            if pixels is None:
-                return np.array(_apply(resizing, self.source.decode(data, index)))
-        if pixels is None:
-            return np.array(_apply(resizing, self.source.open(index)))
-        if pixels.shape[:2] == (self.size, self.size):
-            return pixels
-        return np.array(_apply(resizing, Image.fromarray(pixels)))
+            image = self.source.decode(data, index) if pixels is None else None
+        else:
+            image = self.source.open(index)
+        if pixels is not None:
+            if pixels.shape[:2] == (self.size, self.size):
+                return pixels
+            image = Image.fromarray(pixels)
+        return np.array(_apply(self._stages.resize, image))
 
-    def _draw_offset(self) -> tuple[int, int]:
-        if not self.recipe.padding:
-            return 0, 0
-        side = self.size + 2 * self.recipe.padding
-        padded = torch.empty(3, side, side, device="meta")
-        top, left, *_ = transforms.RandomCrop.get_params(padded, (self.size, self.size))
-        return top, left
-
-    def _crop(self, index: int) -> tuple[np.ndarray | None, bytes, Box]:
-        """A random crop, resized; or its JPEG and where to crop it."""
+    def _random_crop(self, index: int) -> np.ndarray | EncodedCrop:
+        """Return a random crop, resized; or its JPEG and where to crop it."""
         if isinstance(self.source, Encoded):
             data = self.source.read(index)
             header = read_header(data)
@@ -291,24 +269,22 @@ class FastDataset(LabelledImages):
             image = self.source.decode(data, index)
         else:
             image = self.source.open(index)
-        pixels = np.array(EnlargeTiny()(image))
-        box, mode = self.draw_crop(*pixels.shape[:2])
-        return resize(pixels[crop_slices(box)], self.size, mode), b"", box
+        pixels = np.array(_apply(self._stages.resize, image))
+        box, mode = self._box(*pixels.shape[:2])
+        return resize(pixels[crop_slices(box)], self.size, mode)
 
-    def _crop_jpeg(
-        self, data: bytes, header: Header, index: int
-    ) -> tuple[np.ndarray | None, bytes, Box]:
-        box, mode = self.draw_crop(header.height, header.width)
-        if not self.decode:
-            return None, data, box
+    def _crop_jpeg(self, data: bytes, header: Header, index: int) -> np.ndarray | EncodedCrop:
+        box, mode = self._box(header.height, header.width)
+        if not self._decode:
+            return EncodedCrop(data, box, mode == "bicubic")
         pixels = decode_crop(data, header, box, self.size)
         if pixels is None:
             pixels = np.array(self.source.decode(data, index))[crop_slices(box)]
-        return resize(pixels, self.size, mode), b"", box
+        return resize(pixels, self.size, mode)
 
-    def draw_crop(self, height: int, width: int) -> tuple[Box, str]:
-        """Where to crop, and how to interpolate, as timm's transform draws it."""
-        crop = self.recipe.crop
+    def _box(self, height: int, width: int) -> tuple[Box, str]:
+        """Sample a crop and its interpolation as timm's transform does."""
+        (crop,) = self._stages.crop
         image = torch.empty(3, height, width, device="meta")
         box = Box(*crop.get_params(image, crop.scale, crop.ratio))
         mode = crop.interpolation
@@ -317,45 +293,32 @@ class FastDataset(LabelledImages):
         return box, mode.value
 
 
-def crop_slices(box: Box) -> tuple[slice, slice]:
-    """Rows and columns of a box."""
-    top, left, height, width = box
-    return slice(top, top + height), slice(left, left + width)
+def _record(steps: Sequence[Callable], size: int) -> PolicyRecorder | None:
+    """Return a recorder of the only step, if it is a policy that can be recorded."""
+    if len(steps) != 1:
+        return None
+    try:
+        return PolicyRecorder(steps[0], size, size)
+    except UnsupportedPolicy:
+        return None
 
 
-def crop_padded(pixels: np.ndarray, top: int, left: int, padding: int) -> np.ndarray:
-    """The part ``H W 3`` from ``top`` and ``left`` of an image ``H W 3`` with a black margin."""
-    height, width, _ = pixels.shape
-    part = np.zeros_like(pixels)
-    rows, columns = top - padding, left - padding
-    part[max(0, -rows) : height - rows, max(0, -columns) : width - columns] = pixels[
-        max(0, rows) : height + rows, max(0, columns) : width + columns
-    ]
-    return part
+def _resized(source: Source, steps: Sequence[Callable], size: int) -> np.ndarray | None:
+    """Return decoded images at ``size``, uint8 ``N H W 3``; None if they are not decoded."""
+    if not isinstance(source, Pixels):
+        return None
+    if source.pixels.shape[1:3] == (size, size):
+        return source.pixels
+    images = [np.asarray(_apply(steps, source.open(index))) for index in range(len(source))]
+    return np.stack(images)
 
 
 def _apply(steps: Sequence[Callable], image: Image.Image) -> Image.Image:
-    for step in steps:
-        image = step(image)
-    return image
-
-
-def resize(pixels: np.ndarray, size: int, mode: str) -> np.ndarray:
-    """Resize ``h w 3`` of uint8 to ``size size 3``, with antialiasing as Pillow has it.
-
-    Args:
-        pixels: The image, writable.
-        size: Of both sides.
-        mode: ``bilinear`` or ``bicubic``.
-    """
-    # 1 3 h w, in this order of calls recognised as channels last, whose kernel is the faster one
-    image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
-    resized = F.interpolate(image, (size, size), mode=mode, antialias=True)
-    return resized[0].permute(1, 2, 0).numpy()
+    return reduce(lambda image, step: step(image), steps, image)
 
 
 def empty_batch(count: int, size: int) -> torch.Tensor:
-    """Memory of ``B H W 3`` of uint8; in a loader process, memory that the main process shares."""
+    """Allocate uint8 ``B H W 3``; in a worker, in memory shared with the main process."""
     shape = (count, size, size, 3)
     if get_worker_info() is None:
         return torch.empty(shape, dtype=torch.uint8)

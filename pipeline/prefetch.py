@@ -1,4 +1,4 @@
-"""The device's share of a batch, and bringing it there ahead of its use."""
+"""Move batches to the device ahead of their use, and finish them there."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from pipeline.augment_device import augment, crop_padded, erase, flip
-from pipeline.fast import RawBatch, Recipe
+from pipeline.augmentation import PADDING
+from pipeline.fast import EncodedImages, FastDataset, RawBatch, ResidentImages
 from pipeline.images import decode_image
 from pipeline.reference import Batch
 
@@ -19,23 +20,23 @@ def _references(arrays: Sequence[np.ndarray], index: int) -> int:
     return sys.getrefcount(arrays[index])
 
 
-FREE = _references([np.empty(0)], 0)  # of an array that nothing but a list holds
+FREE = _references([np.empty(0)], 0)  # of an array that only a list refers to
 
 
 class Memory:
-    """Gives out float32 tensors, and takes the memory of those that nobody holds any more.
+    """Allocates float32 tensors, reusing the CPU memory of those that are no longer referenced.
 
-    Fresh memory of the CPU costs more time than the arithmetic on it. PyTorch's allocator does
-    the same for CUDA.
+    Page faults of fresh memory cost more time than the arithmetic on it. For CUDA, PyTorch's
+    allocator caches memory.
     """
 
-    COUNT = 3  # batches in use at once, at most
+    COUNT = 3  # largest number of tensors whose memory is kept
 
     def __init__(self) -> None:
         self._arrays: list[np.ndarray] = []
 
     def like(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor of the same shape on the same device, with any content."""
+        """Return an uninitialised tensor of the same shape on the same device."""
         if tensor.device.type != "cpu":
             return torch.empty(tensor.shape, device=tensor.device)
         self._arrays = [array for array in self._arrays if array.shape == tensor.shape]
@@ -48,88 +49,102 @@ class Memory:
         return torch.from_numpy(array)
 
 
+def to_device(
+    batch: Batch,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Batch:
+    """Move a batch of images ``B 3 H W`` to a device, without waiting for the copy."""
+    images = batch.images.to(device, non_blocking=True)
+    if images.ndim == 4:  # there is at least one image
+        images = images.to(dtype, memory_format=memory_format)
+    return Batch(images, batch.targets.to(device, non_blocking=True), batch.corrupt)
+
+
 class BatchFinalizer:
-    """Makes of what the loader brings the images that a network takes.
+    """Moves a raw batch to the device, and does there what is left of the augmentation.
 
     Args:
-        recipe: Of the transform.
-        device: Where to.
-        dtype: Of the images.
-        memory_format: Of the images.
-        mode: Of random erasing: ``pixel``, ``rand`` or ``const``.
-        resident: ``N H W 3`` of uint8, the images that indices mean, or None.
+        dataset: Makes the raw batches.
+        device: Target device.
+        dtype: Type of the images.
+        memory_format: Layout of the images.
     """
 
     def __init__(
         self,
-        recipe: Recipe,
+        dataset: FastDataset,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         memory_format: torch.memory_format = torch.contiguous_format,
-        mode: str = "pixel",
-        resident: torch.Tensor | None = None,
     ):
-        self.recipe, self.device, self.dtype = recipe, device, dtype
-        self.memory_format, self.mode = memory_format, mode
-        self.resident = None if resident is None else resident.to(device)
-        self.fill = recipe.policy.fill if recipe.policy else (0, 0, 0)
+        self.augmentation = augmentation = dataset.augmentation
+        self.fill = dataset.policy.fill if dataset.policy else (0, 0, 0)
+        self.device, self.dtype, self.memory_format = device, dtype, memory_format
+        self.resident = None
+        if dataset.resident is not None:
+            self.resident = torch.from_numpy(dataset.resident).to(device)
         self.memory = Memory()
-        self.mean, self.std = (value.to(device) for value in (recipe.mean, recipe.std))
+        self.mean, self.std = (
+            torch.tensor(values, device=device) for values in (augmentation.mean, augmentation.std)
+        )
 
     def __call__(self, raw: RawBatch) -> Batch:
-        """Images ``B 3 H W`` and targets, on the device."""
-        targets = self._to_device(raw.targets)
-        if not len(raw.targets):
+        """Return images ``B 3 H W`` and targets on the device."""
+        targets = self._move(raw.targets)
+        if not len(targets):
             return Batch(torch.empty(0, device=self.device), targets, raw.corrupt)
-        images = self._pixels(raw)  # B 3 H W of uint8, channels last
+        images = self._images(raw.pixels)
         if raw.operations.shape[1]:
             images = augment(images, raw.operations, self.fill)
         images = self.normalized(images)
         if raw.boxes.shape[1]:
             generator = torch.Generator(self.device).manual_seed(raw.seed)
-            images = erase(images, raw.boxes, self.mode, generator)
+            images = erase(images, raw.boxes, self.augmentation.erase_mode, generator)
         return Batch(images.to(self.dtype), targets, raw.corrupt)
 
-    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _move(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device, non_blocking=True)
 
-    def _pixels(self, raw: RawBatch) -> torch.Tensor:
-        if raw.indices is None:
-            images = self._to_device(raw.images)
-            if raw.encoded is not None:
-                images = self._decoded(raw, images)
-            return images.permute(0, 3, 1, 2)
-        images = self.resident[self._to_device(raw.indices)].permute(0, 3, 1, 2)
-        if self.recipe.padding:
-            images = crop_padded(images, self._to_device(raw.offsets), self.recipe.padding)
-        return flip(images, self._to_device(raw.flips)) if self.recipe.hflip else images
+    def _images(self, pixels: torch.Tensor | EncodedImages | ResidentImages) -> torch.Tensor:
+        """Return uint8 ``B 3 H W``, channels last, cropped and flipped."""
+        if isinstance(pixels, EncodedImages):
+            return self._decoded(pixels).permute(0, 3, 1, 2)
+        if not isinstance(pixels, ResidentImages):
+            return self._move(pixels).permute(0, 3, 1, 2)
+        images = self.resident[self._move(pixels.indices)].permute(0, 3, 1, 2)
+        if self.augmentation.crop == "padded":
+            images = crop_padded(images, pixels.offsets, PADDING)
+        return flip(images, pixels.flips) if self.augmentation.hflip else images
 
-    def _decoded(self, raw: RawBatch, images: torch.Tensor) -> torch.Tensor:
-        """``images`` with those that came encoded in their places."""
-        # here, as torchvision 0.29 says that it will not have it for ever
+    def _decoded(self, batch: EncodedImages) -> torch.Tensor:
+        """Return the images ``B H W 3`` of which some are still encoded."""
+        # imported late, as torchvision 0.29 announces its removal
         from torchvision.io import ImageReadMode, decode_jpeg
 
-        size = images.shape[1]
-        mode = self.recipe.crop.interpolation.value
-        lengths = raw.crops[:, 0].tolist()
-        data = [part for part in raw.encoded.split(lengths) if len(part)]
+        images = self._move(batch.images)
+        size = images.shape[1:3]
+        lengths, *_ = batch.crops.T.tolist()
+        data = [part for part in batch.data.split(lengths) if len(part)]
         try:
             decoded = decode_jpeg(data, ImageReadMode.RGB, device=self.device)
-        except RuntimeError:  # one that the device cannot decode
-            decoded = [_decoded_here(one).to(self.device) for one in data]
+        except RuntimeError:  # one of them is not for the device's decoder
+            decoded = [self._move(_decoded_by_pillow(one)) for one in data]
         positions = [position for position, length in enumerate(lengths) if length]
         for position, whole in zip(positions, decoded, strict=True):
-            _, top, left, height, width, mirrored = raw.crops[position].tolist()
+            _, top, left, height, width, is_flipped, is_bicubic = batch.crops[position].tolist()
             crop = whole[None, :, top : top + height, left : left + width].float()
-            crop = F.interpolate(crop, (size, size), mode=mode, antialias=True)
-            crop = crop.flip(-1) if mirrored else crop
+            mode = "bicubic" if is_bicubic else "bilinear"
+            crop = F.interpolate(crop, size, mode=mode, antialias=True)
+            crop = crop.flip(-1) if is_flipped else crop
             images[position] = crop[0].round_().clamp_(0, 255).permute(1, 2, 0).to(torch.uint8)
         return images
 
     def normalized(self, images: torch.Tensor) -> torch.Tensor:
-        """``(x / 255 - mean) / std`` of ``B 3 H W``, rounded as torchvision's transforms do.
+        """Return ``(x / 255 - mean) / std`` of ``B 3 H W``, rounded as by torchvision's transforms.
 
-        On the CPU image by image, as one fits into its cache.
+        The CPU works image by image, as one image fits into its cache.
         """
         count, _, height, width = images.shape
         if self.memory_format == torch.channels_last:
@@ -147,71 +162,50 @@ class BatchFinalizer:
         return found
 
 
-class ToDevice:
-    """Brings finished batches to the device.
-
-    Args:
-        device: Where to.
-        dtype, memory_format: Of the images.
-    """
-
-    def __init__(
-        self, device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format
-    ):
-        self.device, self.dtype, self.memory_format = device, dtype, memory_format
-
-    def __call__(self, batch: Batch) -> Batch:
-        """The batch, without waiting for the copy."""
-        images = batch.images.to(self.device, non_blocking=True)
-        if images.ndim == 4:  # not a batch of corrupt images alone
-            images = images.to(self.dtype, memory_format=self.memory_format)
-        return Batch(images, batch.targets.to(self.device, non_blocking=True), batch.corrupt)
-
-
-def _decoded_here(data: torch.Tensor) -> torch.Tensor:
+def _decoded_by_pillow(data: torch.Tensor) -> torch.Tensor:
     image = decode_image(data.numpy().tobytes(), "sent to the device")
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class Prefetcher:
-    """Iterates over a loader, and has the next batch finished while one is in use.
+    """Iterates over a loader and finishes the next batch while one is in use.
 
-    On CUDA, the copy and what follows it run beside the network, on a stream of their own.
+    On CUDA, batches are copied and finished on a side stream.
 
     Args:
-        loader: Of raw batches.
-        finish: Makes of one what the network takes.
-        device: Where to.
+        loader: Yields raw batches.
+        finalize: Turns one into a batch on the device.
+        device: Target device.
     """
 
-    def __init__(self, loader: DataLoader, finish: Callable[[Any], Batch], device: torch.device):
-        self.loader, self.finish, self.device = loader, finish, device
+    def __init__(self, loader: DataLoader, finalize: Callable[[Any], Batch], device: torch.device):
+        self.loader, self.finalize, self.device = loader, finalize, device
         self.batch_size, self.sampler = loader.batch_size, loader.sampler
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """A batch of these images of the dataset, which is read here and now."""
-        return self.finish(self.loader.dataset.__getitems__(indices))
+        """Read and return a batch of these images, in this process."""
+        return self.finalize(self.loader.dataset.__getitems__(indices))
 
     def __iter__(self) -> Iterator[Batch]:
         if self.device.type != "cuda":
-            yield from map(self.finish, self.loader)
+            yield from map(self.finalize, self.loader)
             return
         stream, ahead = torch.cuda.Stream(self.device), None
         for raw in self.loader:
             with torch.cuda.stream(stream):
-                batch = self.finish(raw)
+                batch = self.finalize(raw)
             following = batch, stream.record_event()
             if ahead is not None:
-                yield self._handed_over(*ahead)
+                yield self._on_current_stream(*ahead)
             ahead = following
         if ahead is not None:
-            yield self._handed_over(*ahead)
+            yield self._on_current_stream(*ahead)
 
-    def _handed_over(self, batch: Batch, ready: torch.cuda.Event) -> Batch:
-        """A batch of the other stream for use on the network's."""
+    def _on_current_stream(self, batch: Batch, ready: torch.cuda.Event) -> Batch:
+        """Make a batch of the side stream usable on the current one."""
         current = torch.cuda.current_stream(self.device)
         current.wait_event(ready)
         for tensor in (batch.images, batch.targets):

@@ -1,4 +1,4 @@
-"""Images under transforms of torchvision and timm, one at a time: what the rest is measured by."""
+"""Datasets of labelled images, and the reference: torchvision's and timm's transforms."""
 
 import contextlib
 import random
@@ -7,9 +7,9 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
+from pipeline.augmentation import Augmentation
 from pipeline.images import CorruptImageError, DataError
 from pipeline.sources.base import Source
 from samplers import SampleIndex, mix_seed
@@ -18,9 +18,9 @@ Found = TypeVar("Found")
 
 
 class Sample(NamedTuple):
-    """One augmented image; ``image`` is None where the file is corrupt and skipped.
+    """One augmented image, or None if its file is corrupt and skipped.
 
-    ``corrupt`` has the message of each corrupt file met: ``cannot decode image PATH: WHY``.
+    ``corrupt`` has one message per corrupt file met: ``cannot decode image PATH: WHY``.
     """
 
     image: torch.Tensor | None
@@ -37,14 +37,15 @@ class Batch(NamedTuple):
 
 
 class LabelledImages(Dataset):
-    """Images of a source, where a corrupt one is an error, or is stood in for or left out.
+    """Images of a source, and a rule for corrupt ones.
 
     Args:
         source: The images.
-        is_train: Whether these are training images.
-        seed: Seed of the run; with a :class:`SampleIndex` as index, each draw has its own numbers.
+        is_train: The images are for training.
+        seed: Seed of the run. With it, a :class:`SampleIndex` seeds the random numbers of its
+            sample.
         skip_corrupt: Instead of raising, replace a corrupt training image by the next sound
-            one of its class, and leave a corrupt evaluation image out; both are reported.
+            one of its class, and skip a corrupt evaluation image; both are reported.
     """
 
     def __init__(self, source: Source, is_train: bool, seed: int = 0, skip_corrupt: bool = False):
@@ -61,16 +62,16 @@ class LabelledImages(Dataset):
     def find(
         self, index: int, read: Callable[[int], Found]
     ) -> tuple[Found | None, int, tuple[str, ...]]:
-        """What ``read`` makes of image ``index``, or of what stands for it.
+        """Call ``read`` on image ``index``, or on the one that replaces it.
 
-        The global random numbers are seeded; see :func:`kept_random_numbers`.
+        This seeds the global random generators; see :func:`kept_random_numbers`.
 
         Returns:
-            It, or None for an evaluation image that is left out; its class; and the messages of
+            The result, or None for a skipped evaluation image; its class; and the messages of
             the corrupt files met.
 
         Raises:
-            CorruptImageError: Corrupt images are not to be skipped.
+            CorruptImageError: An image is corrupt, and ``skip_corrupt`` is off.
             DataError: A class has no sound training image.
         """
         corrupt: tuple[str, ...] = ()
@@ -97,23 +98,23 @@ class LabelledImages(Dataset):
 
 
 class AugmentedDataset(LabelledImages):
-    """Images under a transform whose random numbers depend on the draw alone.
+    """Images under the reference transform, one by one.
 
     Args:
-        transform: PIL image to tensor ``3 H W``.
         source, is_train, seed, skip_corrupt: See :class:`LabelledImages`.
+        augmentation: The augmentation.
     """
 
     def __init__(
         self,
         source: Source,
-        transform: Callable[[Image.Image], torch.Tensor],
+        augmentation: Augmentation,
         is_train: bool,
         seed: int = 0,
         skip_corrupt: bool = False,
     ):
         super().__init__(source, is_train, seed, skip_corrupt)
-        self.transform = transform
+        self.transform = augmentation.compose()
 
     def __getitem__(self, index: int) -> Sample:
         with kept_random_numbers():
@@ -123,7 +124,7 @@ class AugmentedDataset(LabelledImages):
         return Sample(*self.find(index, lambda i: self.transform(self.source.open(i))))
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """A batch of these images."""
+        """Return the batch of these images."""
         with kept_random_numbers():
             samples = [self._sample(index) for index in indices]
         corrupt = [message for sample in samples for message in sample.corrupt]
@@ -134,7 +135,7 @@ class AugmentedDataset(LabelledImages):
 
 
 def seed_generators(seed: int) -> None:
-    """Seed Python, NumPy and torch's CPU generator."""
+    """Seed the generators of Python, NumPy and PyTorch on the CPU."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
@@ -142,10 +143,7 @@ def seed_generators(seed: int) -> None:
 
 @contextlib.contextmanager
 def kept_random_numbers() -> Iterator[None]:
-    """Leave the random numbers of the main process as they were before the block.
-
-    A loader process has no other use of them, so there they are not restored.
-    """
+    """Restore the random generators after the block, except in a worker, which needs no others."""
     restore = get_worker_info() is None
     if restore:
         states = random.getstate(), np.random.get_state(), torch.get_rng_state()

@@ -54,6 +54,14 @@ def few_threads():
     torch.set_num_threads(THREADS)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Small tensors only: a second thread, on a core that others use, would be waited for."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(THREADS)
+
+
 @pytest.fixture
 def tmp_path(tmp_path):
     """pytest's, without large files after the test: checkpoints would add up to gigabytes.

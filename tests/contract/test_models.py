@@ -130,7 +130,7 @@ def photographs(cifar):
     """32 training images of CIFAR-10 as ``B 3 64 64``, and their classes."""
     args, _ = parse_args(["--data-path", str(cifar), "--input-size", "64"])
     dataset = datasets.build_dataset(False, args)[0]
-    feed = datasets.build_prefetcher(datasets.build_eval_loader(dataset, args, 1, 0), args)
+    feed = datasets.build_prefetcher(datasets.build_eval_loader(dataset, args, 1, 0))
     return feed.batch(range(0, len(dataset), len(dataset) // 32)[:32])[:2]
 
 

@@ -375,7 +375,7 @@ BAD = {
     "--device tpu9": "--device 'tpu9' is not a device",
     "--device meta": "--device meta holds no values",
     "--device xpu": "--device xpu is not here: ",
-    "--aa nonsense": "--aa nonsense is none of timm's policies",
+    "--aa nonsense": "--aa nonsense",
     "--model-kwargs num_classes=7": "num_classes is the dataset's: leave it out",
     "--model-kwargs img_size=64": "img_size is --input-size",
     "--model-kwargs pretrained=True": "pretrained .*: give --finetune",

@@ -1,21 +1,18 @@
 """timm's augmentation as recorded draws, applied by image on the host or by batch."""
 
 import functools
-import io
 import pickle
 import random
-import tarfile
 
 import numpy as np
 import pytest
 import torch
+from loading import decoded, real_photographs, seed_all
 from PIL import Image
 from timm.data import auto_augment
 from timm.data.random_erasing import RandomErasing
-from torchvision import transforms
 from torchvision.transforms import functional
 
-from datasets import keep_posterize_possible
 from pipeline import augment_device, augment_host
 from pipeline.augment_ops import (
     ENCODED,
@@ -27,8 +24,10 @@ from pipeline.augment_ops import (
     encode,
     rotation,
 )
+from pipeline.augmentation import Augmentation
 
-FILL = (124, 116, 104)
+pytestmark = pytest.mark.usefixtures("one_thread")
+FILL = (124, 116, 104)  # ImageNet's mean
 FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -45,15 +44,6 @@ POLICIES = (
 SIZES = ((88, 64), (50, 83), (40, 32))  # width, height
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The batches are so small that a second thread, where a core is shared, is waited for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @functools.cache
 def pixels_of(width, height, seed=0):
     """A read-only image ``H W 3`` with smooth parts, noise, and flat black and white."""
@@ -68,21 +58,11 @@ def pixels_of(width, height, seed=0):
 
 
 def policy_of(name, interpolation="bicubic"):
-    hparams = {"translate_const": 30, "img_mean": FILL, "interpolation": FILTERS[interpolation]}
-    if name.startswith("rand"):
-        policy = auto_augment.rand_augment_transform(name, hparams)
-        keep_posterize_possible(transforms.Compose([policy]))
-        return policy
-    policy = auto_augment.auto_augment_transform(name, hparams)
-    for part in policy.policy:  # v0 posterizes to 0 bits
-        keep_posterize_possible(transforms.Compose([auto_augment.RandAugment(part)]))
+    """A policy that shifts images by up to 30 pixels."""
+    size = int(30 / 0.45) + 1
+    augmentation = Augmentation(size, "whole", interpolation=interpolation, policy=name)
+    (policy,) = augmentation.stages().color
     return policy
-
-
-def seed_all(seed):
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def states():
@@ -145,13 +125,7 @@ def test_policies_are_those_of_timm(name, interpolation):
 
 
 def test_policies_on_photographs(shared):
-    images = []
-    with tarfile.open(shared / "data" / "imagenet_sample.tar") as archive:
-        for member in archive:
-            if member.name.lower().endswith((".jpg", ".jpeg")) and len(images) < 8:
-                photo = Image.open(io.BytesIO(archive.extractfile(member).read())).convert("RGB")
-                images.append(np.asarray(photo.resize((160, 120))))
-    assert len(images) == 8
+    images = [np.asarray(decoded(data).resize((160, 120))) for data in real_photographs(shared, 8)]
     assert len(check_policy(policy_of(POLICIES[0], "random"), images, range(96))) == 11
 
 
@@ -260,9 +234,9 @@ def test_any_memory_format_and_no_operation():
     assert torch.equal(result[0], images[0])
     assert torch.equal(result[1], 255 - images[1])
     assert result.is_contiguous(memory_format=torch.channels_last)
-    with pytest.raises(ValueError, match="must be 3 S 8, not"):
+    with pytest.raises(ValueError, match=r"\[2, 2, 8\]"):
         augment_device.augment(images, encoded[:2], FILL)
-    with pytest.raises(ValueError, match="on the host, not on meta"):
+    with pytest.raises(ValueError, match=r"\bmeta\b"):
         augment_device.augment(images, encoded.to("meta"), FILL)
 
 
@@ -271,7 +245,7 @@ def test_encoding():
     rows = encode(operations, 3)
     assert rows.dtype == np.float64
     assert rows.tolist() == [[1, 1, 0.5, 3, 0, 1, 2, 1], [8, 0.5, 0, 0, 0, 0, 0, 0], [0] * ENCODED]
-    with pytest.raises(ValueError, match="2 operations do not fit in 1 slots"):
+    with pytest.raises(ValueError, match=r"\b2\b.*\b1\b"):
         encode(operations, 1)
 
 
@@ -301,17 +275,17 @@ def test_what_cannot_be_recorded_is_named():
     augment_op = auto_augment.AugmentOp
     lanczos = augment_op("ShearX", hparams={"interpolation": Image.Resampling.LANCZOS})
     colours = [augment_op("Invert", hparams={"img_mean": fill}) for fill in (FILL, (1, 2, 3))]
-    for policy, message in (
+    for policy, named in (
         (auto_augment.auto_augment_transform("3a"), "GaussianBlurRand"),
-        (auto_augment.rand_augment_transform("rand-t3a"), "GaussianBlur "),
-        (auto_augment.augment_and_mix_transform("augmix-m3"), "AugMixAugment is neither"),
-        (auto_augment.RandAugment([lanczos]), "ShearX has filter"),
-        (auto_augment.AutoAugment([colours[:1], colours[1:]]), "Invert fills with"),
+        (auto_augment.rand_augment_transform("rand-t3a"), r"GaussianBlur\b"),
+        (auto_augment.augment_and_mix_transform("augmix-m3"), "AugMixAugment"),
+        (auto_augment.RandAugment([lanczos]), "ShearX"),
+        (auto_augment.AutoAugment([colours[:1], colours[1:]]), r"Invert.*\(1, 2, 3\)"),
     ):
-        with pytest.raises(UnsupportedPolicy, match=message):
+        with pytest.raises(UnsupportedPolicy, match=named):
             PolicyRecorder(policy, 32, 32)
     black = auto_augment.RandAugment([augment_op("PosterizeIncreasing", 1.0, 10)])
-    with pytest.raises(ValueError, match="1 to 8 bits, not 0"):
+    with pytest.raises(ValueError, match=r"\b0\b"):
         PolicyRecorder(black, 32, 32).draw()
 
 
@@ -382,7 +356,7 @@ def test_noise_of_boxes_is_one_colour_each_and_later_boxes_lie_over_earlier_ones
     assert colours.mean(0).abs().max() < 0.1
     assert (colours.std(0) - 1).abs().max() < 0.1
     assert torch.corrcoef(colours.T).triu(1).abs().max() < 0.1
-    with pytest.raises(ValueError, match="'noise' is none of pixel, rand, const"):
+    with pytest.raises(ValueError, match=r"noise.*pixel.*rand.*const"):
         augment_device.erase(images, boxes, "noise")
 
 

@@ -400,10 +400,10 @@ def test_runs_over_the_corpus(tmp_path, loader):
             *("--loader", loader),
         )
         train, _ = datasets.build_dataset(True, args)
-        feed = datasets.build_prefetcher(datasets.build_train_loader(train, args, 1, 0), args)
+        feed = datasets.build_prefetcher(datasets.build_train_loader(train, args, 1, 0))
         feed.sampler.set_epoch(1)
         val, _ = datasets.build_dataset(False, args)
-        evaluated = datasets.build_prefetcher(datasets.build_eval_loader(val, args, 1, 0), args)
+        evaluated = datasets.build_prefetcher(datasets.build_eval_loader(val, args, 1, 0))
         runs.append((list(feed), list(evaluated)))
     for batches, again in zip(*runs, strict=True):
         for batch, other in zip(batches, again, strict=True):

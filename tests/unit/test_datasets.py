@@ -7,7 +7,6 @@ import pickle
 import random
 import shutil
 import struct
-import tarfile
 import traceback
 import zlib
 from collections import Counter
@@ -15,32 +14,22 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import write_images
+from loading import eval_feed, files, flags, real_photographs, seed_all, train_feed
 from PIL import Image, ImageFile, ImageOps
 from torch.utils.data._utils.pin_memory import pin_memory
 
 import datasets
 from pipeline.images import CorruptImageError, CropLongSide, DataError, EnlargeTiny, load_image
-from pipeline.reference import Batch, seed_generators
+from pipeline.reference import Batch
 from pipeline.sources.folder import CIFAR10, CIFAR100, open_digits
 from samplers import SampleIndex
-from training.flags import parse_args
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ORANGE = (200, 100, 50)
-
-
-def flags(*words):
-    return parse_args([str(word) for word in words])[0]
 
 
 def folder_args(folder, *words):
     return flags("--data-path", folder, "--input-size", 32, "--num_workers", 0, *words)
-
-
-def train_feed(dataset, args, num_replicas=1, rank=0):
-    return datasets.build_prefetcher(
-        datasets.build_train_loader(dataset, args, num_replicas, rank), args
-    )
 
 
 LOADERS = pytest.mark.parametrize("loader", ["fast", "timm"])
@@ -63,7 +52,7 @@ def test_defaults_follow_the_dataset(image_folder):
     assert datasets.input_size_of(flags("--data-path", image_folder)) == 224
     dataset, classes = datasets.build_dataset(True, flags())
     assert (len(dataset), classes) == (1442, 10)
-    assert dataset.recipe.hflip == 0  # a mirrored digit is another sign
+    assert datasets.build_augmentation(True, flags()).hflip == 0  # a mirrored digit is another sign
 
 
 @pytest.mark.parametrize(("name", "classes"), [("CIFAR10", 10), ("CIFAR100", 100), ("CIFAR", 100)])
@@ -89,9 +78,7 @@ def test_cifar(tmp_path, monkeypatch, name, classes):
         args = flags(*words, "--loader", loader)
         dataset, count = datasets.build_dataset(is_train, args)
         assert (len(dataset), count, dataset.targets[3]) == (6, classes, 3)
-        batch = next(
-            iter(datasets.build_prefetcher(datasets.build_eval_loader(dataset, args, 1, 0), args))
-        )
+        batch = next(iter(eval_feed(dataset)))
         assert (batch.images.shape, batch.targets.tolist()) == ((6, 3, 32, 32), [0, 1, 2, 3, 4, 5])
 
 
@@ -106,15 +93,25 @@ def test_image_folder(image_folder):
 
 
 def test_missing_folders_are_named(image_folder, tmp_path):
-    with pytest.raises(DataError, match=f"{tmp_path}/none does not exist"):
-        datasets.build_dataset(True, folder_args(tmp_path / "none"))
-    with pytest.raises(DataError, match="IMNET needs --data-path"):
-        datasets.build_dataset(True, flags("--data-set", "IMNET"))
-    shutil.rmtree(image_folder / "val")
-    with pytest.raises(DataError, match="no folder val/ or validation/"):
-        datasets.build_dataset(False, folder_args(image_folder))
-    with pytest.raises(DataError, match=r"no CIFAR10 in .*--download fetches it"):
-        datasets.build_dataset(True, flags("--data-set", "CIFAR10", "--data-path", tmp_path))
+    for is_train, args, named in (
+        (True, folder_args(tmp_path / "none"), rf"{tmp_path}/none\b"),
+        (True, flags("--data-set", "IMNET"), "--data-path"),
+        (True, flags("--data-set", "WDS"), "--data-path"),
+        (False, folder_args(image_folder), r"\bval/.*validation/"),
+        (True, flags("--data-set", "CIFAR10", "--data-path", tmp_path), "CIFAR10.*--download"),
+    ):
+        shutil.rmtree(image_folder / "val", ignore_errors=True)
+        with pytest.raises(DataError, match=named):
+            datasets.build_dataset(is_train, args)
+
+
+def test_unknown_names_are_named():
+    for name in ("MNIST", "hfds/"):
+        with pytest.raises(ValueError, match=f"{name}.*IMNET.*hfds/"):
+            datasets.data_set_named(name)
+    for policy in ("nonsense", "rand-m9-x3"):
+        with pytest.raises(DataError, match=f"--aa {policy}"):
+            datasets.build_dataset(True, flags("--aa", policy))
 
 
 def test_class_without_images_is_named(image_folder):
@@ -127,7 +124,7 @@ def test_class_without_images_is_named(image_folder):
 @pytest.mark.parametrize("is_train", [True, False])
 def test_splits_must_have_the_same_classes(image_folder, is_train):
     shutil.copytree(image_folder / "val" / "cat", image_folder / "val" / "lynx")
-    with pytest.raises(DataError, match="different classes: lynx in only one"):
+    with pytest.raises(DataError, match="lynx"):
         datasets.build_dataset(is_train, folder_args(image_folder))
 
 
@@ -182,7 +179,7 @@ def test_tiny_images_can_be_cropped_at_random(size):
     words = ("--data-path", "x", "--input-size", 40, "--std-aug")
     transform = datasets.build_transform(True, flags(*words))
     for seed in range(50):
-        seed_generators(seed)
+        seed_all(seed)
         image = transform(Image.new("RGB", size, ORANGE))
         pixels = datasets.denormalize(image[None])[0] * 255
         expected = torch.tensor(ORANGE).view(3, 1, 1).expand(3, 40, 40)
@@ -202,7 +199,7 @@ def test_long_images_lose_their_ends_and_others_nothing():
 
 
 def test_posterize_keeps_a_bit():
-    with pytest.raises(Exception, match=r".*"):
+    with pytest.raises(ValueError):
         ImageOps.posterize(Image.new("RGB", (4, 4)), 0)  # what training must survive
     transform = datasets.build_transform(True, flags("--aa", "rand-m10-inc1", "--input-size", 64))
     (augment,) = (step for step in transform.transforms if hasattr(step, "ops"))
@@ -213,29 +210,28 @@ def test_posterize_keeps_a_bit():
 
 
 @LOADERS
-@pytest.mark.parametrize("workers", [0, 1, 3])
-def test_augmentation_depends_on_the_draw_alone(image_folder, workers, loader):
+def test_augmentation_depends_on_the_draw_alone(image_folder, loader):
+    dataset, _ = datasets.build_dataset(True, folder_args(image_folder, "--loader", loader))
+
     def epoch(number, workers):
-        words = ("--batch-size", 4, "--num_workers", workers, "--loader", loader)
-        args = folder_args(image_folder, *words)
-        dataset, _ = datasets.build_dataset(True, args)
+        args = folder_args(image_folder, "--batch-size", 4, "--num_workers", workers)
         feed = train_feed(dataset, args)
         feed.sampler.set_epoch(number)
-        random.seed(workers), np.random.seed(workers), torch.manual_seed(workers)
+        seed_all(workers)
         return torch.cat([batch.images for batch in feed])
 
-    first = epoch(1, workers)
+    first = epoch(1, 2)
     assert torch.equal(first, epoch(1, 0))
-    assert not torch.equal(first, epoch(2, workers))
+    assert not torch.equal(first, epoch(2, 0))
     assert len({image.numpy().tobytes() for image in first}) == 16  # copies differ too
 
 
 @LOADERS
 def test_loading_leaves_the_process_s_random_numbers_alone(image_folder, loader):
     dataset, _ = datasets.build_dataset(True, folder_args(image_folder, "--loader", loader))
-    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    seed_all(1)
     expected = random.random(), np.random.rand(), torch.rand(1)
-    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    seed_all(1)
     dataset.__getitems__([SampleIndex(3)])
     assert (random.random(), np.random.rand(), torch.rand(1)) == expected
 
@@ -287,7 +283,7 @@ def test_skipping_replaces_in_training_and_reports_in_evaluation(image_folder, l
     for name in ("cat/0", "cat/1", "cat/2", "dog/0"):
         truncate(image_folder / "val" / f"{name}.jpg")
     args.batch_size = 2  # three images per evaluation batch: the first batch has none left
-    batches = list(datasets.build_prefetcher(datasets.build_eval_loader(val, args, 1, 0), args))
+    batches = list(datasets.build_prefetcher(datasets.build_eval_loader(val, args, 1, 0)))
     assert [(len(batch.images), len(batch.corrupt)) for batch in batches] == [(0, 3), (2, 1)]
     assert str(image_folder / "val" / "dog" / "0.jpg") in batches[1].corrupt[0]
 
@@ -297,16 +293,19 @@ def test_messages_survive_pinning(monkeypatch):
     pinned = pin_memory(Batch(torch.ones(2, 3, 2, 2), torch.tensor([1, 1]), ["a", "b"]))
     assert isinstance(pinned, Batch)
     assert (pinned.targets.tolist(), pinned.corrupt) == ([1, 1], ["a", "b"])
-    raw = datasets.build_dataset(True, flags())[0].__getitems__([SampleIndex(0), SampleIndex(1)])
-    for value, same in zip(raw, pin_memory(raw), strict=True):
-        assert torch.equal(value, same) if isinstance(value, torch.Tensor) else value == same
+    for words in ((), ("--augment-on", "device")):
+        dataset, _ = datasets.build_dataset(True, flags(*words))
+        raw = dataset.__getitems__([SampleIndex(0), SampleIndex(1)])
+        pinned = pin_memory(raw)
+        assert type(pinned) is type(raw) and type(pinned.pixels) is type(raw.pixels)
+        assert pinned == raw  # field by field, the very tensors
 
 
 def test_class_of_corrupt_images_only(image_folder):
     dataset, _ = datasets.build_dataset(True, folder_args(image_folder, "--on-corrupt", "skip"))
     for path in (image_folder / "train" / "dog").iterdir():
         truncate(path)
-    with pytest.raises(DataError, match="class dog has no image that can be decoded"):
+    with pytest.raises(DataError, match=r"\bdog\b"):
         dataset.__getitems__([15])
 
 
@@ -387,23 +386,13 @@ def test_batch_larger_than_the_training_set(image_folder):
     args = folder_args(image_folder, "--batch-size", 9)
     dataset, _ = datasets.build_dataset(True, args)
     assert len(datasets.build_train_loader(dataset, args, 1, 0)) == 1
-    with pytest.raises(DataError, match=r"--batch-size 9 is larger.*leave 8 each"):
+    with pytest.raises(DataError, match=r"--batch-size 9\b.*\b16\b.*\b8\b"):
         datasets.build_train_loader(dataset, args, 2, 0)
 
 
 def test_real_jpegs_of_any_kind(shared, tmp_path):
-    with tarfile.open(shared / "data" / "imagenet_sample.tar") as archive:
-        archive.extractall(tmp_path, filter="data")
-    grey = next((tmp_path / "imagenet_sample" / "val").glob("*/n02096051_Airedale*"))
-    assert load_image(grey).mode == "RGB"
-    root = tmp_path / "imagenet_sample"
-    (root / "train").symlink_to(root / "val")
-    args = flags("--data-path", root, "--num_workers", 2, "--batch-size", 32, "--src")
-    dataset, classes = datasets.build_dataset(True, args)
-    assert classes == 256
-    images = next(iter(train_feed(dataset, args, 8))).images
-    assert images.shape == (32, 3, 224, 224)
-
-
-def test_helper_writes_what_it_says(tmp_path):
-    assert len(list(write_images(tmp_path).rglob("*.jpg"))) == 22
+    source = files(tmp_path, {f"{i}.jpg": x for i, x in enumerate(real_photographs(shared, 64))})
+    assert {load_image(source.name(i)).mode for i in range(64)} == {"RGB"}
+    args = flags("--data-path", tmp_path, "--num_workers", 2, "--batch-size", 32, "--src")
+    dataset = datasets.augmented(source, True, args)
+    assert next(iter(train_feed(dataset, args, 2))).images.shape == (32, 3, 224, 224)

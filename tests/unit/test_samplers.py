@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from torch.utils.data import DataLoader
 
-from samplers import EvalBatchSampler, RASampler, SampleIndex, mix_seed
+from samplers import Deck, EvalBatchSampler, RASampler, SampleIndex, mix_seed
 
 SIZES = [1, 2, 3, 7, 64, 255, 256, 1000]
 
@@ -67,10 +67,21 @@ def test_without_repeats_an_epoch_is_a_permutation(world):
     assert ranks != epoch_of(1000, world, 0, num_repeats=1, seed=1)
 
 
-@pytest.mark.parametrize("arguments", [(0,), (5, 2, 2), (5, 2, -1)])
-def test_impossible_samplers_raise(arguments):
-    with pytest.raises(ValueError, match=r"cannot sample|not within"):
-        RASampler(*arguments)
+@pytest.mark.parametrize(
+    ("build", "value"),
+    [
+        (lambda: RASampler(0), "0"),
+        (lambda: RASampler(5, 2, 2), "2"),
+        (lambda: RASampler(5, 2, -1), "-1"),
+        (lambda: RASampler(10, shards=[4, 5]), r"\b9\b.*\b10\b"),
+        (lambda: RASampler(10, shards=[4, 6], window=0), r"\b0\b"),
+        (lambda: EvalBatchSampler(10, 0), "0"),
+        (lambda: EvalBatchSampler(10, 5, 3, 3), "3"),
+    ],
+)
+def test_impossible_samplers_raise(build, value):
+    with pytest.raises(ValueError, match=value):
+        build()
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 9])
@@ -82,13 +93,6 @@ def test_evaluation_deals_the_batches_of_one_process(num_images, world):
     assert [len(part) for part in parts] == [len(batches) for batches in dealt]
     assert sorted(batch for batches in dealt for batch in batches) == whole
     assert [i for batch in whole for i in batch] == list(range(num_images))
-
-
-def test_evaluation_refuses_impossible_values():
-    with pytest.raises(ValueError, match=r"batch size 0"):
-        EvalBatchSampler(10, 0)
-    with pytest.raises(ValueError, match=r"rank 3 is not within 0..2"):
-        EvalBatchSampler(10, 5, 3, 3)
 
 
 def test_draw_is_an_index_that_crosses_processes():
@@ -109,7 +113,7 @@ def test_mixed_seeds_differ():
 
 @pytest.mark.parametrize("repeats", [1, 3])
 @pytest.mark.parametrize("num_images", [7, 64, 255, 1000])
-def test_an_epoch_goes_on_where_it_was(num_images, repeats):
+def test_an_epoch_resumes_where_it_stopped(num_images, repeats):
     options = {"batch_size": 2, "num_repeats": repeats, "seed": 5}
     for rank in range(3):
         whole = RASampler(num_images, 3, rank, **options)
@@ -127,7 +131,7 @@ def test_an_epoch_goes_on_where_it_was(num_images, repeats):
             assert len(other) == len(samples)
 
 
-def test_other_ranks_go_on_with_what_no_rank_has_seen():
+def test_other_ranks_resume_with_the_samples_no_rank_has_seen():
     """4 ranks, then 3, then 1: every sample of the epoch comes once, but a rest of less than 3."""
     dealt, state = [], None
     for world, batch_size, steps in ((4, 8, 10), (3, 16, 5), (1, 4, None)):
@@ -142,14 +146,13 @@ def test_other_ranks_go_on_with_what_no_rank_has_seen():
             stop = None if steps is None else steps * batch_size
             dealt += [(int(draw), draw.copy) for draw in itertools.islice(sampler, stop)]
         state = samplers[0].state_dict(steps or 0)
-    whole = RASampler(1000, 4, 0, 8, 3, seed=1)
-    expected = [(int(draw), draw.copy) for draw in whole._deck.samples(2)]
-    assert sorted(dealt) == sorted(expected)
+    whole = Deck(1000, num_replicas=4, batch_size=8, num_repeats=3, seed=1)
+    assert sorted(dealt) == sorted((int(draw), draw.copy) for draw in whole.samples(2))
 
 
-def test_another_dataset_s_epoch_is_refused():
+def test_the_state_of_another_dataset_is_an_error():
     state = RASampler(10).state_dict(1)
-    with pytest.raises(ValueError, match="the dataset has 11 images, and had 10"):
+    with pytest.raises(ValueError, match=r"\b11\b.*\b10\b"):
         RASampler(11).load_state_dict(state)
 
 
@@ -197,22 +200,16 @@ def test_a_window_of_shards_is_shuffled_together():
     assert orders[0] != orders[1]
 
 
-def test_without_shards_the_order_is_what_it_was():
+def test_the_order_without_shards_is_fixed():
     (order,) = epoch_of(10, 1, 0, batch_size=2, num_repeats=1, seed=7)
     assert order == [7, 1, 2, 6, 9, 8, 0, 4, 3, 5]
     sampler = RASampler(12, 2, 1, 2, 3, 7)
     sampler.set_epoch(1)
-    assert [(int(draw), draw.copy) for draw in sampler] == [
-        (0, 0),
-        (4, 0),
-        (0, 1),
-        (4, 1),
-        (0, 2),
-        (4, 2),
-    ]
+    expected = [(image, copy) for copy in range(3) for image in (0, 4)]
+    assert [(int(draw), draw.copy) for draw in sampler] == expected
 
 
-def test_an_epoch_of_shards_goes_on_anywhere():
+def test_an_epoch_of_shards_resumes_on_any_number_of_ranks():
     """2 ranks, then 3, then 1: every sample of the epoch comes once."""
     dealt, state, shards = [], None, odd_shards(300)
     for world, steps in ((2, 9), (3, 5), (1, None)):
@@ -225,26 +222,19 @@ def test_an_epoch_of_shards_goes_on_anywhere():
             stop = None if steps is None else 4 * steps
             dealt += [(int(draw), draw.copy) for draw in itertools.islice(sampler, stop)]
         state = samplers[0].state_dict(steps or 0)
-    whole = RASampler(300, 2, 0, 4, 3, 1, shards, 2)
-    assert sorted(dealt) == sorted((int(draw), draw.copy) for draw in whole._deck.samples(5))
+    whole = Deck(300, 2, 4, 3, 1, tuple(shards), 2)
+    assert sorted(dealt) == sorted((int(draw), draw.copy) for draw in whole.samples(5))
 
 
-def test_states_from_before_shards_are_taken():
+def test_states_without_shards_still_load():
     state = RASampler(10, batch_size=2).state_dict(1)
     old = {key: value for key, value in state.items() if key not in ("shards", "window")}
     sampler = RASampler(10, batch_size=2)
     sampler.load_state_dict(old)
     assert (sampler.dealt, sampler.is_continued_elsewhere) == (2, False)
-    with pytest.raises(ValueError, match=r"lies in 2 shards \(4 to 6 images\), and lay in single"):
+    with pytest.raises(ValueError, match=r"\b2 shards \(4 to 6"):
         RASampler(10, shards=[4, 6]).load_state_dict(old)
     listed = RASampler(10, shards=[4, 6]).state_dict(1) | {"shards": [4, 6]}
     RASampler(10, shards=[4, 6]).load_state_dict(listed)
-    with pytest.raises(ValueError, match=r"lies in 3 shards .* and lay in 2 shards"):
+    with pytest.raises(ValueError, match=r"\b3 shards .*\b2 shards"):
         RASampler(10, shards=[4, 3, 3]).load_state_dict(listed)
-
-
-def test_impossible_shards_raise():
-    with pytest.raises(ValueError, match="shards of 9 images cannot hold 10"):
-        RASampler(10, shards=[4, 5])
-    with pytest.raises(ValueError, match="a window of 0 shards is not positive"):
-        RASampler(10, shards=[4, 6], window=0)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 import engine
 import models
 import utils
+from pipeline.prefetch import to_device
 from pipeline.reference import Batch
 from samplers import RASampler
 from tools.benchmark.__main__ import machine
@@ -72,6 +73,7 @@ def build(
     precision = engine.Precision(torch.device(args.device), dtype, layout)
     precision.place(model)
     loader = OneBatch(args.batch_size, size, args.steps, place)
+    loader.batch = to_device(loader.batch, precision.device, memory_format=layout)
     parts = (args, model, args.model, kwargs, precision, 1e-4, args.steps, loader.sampler)
     return kind(
         RunState(*parts, place, group),

@@ -1,1 +1,1 @@
-"""Images per second of the input pipeline, beside the one of DeiT."""
+"""Images per second of the input pipeline, next to DeiT's."""

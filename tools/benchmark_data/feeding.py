@@ -1,29 +1,28 @@
-"""A network that trains on what the loader brings, beside one that trains on a batch at hand."""
+"""Training on a loader's batches, next to training on one batch in memory."""
 
 from argparse import Namespace
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
 
+import datasets
 import engine
 import models
-from datasets import build_prefetcher, build_train_loader, build_transform
-from pipeline.fast import FastDataset
 from pipeline.prefetch import Prefetcher
 from pipeline.reference import Batch
 from pipeline.sources.base import Pixels, Source
 
 
-class Steps:
-    """So many batches of those that are still to come.
+def in_memory(source: Source, size: int) -> Pixels:
+    """Return a source's images, decoded and resized to ``size``."""
+    images = [np.asarray(source.open(i).resize((size, size))) for i in range(len(source))]
+    return Pixels(np.stack(images), source.targets, source.classes)
 
-    Args:
-        batches: Where they come from.
-        count: Their number.
-    """
+
+class Steps:
+    """An iterable over the next ``count`` batches of an iterator."""
 
     def __init__(self, batches: Iterator[Batch], count: int):
         self.batches, self.count = batches, count
@@ -35,15 +34,8 @@ class Steps:
         return islice(self.batches, self.count)
 
 
-def in_memory(source: Source, size: int) -> Pixels:
-    """Images, decoded and resized to ``size``."""
-    images = (source.open(index).resize((size, size)) for index in range(len(source)))
-    pixels = np.stack([np.asarray(image) for image in images])
-    return Pixels(pixels, source.targets, source.classes)
-
-
 def endless(feed: Prefetcher) -> Iterator[Batch]:
-    """Batches of one epoch after the other."""
+    """Yield the batches of one epoch after the other."""
     epoch = 0
     while True:
         feed.sampler.set_epoch(epoch)
@@ -52,16 +44,15 @@ def endless(feed: Prefetcher) -> Iterator[Batch]:
 
 
 class Training:
-    """Trains a model on batches of a set, and on one and the same batch.
+    """Trains a model on the batches of a source, and on the same batch again and again.
 
     Args:
-        args: Flags of main.py.
-        source: The training set.
-        resident: Whether it is on the device, else loader processes read it.
-        device: Of the model.
+        args: main.py's flags.
+        source: The training images.
+        device: Device of the model.
     """
 
-    def __init__(self, args: Namespace, source: Source, resident: bool, device: torch.device):
+    def __init__(self, args: Namespace, source: Source, device: torch.device):
         classes = len(source.classes)
         required, optional = {"num_classes": classes}, {"img_size": args.input_size}
         self.args, self.device = args, device
@@ -74,26 +65,23 @@ class Training:
         self.optimizer = engine.build_optimizer(args, self.model, 1e-5)
         self.mixup = engine.build_mixup(args, classes)
         self.criterion = engine.build_criterion(args, self.mixup, classes)
-        transform = build_transform(True, args)
-        options: dict[str, Any] = {"resident": resident, "augment": device.type != "cuda"}
-        dataset = FastDataset(source, transform, True, args.input_size, **options)
-        loader = build_train_loader(dataset, args, 1, 0)
-        feed = build_prefetcher(loader, args, device, dtype or torch.float32, layout)
-        self.batches = endless(feed)
+        dataset = datasets.augmented(source, True, args, device)
+        loader = datasets.build_train_loader(dataset, args, 1, 0)
+        placement = (device, dtype or torch.float32, layout)
+        self.batches = endless(datasets.build_prefetcher(loader, *placement))
         self.batch = next(self.batches)
 
-    def at_hand(self) -> Iterator[Batch]:
-        """The same batch again and again; mixup changes a copy."""
+    def same_batch(self) -> Iterator[Batch]:
+        """Yield a batch in memory again and again; mixup changes a copy."""
         while True:
             yield self.batch._replace(images=self.batch.images.clone())
 
-    def rate(self, fed: bool, steps: int) -> float:
-        """Seconds per image of a training on the loader's batches, or on the one at hand."""
-        batches = self.batches if fed else self.at_hand()
+    def seconds(self, fed: bool, steps: int) -> float:
+        """Return seconds per image of training on the loader's batches, or on the same batch."""
         stats = engine.train_one_epoch(
             self.model,
             self.criterion,
-            Steps(batches, steps),
+            Steps(self.batches if fed else self.same_batch(), steps),
             self.optimizer,
             self.device,
             0,

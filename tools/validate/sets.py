@@ -10,10 +10,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import is_image_file
 
 import datasets
-from pipeline.fast import FastDataset
 from pipeline.images import DataError
 from pipeline.prefetch import Prefetcher
-from pipeline.reference import AugmentedDataset
 from pipeline.sources.base import Encoded, Files
 from tools.files import subfolders
 
@@ -41,7 +39,7 @@ class EvalSet:
     ) -> Prefetcher:
         """Batches of images ``B 3 H W``, their numbers ``B``, and messages of corrupt ones."""
         loader = datasets.build_eval_loader(self._dataset, args, 1, 0)
-        return datasets.build_prefetcher(loader, args, device, torch.float32, memory_format)
+        return datasets.build_prefetcher(loader, device, torch.float32, memory_format)
 
     def file_names(self) -> list[str]:
         """The file of each image.
@@ -133,11 +131,4 @@ def open_class_folders(folder: Path, args: Namespace, title: str | None = None) 
         raise DataError(f"{folder}: {error}") from error
     paths, targets = zip(*found.samples, strict=True)
     source = Files(paths, targets, found.classes)
-    transform = datasets.build_transform(False, args)
-    skip = args.on_corrupt == "skip"
-    if args.loader == "timm":
-        dataset = AugmentedDataset(source, transform, False, skip_corrupt=skip)
-    else:
-        size = datasets.input_size_of(args)
-        dataset = FastDataset(source, transform, False, size, skip_corrupt=skip)
-    return EvalSet(dataset, title or str(folder))
+    return EvalSet(datasets.augmented(source, False, args), title or str(folder))

@@ -1,0 +1,153 @@
+"""Augmentation settings, and the transforms of torchvision and timm that they stand for."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
+
+from timm.data import create_transform
+from timm.data.auto_augment import AugmentOp
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torchvision import transforms
+
+from pipeline.images import NORMALIZATION, CropLongSide, DataError, EnlargeTiny
+
+PADDING = 4  # pixels around a small or resized image that is cropped at random
+BICUBIC = transforms.InterpolationMode.BICUBIC
+
+
+class Stages(NamedTuple):
+    """Transforms of an augmentation, stage by stage; a stage can be empty.
+
+    Attributes:
+        resize: Resize a PIL image before the crop.
+        crop: Crop a PIL image to the input size.
+        flip: Flip a PIL image.
+        color: Apply a policy or colour jitter to a PIL image.
+        normalize: Turn a PIL image into a normalised tensor ``3 H W``.
+        erase: Erase boxes of the tensor.
+    """
+
+    resize: Sequence[Callable]
+    crop: Sequence[Callable]
+    flip: Sequence[Callable]
+    color: Sequence[Callable]
+    normalize: Sequence[Callable]
+    erase: Sequence[Callable]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How a decoded image becomes a model input. Both loaders are built from this.
+
+    Before a resize by the short side, images longer than 8:1 are cropped to that.
+
+    Attributes:
+        size: Height and width of the input, in pixels.
+        crop: ``random-resized`` (8 to 100 % of the area, aspect ratio 3:4 to 4:3); ``padded``
+            (resize to ``size``, pad with black, crop at random); ``reflected`` (resize the short
+            side, pad with reflected pixels, crop at random: DeiT III's simple random crop);
+            ``center`` (resize the short side, crop the centre); or ``whole`` (resize only).
+        crop_ratio: ``size`` over the resized short side, for ``center``.
+        interpolation: ``bilinear``, ``bicubic``, or ``random`` for either, of ``random-resized``
+            and of the policy.
+        hflip: Probability of a horizontal flip.
+        policy: timm's name of a RandAugment, AutoAugment or AugMix policy; empty for none.
+        color_jitter: Strength of brightness, contrast and saturation jitter; applied without a
+            policy and with ``3a``.
+        erase_prob: Probability of random erasing.
+        erase_mode: ``pixel`` (normal noise), ``rand`` (one random colour) or ``const`` (zeros).
+        erase_count: Largest number of erased boxes.
+        mean, std: Normalisation, per channel.
+    """
+
+    size: int
+    crop: str
+    crop_ratio: float = 1.0
+    interpolation: str = "bicubic"
+    hflip: float = 0.0
+    policy: str | None = None
+    color_jitter: float | None = None
+    erase_prob: float = 0.0
+    erase_mode: str = "pixel"
+    erase_count: int = 1
+    mean: tuple[float, ...] = NORMALIZATION[0]
+    std: tuple[float, ...] = NORMALIZATION[1]
+
+    def compose(self) -> transforms.Compose:
+        """Return the reference transform: PIL image to tensor ``3 H W``."""
+        return transforms.Compose([*chain.from_iterable(self.stages())])
+
+    def stages(self) -> Stages:
+        """Return the reference transforms by stage.
+
+        Raises:
+            DataError: timm does not know the policy.
+        """
+        erase = RandomErasing(
+            self.erase_prob, mode=self.erase_mode, max_count=self.erase_count, device="cpu"
+        )
+        return Stages(
+            *self._resize_and_crop(),
+            flip=[transforms.RandomHorizontalFlip(self.hflip)] if self.hflip > 0 else [],
+            color=self._color(),
+            normalize=[transforms.ToTensor(), transforms.Normalize(self.mean, self.std)],
+            erase=[erase] if self.erase_prob > 0 else [],
+        )
+
+    def _resize_and_crop(self) -> tuple[list[Callable], list[Callable]]:
+        size = self.size
+        if self.crop == "random-resized":
+            crop = RandomResizedCropAndInterpolation(size, interpolation=self.interpolation)
+            return [EnlargeTiny()], [crop]
+        if self.crop == "padded":
+            resize = transforms.Resize((size, size))
+            return [resize], [transforms.RandomCrop(size, padding=PADDING)]
+        if self.crop == "reflected":
+            crop = transforms.RandomCrop(size, padding=PADDING, padding_mode="reflect")
+            return [CropLongSide(), transforms.Resize(size, BICUBIC)], [crop]
+        if self.crop == "center":
+            resize = transforms.Resize(int(size / self.crop_ratio), BICUBIC)
+            return [CropLongSide(), resize], [transforms.CenterCrop(size)]
+        return [transforms.Resize((size, size), BICUBIC)], []
+
+    def _color(self) -> list[Callable]:
+        if not self.policy and self.color_jitter is None:
+            return []
+        try:
+            _, color, _ = create_transform(
+                input_size=self.size,
+                is_training=True,
+                color_jitter=self.color_jitter,
+                auto_augment=self.policy,
+                interpolation=self.interpolation,
+                mean=self.mean,
+                separate=True,
+            )
+        except (AssertionError, ValueError) as error:  # of the parts of a policy's name
+            raise DataError(
+                f"unknown policy --aa {self.policy}; use one of timm's, such as"
+                f" rand-m9-mstd0.5-inc1, original, v0 or augmix-m5-w4: {error}"
+            ) from error
+        _keep_one_bit(color.transforms)
+        return color.transforms
+
+
+def _keep_one_bit(steps: Sequence[Callable]) -> None:
+    """Let the posterize operations of policies keep at least one bit.
+
+    At the highest magnitudes timm asks for 0 bits, which Pillow refuses.
+    """
+    for step in steps:
+        for operation in chain(getattr(step, "ops", ()), *getattr(step, "policy", ())):
+            if isinstance(operation, AugmentOp) and operation.name.startswith("Posterize"):
+                operation.level_fn = _AtLeastOneBit(operation.level_fn)
+
+
+@dataclass(frozen=True)
+class _AtLeastOneBit:
+    level_fn: Callable
+
+    def __call__(self, level: float, hparams: dict) -> tuple[int]:
+        return (max(self.level_fn(level, hparams)[0], 1),)
