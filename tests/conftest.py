@@ -27,7 +27,7 @@ THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # two cores, whoever 
 
 
 # the longest files of tests/slow: first, so that no process is left alone with one of them
-LONGEST = ("mmdet_commands", "main", "watchdog", "distributed", "crashtest", "stop")
+LONGEST = ("mmdet_commands", "main", "watchdog", "distributed", "crash", "stop")
 LONGEST += ("torchvision_rcnn", "fsdp", "submit", "mmdet")
 MARKED = {
     "distributed": ("distributed", "fsdp", "nodes"),

@@ -1,1 +1,1 @@
-"""Start ``main.py`` on a Slurm cluster, and again after every preemption or timeout."""
+"""Run ``main.py`` on a Slurm cluster, requeued after every preemption or timeout."""

@@ -1,24 +1,24 @@
-"""What every task of a submitted job does: run ``main.py`` in its place of the run."""
+"""Each task of a submitted job: run ``main.py`` as one rank.
+
+submitit imports this module in every task, so it imports nothing heavy.
+"""
 
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from submitit import JobEnvironment
 from submitit.helpers import DelayedSubmission
 
-from utils import UserError
-
 ROOT = Path(__file__).resolve().parents[2]
-PORTS = 20000  # from which, and how many, jobs choose by their number
+PORTS = 20000  # first port, and number of ports; the job's number selects one
 
 
-def place(env: JobEnvironment) -> dict[str, str]:
-    """The variables by which ``main.py`` finds its place, and the others."""
+def launcher_variables(env: JobEnvironment) -> dict[str, str]:
+    """Return the environment variables from which ``main.py`` reads its rank and rendezvous."""
     number = int("".join(digit for digit in env.job_id if digit.isdigit()))
     return {
         "RANK": str(env.global_rank),
@@ -30,41 +30,41 @@ def place(env: JobEnvironment) -> dict[str, str]:
 
 
 class Job:
-    """``main.py`` with the flags ``argv``, in a process of its own.
+    """``main.py`` in a process of its own.
 
-    submitit calls it in every task. Before the job's time is up, it calls :meth:`checkpoint` in
-    the first one, writes down what that returns, and queues the job again.
+    submitit calls the object in every task. Before the job's time is up, it calls
+    :meth:`checkpoint` in the first task, pickles the result, and requeues the job.
 
     Args:
-        argv: Flags; ``%j`` in them stands for the job's number.
+        argv: Flags of ``main.py``; ``%j`` is replaced by the job's number.
     """
 
     def __init__(self, argv: list[str]):
         self.argv = argv
         self._child: subprocess.Popen | None = None
 
-    def __getstate__(self) -> Mapping[str, Any]:
+    def __getstate__(self) -> dict[str, Any]:
         return {"argv": self.argv, "_child": None}
 
     def __call__(self) -> None:
         """Run to the end.
 
         Raises:
-            UserError: The status is not 0.
+            UserError: The exit status of ``main.py`` is not 0.
         """
         env = JobEnvironment()
         argv = [word.replace("%j", env.job_id) for word in self.argv]
-        # a signal that main.py does not know, and Slurm sends to all processes of a task
+        # Slurm sends this signal to all processes of a task; main.py does not handle it
         number = signal.Signals[f"SIG{env.USR_SIG}"]
         caught = signal.signal(number, signal.SIG_IGN)
         try:
             self._child = subprocess.Popen(
                 [sys.executable, "-u", str(ROOT / "main.py"), *argv],
-                env=os.environ | place(env),
+                env=os.environ | launcher_variables(env),
             )
         finally:
             signal.signal(number, caught)
-        if env.cluster != "slurm":  # Slurm's SIGTERM reaches the child by itself
+        if env.cluster != "slurm":  # Slurm's own SIGTERM reaches the child directly
             signal.signal(signal.SIGTERM, lambda *_: self._child.send_signal(signal.SIGTERM))
         try:
             self._wait()
@@ -72,14 +72,16 @@ class Job:
             if self._child.poll() is None:
                 self._child.terminate()
         if self._child.returncode:
+            from utils import UserError
+
             raise UserError(f"main.py ended with status {self._child.returncode}")
 
     def _wait(self) -> None:
-        # Popen.wait holds a lock that a signal's handler, which waits as well, could not take
+        # Popen.wait holds a lock; checkpoint, called by a signal handler, would wait for it forever
         os.waitid(os.P_PID, self._child.pid, os.WEXITED | os.WNOWAIT)
 
     def checkpoint(self) -> DelayedSubmission:
-        """Let all ranks save and stop, by a signal to this one; what to run when queued again."""
+        """Signal this rank, so that all ranks save and stop; return the job to requeue."""
         if self._child is not None and self._child.returncode is None:
             self._child.send_signal(signal.SIGUSR1)
             self._wait()

@@ -1,4 +1,4 @@
-"""Runs that are interrupted until enough is enough, and the undisturbed ones beside them."""
+"""Runs that are interrupted and resumed, and the undisturbed ones to compare them with."""
 
 import random
 import signal
@@ -6,20 +6,21 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
-from tools.crashtest.compare import compare, survey
-from tools.crashtest.job import HAS_PROC, CrashError, Job, end_orphans, processes, send
+from tests.crash.compare import compare, survey
+from tests.crash.job import CrashError, Job, end_orphans, processes, send
 from training.files import TEMPORARY
 
-STEPS = 6  # within whose time a moment between two saves falls
+STEPS = 6  # a moment between two saves falls within the time of these
 VAIN = 0.1  # share of moments at which a run has hardly started
 
 
 @dataclass(frozen=True)
 class Part:
-    """A way to interrupt: which processes get which signal; ``restarts``: torchrun goes on."""
+    """Which processes receive which signal; with ``restarts``, torchrun restarts the run."""
 
     ranks: int
     victims: str
@@ -31,7 +32,7 @@ class Part:
 
 
 def parts_of(ranks: int, signals: str) -> list[Part]:
-    """The parts of the test with so many ranks and ``KILL``, ``TERM`` or ``mixed``."""
+    """Return the parts of the test for a number of ranks and ``KILL``, ``TERM`` or ``mixed``."""
     kill, term = signal.SIGKILL, signal.SIGTERM
     if ranks == 1:
         parts = [Part(1, "the process", kill), Part(1, "the process", term)]
@@ -39,14 +40,12 @@ def parts_of(ranks: int, signals: str) -> list[Part]:
         parts = [Part(ranks, who, kill) for who in ("one rank", "all", "the launcher")]
         parts.append(Part(ranks, "the launcher", term))
         parts.append(Part(ranks, "one rank", kill, restarts=True))
-    if not HAS_PROC:
-        parts = [part for part in parts if part.victims.startswith("the")]
     return [part for part in parts if signals in ("mixed", part.number.name.removeprefix("SIG"))]
 
 
 @dataclass
 class Counts:
-    """What a part has come to."""
+    """Results of a part."""
 
     runs: int = 0
     kills: int = 0
@@ -59,43 +58,33 @@ class Counts:
 
     @property
     def is_good(self) -> bool:
-        """Whether nothing was lost, left over or different."""
+        """Return True if nothing was lost, left over or different."""
         return not (self.lost_checkpoints or self.orphans or self.bits_of_difference)
 
 
-@dataclass(frozen=True)
-class Moment:
+class Moment(NamedTuple):
     """When to interrupt.
 
     Attributes:
-        kind: ``start``, counted from the start; ``steps``, from the last of the saves waited
-            for, or from the first step; ``saving``, from the beginning of the save after them.
-        saves: Checkpoints to wait for, so that the run makes progress.
-        share: Number in 0..1 by which to wait on.
+        kind: ``start``, counted from the start; ``steps``, from the last of the awaited saves, or
+            from the first step; ``saving``, from the beginning of the next save.
+        saves: Number of checkpoints to wait for, so that the run makes progress.
+        share: Additional waiting time, in 0..1 of the duration of ``kind``.
     """
 
     kind: str
     saves: int
     share: float
 
-    def is_near(self, job: Job) -> bool:
-        """Whether what it is counted from has come."""
-        if self.kind == "start":
-            return True
-        ready = job.stepping and job.saves >= self.saves
-        return ready and (self.kind == "steps" or job.is_saving)
 
+def draw_moment(rng: random.Random, kills: int, in_vain: bool) -> Moment:
+    """Return a random moment.
 
-def draw_moment(draws: random.Random, kills: int, in_vain: bool) -> Moment:
-    """A random moment.
-
-    Args:
-        draws: Random numbers.
-        kills: So far in the part, whose first moments are of the three kinds in turn.
-        in_vain: Whether the last one came before any checkpoint: this one will not.
+    The first three of a part are of the three kinds; if the last kill came before any further
+    checkpoint (``in_vain``), the next one waits for one.
     """
-    kind, rare = ("saving", "steps")[kills % 2], draws.random() < VAIN
-    saves, share = draws.choice((0, 1, 1, 2)), draws.random()
+    kind, rare = ("saving", "steps")[kills % 2], rng.random() < VAIN
+    saves, share = rng.choice((0, 1, 1, 2)), rng.random()
     if in_vain or kills < 2:
         saves = max(saves, 1)
     elif rare or kills == 2:
@@ -106,7 +95,7 @@ def draw_moment(draws: random.Random, kills: int, in_vain: bool) -> Moment:
 def command(
     args: Namespace, folder: Path, ranks: int, workers: int, restarts: int = 0
 ) -> list[str]:
-    """Words that train into ``folder``; ``restarts`` are those that torchrun may make."""
+    """Return the command that trains into ``folder``, with torchrun's ``--max-restarts``."""
     flags = {"model": args.model, "epochs": args.epochs, "batch-size": args.batch_size}
     flags |= {"warmup-epochs": 0, "model-ema-decay": 0.9, "device": "cpu", "dist-timeout": 60}
     flags |= {"save-every-steps": 2, "log-interval": 1, "num_workers": workers}
@@ -118,79 +107,59 @@ def command(
     return [sys.executable, *words]
 
 
-@dataclass(frozen=True)
-class Reference:
-    """An undisturbed run.
-
-    Attributes:
-        folder: Its ``--output_dir``.
-        per_epoch: Steps of an epoch.
-        start, step, save: Seconds to its first step, of an average one, and of its longest save.
-    """
-
-    folder: Path
-    per_epoch: int
-    start: float
-    step: float
-    save: float
-
-
-def train_undisturbed(args: Namespace, folder: Path, ranks: int) -> Reference:
-    """Train once from the start to the end.
+def train_undisturbed(args: Namespace, folder: Path, ranks: int) -> Job:
+    """Train once from start to end, as the reference for interrupted runs.
 
     Raises:
-        CrashError: It fails or hangs.
+        CrashError: The run fails or hangs.
     """
     words = command(args, folder, ranks, args.workers[0])
     with Job(words, folder, folder.with_suffix(".txt"), args.limit) as job:
         job.wait()
         if job.process.returncode:
             raise CrashError(f"status {job.process.returncode} without having been disturbed")
-        step = (job.last_step - job.first_step) / max(job.reached - 1, 1)
-        return Reference(folder, job.per_epoch, job.first_step, step, job.save_seconds)
+        return job
 
 
+@dataclass
 class Run:
     """A run that is interrupted and resumed until it ends.
 
-    Args:
-        args: The flags.
+    Attributes:
+        args: Parsed flags.
         part: How to interrupt.
-        kills: Interruptions of the part in all; afterwards, the run is left alone.
-        reference: What it should come to.
-        folder: Its ``--output_dir``.
-        draws: Random numbers.
-        counts: To add to.
+        kills: Kills of the part in total; afterwards the run is not disturbed.
+        reference: The undisturbed run.
+        folder: ``--output_dir``.
+        rng: Source of random numbers.
+        counts: Updated in place.
+        progress, damaged: Of the last :func:`survey`.
+        in_vain: The last kill came before any further checkpoint.
     """
 
-    def __init__(
-        self,
-        args: Namespace,
-        part: Part,
-        kills: int,
-        reference: Reference,
-        folder: Path,
-        draws: random.Random,
-        counts: Counts,
-    ):
-        self.args, self.part, self.kills, self.reference = args, part, kills, reference
-        self.folder, self.draws, self.counts = folder, draws, counts
-        self.progress, self.in_vain = 0, False
-        self.damaged: set[int] = set()
+    args: Namespace
+    part: Part
+    kills: int
+    reference: Job
+    folder: Path
+    rng: random.Random
+    counts: Counts
+    progress: int = 0
+    damaged: set[int] = field(default_factory=set)
+    in_vain: bool = False
 
     def train(self) -> None:
         """Train to the end, and compare.
 
         Raises:
             CrashError: A start hangs, ends by itself, or does not keep a promise.
-            CheckpointError: It left no checkpoint that can be read.
-            OSError: It left no log.
+            CheckpointError, OSError: A checkpoint or the log cannot be read at the end.
         """
         self.counts.runs += 1
         reached = starts = 0
         finished = False
         while not finished:
-            workers = self.draws.choice(self.args.workers)
+            workers = self.rng.choice(self.args.workers)
             restarts = self.kills + 1 if self.part.restarts else 0
             words = command(self.args, self.folder, self.part.ranks, workers, restarts)
             text = self.folder.with_name(f"{self.folder.name}-{starts}.txt")
@@ -200,7 +169,7 @@ class Run:
                 finished = self.follow(job)
                 reached, starts = job.reached, starts + 1
                 self.counts.steps_done_twice += job.repeated
-                self.counts.orphans += end_orphans(job.mark)
+                self.counts.orphans += end_orphans(job.text)
             if not finished:
                 self.survey(job)
         if left := [path.name for path in self.folder.glob(f".*{TEMPORARY}")]:
@@ -208,54 +177,59 @@ class Run:
         self.counts.bits_of_difference += compare(self.folder, self.reference.folder)
 
     def follow(self, job: Job) -> bool:
-        """Interrupt a start until it has ended; whether the run is then finished."""
+        """Interrupt a start until it ends; return True if the run is then finished."""
         while True:
             victims = self.reach(job)
-            if job.begun is not None and job.begun < self.progress:
+            if job.first is not None and job.first < self.progress:
                 self.counts.lost_checkpoints += 1
             if not victims:
                 if job.process.returncode:
                     raise CrashError(f"status {job.process.returncode} without being killed")
                 return True
-            saving, old = job.is_saving, set(processes(job.mark)) - {job.process.pid}
+            saving, old = job.is_saving, set(processes(job.text)) - {job.process.pid}
             job.since = time.monotonic()
             if self.part.restarts:
-                job.begun, job.stepping = None, False
+                job.first, job.stepping = None, False
             send(self.part.number, victims)
             if self.part.restarts:
                 self.survey(job)
-                went_on = job.wait(lambda: job.begun is not None)
-                self.counts.restarts += went_on
-                self.counts.orphans += end_orphans(job.mark, old)
+                restarted = job.wait(lambda: job.first is not None)
+                self.counts.restarts += restarted
+                self.counts.orphans += end_orphans(job.text, old)
             else:
-                went_on = job.wait()
+                restarted = job.wait()
             if job.process.returncode == 0 and not job.stopped:
-                return True  # it was about to end anyway
+                return True  # the signal came too late to matter
             self.counts.kills += 1
             self.counts.kills_while_saving += saving
-            if not went_on:
+            if not restarted:
                 self.check_status(job.process.returncode)
                 return False
 
     def check_status(self, status: int) -> None:
-        """Raise CrashError unless a start may end with a status after an interruption."""
+        """Raise CrashError unless an interrupted start may end with this status."""
         if self.part.restarts:
             raise CrashError(f"the launcher gave up with status {status}")
         if self.part.ranks == 1 and status not in (0, -self.part.number):
             raise CrashError(f"status {status} after {self.part.number.name}")
 
     def reach(self, job: Job) -> Sequence[int]:
-        """Wait for a random moment; the processes to interrupt, none once the job has ended."""
+        """Wait for a random moment; return the processes to kill, none once the job has ended."""
         if self.counts.kills >= self.kills:
             job.wait()
             return []
-        moment = draw_moment(self.draws, self.counts.kills, self.in_vain)
-        if not job.wait(lambda: moment.is_near(job)):
+        kind, saves, share = draw_moment(self.rng, self.counts.kills, self.in_vain)
+
+        def is_near() -> bool:
+            ready = job.stepping and job.saves >= saves
+            return kind == "start" or (ready and (kind == "steps" or job.is_saving))
+
+        if not job.wait(is_near):
             return []
-        seconds = {"start": self.reference.start, "saving": self.reference.save}
-        seconds["steps"] = STEPS * self.reference.step
-        since = job.since if moment.kind == "start" else time.monotonic()
-        due = since + moment.share * seconds[moment.kind]
+        whole, steps = self.reference, max(self.reference.reached - 1, 1)
+        seconds = {"start": whole.first_step, "saving": whole.save_seconds}
+        seconds["steps"] = STEPS * (whole.last_step - whole.first_step) / steps
+        due = (job.since if kind == "start" else time.monotonic()) + share * seconds[kind]
         victims: list[int] = []
 
         def is_due() -> bool:
@@ -266,23 +240,21 @@ class Run:
         return victims if job.wait(is_due) else []
 
     def victims(self, job: Job) -> list[int]:
-        """The processes to interrupt; none as long as there are none of the kind."""
+        """Return the processes to kill; none while not all ranks have started."""
         if self.part.victims == "one rank":
             ranks = job.ranks()
-            return [self.draws.choice(ranks)] if len(ranks) == self.part.ranks else []
-        ranks = job.ranks() if self.part.victims == "all" else []
-        return [job.process.pid, *ranks]
+            return [self.rng.choice(ranks)] if len(ranks) == self.part.ranks else []
+        return [job.process.pid, *(job.ranks() if self.part.victims == "all" else [])]
 
     def survey(self, job: Job) -> None:
-        """See what there is to resume from after an interruption.
+        """Check what there is to resume from after a kill.
 
         Raises:
-            CrashError: Less was saved on request than had been done.
+            CrashError: SIGTERM saved fewer steps than had been done.
         """
         progress, damaged = survey(self.folder, self.reference.per_epoch)
         self.counts.lost_checkpoints += len(damaged - self.damaged) + (progress < self.progress)
         self.in_vain, self.damaged = progress <= self.progress, self.damaged | damaged
         self.progress = progress
         if self.part.number == signal.SIGTERM and job.stepping and progress < job.reached:
-            name = self.part.number.name
-            raise CrashError(f"{name} after step {job.reached}, but {progress} steps were saved")
+            raise CrashError(f"SIGTERM after step {job.reached}, but {progress} steps were saved")

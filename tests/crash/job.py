@@ -1,28 +1,26 @@
-"""One start of the training, followed from the outside, and its processes."""
+"""One start of the training, observed from outside, and its processes."""
 
 import contextlib
 import os
 import re
 import signal
-import subprocess
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from subprocess import DEVNULL, STDOUT, Popen
 
 from training.checkpoints import CHECKPOINT
 from training.files import TEMPORARY
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-HAS_PROC = Path("/proc/self/environ").exists()
-MARK = "CRASHTEST_RUN"  # variable by which the processes of a run are known
+ROOT = Path(__file__).resolve().parents[2]
 POLL = 0.01  # seconds between looks at a run
-ORPHAN_SECONDS = 10.0  # that processes may outlive their run
-SHOWN = 15  # last lines of a run that failed
+ORPHAN_SECONDS = 10.0  # for which processes may outlive their run
+SHOWN = 15  # last lines of a failed run
 
+# lines of main.py
 STOPPED = re.compile(r"stopped by SIG\w+ in")
 STEP = re.compile(r"epoch (\d+) step (\d+)/(\d+) loss")
-WITHIN = re.compile(r"going on in epoch (\d+) after step (\d+)")
+WITHIN = re.compile(r" in epoch (\d+) after step (\d+)")
 BEGIN = re.compile(r"training epochs (\d+) to|nothing left to train: (\d+) of")
 
 
@@ -30,17 +28,14 @@ class CrashError(RuntimeError):
     """A run hangs, fails without being killed, or does not keep a promise."""
 
 
-def processes(mark: str) -> dict[int, tuple[int, str]]:
-    """Living processes with ``mark`` in their environment: (parent, command line) by number."""
+def processes(text: Path) -> dict[int, tuple[int, bytes]]:
+    """Return the living processes that print into ``text``: ``{pid: (parent, command line)}``."""
     found = {}
     for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it ended, or is somebody else's
-            if f"{MARK}={mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+        with contextlib.suppress(OSError):  # it has ended, or belongs to another user
+            if (entry / "fd" / "1").readlink() == text:
                 parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
-                command = (
-                    (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
-                )
-                found[int(entry.name)] = int(parent), command
+                found[int(entry.name)] = int(parent), (entry / "cmdline").read_bytes()
     return found
 
 
@@ -51,15 +46,10 @@ def send(number: signal.Signals, pids: Sequence[int]) -> None:
             os.kill(pid, number)
 
 
-def end_orphans(mark: str, among: set[int] | None = None) -> int:
-    """Wait for processes of a run to end; kill those that do not, and count them.
-
-    Args:
-        mark: Of the run.
-        among: Only these processes; all, if not given.
-    """
+def end_orphans(text: Path, among: set[int] | None = None) -> int:
+    """Wait for processes of a run to end (``among``: only these), kill the rest and count them."""
     deadline = time.monotonic() + ORPHAN_SECONDS
-    while left := [pid for pid in processes(mark) if among is None or pid in among]:
+    while left := [pid for pid in processes(text) if among is None or pid in among]:
         if time.monotonic() > deadline:
             send(signal.SIGKILL, left)
             return len(left)
@@ -68,14 +58,14 @@ def end_orphans(mark: str, among: set[int] | None = None) -> int:
 
 
 class Job:
-    """One start of the training, followed through its output and its folder.
+    """One start of the training, observed through its output and its folder.
 
     Args:
-        command: To start, in the repository's folder.
-        folder: The run's ``--output_dir``.
-        text: File for what it prints.
-        limit: Seconds after which it counts as hanging.
-        per_epoch: Steps of an epoch, if known.
+        command: Command line, run in the repository's folder.
+        folder: ``--output_dir`` of the run.
+        text: Absolute path of the file for the output, which identifies the processes.
+        limit: Seconds after which the start counts as hanging.
+        per_epoch: Steps per epoch, if known.
         reached: Steps, counted over epochs, that the run had done before.
     """
 
@@ -90,17 +80,21 @@ class Job:
     ):
         self.folder, self.text, self.limit = folder, text, limit
         self.per_epoch, self.reached, self.repeated = per_epoch, reached, 0
-        self.begun: int | None = None  # step at which it began, once it says so
+        self.first: int | None = None  # step from which it resumed, once printed
         self.stepping, self.saves, self.stopped = False, 0, False
         self.first_step = self.last_step = self.save_seconds = 0.0
         self._within = self._read = 0
         self._newest, self._saving_since = self._identity(), 0.0
-        self.mark = uuid.uuid4().hex
-        env = os.environ | {"OMP_NUM_THREADS": "1", MARK: self.mark}
-        pipes = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
         with text.open("wb") as file:
-            self.process = subprocess.Popen(
-                command, cwd=ROOT, env=env, stdout=file, start_new_session=True, **pipes
+            self.process = Popen(
+                command,
+                cwd=ROOT,
+                env=env,
+                stdin=DEVNULL,
+                stdout=file,
+                stderr=STDOUT,
+                start_new_session=True,
             )
         self.since = time.monotonic()
 
@@ -112,23 +106,24 @@ class Job:
 
     @property
     def is_saving(self) -> bool:
-        """Whether a temporary file of a checkpoint is there."""
+        """Return True while a checkpoint's temporary file exists."""
         return any(self.folder.glob(f".{CHECKPOINT}-*{TEMPORARY}"))
 
     def look(self) -> None:
-        """Take note of what has happened since the last look."""
+        """Note what has happened since the last look."""
         with self.text.open("rb") as file:
             file.seek(self._read)
             lines = file.read().rpartition(b"\n")[0]
         self._read += len(lines) + bool(lines)
         for line in lines.decode(errors="replace").splitlines():
             self._note(line)
-        if self.is_saving and not self._saving_since:
-            self._saving_since = time.monotonic()
+        now = time.monotonic()
+        if self.is_saving:
+            self._saving_since = self._saving_since or now
         if (newest := self._identity()) != self._newest:
             self._newest, self.saves = newest, self.saves + 1
-            seconds = time.monotonic() - self._saving_since if self._saving_since else 0.0
-            self.save_seconds, self._saving_since = max(self.save_seconds, seconds), 0.0
+            self.save_seconds = max(self.save_seconds, now - (self._saving_since or now))
+            self._saving_since = 0.0
 
     def _note(self, line: str) -> None:
         if match := STEP.search(line):
@@ -141,16 +136,16 @@ class Job:
         elif match := WITHIN.search(line):
             self._within = int(match[1]) * self.per_epoch + int(match[2])
         elif match := BEGIN.search(line):
-            self.begun = max(int(match[1] or match[2]) * self.per_epoch, self._within)
-            self.repeated += max(self.reached - self.begun, 0)
-            self.reached = self.begun
+            self.first = max(int(match[1] or match[2]) * self.per_epoch, self._within)
+            self.repeated += max(self.reached - self.first, 0)
+            self.reached = self.first
             self.stepping, self.saves, self._within = False, 0, 0
 
     def wait(self, until: Callable[[], bool] = lambda: False) -> bool:
-        """Wait until something holds; False if the process has ended before.
+        """Wait until a condition holds; return False if the process ends before.
 
         Raises:
-            CrashError: It takes too long.
+            CrashError: It takes longer than the limit.
         """
         while self.process.poll() is None:
             self.look()
@@ -163,19 +158,19 @@ class Job:
         return False
 
     def ranks(self) -> list[int]:
-        """The processes that the launcher started."""
-        found = processes(self.mark).items()
-        pid = self.process.pid
-        return sorted(p for p, (parent, words) in found if parent == pid and "main.py" in words)
+        """Return the ids of the processes that the launcher started."""
+        found = processes(self.text).items()
+        children = {pid: words for pid, (parent, words) in found if parent == self.process.pid}
+        return sorted(pid for pid, words in children.items() if b"main.py" in words)
 
     def __enter__(self) -> "Job":
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Kill what is left of it; an error is told with the last lines that were printed."""
+        """Kill all remaining processes; add the last lines of the output to an error."""
         self.process.kill()
         self.process.wait()
-        send(signal.SIGKILL, list(processes(self.mark)))
+        send(signal.SIGKILL, list(processes(self.text)))
         if isinstance(error, CrashError):
             lines = self.text.read_text(errors="replace").splitlines()[-SHOWN:]
             error.args = ("\n".join([f"{error}; the end of {self.text}:", *lines]),)
