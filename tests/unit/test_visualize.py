@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -371,10 +370,3 @@ def test_names_of_any_kind(files, tmp_path, capsys):
     name = files / "a$_{b$.pth"
     name.write_bytes((files / "epoch0.pth").read_bytes())
     assert visualize.main(["gates", str(name), "--output", str(out)]) == 0
-
-
-def test_without_matplotlib(files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    out = str(tmp_path / "a.png")
-    assert visualize.main(["gates", str(files / "epoch0.pth"), "--output", out]) == 1
-    assert "pip install matplotlib" in capsys.readouterr().err

@@ -6,8 +6,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from tools.plots import new_figure
 from tools.visualize.logs import NEEDED, OPTIONAL, log_file, read_log, run_name
-from tools.visualize.panels import COLOURS, new_figure, title, whole_ticks
+from tools.visualize.panels import COLOURS, title, whole_ticks
 from tools.visualize.saving import Picture
 from utils import UserError
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from tools.plots import new_figure
 from tools.visualize.loading import Snapshot, in_order, load_subject
 from tools.visualize.measures import gates
-from tools.visualize.panels import COLOURS, new_figure, short, title, whole_ticks
+from tools.visualize.panels import COLOURS, short, title, whole_ticks
 from tools.visualize.saving import Picture
 
 GATE = r"gate $\sigma(\lambda)$, share of position"

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tools.validate.text import shown
+from tools.cli import shown
+from tools.plots import new_figure, plain_text
 from utils import UserError
 
 MAGNITUDE, SIGNED = "viridis", "RdBu_r"  # safe for the colour-blind; red is positive
@@ -18,26 +19,13 @@ MAX_TITLE = 70  # letters
 HEADS = "--layers and --heads, or one --part"
 
 
-def new_figure(width: float, height: float) -> Any:
-    """An empty figure of this size in inches, laid out by its content.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("pictures need matplotlib: pip install matplotlib") from error
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def title(text: str) -> str:
     """A text of any length as a title: long ones lose their middle, and $ is a letter."""
     text = shown(text)
     if len(text) > MAX_TITLE:
         half = (MAX_TITLE - 1) // 2
         text = f"{text[:half]}…{text[-half:]}"
-    return text.replace("$", r"\$")
+    return plain_text(text)
 
 
 def grid_of_axes(

@@ -7,6 +7,7 @@ import torch
 
 from models.layers import WindowAttention2d
 from models.layers.gpsa import GPSA
+from tools.plots import new_figure
 from tools.visualize.capture import capture, choose
 from tools.visualize.loading import Subject, load_subject
 from tools.visualize.measures import (
@@ -21,7 +22,6 @@ from tools.visualize.panels import (
     grid_of_axes,
     mosaic,
     name_columns,
-    new_figure,
     short,
     symmetric,
     title,

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from tools.files import check_outputs, check_suffix, check_writable
+from tools.plots import as_png
 from training.files import OutputError, write_atomically
 from utils import UserError
 
@@ -67,13 +68,6 @@ def _inputs(args: Namespace) -> list[str]:
     return found
 
 
-def as_png(figure: Any) -> bytes:
-    """A figure as the content of a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.08)
-    return buffer.getvalue()
-
-
 def as_csv(rows: Sequence[dict[str, Any]]) -> bytes:
     """Rows, which all have the keys of the first, as the content of a CSV file."""
     buffer = io.StringIO(newline="")
@@ -94,7 +88,7 @@ def save(picture: Picture, kind: str, args: Namespace) -> list[str]:
     """
     if args.csv and not picture.rows:
         raise UserError(f"--csv: {kind} has no numbers to write")
-    png = as_png(picture.figure) if args.output or args.tensorboard else b""
+    png = as_png(picture.figure, DPI, 0.08) if args.output or args.tensorboard else b""
     files = [(args.output, png)] if args.output else []
     files += [(args.csv, as_csv(picture.rows))] if args.csv else []
     for path, content in files:
