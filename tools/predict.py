@@ -23,6 +23,7 @@ import datasets
 from pipeline.images import CorruptImageError, DataError, load_image
 from tools import cli, files
 from tools.plots import new_figure, plain_text
+from tools.tables import aligned, write_csv
 from tools.validate import flags, pictures
 from tools.validate.cases import Case, cases, check_sources
 from tools.validate.classes import (
@@ -32,7 +33,6 @@ from tools.validate.classes import (
     read_names,
     readable,
 )
-from tools.validate.tables import aligned, write_csv
 from tools.validate.text import labels, shortened, shown
 from training import launch
 from training.files import OutputError
@@ -113,7 +113,7 @@ def names_of(case: Case, file: Path | None) -> list[str]:
         names = read_names(file)
         if len(names) != case.num_outputs:
             raise DataError(
-                f"--classes {file} has {len(names)} lines, {case.network.source} knows "
+                f"--classes {file} has {len(names)} lines, {case.network.label} knows "
                 f"{case.num_outputs} classes"
             )
         return names

@@ -18,15 +18,9 @@ from pathlib import Path
 from models import CheckpointError
 from tools.crashtest.job import HAS_PROC, CrashError
 from tools.crashtest.run import Counts, Part, Reference, Run, parts_of, train_undisturbed
+from training.flags import positive
 
 Row = tuple[Part, Counts]
-
-
-def positive(text: str) -> int:
-    """A number of at least 1, for argparse."""
-    if (number := int(text)) < 1:
-        raise ValueError(f"{number} is not positive")
-    return number
 
 
 def get_parser() -> argparse.ArgumentParser:
