@@ -11,6 +11,7 @@ import models
 from models.checkpoint.contents import num_classes_of, state_dict_of
 
 WEIGHTS = ("model", "ema")
+CROP_RATIO = 0.875  # default of --eval-crop-ratio
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,12 @@ class ModelSource:
     def normalization(self, model: nn.Module) -> models.Normalization:
         """Mean and standard deviation of the images that the weights were trained on."""
         return models.normalization_of(self.checkpoint, model.pretrained_cfg)
+
+    @property
+    def crop_ratio(self) -> float:
+        """Fraction of the resized image that the centre crop of evaluation keeps."""
+        flags = models.flags_of_run(self.checkpoint) or {}
+        return flags.get("eval_crop_ratio") or CROP_RATIO
 
 
 def from_checkpoint(
