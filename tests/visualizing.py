@@ -3,12 +3,34 @@
 import timm
 import torch
 from conftest import write_images
+from timm.models import register_model
 
+from models import fastvit, visformer
 from tools.visualize.__main__ import KINDS, get_parser
 from tools.visualize.loading import load_model
 
 TINY = {"embed_dim": 16, "depth": 3, "num_heads": 4, "local_up_to_layer": 2, "patch_size": 4}
 KWARGS = {"num_classes": 3, "img_size": 16, **TINY}
+
+
+@register_model
+def drawn_fastvit(pretrained=False, **kwargs):
+    """A small FastViT with every kind of reparameterisable layer."""
+    last = fastvit.Stage(1, 32, mixer="attention", position_encoding=True)
+    stages = (fastvit.Stage(1, 8), fastvit.Stage(1, 16), last)
+    return timm.create_model("fastvit_t8", **{"stages": stages, "num_classes": 3} | kwargs)
+
+
+@register_model
+def drawn_visformer(pretrained=False, **kwargs):
+    """A small Visformer V2 with windows in its last two stages."""
+    stages = (
+        visformer.Stage(1, 8, spatial_groups=8),
+        visformer.Stage(1, 12, num_heads=3, window=4),
+        visformer.Stage(1, 16, num_heads=4, window=2),
+    )
+    kwargs = {"stages": stages, "num_classes": 3, "img_size": 32} | kwargs
+    return timm.create_model("swin_visformer_tiny_v2", **kwargs)
 
 
 def randomize(module, scale=0.5):

@@ -50,6 +50,10 @@ def files(tmp_path_factory):
         "large": {"model": weights | large},
     }.items():
         torch.save(state | change, root / f"{name}.pth")
+    name, kwargs = "vit_wee_patch16_reg1_gap_256", {"depth": 1, "embed_dim": 8, "num_heads": 2}
+    weights = timm.create_model(name, img_size=32, num_classes=3, **kwargs).state_dict()
+    state = {"model": weights, "model_name": name, "model_kwargs": kwargs, "input_size": 32}
+    torch.save(state, root / "no_class.pth")
     write_log(root / "some run", line(0), line(1, ema_acc1=3.0, ema_loss=9.0))
     for i in range(9):
         write_log(root / "runs" / str(i))
@@ -62,18 +66,38 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def rows_of(files, tmp_path, capsys):
-    """``rows_of(*words)``: the CSV file of a figure, once it was drawn without complaint."""
+    """``rows_of(*words)``: the CSV file of a figure."""
 
     def make(*words):
-        out, table = tmp_path / "out.png", tmp_path / "out.csv"
-        status = visualize.main(in_folder(files, [*words, "--output", out, "--csv", table]))
+        table = tmp_path / "out.csv"
+        status = visualize.main(in_folder(files, [*words, "--csv", table]))
         assert status == 0, capsys.readouterr().err
-        with Image.open(out) as image, table.open(newline="") as file:
-            pixels = np.asarray(image.convert("RGB"))
-            assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20  # not blank
+        with table.open(newline="") as file:
             return list(csv.DictReader(file))
 
     return make
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["gates", "@0.pth", "@1.pth"],
+        ["nonlocality", "@0.pth", "--image", IMAGE],
+        ["attention", "--checkpoint", "@1.pth", "--image", IMAGE, "--heads", "0"],
+        ["bias", "@1.pth", "--layers", "0"],
+        ["kernels", "drawn_fastvit", "--channels", "1"],
+        ["features", "@1.pth", "--image", IMAGE, "--channels", "1"],
+        ["curves", "@some run"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_figures_are_written(words, files, tmp_path, capsys):
+    out = tmp_path / "out.png"
+    assert visualize.main(in_folder(files, [*words, "--output", out])) == 0
+    assert str(out) in capsys.readouterr().out
+    with Image.open(out) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20  # not blank
 
 
 def test_the_last_line_of_an_epoch_counts(tmp_path):
@@ -129,9 +153,8 @@ def test_attention_command(rows_of):
         else:
             assert total == pytest.approx(1.0, abs=1e-5)
     assert {row["layer"] for row in rows_of(*words, *CLASS)} == {"blocks.2.attn"}
-    words = ["attention", "--model", "swin_visformer_tiny_v2", "--input-size", "64"]
-    words += ["--image", IMAGE, "--layers", "0", "6", "--heads", "1", "--query", "63,0"]
-    found = {(row["layer"], row["head"]) for row in rows_of(*words)}
+    words = ["attention", "--model", "drawn_visformer", "--image", IMAGE, "--heads", "1"]
+    found = {(row["layer"], row["head"]) for row in rows_of(*words, "--query", "31,0")}
     assert found == {("stage2.0.attn", "1"), ("stage3.0.attn", "1")}
 
 
@@ -153,10 +176,7 @@ def test_the_query_is_the_patch_under_the_pixel(files):
     [
         (["@1.pth"], ["layer", "head", "y", "x", "weight"]),
         (["@1.pth", "--show", "embedding"], ["layer", "row", "column", "y", "x", "similarity"]),
-        (
-            ["swin_visformer_tiny_v2", "--input-size", "64", "--layers", "0", "8"],
-            ["layer", "head", "dy", "dx", "bias"],
-        ),
+        (["drawn_visformer", "--layers", "1"], ["layer", "head", "dy", "dx", "bias"]),
     ],
 )
 def test_bias_command(rows_of, words, columns):
@@ -166,16 +186,15 @@ def test_bias_command(rows_of, words, columns):
 @pytest.mark.parametrize(
     ("words", "branches"),
     [
-        (["fastvit_t8", "--input-size", "32"], {"skip", "mixer.conv_scale", "mixer.identity"}),
-        (["fastvit_t8", "--input-size", "32", "--layer", "stem.0"], {"conv_scale"}),
-        (
-            ["fastvit_sa12", "--input-size", "64", "--layer", "stages.3.pos_emb"],
-            {"skip", "pos_enc"},
-        ),
+        ([], {"skip", "mixer.conv_scale", "mixer.identity"}),
+        (["--layer", "stem.0"], {"conv_scale"}),
+        (["--layer", "stages.2.pos_emb"], {"skip", "pos_enc"}),
     ],
 )
 def test_kernels_command(rows_of, words, branches):
-    found = {row["branch"] for row in rows_of("kernels", *words, "--channels", "1")}
+    found = {
+        row["branch"] for row in rows_of("kernels", "drawn_fastvit", *words, "--channels", "1")
+    }
     assert found >= branches | {"sum", "fused"}
     assert ("identity" in str(found)) == ("identity" in str(branches))
 
@@ -198,17 +217,18 @@ def test_curves_command(rows_of):
 
 
 def test_branches_of_a_reparameterised_model_are_gone(tmp_path, capsys):
-    kwargs = {"num_classes": 3, "inference_mode": True}
-    state = {"model": timm.create_model("fastvit_t8", **kwargs).state_dict(), "input_size": 32}
+    kwargs = {"inference_mode": True}
+    state = {"model": timm.create_model("drawn_fastvit", **kwargs).state_dict(), "input_size": 32}
     path, out = tmp_path / "in.pth", tmp_path / "out.png"
-    torch.save(state | {"model_name": "fastvit_t8", "model_kwargs": kwargs}, path)
+    torch.save(state | {"model_name": "drawn_fastvit", "model_kwargs": kwargs}, path)
     assert visualize.main(["kernels", str(path), "--output", str(out)]) == 1
     assert "FastViT" in capsys.readouterr().err
     assert not out.exists()
 
 
 OF_VIT = ["--model", "test_vit", "--image", IMAGE]
-OF_V2 = ["--model", "swin_visformer_tiny_v2", "--image", IMAGE]
+OF_CONVIT = ["--checkpoint", "@0.pth", "--image", IMAGE]
+OF_V2 = ["--model", "drawn_visformer", "--image", IMAGE]
 WRONG = [  # words, and what the message must name
     (["gates", "test_vit"], "VisionTransformer"),
     (["gates", "@none.pth"], "none.pth"),
@@ -225,25 +245,22 @@ WRONG = [  # words, and what the message must name
     (["nonlocality", "@0.pth"], "--data-path"),
     (["nonlocality", "@0.pth", "--data-path", "@images", "--count", "99"], "99"),
     (["nonlocality", "@0.pth", "--data-path", "@nowhere"], "nowhere"),
-    (["nonlocality", "fastvit_t8", "--image", IMAGE], "FastViT"),
+    (["nonlocality", "test_convnext", "--image", IMAGE], "ConvNeXt"),
     (["attention", "--image", IMAGE], "--checkpoint"),
     (["attention", "--model", "test_vit", "--image", "@broken.jpg"], "broken.jpg"),
     (["attention", "--model", "test_vit", "--image", "@some run"], "some run"),
-    (["attention", "--model", "vit_wee_patch16_reg1_gap_256", "--image", IMAGE, *CLASS], "vit_wee"),
+    (["attention", "--checkpoint", "@no_class.pth", "--image", IMAGE, *CLASS], "no_class.pth"),
     (["attention", *OF_V2, "--heads", "7"], "stage2.0.attn"),
     (["attention", *OF_VIT, "--query", "160,0"], "160x160"),
     (["attention", *OF_VIT, "--query", "a"], "--query a"),
     (["attention", *OF_VIT, "--layers", "6"], "--layers 6"),
     (["attention", *OF_VIT, "--heads", "2"], "--heads 2"),
     (["attention", *OF_VIT, "--part", "position"], "--part position"),
-    (
-        ["attention", "--checkpoint", "@0.pth", "--image", IMAGE, *CLASS, "--layers", "0"],
-        "blocks.0",
-    ),
-    (["bias", "fastvit_t8"], "fastvit_t8"),
+    (["attention", *OF_CONVIT, *CLASS, "--layers", "0"], "blocks.0"),
+    (["bias", "drawn_fastvit"], "drawn_fastvit"),
     (["bias", "test_vit", "--show", "table"], "--show table"),
     (["kernels", "test_vit"], "VisionTransformer"),
-    (["kernels", "fastvit_t8", "--layer", "stem"], "stem.0"),
+    (["kernels", "drawn_fastvit", "--layer", "stem"], "stem.0"),
     (["features", "test_vit", "--image", IMAGE, "--layers", "9"], "--layers 9"),
     (["features", "test_vit", "--image", IMAGE, "--channels", "63"], "--channels"),
     (["features", "@large.pth", "--image", IMAGE], "blocks.1"),
