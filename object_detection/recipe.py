@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from object_detection.runtime import REFUSALS, last_line
+from training.flags import positive
 from utils import UserError
 
 if TYPE_CHECKING:
@@ -38,14 +39,6 @@ def add_size(parser: argparse.ArgumentParser) -> None:
         metavar=("WIDTH", "HEIGHT"),
         help="pixels of the image; 1280 800",
     )
-
-
-def positive(text: str) -> int:
-    """A whole number above zero, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above zero")
-    return number
 
 
 def read_config(path: str, options: Sequence[str] = (), data_root: str | None = None) -> "Config":

@@ -65,6 +65,13 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
 
+def positive(text: str) -> int:
+    """Convert the text of a flag to an integer of at least 1; a type for argparse."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 1")
+    return int(text)
+
+
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of all flags."""
     parser = Parser(

@@ -2,7 +2,6 @@
 
 import csv
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -266,11 +265,3 @@ def test_errors_name_what_is_wrong(flags, message, images, call, net, tmp_path, 
     assert errors.startswith("error: ")
     assert message in errors
     assert not list(work.iterdir())
-
-
-def test_pictures_need_matplotlib(images, call, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    status, _, errors = call(images, "--output", tmp_path / "out")
-    assert status == 1
-    assert "pip install matplotlib" in errors
-    assert not (tmp_path / "out").exists()

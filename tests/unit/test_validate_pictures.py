@@ -1,12 +1,11 @@
 """tools.validate: its pictures."""
 
-import sys
 import warnings
 
 import numpy as np
 import pytest
 from PIL import Image
-from validating import caller, trained, with_one_thread
+from validating import with_one_thread
 
 from tools.validate import counts, pictures, rows
 from tools.validate.classes import ClassMap
@@ -24,15 +23,6 @@ def pixels_of(figure, folder):
     pictures.save(figure, folder / "figure.png")
     with Image.open(folder / "figure.png") as picture:
         return np.asarray(picture.convert("RGB"))
-
-
-def test_pictures_need_matplotlib(capsys, monkeypatch, tmp_path):
-    checkpoint, images, *_ = trained(tmp_path, CLASSES, 1)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    flags = (checkpoint, "--data-path", images, "--confusion", tmp_path / "c.png")
-    status, _, errors = caller(capsys)(*flags)
-    assert status == 1
-    assert "pip install matplotlib" in errors
 
 
 def test_picture_of_a_few_classes():

@@ -18,9 +18,9 @@ from tools.export.check import compare, speed
 from tools.export.formats import LOADERS, check_requirements, device_of, format_of, write
 from tools.export.source import load_source
 from tools.files import check_outputs, check_writable, folder_beside
-from tools.flops.__main__ import positive
 from training import launch
 from training.files import OutputError
+from training.flags import positive
 from utils import UserError
 
 RUNTIMES = {"onnx": "onnxruntime", "exported": "torch.export", "aot": "AOTInductor"}

@@ -28,6 +28,7 @@ import models
 from tools.flops.counting import Request, Row, our_models, run, total
 from tools.flops.stages import by_stage
 from training import files, launch
+from training.flags import positive
 
 # name: (parameters in M, GMACs, ImageNet top-1 in %) as printed in the paper
 PAPER = {
@@ -168,13 +169,6 @@ def get_parser() -> argparse.ArgumentParser:
     add("--checkpoint", help="file or address that says the model, its classes and input size")
     add("--csv", type=Path, help="file for the exact counts")
     return parser
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
 
 
 def main(argv: list[str]) -> int:

@@ -10,13 +10,8 @@ from torch import nn
 import datasets
 import engine
 import models
+from tools.networks import ModelSource, from_checkpoint, from_name
 from tools.validate.classes import ClassMap, match_classes
-from tools.validate.networks import (
-    Network,
-    pretrained_network,
-    read_network,
-    size_of,
-)
 from tools.validate.text import shown
 from training.network import choose_precision, fused, renormalized
 from utils import UserError
@@ -34,7 +29,7 @@ class Case:
         precision: How it computes.
     """
 
-    network: Network
+    network: ModelSource
     weights: str
     args: Namespace
     model: nn.Module
@@ -48,7 +43,7 @@ class Case:
     @property
     def label(self) -> str:
         """What messages call it."""
-        return shown(f"{self.network.source} ({self.weights}, {self.args.input_size} pixels)")
+        return shown(f"{self.network.label} ({self.weights}, {self.args.input_size} pixels)")
 
     def complaints(self, nonfinite: int) -> list[str]:
         """What is said of so many images whose outputs are not finite; nothing of none."""
@@ -62,7 +57,7 @@ class Case:
         Raises:
             DataError: There is none for a class.
         """
-        known, source = self.network.classes, self.network.source
+        known, source = self.network.classes, self.network.label
         return match_classes(names, self.num_outputs, known, self.args.classes, title, source)
 
 
@@ -97,7 +92,7 @@ def cases(
     for network in _networks(files, args, say):
         weights = network.weights(args.weights)
         for asked in args.input_size or [None]:
-            size = size_of(network, asked, args)
+            size = asked or network.input_size or datasets.input_size_of(args)
             yield from _cases_at(network, size, weights, args, device)
 
 
@@ -106,11 +101,13 @@ def again(args: Namespace, device: torch.device) -> Iterator[Case]:
     return cases(args.checkpoints, args, device, say=lambda message: None)
 
 
-def _networks(files: list[str], args: Namespace, say: Callable[[str], None]) -> Iterator[Network]:
+def _networks(
+    files: list[str], args: Namespace, say: Callable[[str], None]
+) -> Iterator[ModelSource]:
     if args.pretrained:
-        yield pretrained_network(args.model)
+        yield from_name(args.model, pretrained=True)
     for path in files:
-        network = read_network(path, args.model, args.qk_scale_factor)
+        network = from_checkpoint(path, args.model, args.qk_scale_factor)
         exponent = network.required["qk_scale_factor"]
         if args.qk_scale_factor not in (None, exponent):
             say(
@@ -121,7 +118,7 @@ def _networks(files: list[str], args: Namespace, say: Callable[[str], None]) -> 
 
 
 def _cases_at(
-    network: Network,
+    network: ModelSource,
     size: int,
     weights: tuple[str, ...],
     args: Namespace,
@@ -135,6 +132,5 @@ def _cases_at(
     for name in weights:
         network.load(model, name)
         net = fused(model, network.name) if args.fuse else model
-        own = models.normalization_of(network.checkpoint, model.pretrained_cfg)
-        net = renormalized(net, datasets.NORMALIZATION, own)
+        net = renormalized(net, datasets.NORMALIZATION, network.normalization(model))
         yield Case(network, name, at_size, engine.compiled(net, args.compile), precision)

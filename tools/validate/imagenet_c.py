@@ -40,7 +40,7 @@ def validate(args: Namespace, device: torch.device) -> int:
             finally:
                 failed += case.complaints(sum(one.nonfinite for one in measured))
                 found = tables.corruption_rows(measured, len(measured) == len(folders))
-                head = {"checkpoint": case.network.source, "weights": case.weights}
+                head = {"checkpoint": case.network.label, "weights": case.weights}
                 head["size"] = case.args.input_size
                 rows += [head | row for row in found]
                 if found:

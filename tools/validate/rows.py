@@ -80,7 +80,7 @@ class Bench:
             if (known, case.num_outputs) != (test_set.classes, len(test_set.classes)):
                 raise UserError(
                     f"--data-path is missing: without it, images are of {test_set.title}, whose "
-                    f"classes are not those of {case.network.source}"
+                    f"classes are not those of {case.network.label}"
                 )
         matched = case.match(test_set.classes, test_set.title)
         found = None if self.labels is None else real_labels_of(case, self.labels, test_set)
@@ -91,7 +91,7 @@ class Bench:
         rows = []
         for case in cases(self.args.checkpoints, self.args, self.device):
             self.fit(case)
-            row = {"number": len(rows) + 1, "checkpoint": case.network.source}
+            row = {"number": len(rows) + 1, "checkpoint": case.network.label}
             rows.append(row | {"weights": case.weights, "size": case.args.input_size})
         return rows
 
@@ -108,7 +108,7 @@ def real_labels_of(case: Case, labels: Sequence[Sequence[int]], test_set: EvalSe
     """
     if case.num_outputs != NUM_IMAGENET:
         raise DataError(
-            f"--real-labels are of ImageNet's {NUM_IMAGENET} classes, {case.network.source} knows "
+            f"--real-labels are of ImageNet's {NUM_IMAGENET} classes, {case.network.label} knows "
             f"{case.num_outputs}"
         )
     return real.label_table(labels, test_set.file_names())

@@ -1,16 +1,13 @@
 """Results as aligned tables and CSV files."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tools.tables import aligned, write_csv
 from tools.validate import corruptions
 from tools.validate.classes import readable
 from tools.validate.counts import class_scores
-from tools.validate.text import shown
-from training.files import write_atomically
 
 COLUMNS = {  # of a row: heading, digits after the point
     "number": ("#", 0),
@@ -47,29 +44,6 @@ def cell(value: object, digits: int) -> str:
     return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 
 
-def aligned(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in columns; words to the left, numbers to the right."""
-    lines = [[shown(text) for text in line] for line in (heads, *rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
-
-    def padded(text: str, column: int) -> str:
-        is_number = all(_is_number(line[column]) for line in lines[1:])
-        return text.rjust(widths[column]) if is_number else text.ljust(widths[column])
-
-    return "\n".join(
-        "  ".join(padded(text, column) for column, text in enumerate(line)).rstrip()
-        for line in lines
-    )
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text or 0)
-    except ValueError:
-        return False
-    return True
-
-
 def table(
     rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, int]] = COLUMNS
 ) -> str:
@@ -84,20 +58,6 @@ def table(
         keys.remove("corrupt")
     heads = [columns[key][0] for key in keys]
     return aligned(heads, [[cell(row.get(key), columns[key][1]) for key in keys] for row in rows])
-
-
-def write_csv(path: Path, heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Write a CSV file, whole or not at all.
-
-    Raises:
-        OutputError: It cannot be written.
-    """
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(heads)
-    writer.writerows(["" if value is None else value for value in row] for row in rows)
-    data = text.getvalue().encode("utf-8", "surrogateescape")
-    write_atomically(path, lambda file: file.write(data))
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

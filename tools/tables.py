@@ -1,0 +1,66 @@
+"""Tables: CSV files and aligned columns of text."""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tools.cli import shown
+from training.files import write_atomically
+
+
+def csv_bytes(heads: Sequence[str], rows: Iterable[Sequence[Any] | Mapping[str, Any]]) -> bytes:
+    """Return the content of a CSV file; cells of None are empty.
+
+    Args:
+        heads: Column names.
+        rows: Cells in the order of ``heads``, or by column name; other names are ignored.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(heads)
+    for row in rows:
+        cells = [row.get(head) for head in heads] if isinstance(row, Mapping) else row
+        writer.writerow(["" if cell is None else cell for cell in cells])
+    return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def write_csv(
+    path: str | Path, heads: Sequence[str], rows: Iterable[Sequence[Any] | Mapping[str, Any]]
+) -> None:
+    """Write :func:`csv_bytes` atomically.
+
+    Raises:
+        OutputError: The file cannot be written; a previous file is unchanged.
+    """
+    data = csv_bytes(heads, rows)
+    write_atomically(Path(path), lambda file: file.write(data))
+
+
+def aligned(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table with aligned columns, text to the left and numbers to the right."""
+    lines = [[shown(text) for text in line] for line in (heads, *rows)]
+    columns = list(zip(*lines, strict=True))
+    aligns = [str.rjust if all(map(_is_number, cells[1:])) else str.ljust for cells in columns]
+    widths = [max(map(len, cells)) for cells in columns]
+    return "\n".join(
+        "  ".join(
+            align(text, width) for align, text, width in zip(aligns, line, widths, strict=True)
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text or 0)
+    except ValueError:
+        return False
+    return True
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = ["| " + " | ".join(line) + " |" for line in (heads, *rows)]
+    return "\n".join([lines[0], "|---" * len(heads) + "|", *lines[1:]])
