@@ -76,7 +76,7 @@ def test_our_module_stays_and_another_process_finds_the_other_package(fake, tmp_
     program = f"""
         import pickle, sys, datasets
         ours = datasets
-        from pipeline.hub import DataError, open_hub
+        from pipeline.sources.hf_datasets import DataError, open_hub
         try:
             open_hub("some/name", "cache", True, False)
         except DataError as error:
