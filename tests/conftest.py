@@ -132,6 +132,24 @@ def image_folder(tmp_path):
     return write_images(tmp_path / "images")
 
 
+@pytest.fixture(scope="session")
+def to_pack(tmp_path_factory):
+    """An image folder with names that need care in shards."""
+    from packing import write_odd_names
+
+    return write_odd_names(tmp_path_factory.mktemp("to_pack"))
+
+
+@pytest.fixture(scope="session")
+def packed(to_pack, tmp_path_factory):
+    """The shards of these images, to be copied by tests that change them."""
+    from packing import pack
+
+    output = tmp_path_factory.mktemp("packed")
+    assert pack(to_pack, output) == 0
+    return output
+
+
 # the variables of launchers, which are read when a run begins
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "SLURM_", "OMPI_", "PMI_", "MPI_")
 

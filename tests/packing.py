@@ -19,7 +19,7 @@ def pack(folder, output, *flags):
     return pack_dataset.main([str(word) for word in (*words, *flags)])
 
 
-def image_folder(root):
+def write_odd_names(root):
     """41 training and 15 validation images of 3 classes, some with names that need care."""
     root = write_images(root, 12, 5, ("cat", "dog", "__x__"), 16)
     picture = Image.open(root / "train" / "cat" / "0.jpg")
@@ -35,7 +35,8 @@ def content(shards):
     return list(zip(names, shards.targets.tolist(), data, strict=True))
 
 
-def whole_files(output):
+def files_of(output):
+    """The bytes of each file of a folder, by its name."""
     return {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
 
 

@@ -23,7 +23,7 @@ from pipeline.sources.base import Encoded
 if TYPE_CHECKING:
     import pyarrow as pa
 
-OURS = os.path.realpath(Path(__file__).parent.parent)  # the folder of our datasets.py
+OURS = os.path.realpath(Path(__file__).parents[2])  # the folder of our datasets.py
 EVALUATION_SPLITS = ("validation", "val", "test")
 
 

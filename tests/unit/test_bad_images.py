@@ -1,7 +1,7 @@
-"""Images that are damaged, unusual or hostile: what becomes of each, and of the runs that meet it.
+"""Damaged, unusual and hostile images: the outcome of each, and of the runs that read it.
 
-``CORPUS`` is the table: name of the file, what makes its bytes, outcome. Where Pillow defines
-the outcome (garbage in the middle of a JPEG still decodes), the table says so.
+``CORPUS`` is the table: file name, bytes, outcome. Where Pillow defines the outcome (garbage in
+the middle of a JPEG still decodes), the table says so.
 """
 
 import gzip
@@ -12,11 +12,13 @@ import warnings
 import zlib
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile
+from refusing import refused
 from torchvision import transforms
 
 import datasets
@@ -39,9 +41,9 @@ class Converted:
 
 @dataclass(frozen=True)
 class Error:
-    """Is refused with a CorruptImageError whose reason matches ``why``."""
+    """Is refused with a CorruptImageError that names ``value``."""
 
-    why: str
+    value: str = ""
 
 
 def encode(image, file_format, **options):
@@ -136,51 +138,49 @@ GREY16_IN_8 = [100, 0, 0, 1, 128, 255, 1, 1]
 GIF_START = b"GIF89a\x08\0\x06\0\0\0\0"
 PALETTE = chunk(b"PLTE", bytes([*ORANGE, 0, 0, 255]))
 TEN_MB = zlib.compress(bytes(10**7))
-UNKNOWN = Error("no image of a known format")
-TRUNCATED = Error("truncated")
-BROKEN = Error("broken data stream")
+REFUSED = Error()
 ORANGE_8X6 = Converted((8, 6), ORANGE)
 
 CORPUS = [
     # no image at all
-    ("empty.jpg", b"", Error("empty file")),
-    ("one_byte.jpg", b"\xff", UNKNOWN),
-    ("zeros.png", bytes(4096), UNKNOWN),
-    ("text.jpg", b"not an image\n" * 99, UNKNOWN),
-    ("page.jpg", b"<!DOCTYPE html><html><body>404 Not Found</body></html>", UNKNOWN),
-    ("drawing.png", b"<svg xmlns='http://www.w3.org/2000/svg' width='8' height='6'/>", UNKNOWN),
-    ("gzip.png", gzip.compress(PNG), UNKNOWN),
-    ("hdf5.jpg", b"\x89HDF\r\n\x1a\n" + bytes(99), UNKNOWN),
-    ("postscript.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 6\n%%EOF\n", UNKNOWN),
+    ("empty.jpg", b"", REFUSED),
+    ("one_byte.jpg", b"\xff", REFUSED),
+    ("zeros.png", bytes(4096), REFUSED),
+    ("text.jpg", b"not an image\n" * 99, REFUSED),
+    ("page.jpg", b"<!DOCTYPE html><html><body>404 Not Found</body></html>", REFUSED),
+    ("drawing.png", b"<svg xmlns='http://www.w3.org/2000/svg' width='8' height='6'/>", REFUSED),
+    ("gzip.png", gzip.compress(PNG), REFUSED),
+    ("hdf5.jpg", b"\x89HDF\r\n\x1a\n" + bytes(99), REFUSED),
+    ("postscript.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 6\n%%EOF\n", REFUSED),
     # truncated
-    ("jpeg_10.jpg", cut(JPEG, 0.1), Error("Truncated File Read")),
-    ("jpeg_50.jpg", cut(JPEG, 0.5), TRUNCATED),
-    ("jpeg_last_byte.jpg", JPEG[:-1], TRUNCATED),
-    ("jpeg_progressive_50.jpg", cut(encode(NOISE, "JPEG", progressive=True), 0.5), TRUNCATED),
-    ("png_10.png", cut(PNG, 0.1), TRUNCATED),
-    ("png_50.png", cut(PNG, 0.5), TRUNCATED),
+    ("jpeg_10.jpg", cut(JPEG, 0.1), REFUSED),
+    ("jpeg_50.jpg", cut(JPEG, 0.5), REFUSED),
+    ("jpeg_last_byte.jpg", JPEG[:-1], REFUSED),
+    ("jpeg_progressive_50.jpg", cut(encode(NOISE, "JPEG", progressive=True), 0.5), REFUSED),
+    ("png_10.png", cut(PNG, 0.1), REFUSED),
+    ("png_50.png", cut(PNG, 0.5), REFUSED),
     ("png_last_byte.png", PNG[:-1], Converted(SIZE, NOISE.getpixel((0, 0)))),
     ("png_without_iend.png", PNG[:-12], Converted(SIZE, NOISE.getpixel((0, 0)))),
-    ("gif_10.jpg", cut(encode(NOISE, "GIF"), 0.1), UNKNOWN),
-    ("gif_50.jpg", cut(encode(NOISE, "GIF"), 0.5), TRUNCATED),
-    ("webp_50.webp", cut(encode(NOISE, "WEBP"), 0.5), Error("decoder")),
-    ("bmp_50.bmp", cut(encode(NOISE, "BMP"), 0.5), TRUNCATED),
-    ("tiff_50.tif", cut(encode(NOISE, "TIFF"), 0.5), TRUNCATED),
-    ("tiff_deflate_50.tif", cut(encode(NOISE, "TIFF", compression="tiff_deflate"), 0.5), UNKNOWN),
-    ("ppm_50.ppm", cut(encode(NOISE, "PPM"), 0.5), TRUNCATED),
+    ("gif_10.jpg", cut(encode(NOISE, "GIF"), 0.1), REFUSED),
+    ("gif_50.jpg", cut(encode(NOISE, "GIF"), 0.5), REFUSED),
+    ("webp_50.webp", cut(encode(NOISE, "WEBP"), 0.5), REFUSED),
+    ("bmp_50.bmp", cut(encode(NOISE, "BMP"), 0.5), REFUSED),
+    ("tiff_50.tif", cut(encode(NOISE, "TIFF"), 0.5), REFUSED),
+    ("tiff_deflate_50.tif", cut(encode(NOISE, "TIFF", compression="tiff_deflate"), 0.5), REFUSED),
+    ("ppm_50.ppm", cut(encode(NOISE, "PPM"), 0.5), REFUSED),
     # damaged JPEG
     ("jpeg_trailing_garbage.jpg", JPEG + b"garbage" * 99, Converted()),
     ("jpeg_zeros_within.jpg", patched(JPEG, len(JPEG) // 2, bytes(40)), Converted()),
     ("jpeg_early_end.jpg", patched(JPEG, len(JPEG) // 2, b"\xff\xd9" * 20), Converted()),
-    ("jpeg_start_only.jpg", JPEG[:2], UNKNOWN),
-    ("jpeg_no_quantisation.jpg", JPEG.replace(b"\xff\xdb", b"\xff\xfe"), BROKEN),
+    ("jpeg_start_only.jpg", JPEG[:2], REFUSED),
+    ("jpeg_no_quantisation.jpg", JPEG.replace(b"\xff\xdb", b"\xff\xfe"), REFUSED),
     ("jpeg_arithmetic.jpg", sof(1, b"\xc9"), Converted()),  # garbage: the data are Huffman's
-    ("jpeg_lossless.jpg", sof(1, b"\xc3"), BROKEN),
-    ("jpeg_12_bits.jpg", sof(4, b"\x0c"), UNKNOWN),
-    ("jpeg_no_height.jpg", sof(5, bytes(2)), UNKNOWN),
-    ("jpeg_no_width.jpg", sof(7, bytes(2)), UNKNOWN),
-    ("jpeg_no_components.jpg", sof(9, b"\0"), UNKNOWN),
-    ("jpeg_5_components.jpg", sof(9, b"\5"), UNKNOWN),
+    ("jpeg_lossless.jpg", sof(1, b"\xc3"), REFUSED),
+    ("jpeg_12_bits.jpg", sof(4, b"\x0c"), REFUSED),
+    ("jpeg_no_height.jpg", sof(5, bytes(2)), REFUSED),
+    ("jpeg_no_width.jpg", sof(7, bytes(2)), REFUSED),
+    ("jpeg_no_components.jpg", sof(9, b"\0"), REFUSED),
+    ("jpeg_5_components.jpg", sof(9, b"\5"), REFUSED),
     ("jpeg_bomb.jpg", sof(5, b"\xff\xdc\xff\xdc"), Error("4290250000 pixels")),
     # unusual JPEG
     ("jpeg_grey.jpg", encode(flat("L", 99), "JPEG"), Converted((8, 6), (99, 99, 99), 1)),
@@ -196,29 +196,29 @@ CORPUS = [
     ("jpeg_broken_exif.jpg", exif(b"II*\0\xff\xff\xff\xff" + b"\xff" * 40), Converted()),
     ("jpeg_broken_profile.jpg", encode(NOISE, "JPEG", icc_profile=b"broken"), Converted()),
     # damaged PNG
-    ("png_header_crc.png", patched(PNG, 29, bytes(4)), UNKNOWN),
+    ("png_header_crc.png", patched(PNG, 29, bytes(4)), REFUSED),
     ("png_data_crc.png", patched(PNG, len(PNG) - 16, bytes(4)), Converted()),
-    ("png_data.png", patched(PNG, 60, b"\xff" * 40), BROKEN),
-    ("png_no_width.png", png(0, 6, 8, 2, b""), UNKNOWN),
-    ("png_no_height.png", png(8, 0, 8, 2, b""), UNKNOWN),
+    ("png_data.png", patched(PNG, 60, b"\xff" * 40), REFUSED),
+    ("png_no_width.png", png(0, 6, 8, 2, b""), REFUSED),
+    ("png_no_height.png", png(8, 0, 8, 2, b""), REFUSED),
     ("png_too_few_rows.png", png(8, 6, 8, 0, bytes(9)), Converted((8, 6))),
-    ("png_filter.png", png(8, 1, 8, 0, b"\x09" + bytes(8)), Error("unrecognized data")),
+    ("png_filter.png", png(8, 1, 8, 0, b"\x09" + bytes(8)), REFUSED),
     ("png_without_palette.png", png(8, 1, 8, 3, bytes(9)), Converted((8, 1))),
     ("png_bomb.png", png(60000, 60000, 8, 2, bytes(99)), Error("3600000000 pixels")),
     (
         "png_text_bomb.png",
         png(8, 1, 8, 0, bytes(9), chunk(b"zTXt", b"a\0\0" + TEN_MB)),
-        Error("too large"),
+        REFUSED,
     ),
     (
         "png_profile_bomb.png",
         png(8, 1, 8, 0, bytes(9), chunk(b"iCCP", b"a\0\0" + TEN_MB)),
-        Error("too large"),
+        REFUSED,
     ),
     (
         "png_trailing_text_bomb.png",
         png(8, 1, 8, 0, bytes(9), end=chunk(b"zTXt", b"a\0\0" + TEN_MB)),
-        Error("too large"),
+        REFUSED,
     ),
     # unusual PNG
     ("png_1_bit.png", encode(flat("1", 1), "PNG"), Converted((8, 6), (255, 255, 255))),
@@ -260,8 +260,8 @@ CORPUS = [
     ("webp_animated.webp", frames("WEBP", lossless=True), ORANGE_8X6),
     ("gif.png", encode(flat("RGB", ORANGE), "GIF"), ORANGE_8X6),
     ("gif_animated.png", frames("GIF"), ORANGE_8X6),
-    ("gif_without_frames.jpg", GIF_START + b";", UNKNOWN),
-    ("gif_no_width.jpg", b"GIF89a\0\0\x06\0\0\0\0;", UNKNOWN),
+    ("gif_without_frames.jpg", GIF_START + b";", REFUSED),
+    ("gif_no_width.jpg", b"GIF89a\0\0\x06\0\0\0\0;", REFUSED),
     ("icon.png", encode(flat("RGBA", (*ORANGE, 255)), "ICO", sizes=[(8, 6)]), ORANGE_8X6),
     (
         "icon_16_bits.png",
@@ -271,12 +271,12 @@ CORPUS = [
     ("jpeg2000.jpg", encode(flat("RGB", ORANGE), "JPEG2000"), ORANGE_8X6),
     ("avif.jpg", encode(flat("RGB", ORANGE), "AVIF"), Converted((8, 6), ORANGE, 3)),
     ("ppm.jpg", encode(flat("RGB", ORANGE), "PPM"), ORANGE_8X6),
-    ("ppm_lies.ppm", b"P6 800 600 255\n" + bytes(144), TRUNCATED),
+    ("ppm_lies.ppm", b"P6 800 600 255\n" + bytes(144), REFUSED),
     ("ppm_bomb.ppm", b"P6 60000 60000 255\n" + bytes(144), Error("3600000000 pixels")),
-    ("ppm_without_size.ppm", b"P6\n", Error("EOF while reading header")),
+    ("ppm_without_size.ppm", b"P6\n", REFUSED),
     ("pgm_16_bits.pgm", b"P5 1 1 65535\n\x64\x64", Converted((1, 1), (100, 100, 100))),
     ("pfm_float.ppm", b"Pf 1 1 -1.0\n" + struct.pack("<f", 0.5), Error("mode F")),
-    ("bmp_no_width.bmp", patched(encode(NOISE, "BMP"), 18, bytes(4)), UNKNOWN),
+    ("bmp_no_width.bmp", patched(encode(NOISE, "BMP"), 18, bytes(4)), REFUSED),
     # TIFF
     ("tiff_cmyk.tif", encode(flat("CMYK", CMYK), "TIFF"), Converted((8, 6), INK)),
     ("tiff_ycbcr.tif", encode(flat("YCbCr", (99, 128, 128)), "TIFF"), Converted((8, 6), (99,) * 3)),
@@ -301,12 +301,12 @@ CORPUS = [
         Converted((8, 6), (100,) * 3),
     ),
     ("tiff_32_bits_of_16.tif", integers([25700, 65535]), Converted((8, 6), (100, 100, 100))),
-    ("tiff_32_bits.tif", integers([25700, 65536]), Error("25700..65536 is not within 0..65535")),
-    ("tiff_negative.tif", integers([-1, 5]), Error("-1..5 is not within")),
-    ("tiff_float.tif", integers([0.5], "<f4", 3), Error("mode F .* no defined range")),
-    ("tiff_nan.tif", integers([np.nan], "<f4", 3), Error("mode F .* no defined range")),
-    ("tiff_no_width.tif", tiff({256: 0}), UNKNOWN),
-    ("tiff_strip_beyond_end.tif", tiff({273: 60000}), TRUNCATED),
+    ("tiff_32_bits.tif", integers([25700, 65536]), Error("25700..65536")),
+    ("tiff_negative.tif", integers([-1, 5]), Error("-1..5")),
+    ("tiff_float.tif", integers([0.5], "<f4", 3), Error("mode F")),
+    ("tiff_nan.tif", integers([np.nan], "<f4", 3), Error("mode F")),
+    ("tiff_no_width.tif", tiff({256: 0}), REFUSED),
+    ("tiff_strip_beyond_end.tif", tiff({273: 60000}), REFUSED),
     ("tiff_12_bits.tif", tiff({258: 12}, b"\x64\x66\x46" * 24), Converted((8, 6), (100,) * 3)),
     # sizes
     ("one_pixel.png", encode(flat("RGB", ORANGE, (1, 1)), "PNG"), Converted((1, 1), ORANGE)),
@@ -317,7 +317,7 @@ CORPUS = [
 ]
 
 
-REFUSED = {name for name, _, outcome in CORPUS if isinstance(outcome, Error)}
+REFUSED_NAMES = {name for name, _, outcome in CORPUS if isinstance(outcome, Error)}
 
 
 @pytest.mark.parametrize(("name", "data", "outcome"), CORPUS, ids=[row[0] for row in CORPUS])
@@ -327,9 +327,8 @@ def test_outcome_of(tmp_path, capfd, name, data, outcome):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         if isinstance(outcome, Error):
-            with pytest.raises(CorruptImageError, match=outcome.why) as caught:
-                load_image(path)
-            assert str(caught.value).startswith(f"cannot decode image {path}: ")
+            message = refused(partial(load_image, path), outcome.value, kind=CorruptImageError)
+            assert message.startswith(f"cannot decode image {path}: ")
         else:
             image = load_image(path)
             assert (image.mode, image.size) == ("RGB", outcome.size)
@@ -341,7 +340,7 @@ def test_outcome_of(tmp_path, capfd, name, data, outcome):
 
 def test_corpus_is_large_and_its_names_differ():
     assert len({name for name, _, _ in CORPUS}) == len(CORPUS) >= 100
-    assert 40 <= len(REFUSED) <= len(CORPUS) - 40
+    assert 40 <= len(REFUSED_NAMES) <= len(CORPUS) - 40
 
 
 @pytest.mark.parametrize("name", ["png_16_bits.png", "tiff_16_bits.tif"])
@@ -362,20 +361,24 @@ def test_many_pixels(tmp_path, monkeypatch, limit, passes):
             assert load_image(path).size == SIZE
             return
         monkeypatch.setattr(ImageFile.ImageFile, "load", None)  # is not reached: nothing is held
-        with pytest.raises(CorruptImageError, match=r"x.png: Image size \(1920 pixels\)"):
-            load_image(path)
+        refused(partial(load_image, path), path, "1920 pixels", kind=CorruptImageError)
 
 
-def arguments(*words):
+def arguments(folder, *words):
+    words = ("--data-path", folder, "--input-size", 48, "--on-corrupt", "skip", *words)
     return parse_args([str(word) for word in words])[0]
 
 
+BATCH = 8
 MIXED = len(CORPUS) + 2  # with a link to nothing and a named pipe
-SOUND = 2 + MIXED % 2  # whole batches of 2, so that training leaves none out
+SOUND = -MIXED % BATCH + BATCH  # whole batches, so that training leaves none out
+REFUSED_FILES = REFUSED_NAMES | {"link.jpg", "pipe.jpg"}
 
 
-def fill(folder):
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
     """An image folder of the corpus in both splits, as one of two classes."""
+    folder = tmp_path_factory.mktemp("corpus")
     for split in ("train", "val"):
         for name in ("mixed", "sound"):
             (folder / split / name).mkdir(parents=True)
@@ -388,55 +391,59 @@ def fill(folder):
     return folder
 
 
-@pytest.mark.parametrize("loader", ["fast", "timm"])
-def test_runs_over_the_corpus(tmp_path, loader):
-    folder = fill(tmp_path / "images")
-    refused = REFUSED | {"link.jpg", "pipe.jpg"}
-    runs = []
-    for workers in (0, 2):
-        args = arguments(
-            *("--data-path", folder, "--input-size", 48, "--on-corrupt", "skip"),
-            *("--batch-size", 2, "--num_workers", workers, "--no-repeated-aug"),
-            *("--loader", loader),
-        )
+@pytest.fixture(scope="module")
+def read(corpus):
+    """``read(loader, workers) -> (training batches, evaluation batches)``, each read once."""
+
+    @lru_cache
+    def read(loader, workers):
+        words = ("--num_workers", workers, "--no-repeated-aug", "--loader", loader)
+        args = arguments(corpus, "--batch-size", BATCH, *words)
         train, _ = datasets.build_dataset(True, args)
         feed = datasets.build_prefetcher(datasets.build_train_loader(train, args, 1, 0))
         feed.sampler.set_epoch(1)
         val, _ = datasets.build_dataset(False, args)
         evaluated = datasets.build_prefetcher(datasets.build_eval_loader(val, args, 1, 0))
-        runs.append((list(feed), list(evaluated)))
-    for batches, again in zip(*runs, strict=True):
+        return list(feed), list(evaluated)
+
+    return read
+
+
+def test_workers_do_not_change_what_is_read(read):
+    for batches, again in zip(read("fast", 0), read("fast", 1), strict=True):
         for batch, other in zip(batches, again, strict=True):
             assert torch.equal(batch.images, other.images)
             assert torch.equal(batch.targets, other.targets)
             assert batch.corrupt == other.corrupt
 
-    trained, evaluated = runs[0]
+
+@pytest.mark.parametrize(("loader", "workers"), [("fast", 0), ("timm", 1)])
+def test_runs_over_the_corpus(corpus, read, loader, workers):
+    trained, evaluated = read(loader, workers)
     for split, batches in (("train", trained), ("val", evaluated)):
         messages = {message for batch in batches for message in batch.corrupt}
-        pattern = f"cannot decode image {folder}/{split}/mixed/"
-        assert all(message.startswith(pattern) for message in messages)
-        assert {message.removeprefix(pattern).split(":")[0] for message in messages} == refused
+        start = f"cannot decode image {corpus}/{split}/mixed/"
+        assert all(message.startswith(start) for message in messages)
+        names = {message.removeprefix(start).split(":")[0] for message in messages}
+        assert names == REFUSED_FILES
     targets = Counter(torch.cat([batch.targets for batch in trained]).tolist())
     assert targets == {0: MIXED, 1: SOUND}
-    assert all(batch.images.shape == (2, 3, 48, 48) for batch in trained)
+    assert all(batch.images.shape == (BATCH, 3, 48, 48) for batch in trained)
     left_out = sum(len(batch.corrupt) for batch in evaluated)
-    assert left_out == len(refused)
-    assert sum(len(batch.images) for batch in evaluated) + left_out == MIXED + SOUND == len(val)
+    assert left_out == len(REFUSED_FILES)
+    assert sum(len(batch.images) for batch in evaluated) + left_out == MIXED + SOUND
 
 
-def test_replacement_is_the_next_sound_image_of_the_class(tmp_path):
-    words = ("--input-size", 48, "--on-corrupt", "skip", "--loader", "timm")
-    args = arguments("--data-path", fill(tmp_path), *words)
-    train, _ = datasets.build_dataset(True, args)
+def test_replacement_is_the_next_sound_image_of_the_class(corpus):
+    train, _ = datasets.build_dataset(True, arguments(corpus, "--loader", "timm"))
     train.transform = transforms.ToTensor()
     first = np.flatnonzero(train.targets == 0)
     names = [os.path.basename(train.source.name(index)) for index in first]
-    sound = [i for i, name in enumerate(names) if name not in REFUSED | {"link.jpg", "pipe.jpg"}]
+    sound = [i for i, name in enumerate(names) if name not in REFUSED_FILES]
     for index in set(range(len(names))) - set(sound):
         after = next((i for i in sound if i > index), sound[0])
         sample, expected = train[index], train[after]
         assert torch.equal(sample.image, expected.image)
         assert len(sample.corrupt) == (after - index) % len(names)
         assert (sample.target, expected.corrupt) == (0, ())
-    assert names[-1] in REFUSED  # the first follows the last
+    assert names[-1] in REFUSED_FILES  # the first follows the last

@@ -1,4 +1,4 @@
-"""Packed shards: read exactly once; what is wrong is named."""
+"""Packed shards: read exactly once; errors name what is wrong."""
 
 import hashlib
 import io
@@ -10,31 +10,30 @@ import shutil
 import tarfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from packing import TRAIN, content, image_folder, pack, run_forked
+from packing import TRAIN, content, run_forked
+from refusing import refused
 from torch.utils.data import DataLoader, Dataset
 
 import pipeline.sources.shards
-from pipeline.images import CorruptImageError, DataError
+from pipeline.images import CorruptImageError
 from pipeline.sources.shards import open_shards
 from samplers import EvalBatchSampler, RASampler
 from tools import pack_dataset
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return image_folder(tmp_path_factory.mktemp("folder"))
+FIRST = "train-000000.tar"
+EVERY = "train-{000000..000005}.tar"
 
 
-@pytest.fixture(scope="module")
-def packed(folder, tmp_path_factory):
-    output = tmp_path_factory.mktemp("packed")
-    assert pack(folder, output) == 0
-    return output
+@pytest.fixture
+def copied(packed, tmp_path):
+    """A copy of the shards, to be damaged."""
+    return shutil.copytree(packed, tmp_path / "out")
 
 
 class Numbers(Dataset):
@@ -66,8 +65,7 @@ def dataset(packed):
     return dataset
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize(("world", "workers"), [(1, 2), (3, 0)])
 def test_each_image_comes_once(dataset, world, workers):
     shards = dataset.shards.shards
     train, evaluation = Counter(), Counter()
@@ -81,9 +79,9 @@ def test_each_image_comes_once(dataset, world, workers):
     assert train.total() == -(-TRAIN // world) * world  # ranks have equally many
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_an_epoch_goes_on_in_its_middle(dataset, world):
-    """2 ranks stop after 3 batches; the same or other ranks read what is left, and only that."""
+@pytest.mark.parametrize(("world", "workers"), [(2, 1), (3, 0)])
+def test_an_epoch_resumes_in_its_middle(dataset, world, workers):
+    """2 ranks stop after 3 batches; the same or other ranks read the rest, and only that."""
 
     def samplers(ranks):
         shards = dataset.shards.shards
@@ -92,21 +90,21 @@ def test_an_epoch_goes_on_in_its_middle(dataset, world):
             sampler.set_epoch(4)
             yield sampler
 
-    begun = [loaded(dataset, 2, limit=3, batch_size=3, sampler=one) for one in samplers(2)]
+    started = [loaded(dataset, workers, 3, batch_size=3, sampler=one) for one in samplers(2)]
     state = next(samplers(2)).state_dict(3)
     rest = []
     for sampler in samplers(world):
         sampler.load_state_dict(pickle.loads(pickle.dumps(state)))
-        rest.append(loaded(dataset, 2, batch_size=3, sampler=sampler))
-    whole = [[int(draw) for draw in one] for one in samplers(2)]
+        rest.append(loaded(dataset, workers, batch_size=3, sampler=sampler))
+    whole = [[int(index) for index in one] for one in samplers(2)]
     everything = Counter(itertools.chain(*whole))
-    assert Counter(itertools.chain(*begun, *rest)) == everything
+    assert Counter(itertools.chain(*started, *rest)) == everything
     assert everything.keys() == set(range(TRAIN))
     if world == 2:
-        assert [a + b for a, b in zip(begun, rest, strict=True)] == whole
+        assert [a + b for a, b in zip(started, rest, strict=True)] == whole
 
 
-def test_processes_and_threads_have_files_of_their_own(packed, monkeypatch):
+def test_copies_threads_and_forked_processes_read_the_same(packed, monkeypatch):
     monkeypatch.setattr(pipeline.sources.shards, "OPEN_FILES", 2)
     shards = open_shards(packed, True)
     truth = content(shards)
@@ -115,14 +113,11 @@ def test_processes_and_threads_have_files_of_their_own(packed, monkeypatch):
     assert content(copy) == truth
     assert len(os.listdir("/proc/self/fd")) == before + 2
     with ThreadPoolExecutor(4) as pool:
-        order = np.random.default_rng(0).integers(0, TRAIN, 2000).tolist()
-        assert list(pool.map(copy.read, order)) == [truth[index][2] for index in order]
-
-    def check():
-        os._exit(content(copy) != truth)
-
-    with copy._files._lock:  # held by another thread, as far as the child knows
-        assert run_forked(check) == 0
+        order = np.random.default_rng(0).integers(0, TRAIN, 1000).tolist()
+        found = pool.map(copy.read, order)
+        # forked while the other threads read, so that one may be at any point of it
+        assert run_forked(lambda: os._exit(content(copy) != truth)) == 0
+        assert list(found) == [truth[index][2] for index in order]
 
 
 def damage(path, offset, data):
@@ -131,98 +126,94 @@ def damage(path, offset, data):
         file.write(data)
 
 
-def test_damaged_local_shards_are_noticed(packed, tmp_path):
-    output = tmp_path / "out"
-    shutil.copytree(packed, output)
-    first = output / "train-000000.tar"
-    shards = open_shards(output, True)
-    damage(first, int(shards._offsets[2]) + 100, b"damage")
-    damage(first, int(shards._offsets[3]) - 512, b"\xff" * 512)  # a header is not needed
-    with pytest.raises(CorruptImageError) as error:
-        shards.read(2)
-    assert str(error.value).startswith(f"cannot decode image {shards.name(2)}: its checksum")
-    intact = open_shards(packed, True)
+def test_damaged_local_shards_are_noticed(packed, copied):
+    first, size = copied / FIRST, (copied / FIRST).stat().st_size
+    with np.load(copied / "train.npz") as columns:
+        offsets = columns["offsets"].tolist()
+    shards, intact = open_shards(copied, True), open_shards(packed, True)
+    damage(first, offsets[2] + 100, b"damage")
+    damage(first, offsets[3] - 512, b"\xff" * 512)  # a header is not needed
+    message = refused(partial(shards.read, 2), kind=CorruptImageError)
+    assert message.startswith(f"cannot decode image {shards.name(2)}: ")
     assert all(shards.read(index) == intact.read(index) for index in range(TRAIN) if index != 2)
-    size = first.stat().st_size
-    os.truncate(first, int(shards._offsets[6]) + 9)
-    with pytest.raises(CorruptImageError, match=r"train-000000\.tar/.*has become shorter"):
-        shards.read(6)
-    text = rf"train-000000\.tar does not match its index: it has [\d,]+ bytes, not {size:,}"
-    with pytest.raises(DataError, match=text):
-        open_shards(output, True)
-    with pytest.raises(DataError, match=text):
-        pickle.loads(pickle.dumps(shards)).read(0)
+    os.truncate(first, offsets[6] + 9)
+    refused(partial(shards.read, 6), shards.name(6), kind=CorruptImageError)
+    values = [first, f"{offsets[6] + 9:,}", f"{size:,}"]
+    refused(partial(open_shards, copied, True), *values)
+    refused(lambda: pickle.loads(pickle.dumps(shards)).read(0), *values)
     first.unlink()
-    with pytest.raises(DataError, match=r"cannot read shard .*train-000000\.tar: No such file"):
-        open_shards(output, True)
+    refused(partial(open_shards, copied, True), first, os.strerror(2))
 
 
 # patterns, labels and indices
 
 
-def test_places(folder, packed, tmp_path):
-    every = str(packed / "train-{000000..000005}.tar")
+def test_places_with_an_index(to_pack, packed, tmp_path):
+    every, val = str(packed / EVERY), str(packed / "val-{000000..000001}.tar")
     truth = content(open_shards(packed, True)), content(open_shards(packed, False))
-    val = str(packed / "val-{000000..000001}.tar")
     assert content(open_shards(every, True)) == truth[0]
     assert content(open_shards(f"file://{every}", False)) == truth[1]
     assert content(open_shards(val, False)) == truth[1]
     assert content(open_shards(every, False, val_path=val)) == truth[1]
-    with pytest.raises(DataError, match=r"differ: only one of them has .*train-000005\.tar"):
-        open_shards(str(packed / "train-{000000..000004}.tar"), True)
-    with pytest.raises(DataError, match="is a folder of images, not of shards: pack it"):
-        open_shards(folder, True)
-    with pytest.raises(DataError, match=r"has no train\.json, the index of shards, nor shards"):
-        open_shards(tmp_path, True)
-    with pytest.raises(DataError, match="names a shard twice"):
-        open_shards("a-{1,1}.tar", True)
-    with pytest.raises(DataError, match="brace without its other"):
-        open_shards("a-{1.tar", True)
+    fewer = str(packed / "train-{000000..000004}.tar")
+    refused(partial(open_shards, fewer, True), packed / "train.json", fewer, "train-000005.tar")
+    refused(partial(open_shards, to_pack, True), to_pack, "tools.pack_dataset", "--data-set")
+    refused(partial(open_shards, tmp_path, True), tmp_path, "train.json")
+    for pattern in ("a-{1,1}.tar", "a-{1.tar"):
+        refused(partial(open_shards, pattern, True), pattern)
 
-    for path in packed.glob("*.tar"):  # without indices
+
+def test_places_without_an_index(packed, tmp_path):
+    truth = content(open_shards(packed, True)), content(open_shards(packed, False))
+    for path in packed.glob("*.tar"):
         shutil.copy(path, tmp_path)
-    every = every.replace(str(packed), str(tmp_path))
+    every = str(tmp_path / EVERY)
     assert content(open_shards(every, True)) == truth[0]
     assert content(open_shards(every, False)) == truth[1]
     assert open_shards(every, True).classes == ["0", "1", "2"]
-    with pytest.raises(DataError, match=r"give the names of its 8 shards as a pattern"):
-        open_shards(tmp_path, True)
-    with pytest.raises(DataError, match=r"cannot read shard .*train-000006\.tar"):
-        open_shards(every.replace("5}", "6}"), True)
+    refused(partial(open_shards, tmp_path, True), tmp_path, "train.json", "8 shards", "--index")
+    more = every.replace("5}", "6}")
+    refused(partial(open_shards, more, True), tmp_path / "train-000006.tar")
     for path in tmp_path.glob("val*"):
         path.unlink()
-    with pytest.raises(DataError, match=r"no validation shards beside .*: --val-path says"):
-        open_shards(every, False)
+    refused(partial(open_shards, every, False), every, "--val-path")
     names = tmp_path / "names"
     names.write_text("x\ncat\ndog\n")
     assert pack_dataset.main(["--index", every, "--classes", str(names)]) == 0
     assert open_shards(tmp_path, True).classes == ["x", "cat", "dog"]
     assert content(open_shards(every, True)) == truth[0]
-    with pytest.raises(DataError, match=r"val\.json has other classes than .*: __x__"):
-        open_shards(every, False, val_path=val)
+    refused(partial(open_shards, every, False, str(packed)), packed / "val.json", "__x__")
 
 
 SOUND = (("a.jpg", b"1"), ("a.cls", b"0"), ("b.c.png", b"2"), ("b.cls", b"1\n"))
 
 
+def write_tar(path, members):
+    with tarfile.open(path, "w") as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
 @pytest.mark.parametrize(
-    ("members", "message"),
+    ("members", "values"),
     [
-        ([("a.cls", b"three")], "{shard}: label of a is 'three', not the number of a class"),
-        ([("a.cls", b"-3")], "{shard}: label of a is '-3', not the number"),
-        ([("a.cls", b"")], "{shard}: label of a is '', not the number"),
-        ([("d/a.jpg", b"1")], r"{shard}: d/a has no label \(cls\)"),
-        ([("d/a.cls", b"1")], "{shard}: d/a has no image"),
-        ([("a.jpg", b"1"), ("a.png", b"2")], "{shard}: a has two images"),
-        ([*SOUND[:2], ("b.cls", b"1"), *SOUND[:2]], "{shard}: a has two images, or comes twice"),
-        ([("a.cls", b"1"), ("a.CLS", b"1")], "{shard}: a has two labels"),
-        ([("a.jpg", b"1"), ("a.cls", b"12")], r"{shard}/a\.jpg: its label is 12, but there are 2"),
-        ([], "hold no images"),
+        ([("a.cls", b"three")], [": label of a ", "'three'"]),
+        ([("a.cls", b"-3")], [": label of a ", "'-3'"]),
+        ([("a.cls", b"")], [": label of a ", "''"]),
+        ([("d/a.jpg", b"1")], [": d/a ", "(cls)"]),
+        ([("d/a.cls", b"1")], [": d/a "]),
+        ([("a.jpg", b"1"), ("a.png", b"2")], [": a ", "images"]),
+        ([*SOUND[:2], ("b.cls", b"1"), *SOUND[:2]], [": a ", "images"]),
+        ([("a.cls", b"1"), ("a.CLS", b"1")], [": a ", "labels"]),
+        ([("a.jpg", b"1"), ("a.cls", b"12")], ["/a.jpg: ", "12", "2 classes"]),
+        ([], []),
     ],
 )
-def test_labels_that_cannot_be_used_are_named(tmp_path, members, message):
-    shard = tmp_path / "x-0.tar"
-    write_tar(shard, members)
+def test_labels_that_cannot_be_used_are_named(tmp_path, members, values):
+    shard = write_tar(tmp_path / "x-0.tar", members)
     (tmp_path / "train.json").write_text(
         json.dumps(
             {
@@ -233,30 +224,22 @@ def test_labels_that_cannot_be_used_are_named(tmp_path, members, message):
             }
         )
     )
-    with pytest.raises(DataError, match=message.format(shard=shard)):
-        open_shards(tmp_path, False, val_path=str(shard))
-
-
-def write_tar(path, members):
-    with tarfile.open(path, "w") as archive:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
+    message = refused(partial(open_shards, tmp_path, False, val_path=str(shard)), *values)
+    assert message.startswith(str(shard))
 
 
 def test_scans_pass_over_what_is_no_image(tmp_path):
     extra = [("a.json", b"{}"), ("__meta__/b.jpg", b"m"), ("plain", b"p"), ("a.txt", b"t")]
-    write_tar(tmp_path / "x-0.tar", [SOUND[0], *extra, SOUND[1], ("b.png", b"2"), SOUND[3]])
-    shards = open_shards(tmp_path / "x-0.tar", True)
+    members = [SOUND[0], *extra, SOUND[1], ("b.png", b"2"), SOUND[3]]
+    shards = open_shards(write_tar(tmp_path / "x-0.tar", members), True)
     assert content(shards) == [("a.jpg", 0, b"1"), ("b.png", 1, b"2")]
 
 
 @pytest.mark.parametrize("cut", ["header", "image", "end", "garbage", "more", "packed", "empty"])
 def test_scans_notice_damage(tmp_path, packed, cut):
-    path = tmp_path / "x-0.tar"
-    data, shards = (packed / "train-000000.tar").read_bytes(), open_shards(packed, True)
-    header = int(shards._offsets[4]) - 512
+    path, data = tmp_path / "x-0.tar", (packed / FIRST).read_bytes()
+    with np.load(packed / "train.npz") as columns:
+        header = int(columns["offsets"][4]) - 512
     stop = len(data.rstrip(b"\0"))
     path.write_bytes(
         {
@@ -269,49 +252,42 @@ def test_scans_notice_damage(tmp_path, packed, cut):
             "empty": b"",
         }[cut]
     )
-    with pytest.raises(DataError, match=r"x-0\.tar is (cut off or damaged at byte|no whole tar)"):
-        open_shards(path, True)
+    refused(partial(open_shards, path, True), path)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "values"),
     [
-        (lambda i: i["shards"][0].update(name="../x.tar"), r"'\.\./x\.tar' is no file of its"),
-        (lambda i: i["members"].update(name="pipe:touch x"), "'pipe:touch x' is no file of its"),
-        (lambda i: i["members"].update(sha256="../../x"), r"'\.\./\.\./x' is no SHA-256"),
-        (lambda i: i["members"].update(sha256="0" * 64), r"npz is not the one that .*json was"),
-        (lambda i: i["members"].update(size=9), r"npz does not match its index: it has [\d,]+ byt"),
-        (lambda i: i["shards"][0].update(size="8"), "has a size that is no number"),
-        (lambda i: i["shards"][0].update(size=8), "is damaged: images beyond the shards"),
-        (lambda i: i["shards"][0].update(images=9), "is damaged: its parts do not fit"),
-        (lambda i: i["shards"].clear(), r"train\.json is no index .*it names no shards"),
-        (lambda i: i.update(format="other"), "its format is 'other', not 'packed shards 1'"),
-        (lambda i: i.pop("classes"), r"train\.json is no index of shards, or damaged: 'classes'"),
-        (lambda i: i["classes"].pop(), "its label is 2, but there are 2 classes, from 0"),
+        (lambda i: i["shards"][0].update(name="../x.tar"), ["train.json", "'../x.tar'"]),
+        (lambda i: i["members"].update(name="pipe:touch x"), ["train.json", "'pipe:touch x'"]),
+        (lambda i: i["members"].update(sha256="../../x"), ["train.json", "'../../x'"]),
+        (lambda i: i["members"].update(sha256="0" * 64), ["train.npz", "train.json"]),
+        (lambda i: i["members"].update(size=9), ["train.npz", " 9"]),
+        (lambda i: i["shards"][0].update(size="8"), ["train.json", "'size': '8'"]),
+        (lambda i: i["shards"][0].update(size=8), [FIRST]),
+        (lambda i: i["shards"][0].update(images=9), [FIRST]),
+        (lambda i: i["shards"].clear(), ["train.json"]),
+        (lambda i: i.update(format="other"), ["train.json", "'other'", "'packed shards 1'"]),
+        (lambda i: i.pop("classes"), ["train.json", "'classes'"]),
+        (lambda i: i["classes"].pop(), ["label is 2", "2 classes"]),
     ],
 )
-def test_indices_that_lie_are_refused(packed, tmp_path, monkeypatch, change, message):
-    output = tmp_path / "out"
-    shutil.copytree(packed, output)
-    monkeypatch.chdir(output)
+def test_indices_that_lie_are_refused(copied, monkeypatch, change, values):
+    monkeypatch.chdir(copied)
     index = json.loads(Path("train.json").read_text())
     change(index)
     Path("train.json").write_text(json.dumps(index))
-    with pytest.raises(DataError, match=message):
-        open_shards("train-{000000..000005}.tar", True)
+    refused(partial(open_shards, EVERY, True), *values)
     assert not Path("x").exists()
 
 
-def test_an_index_executes_nothing(packed, tmp_path):
-    output = tmp_path / "out"
-    shutil.copytree(packed, output)
-    with np.load(output / "train.npz") as arrays:
+def test_an_index_executes_nothing(copied):
+    with np.load(copied / "train.npz") as arrays:
         columns = dict(arrays)
     columns["names"] = np.array([print], object)
-    np.savez(output / "train.npz", **columns)
-    data = (output / "train.npz").read_bytes()
-    index = json.loads((output / "train.json").read_text())
+    np.savez(copied / "train.npz", **columns)
+    data = (copied / "train.npz").read_bytes()
+    index = json.loads((copied / "train.json").read_text())
     index["members"].update(size=len(data), sha256=hashlib.sha256(data).hexdigest())
-    (output / "train.json").write_text(json.dumps(index))
-    with pytest.raises(DataError, match=r"train\.npz is damaged: .*allow_pickle"):
-        open_shards(output, True)
+    (copied / "train.json").write_text(json.dumps(index))
+    refused(partial(open_shards, copied, True), copied / "train.npz", "allow_pickle")
