@@ -1,6 +1,6 @@
-"""Models of this repository for ``torch.hub``: an entrypoint for each, under its registered name.
+"""Entrypoints of ``torch.hub``: every model of this repository under its registered name.
 
-``torch.hub.list``, ``torch.hub.help`` and ``torch.hub.load`` take the repository's name,
+``torch.hub.list``, ``torch.hub.help`` and ``torch.hub.load`` accept the repository's name,
 ``torch.hub.load`` with ``source="local"`` also the folder of this file.
 """
 
@@ -15,7 +15,7 @@ from torch import nn as _nn
 
 dependencies = ["torch", "timm", "einops", "safetensors"]
 
-_own: dict[str, object] = {}  # modules of this repository's package, where another takes its name
+_own: dict[str, object] = {}  # modules of this repository's package, if another has its name
 
 
 def _packages() -> dict[str, object]:
@@ -25,14 +25,10 @@ def _packages() -> dict[str, object]:
 
 @_contextmanager
 def _models() -> _Iterator[None]:
-    """Let ``models`` be this repository's package; afterwards a program's own of that name is."""
+    """Make ``models`` this repository's package, and restore another of that name afterwards."""
     others = _packages()
     file = getattr(others.get("models"), "__file__", None)
-    if (
-        others
-        and file
-        and _Path(file).resolve().parent == _Path(__file__).resolve().parent / "models"
-    ):
+    if file and _Path(file).resolve().parent == _Path(__file__).resolve().parent / "models":
         yield
         return
     for name in others:
@@ -60,7 +56,7 @@ def _entrypoint(build: _Callable[..., _nn.Module]) -> _Callable[..., _nn.Module]
             if pretrained or kwargs.get("features_only"):
                 other = "pretrained" if pretrained else "features_only"
                 raise ValueError(
-                    f"checkpoint {checkpoint} does not go with {other}=True: leave one of them out"
+                    f"checkpoint {checkpoint} excludes {other}=True: leave one of them out"
                 )
             content = read_checkpoint(checkpoint)
             if content.get("model_name", build.__name__) == build.__name__:
@@ -73,19 +69,19 @@ def _entrypoint(build: _Callable[..., _nn.Module]) -> _Callable[..., _nn.Module]
     create.__doc__ = f"""{build.__doc__}
 
     Args:
-        pretrained: Load the weights that timm has for this name.
+        pretrained: Load timm's weights of this name.
         checkpoint: File or http(s) address of weights to load: one written by this repository,
-            which also says how the model was built, or any other that ``models.load_checkpoint``
-            takes; without pretrained and features_only.
-        kwargs: What the model is built with, such as num_classes, img_size, drop_path_rate,
+            which includes the arguments of the model, or any other that
+            ``models.load_checkpoint`` accepts. Excludes pretrained and features_only.
+        kwargs: Arguments of the model, such as num_classes, img_size, drop_path_rate,
             features_only.
 
     Returns:
-        The model, in training mode: images ``B 3 H W`` to logits ``B num_classes``, or with
-        features_only to a list of maps.
+        The model in training mode: images ``B 3 H W`` to logits ``B num_classes``, or with
+        features_only to a list of feature maps.
 
     Raises:
-        ValueError: checkpoint is given beside pretrained or features_only.
+        ValueError: checkpoint is given with pretrained or features_only.
     """
     return create
 

@@ -1,4 +1,4 @@
-"""Names of MindCV's weights -> names of the original PyTorch implementations; no reading."""
+"""Convert names of MindCV's weights to those of the original PyTorch implementations."""
 
 import re
 from collections.abc import Mapping
@@ -28,8 +28,8 @@ RENAMES = (
     (r"\.moving_mean$", ".running_mean"),
     (r"\.moving_variance$", ".running_var"),
 )
-# names without a dot that a net has; others (epoch_num, learning_rate, ...) are the trainer's
-NET = re.compile(r"pos_embed\d*|cls_token|.*\..*")
+# a model's names; others without a dot (epoch_num, learning_rate, ...) are the trainer's
+MODEL = re.compile(r"pos_embed\d*|cls_token|.*\..*")
 PROJECTION = re.compile(r"(.+\.attn\.)([qkv])\.(weight|bias)")  # ConViT's separate ones
 BIAS_TABLE = "relative_position_bias_table"
 
@@ -41,17 +41,17 @@ def _rename(name: str) -> str:
 
 
 def _copies(state: Mapping[str, torch.Tensor]) -> set[str]:
-    """First components under which every name is another name of ``state`` with that in front.
+    """Return the first components that only prefix other names of ``state``.
 
-    One alone says nothing: Visformer has ``norm.gamma`` and ``patch_embed1.norm.gamma``.
+    A single such name says nothing: Visformer has ``norm.gamma`` and ``patch_embed1.norm.gamma``.
     """
     parts = [name.partition(".") for name in state if "." in name]
-    of_net = {first for first, _, rest in parts if rest not in state}
-    return {first for first, _, _ in parts} - of_net
+    of_model = {first for first, _, rest in parts if rest not in state}
+    return {first for first, _, _ in parts} - of_model
 
 
 def _join_projections(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """q, k, v of ConViT's blocks -> ``qk`` and ``v`` of gated ones, ``qkv`` of the others."""
+    """Join q, k, v of ConViT's blocks: ``qk`` and ``v`` in gated ones, ``qkv`` in the others."""
     joined = {}
     for name, value in weights.items():
         match = PROJECTION.fullmatch(name)
@@ -63,7 +63,7 @@ def _join_projections(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
         sources = [f"{block}{p}.{last}" for p in parts]
         missing = [source for source in sources if source not in weights]
         if missing:
-            raise ValueError(f"{name} is there without {', '.join(missing)}")
+            raise ValueError(f"{name} lacks its companion {', '.join(missing)}")
         if part == "q":
             try:
                 joined[f"{block}{parts}.{last}"] = torch.cat([weights[s] for s in sources])
@@ -75,33 +75,33 @@ def _join_projections(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
 def to_original_names(
     state: Mapping[str, torch.Tensor], ema: bool = False
 ) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
-    """Weights under MindCV's names -> weights under the original PyTorch names.
+    """Convert weights under MindCV's names to the original PyTorch names.
 
     For Visformer, VisformerV2, ConViT and ViT of MindCV, of version 0.2.2 for ViT too. Norms of
     Visformer get timm's names, without the original's wrapper ``bn``. A training checkpoint also
-    holds the trainer's counters, and copies of the net's parameters with one more component in
+    holds the trainer's counters, and copies of the model's parameters with one more component in
     front: moments of the optimizer (``adam_m.head.weight``), and the moving average (``ema.``).
 
     MindCV's GELU is the tanh approximation, and its VisformerV2 was built with the exponent -0.5
     of the query/key pre-scale: neither is in the weights.
 
     Args:
-        state: What :func:`models.checkpoint.mindspore.read_mindspore` returns.
-        ema: Take the moving average instead of the raw weights.
+        state: Result of :func:`models.checkpoint.mindspore.read_mindspore`.
+        ema: Return the moving average instead of the raw weights.
 
     Returns:
-        The weights, and the names in ``state`` that were left out.
+        The weights, and the ignored names of ``state``.
 
     Raises:
         ValueError: There is no moving average, two names become one, or a query, key or value
             projection lacks its companions or does not fit them.
     """
     copies = {*_copies(state), EMA.rstrip(".")}
-    chosen = {n: n for n in state if NET.fullmatch(n) and n.partition(".")[0] not in copies}
+    chosen = {n: n for n in state if MODEL.fullmatch(n) and n.partition(".")[0] not in copies}
     if ema:
         chosen = {name: name.removeprefix(EMA) for name in state if name.startswith(EMA)}
         if not chosen:
-            raise ValueError(f"there is no moving average: no name begins with {EMA!r}")
+            raise ValueError(f"it has no moving average: no name begins with {EMA!r}")
     weights = {}
     for name, own in chosen.items():
         target = _rename(own)
@@ -114,11 +114,11 @@ def to_original_names(
 def fill_missing_bias_tables(
     state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Add zero tables of relative position bias to weights of a net that has none.
+    """Add zero tables of relative position bias to weights without any.
 
-    MindCV's VisformerV2 attends globally without that bias: zero tables make the same function
-    where windows cover the map. Weights that hold any table come back as they are, so that a
-    missing one stays an error.
+    MindCV's VisformerV2 attends globally without that bias: zero tables are equivalent where
+    windows cover the map. Weights that hold any table are unchanged, so that a missing one stays
+    an error.
 
     Args:
         state: Weights under the original names.

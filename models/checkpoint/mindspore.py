@@ -1,4 +1,4 @@
-"""Reading MindSpore's checkpoint files (``.ckpt``) without MindSpore.
+"""Read MindSpore's checkpoint files (``.ckpt``) without MindSpore.
 
 A file is a sequence of protobuf records, one per parameter or slice of one::
 
@@ -9,8 +9,8 @@ A file is a sequence of protobuf records, one per parameter or slice of one::
 
 (``checkpoint.proto`` of mindspore-ai/mindspore; wire format:
 https://protobuf.dev/programming-guides/encoding). Content is little-endian, in C order. An
-optional trailer holds the CRC-32 of all before it. No length or size that a file states is
-believed: all are bounded by the size that the file has.
+optional trailer holds the CRC-32 of all before it. Every length and size that a file states is
+checked against the size of the file.
 """
 
 import math
@@ -22,7 +22,9 @@ from typing import BinaryIO
 
 import torch
 
-__all__ = ["MindSporeError", "looks_like_mindspore", "read_all", "read_mindspore"]
+from models.errors import CheckpointError
+
+__all__ = ["looks_like_mindspore", "read_mindspore"]
 
 DTYPES = {
     "int8": torch.int8,
@@ -52,46 +54,42 @@ TAG = 1 << 3 | BYTES  # first byte within a record: field 1 of Value
 TENSOR, MAP_TENSOR = (2 << 3 | BYTES, 3 << 3 | BYTES)  # what follows the tag
 
 
-class MindSporeError(ValueError):
-    """A file is no MindSpore checkpoint, or damaged, or holds what cannot be read."""
-
-
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    """Number at ``data[at:]`` in base 128, low digits first; returns it and where it ends."""
+    """Return the number at ``data[at:]``, in base 128 with low digits first, and its end."""
     value = 0
     for i, byte in enumerate(data[at : at + VARINT_BYTES]):
         value |= (byte & 0x7F) << 7 * i
         if byte < 0x80:
             if value >= 1 << 64:
-                raise MindSporeError("a number exceeds 64 bits")
+                raise CheckpointError("a number exceeds 64 bits")
             return value, at + i + 1
     if len(data) - at >= VARINT_BYTES:
-        raise MindSporeError("a number exceeds 64 bits")
-    raise MindSporeError("it is cut short within a number")
+        raise CheckpointError("a number exceeds 64 bits")
+    raise CheckpointError("it is cut short within a number")
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Field numbers and values of a message, which ``data`` must hold exactly."""
+    """Yield field numbers and values of the message that ``data`` is."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
         value, at = _varint(data, at)
         if key & 7 == BYTES:
             if value > len(data) - at:
-                raise MindSporeError(f"field {key >> 3} claims {value} bytes of {len(data) - at}")
+                raise CheckpointError(f"field {key >> 3} claims {value} bytes of {len(data) - at}")
             value, at = data[at : at + value], at + value
         elif key & 7 != NUMBER:
-            raise MindSporeError(f"field {key >> 3} has the unexpected wire type {key & 7}")
+            raise CheckpointError(f"field {key >> 3} has the unexpected wire type {key & 7}")
         yield key >> 3, value
 
 
 def _text(value: int | memoryview, what: str, encoding: str = "utf-8") -> str:
     if isinstance(value, int):
-        raise MindSporeError(f"the {what} is a number, not text")
+        raise CheckpointError(f"the {what} is a number instead of text")
     try:
         return str(value, encoding)
     except UnicodeDecodeError as error:
-        raise MindSporeError(f"the {what} is no text: {error.reason}") from error
+        raise CheckpointError(f"the {what} is not text: {error.reason}") from error
 
 
 @dataclass
@@ -109,17 +107,17 @@ def _parse_tensor(message: memoryview, tag: str) -> _Slice:
     for number, value in _fields(message):
         if number == 1 and isinstance(value, int):
             if len(dims) == MAX_DIMS:
-                raise MindSporeError(f"it has more than {MAX_DIMS} dimensions")
+                raise CheckpointError(f"it has more than {MAX_DIMS} dimensions")
             if value >= 1 << 63:
-                raise MindSporeError(f"dimension {len(dims)} is negative ({value - (1 << 64)})")
+                raise CheckpointError(f"dimension {len(dims)} is negative ({value - (1 << 64)})")
             dims.append(value)
         elif number in (2, 3) and number not in found and isinstance(value, memoryview):
             found[number] = value
         else:
-            raise MindSporeError(f"field {number} of the tensor is unknown or there twice")
+            raise CheckpointError(f"field {number} of the tensor is unknown or there twice")
     for number, name in ((2, "type"), (3, "content")):
         if number not in found:
-            raise MindSporeError(f"it has no {name}")
+            raise CheckpointError(f"it has no {name}")
     return _Slice(tag, tuple(dims), _text(found[2], "type").lower(), found[3])
 
 
@@ -128,21 +126,21 @@ def _parse_value(record: memoryview) -> _Slice:
     found = {}
     for number, value in _fields(record):
         if number == 3:
-            raise MindSporeError("it holds a map tensor, which is not supported")
+            raise CheckpointError("it holds a map tensor, which is not supported")
         if number not in (1, 2) or number in found or isinstance(value, int):
-            raise MindSporeError(f"field {number} of a record is unknown or there twice")
+            raise CheckpointError(f"field {number} of a record is unknown or there twice")
         found[number] = value
     tag = _text(found.get(1, b""), "name of a parameter")
     if not tag:
-        raise MindSporeError("a record has no name")
+        raise CheckpointError("a record has no name")
     with _naming(tag):
         if 2 not in found:
-            raise MindSporeError("it has no value")
+            raise CheckpointError("it has no value")
         return _parse_tensor(found[2], tag)
 
 
 class _naming:
-    """Context that puts the parameter's name in front of errors."""
+    """Context that prefixes errors with the parameter's name."""
 
     def __init__(self, tag: str):
         self.tag = tag
@@ -151,24 +149,24 @@ class _naming:
         pass
 
     def __exit__(self, kind, error, trace) -> None:
-        if isinstance(error, MindSporeError):
-            raise MindSporeError(f"parameter {self.tag[:200]!r}: {error}") from None
+        if isinstance(error, CheckpointError):
+            raise CheckpointError(f"parameter {self.tag[:200]!r}: {error}") from None
 
 
 def _bytes_of(part: _Slice, size: int) -> int:
-    """Bytes that the whole parameter takes, of which ``part`` is the first slice or all.
+    """Return the bytes of a whole parameter, of which ``part`` is the first slice or all.
 
     Raises:
-        MindSporeError: Its type is unknown, or it cannot be in a file of ``size`` bytes.
+        CheckpointError: Its type is unknown, or it does not fit into a file of ``size`` bytes.
     """
     if part.type not in DTYPES:
         known = ", ".join([*DTYPES, TEXT])
-        raise MindSporeError(f"type {part.type[:40]!r} is not supported, only {known}")
+        raise CheckpointError(f"type {part.type[:40]!r} is not supported, only {known}")
     itemsize = DTYPES[part.type].itemsize
     if part.dims == (0,) and len(part.content):
         return itemsize  # MindSpore's other way to write a scalar
     if math.prod(dim or 1 for dim in part.dims) * itemsize > size:
-        raise MindSporeError(f"shape {part.dims} of {part.type} exceeds the file's {size} bytes")
+        raise CheckpointError(f"shape {part.dims} of {part.type} exceeds the file's {size} bytes")
     return math.prod(part.dims) * itemsize
 
 
@@ -183,7 +181,7 @@ def _tensor(first: _Slice, content: bytearray) -> torch.Tensor:
 
 
 def _check_crc(file: BinaryIO, size: int) -> int:
-    """Verify and leave out the trailer, if there is one; returns where the records end."""
+    """Verify the trailer, if there is one, and return the end of the records before it."""
     end = size - CRC_BYTES
     if end < 0:
         return size
@@ -197,39 +195,39 @@ def _check_crc(file: BinaryIO, size: int) -> int:
         crc = zlib.crc32(file.read(min(CHUNK, end - at)), crc)
     stated = int.from_bytes(trailer[len(CRC_MARK) :], "big")
     if crc != stated:
-        raise MindSporeError(f"it is damaged: its CRC is {crc:#010x}, and it states {stated:#010x}")
+        raise CheckpointError(f"it is damaged: its CRC is {crc:#010x} instead of {stated:#010x}")
     return end
 
 
 def _records(file: BinaryIO, end: int) -> Iterator[memoryview]:
-    """The records of the first ``end`` bytes, one in memory at a time."""
+    """Yield the records of the first ``end`` bytes, one in memory at a time."""
     at = 0
     while at < end:
         file.seek(at)
         head = memoryview(file.read(min(1 + VARINT_BYTES, end - at)))
         if head[:1] != bytes([VALUE]):
-            raise MindSporeError(f"it is no MindSpore checkpoint, or damaged at byte {at}")
+            raise CheckpointError(f"it is not a MindSpore checkpoint, or damaged at byte {at}")
         length, skip = _varint(head, 1)
         if length > end - at - skip:
-            raise MindSporeError(
+            raise CheckpointError(
                 f"it is cut short or damaged: the record at byte {at} claims {length} bytes, and "
                 f"{end - at - skip} are left"
             )
         file.seek(at + skip)
         record = file.read(length)
         if len(record) < length:
-            raise MindSporeError("it became shorter while it was read")
+            raise CheckpointError("it became shorter while it was read")
         yield memoryview(record)
         at += skip + length
 
 
-def _read(file: BinaryIO, size: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _read(file: BinaryIO, size: int) -> dict[str, torch.Tensor]:
     cipher = CIPHERS.get(int.from_bytes(file.read(4), "little"))
     if cipher:
-        raise MindSporeError(f"it is encrypted ({cipher}); save it again without enc_key")
+        raise CheckpointError(f"it is encrypted ({cipher}); save it again without enc_key")
     if size == 0:
-        raise MindSporeError("it is empty")
-    tensors, texts = {}, {}
+        raise CheckpointError("it is empty")
+    tensors, texts = {}, set()
     first, content, needed = None, bytearray(), 0  # the parameter whose slices are being joined
     for record in _records(file, _check_crc(file, size)):
         part = _parse_value(record)
@@ -238,20 +236,21 @@ def _read(file: BinaryIO, size: int) -> tuple[dict[str, torch.Tensor], dict[str,
             break
         with _naming(part.tag):
             if part.tag in tensors or part.tag in texts:
-                raise MindSporeError("it is there twice")
+                raise CheckpointError("it is there twice")
             if joining:
                 if (part.dims, part.type) != (first.dims, first.type):
-                    raise MindSporeError("its slices differ in shape or type")
+                    raise CheckpointError("its slices differ in shape or type")
             elif part.type == TEXT:
                 if part.dims not in ((), (0,)):
-                    raise MindSporeError(f"a text has the shape {part.dims}")
-                texts[part.tag] = _text(part.content, "value", "utf-32-le")
+                    raise CheckpointError(f"a text has the shape {part.dims}")
+                _text(part.content, "value", "utf-32-le")
+                texts.add(part.tag)
                 continue
             else:
                 first, content, needed = part, bytearray(), _bytes_of(part, size)
             left = needed - len(content)
             if len(part.content) > left or (left and not part.content):
-                raise MindSporeError(
+                raise CheckpointError(
                     f"{len(part.content)} bytes do not fit the {left} that its shape {first.dims} "
                     f"of {first.type} has left"
                 )
@@ -261,17 +260,17 @@ def _read(file: BinaryIO, size: int) -> tuple[dict[str, torch.Tensor], dict[str,
                 content, needed = bytearray(), 0
     if len(content) < needed:
         with _naming(first.tag):
-            raise MindSporeError(f"{needed - len(content)} of its {needed} bytes are missing")
-    return tensors, texts
+            raise CheckpointError(f"{needed - len(content)} of its {needed} bytes are missing")
+    return tensors
 
 
 def looks_like_mindspore(start: bytes, size: int) -> bool:
-    """Whether a file is a MindSpore checkpoint, by its first bytes; encrypted ones count.
+    """Return True if the first bytes are of a MindSpore checkpoint, encrypted or not.
 
-    Damaged ones count too, as long as the first record's name can be seen.
+    A damaged one is recognised if the first record's name is readable.
 
     Args:
-        start: First bytes of the file, 256 or more if it has them.
+        start: First bytes of the file, at least 256 unless it is shorter.
         size: Size of the file in bytes.
     """
     if int.from_bytes(start[:4], "little") in CIPHERS:
@@ -286,7 +285,7 @@ def looks_like_mindspore(start: bytes, size: int) -> bool:
         if data[at : at + 1] != bytes([TAG]):
             return False
         name_length, begin = _varint(data, at + 1)
-    except MindSporeError:
+    except CheckpointError:
         return False
     end = begin + name_length
     if not 0 < name_length < length:
@@ -298,12 +297,21 @@ def looks_like_mindspore(start: bytes, size: int) -> bool:
     return end >= len(start) or start[end] in (TENSOR, MAP_TENSOR)
 
 
-def read_all(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Read the parameters and the texts of a MindSpore checkpoint.
+def read_mindspore(path: str | Path) -> dict[str, torch.Tensor]:
+    """Read the parameters of a MindSpore checkpoint, without values of type ``str``.
+
+    A file that was cut exactly between two records reads as one of fewer parameters, so load
+    the result strictly.
+
+    Args:
+        path: File of any MindSpore version, not encrypted.
+
+    Returns:
+        Tensors by MindSpore's names, in the file's order and dtypes.
 
     Raises:
-        MindSporeError: The file is no such checkpoint, encrypted, damaged, or holds what has no
-            counterpart; the message names the file and the parameter.
+        CheckpointError: The file is not such a checkpoint, is encrypted or damaged, or holds values
+            without a counterpart; the message names the file and the parameter.
         OSError: The file cannot be read.
     """
     with Path(path).open("rb") as file:
@@ -311,23 +319,5 @@ def read_all(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]
         file.seek(0)
         try:
             return _read(file, size)
-        except MindSporeError as error:
-            raise MindSporeError(f"{path}: {error}") from error
-
-
-def read_mindspore(path: str | Path) -> dict[str, torch.Tensor]:
-    """Read the parameters of a MindSpore checkpoint, leaving out values of type ``str``.
-
-    A file that was cut exactly between two records reads as one of fewer parameters, so load
-    the result strictly.
-
-    Args:
-        path: File, any of MindSpore's versions, unencrypted.
-
-    Returns:
-        Tensors by MindSpore's names, in the file's order and dtypes.
-
-    Raises:
-        MindSporeError, OSError: See :func:`read_all`.
-    """
-    return read_all(path)[0]
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error

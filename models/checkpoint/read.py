@@ -78,7 +78,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot read checkpoint {path}: {reason}") from error
     except Exception as error:  # bytes of any kind make the readers raise errors of any kind
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise CheckpointError(f"{path} is damaged or not a checkpoint: {reason}") from error
+        raise CheckpointError(f"{path} is not a checkpoint, or is damaged: {reason}") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     return dict(content)

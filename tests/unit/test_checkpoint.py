@@ -2,8 +2,6 @@
 
 import argparse
 import io
-import os
-import pickle
 import resource
 import signal
 import threading
@@ -111,64 +109,10 @@ def test_another_model_s_weights_are_refused_and_change_nothing(tmp_path):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-class Trap:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
-
-
-def saved(content):
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
-
-
 def good_file():
-    return saved({"model": {"a": torch.arange(1000.0)}})
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("form", ["zip", "legacy", "bare"])
-def test_programs_are_refused_and_do_not_run(tmp_path, form):
-    path, content = tmp_path / "bad.pth", {"model": Trap(tmp_path / "sprung")}
-    if form == "bare":
-        path.write_bytes(pickle.dumps(content))
-    else:
-        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
-    named = f"{path} .*posix.system" if form != "bare" else str(path)
-    with pytest.raises(CheckpointError, match=named):
-        load_checkpoint(tiny(), path)
-    assert not (tmp_path / "sprung").exists()
-
-
-HEADER = b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}'
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda good: good[: len(good) // 2],
-        lambda good: good[:-1],
-        lambda good: b"no checkpoint at all " * 40,
-        lambda good: b"",
-        lambda good: saved([1, 2]),
-        lambda good: saved({"epoch": 3}),
-        lambda good: len(HEADER).to_bytes(8, "little") + HEADER,  # of safetensors, cut
-        lambda good: (1 << 40).to_bytes(8, "little") + HEADER,
-    ],
-)
-def test_bad_files_are_named(tmp_path, change):
-    path = tmp_path / "bad.pth"
-    path.write_bytes(change(good_file()))
-    with pytest.raises(CheckpointError, match=f"^{path} "):
-        load_checkpoint(tiny(), path)
-
-
-def test_missing_file_is_named():
-    with pytest.raises(CheckpointError, match=r"/none.pth"):
-        read_checkpoint("/none.pth")
+    buffer = io.BytesIO()
+    torch.save({"model": {"a": torch.arange(1000.0)}}, buffer)
+    return buffer.getvalue()
 
 
 @pytest.fixture

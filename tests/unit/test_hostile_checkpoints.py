@@ -223,6 +223,8 @@ def archives():
     stored, packed = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
     bomb = archive(b"N", packed, {"data/0": bytes(100 << 20)})
     yield "bomb", unsafe(bomb, "archive/")
+    short = dict.fromkeys(("data.pkl", "data/0", "version"), b"1")  # grow when compressed
+    yield "compressed", unsafe(archive(b"N", packed, short), "archive/")
     size = struct.pack("<LL", 32, 32)
     for name, other in (("huge", 0xFFFFFFF0), ("longer", 1 << 20)):
         lying = patched(weights_and(b"N"), size, struct.pack("<LL", other, other))
@@ -305,6 +307,8 @@ def contents():
     """Files that are whole, and hold something else than expected."""
     for other in ("text", 3, [1, 2], torch.ones(3), {}, {"a": 1}):
         yield f"model of {type(other).__name__} {other}", damaged(saved({"model": other}))
+    yield "list", damaged(saved([1, 2]), "list")
+    yield "no weights", damaged(saved({"epoch": 3}), "epoch")
     yield "numbers as keys", damaged(saved({"model": {1: torch.ones(1)}}), "1")
     escapes = saved(state(**{"a\n\x1b[31mb\ud800": torch.ones(1)}))
     yield "escapes", damaged(escapes, r"a\n\x1b[31mb\ud800")
@@ -384,7 +388,7 @@ def test_file(name, tmp_path, monkeypatch):
 def test_paths_that_are_not_files(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    for path in (tmp_path, tmp_path / "pipe", tmp_path / "loop", "/dev/zero"):
+    for path in (tmp_path / "none", tmp_path, tmp_path / "pipe", tmp_path / "loop", "/dev/zero"):
         with pytest.raises(CheckpointError) as caught:
             load_checkpoint(torch.nn.Linear(4, 2), path)
         assert str(path) in str(caught.value)
