@@ -22,7 +22,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 import datasets
 from pipeline.images import CorruptImageError, CropLongSide, DataError, EnlargeTiny, load_image
 from pipeline.reference import Batch, seed_generators
-from pipeline.sources.folder import CIFAR10, CIFAR100, open_digits
+from pipeline.sources.cifar import CIFAR10, CIFAR100, open_digits
 from samplers import SampleIndex
 from training.flags import parse_args
 

@@ -17,6 +17,7 @@ import datasets
 import models
 from models.checkpoint.contents import num_classes_of, state_dict_of
 from pipeline.images import DataError, load_image
+from pipeline.sources.folder import list_images
 from utils import UserError
 
 EVAL_CROP_RATIO = 0.875  # main.py's default
@@ -252,8 +253,8 @@ def find_images(folder: str | Path, count: int) -> list[Path]:
         raise DataError(f"{folder} is no folder")
     if count < 1:
         raise DataError(f"--count {count} must be 1 at least")
-    found = (p for p in root.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS and p.is_file())
-    found = sorted(found)
+    paths = map(Path, list_images(root, suffixes=IMAGE_ENDINGS, hidden=True))
+    found = sorted(path for path in paths if path.is_file())
     if len(found) < count:
         raise DataError(f"{folder} has {len(found)} image(s), and {count} are wanted")
     return [found[index * len(found) // count] for index in range(count)]
