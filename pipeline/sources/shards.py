@@ -197,9 +197,9 @@ def open_shards(
     classes = None if is_train else _classes_at(train, cache)
     if not is_pattern(path):
         location = f"{path.rstrip('/')}/{'train' if is_train else 'val'}.json"
-        if (content := _read_json(location, cache)) is None:
+        if (shards := _open_index(location, cache, classes)) is None:
             raise DataError(_advice(path, location))
-        return _open_index(content, location, cache, classes)
+        return shards
     if is_train or val_path or split_path(path)[1].startswith("val"):
         return _open_pattern(path, cache, classes)
     return _open_val_next_to(path, cache, classes)
@@ -227,9 +227,8 @@ def _open_val_next_to(pattern: str, cache: Cache | None, classes: list[str] | No
     """Open the validation shards in the folder of training shards."""
     if not pattern.startswith(PIPE):
         first = expand_pattern(pattern)[0]
-        location = sibling(first, "val.json")
-        if (content := _read_json(location, cache)) is not None:
-            return _open_index(content, location, cache, classes)
+        if shards := _open_index(sibling(first, "val.json"), cache, classes):
+            return shards
         if not first.startswith(REMOTE):
             found = sorted(glob.glob(f"{glob.escape(split_path(first)[0])}val*.tar"))
             if found:
@@ -241,8 +240,7 @@ def _open_pattern(pattern: str, cache: Cache | None, classes: list[str] | None) 
     paths = expand_pattern(pattern)
     if not pattern.startswith(PIPE) and len({split_path(path)[0] for path in paths}) == 1:
         location = _index_of(pattern)
-        if (content := _read_json(location, cache)) is not None:
-            shards = _open_index(content, location, cache, classes)
+        if shards := _open_index(location, cache, classes):
             if different := sorted(set(shards.paths) ^ set(paths)):
                 raise DataError(
                     f"{location} and {pattern} differ: only one of them has {some_of(different, 3)}"
@@ -307,10 +305,11 @@ def _read_json(location: str, cache: Cache | None) -> bytes | None:
         raise DataError(f"cannot read {location}: {error.strerror}") from error
 
 
-def _open_index(
-    content: bytes, location: str, cache: Cache | None, classes: list[str] | None
-) -> Shards:
-    """Open the shards next to an index; ``classes`` are those of the training set."""
+def _open_index(location: str, cache: Cache | None, classes: list[str] | None) -> Shards | None:
+    """Open the shards of an index, if there is one; ``classes`` are those of the training set."""
+    content = _read_json(location, cache)
+    if content is None:
+        return None
     own, shards, part = parse_index(content, location)
     if classes is not None and classes[: len(own)] != own:
         different = sorted(set(own) ^ set(classes)) or ["their order"]
