@@ -17,6 +17,7 @@ from pipeline.images import NORMALIZATION, DataError
 from pipeline.prefetch import BatchFinalizer, Prefetcher, to_device
 from pipeline.reference import AugmentedDataset, Batch
 from pipeline.sources.base import Source
+from pipeline.sources.cifar import open_cifar10, open_cifar100, open_digits
 from pipeline.sources.download import Cache
 from pipeline.sources.fine_grained import (
     open_cars,
@@ -25,7 +26,7 @@ from pipeline.sources.fine_grained import (
     open_inat2021,
     open_pets,
 )
-from pipeline.sources.folder import open_cifar10, open_cifar100, open_digits, open_image_folder
+from pipeline.sources.folder import open_image_folder
 from pipeline.sources.hf_datasets import open_hub
 from pipeline.sources.shards import open_shards
 from pipeline.sources.subset import share_of

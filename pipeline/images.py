@@ -29,10 +29,10 @@ class CorruptImageError(DataError):
 
 
 def read_file(path: str | Path) -> bytes:
-    """The content of a regular file.
+    """Return the content of a regular file.
 
     Raises:
-        CorruptImageError: It is missing, empty, or no regular file; names the path.
+        CorruptImageError: It is missing, empty, or not a regular file; names the path.
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
@@ -52,27 +52,27 @@ def read_file(path: str | Path) -> bytes:
 
 
 def decode_image(data: bytes, name: str | Path) -> Image.Image:
-    """Decode an encoded image to RGB, 8 bits a channel.
+    """Decode an encoded image to RGB, 8 bits per channel.
 
-    The format is told by the content. Of several frames or pages the first counts. As in the
+    The content tells the format. Of several frames or pages, the first is used. As in the
     published results, alpha is dropped, and neither the EXIF orientation nor a colour profile is
     applied. Grey of 16 bits is scaled to 8. Up to 179 million pixels (twice
     ``PIL.Image.MAX_IMAGE_PIXELS``) are decoded without a warning, more are an error.
 
     Args:
-        data: The encoded image.
-        name: What the message of an error calls it.
+        data: Encoded image.
+        name: Its name for messages.
 
     Raises:
-        CorruptImageError: It is truncated, no image, too large, or of a colour mode without a
-            defined range; names it and the reason.
+        CorruptImageError: It is truncated, not an image, too large, or of a colour mode without
+            a defined range; names it and the reason.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd EXIF, palette transparency, many pixels
             with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
                 return _to_rgb(image)
-    except MemoryError:  # says nothing about the file
+    except MemoryError:  # not a property of the file
         raise
     except Exception as error:  # on damaged files the decoders raise errors of any kind
         raise CorruptImageError(f"cannot decode image {name}: {_reason(error)}") from error
@@ -88,7 +88,7 @@ def load_image(path: str | Path) -> Image.Image:
 
 
 def _reason(error: Exception) -> str:
-    """What ``error`` says, in one line and never empty, without the path."""
+    """Return the message of an error in one line, never empty, without the path."""
     if isinstance(error, UnidentifiedImageError):
         return "no image of a known format"
     return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
@@ -118,8 +118,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 class CropLongSide:
     """Crop an image around its centre to at most 8 times its short side.
 
-    Resizing 30000x10 pixels by the short side to 256 would make 768000x256 of them, 790 MB.
-    Other images pass untouched.
+    Resizing 30000x10 pixels by the short side to 256 would yield 768000x256 pixels, 790 MB.
+    Other images are unchanged.
     """
 
     def __call__(self, image: Image.Image) -> Image.Image:
@@ -133,8 +133,8 @@ class CropLongSide:
 class EnlargeTiny:
     """Repeat the pixels of an image of fewer than 5 pixels 4 times in each direction.
 
-    Of so few, timm's random crop may take a part whose sides round to 0. Other images pass
-    untouched.
+    Of so few, timm's random crop may select a box whose sides round to 0. Other images are
+    unchanged.
     """
 
     def __call__(self, image: Image.Image) -> Image.Image:

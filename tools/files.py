@@ -1,4 +1,4 @@
-"""Files of tools: what is in a folder, and what may be written where."""
+"""Output files of tools: what may be written where."""
 
 import contextlib
 import os
@@ -7,30 +7,8 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from pipeline.images import DataError
 from training.files import TEMPORARY, OutputError
 from utils import UserError
-
-
-def visible(folder: Path) -> list[Path]:
-    """What is in a folder, in the order of names; not what is hidden, as programs leave it.
-
-    Raises:
-        DataError: It cannot be read.
-    """
-    try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    except OSError as error:
-        raise DataError(f"cannot read folder {folder}: {error.strerror}") from error
-
-
-def subfolders(folder: Path) -> list[Path]:
-    """The folders that are :func:`visible` in a folder.
-
-    Raises:
-        DataError: It cannot be read.
-    """
-    return [path for path in visible(folder) if os.path.isdir(path)]
 
 
 def check_suffix(flag: str, path: Path | None, suffix: str) -> None:

@@ -5,8 +5,8 @@ into ``OUT/train-000000.tar``, ... and ``OUT/val-000000.tar``, ..., in random or
 shard has images of all classes. ``--index PATTERN`` writes the index of shards that were made
 elsewhere.
 
-A split is written in ``OUT/.SPLIT.partial``, and moved when it is whole, the index last. Started
-again after it was stopped, the same command goes on after the last whole shard.
+A split is written in ``OUT/.SPLIT.partial`` and moved once it is complete, the index last. After
+an interruption, the same command resumes after the last complete shard.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import re
 import shutil
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -28,10 +28,10 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from webdataset import TarWriter
 
-from datasets import open_image_folder
 from pipeline.images import CorruptImageError, DataError
-from pipeline.sources.base import Encoded
-from pipeline.sources.download import REMOTE, Cache, default_folder, locked
+from pipeline.sources.base import Encoded, Strings
+from pipeline.sources.download import PIPE, REMOTE, Cache, default_folder, locked
+from pipeline.sources.folder import open_image_folder
 from pipeline.sources.shard_index import (
     Index,
     Members,
@@ -41,31 +41,32 @@ from pipeline.sources.shard_index import (
     index_name,
     scan_shard,
     sha256_of,
-    split_place,
+    split_path,
 )
 from pipeline.sources.shards import scan_shards
 from pipeline.workers import worker_init_fn
 from training.files import OutputError, write_atomically
 from training.flags import usable_cpus
+from training.launch import run_program
 
 
 class Sample(NamedTuple):
-    """An image as it is packed; without data it is corrupt, and ``suffix`` says why."""
+    """An image as it is packed; if it is corrupt, ``data`` is None and ``suffix`` the reason."""
 
     data: bytes | None
     suffix: str
 
 
 class Encoder(Dataset):
-    """Images as they are packed: sound, and with a short side of at most ``short_side`` pixels.
+    """Images as they are packed: valid, and with a short side of at most ``short_side`` pixels.
 
-    Larger ones are resized as evaluation does it, bicubic with antialiasing and by torchvision's
-    rounding, so that evaluation at that size resizes no more. All others keep their bytes.
+    Larger ones are resized as in evaluation, bicubic with antialiasing and torchvision's
+    rounding, so that evaluation at that size does not resize again. All others keep their bytes.
 
     Args:
-        images: Files.
-        short_side: In pixels; ``None`` for any.
-        quality: Of the JPEGs that resized images become.
+        images: Image files.
+        short_side: Largest short side in pixels; ``None`` for any.
+        quality: JPEG quality of resized images.
     """
 
     def __init__(self, images: Encoded, short_side: int | None, quality: int):
@@ -90,7 +91,7 @@ class Encoder(Dataset):
 
 
 def make_keys(images: Encoded, root: Path) -> list[str]:
-    """A key for each image: class and file name, without dots, which would end it."""
+    """Return a unique key for each image: class and file name, without dots, which end a key."""
     keys, seen = [], set()
     for index in range(len(images)):
         parts = Path(images.name(index)).relative_to(root).with_suffix("").parts[1:]
@@ -103,11 +104,11 @@ def make_keys(images: Encoded, root: Path) -> list[str]:
 
 
 class Split:
-    """One split on its way into shards.
+    """One split of an image folder, to be packed.
 
     Args:
         name: ``train`` or ``val``.
-        args: The flags.
+        args: Parsed flags.
 
     Raises:
         DataError: The image folder cannot be used.
@@ -131,14 +132,14 @@ class Split:
         }
 
     def pack(self) -> None:
-        """Write all shards and the index, or what is missing of them.
+        """Write the missing shards and the index.
 
         Raises:
-            DataError: An image is corrupt, unless those are to be skipped.
-            OutputError: There are other shards, or the disk cannot take these.
+            DataError: An image is corrupt and ``--on-corrupt skip`` is not given.
+            OutputError: There are other shards, or these cannot be written.
         """
         if self._is_packed():
-            print(f"{self.output / self.name}.json is whole: nothing to do")
+            print(f"{self.output / self.name}.json is complete: nothing to do")
         else:
             self.partial.mkdir(parents=True, exist_ok=True)
             with locked(self.partial / "lock"):
@@ -155,17 +156,17 @@ class Split:
         if read_json(index).get("plan") == self.plan:
             return True
         raise OutputError(
-            f"{index} is of shards that were packed from other images or with other flags: remove"
-            f" it and its shards, or choose another --output"
+            f"{index} lists shards of other images or other flags: remove it and its shards, or"
+            f" choose another --output"
         )
 
     def _records(self) -> list[dict[str, Any]]:
-        """What an earlier run has written, if it had the same plan; else all of it is removed."""
+        """Return the records of an earlier run with the same plan; remove all of another plan."""
         plan = self.partial / "plan.json"
         same = plan.exists() and read_json(plan) == self.plan
         found = [read_json(path) for path in sorted(self.partial.glob(f"{self.name}-*.json"))]
         if not same and found:
-            print(f"{self.partial} is of other images or flags: starting over")
+            print(f"{self.partial} has shards of other images or flags: restarting")
             for record in found:  # shards that were moved already
                 (self.output / record["shard"]["name"]).unlink(missing_ok=True)
         for path in self.partial.iterdir():
@@ -178,14 +179,14 @@ class Split:
                 f"{self.output} has shards without an index, as {min(others)}: remove them, or"
                 f" choose another --output"
             )
-        write_json(plan, self.plan)
+        write(plan, self.plan)
         return found if same else []
 
     def _write_shards(self, records: list[dict[str, Any]]) -> None:
-        """Write the shards that are missing, and append their records."""
+        """Write the missing shards and append their records."""
         position = sum(record["taken"] for record in records)
         if records and position < len(self.order):
-            print(f"{self.name}: going on after {len(records)} shards")
+            print(f"{self.name}: resuming after {len(records)} shards")
         encoder = Encoder(self.images, self.args.short_side, self.args.quality)
         loader = DataLoader(
             encoder,
@@ -193,15 +194,13 @@ class Split:
             sampler=self.order[position:],
             num_workers=self.args.num_workers,
             worker_init_fn=worker_init_fn,
-            collate_fn=as_it_is,
         )
         samples = zip(self.order[position:], loader, strict=True)
         while position < len(self.order):
             record, members = self._write_shard(len(records), samples)
             name = self.partial / record["shard"]["name"]
-            data = members.to_bytes()
-            write_atomically(name.with_suffix(".npz"), lambda file, data=data: file.write(data))
-            write_json(name.with_suffix(".json"), record)
+            write(name.with_suffix(".npz"), members.to_bytes())
+            write(name.with_suffix(".json"), record)
             records.append(record)
             position += record["taken"]
             print("{name}: {images:,} images, {size:,} bytes".format(**record["shard"]))
@@ -209,55 +208,49 @@ class Split:
     def _write_shard(
         self, number: int, samples: Iterator[tuple[int, Sample]]
     ) -> tuple[dict[str, Any], Members]:
-        """Write a shard; returns its record and members, as they were read back from it."""
+        """Write a shard; return its record and its members as read back from the disk."""
         path = self.partial / f"{self.name}-{number:06d}.tar"
         record: dict[str, Any] = {"taken": 0, "left_out": []}
         written: list[tuple[str, int, int]] = []
-        proven: list[Members] = []
+        verified: list[Members] = []
 
-        def write(file: BinaryIO) -> None:
-            # that format, for names of any length
-            writer, size = TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT"), 0
+        def fill(file: BinaryIO) -> None:
+            size, limit = 0, self.args.shard_images
+            # PAX has names of any length
+            writer = TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT")
             for index, sample in samples:
                 record["taken"] += 1
                 if sample.data is None:
-                    self._leave_out(sample.suffix, record)
+                    if self.args.on_corrupt == "error":
+                        raise DataError(f"{sample.suffix} (--on-corrupt skip omits such images)")
+                    print(f"omitted: {sample.suffix}", file=sys.stderr)
+                    record["left_out"].append(sample.suffix)
                     continue
                 key, target = self.keys[index], int(self.images.targets[index])
                 parts = {sample.suffix: sample.data, "cls": str(target).encode()}
                 writer.write({"__key__": key, **parts})
                 written.append((f"{key}.{sample.suffix}", target, zlib.crc32(sample.data)))
                 size += len(sample.data)
-                if self._is_full(len(written), size):
+                if len(written) == limit or (limit is None and size >= self.args.shard_size * 1e6):
                     break
             writer.close()
 
-        def prove(temporary: Path) -> None:
+        def verify(temporary: Path) -> None:
             with temporary.open("rb") as file:
                 members = scan_shard(file, str(temporary), with_checksums=True)
-                if list(rows(members)) != written:
-                    raise OSError("the disk does not hold what was written")
                 digest = sha256_of(file)
-            proven.append(members)
+            names = Strings(members.names, members.name_sizes)
+            if [*zip(names, members.targets, members.checksums, strict=True)] != written:
+                raise OSError("the disk does not have what was written")
+            verified.append(members)
             size = temporary.stat().st_size
             record["shard"] = asdict(Shard(path.name, size, digest, len(written)))
 
-        write_atomically(path, write, prove)
-        return record, proven[0]
-
-    def _leave_out(self, reason: str, record: dict[str, Any]) -> None:
-        if self.args.on_corrupt == "error":
-            raise DataError(f"{reason} (--on-corrupt skip leaves such images out)")
-        print(f"left out: {reason}", file=sys.stderr)
-        record["left_out"].append(reason)
-
-    def _is_full(self, count: int, size: int) -> bool:
-        if self.args.shard_images:
-            return count >= self.args.shard_images
-        return size >= self.args.shard_size * 1e6
+        write_atomically(path, fill, verify)
+        return record, verified[0]
 
     def _publish(self, records: list[dict[str, Any]]) -> None:
-        """Move the whole shards to their place, the index last."""
+        """Move the shards to their folder, the index last."""
         parts, shards = [], [Shard(**record["shard"]) for record in records]
         for shard in shards:
             path = (self.partial / shard.name).with_suffix(".npz")
@@ -267,116 +260,111 @@ class Split:
         index = Index(list(self.images.classes), shards, Members.joined(parts))
         left_out = [reason for record in records for reason in record["left_out"]]
         write_index(index, self.partial / self.name, plan=self.plan, left_out=left_out)
-        for kind in ("npz", "json"):
-            name = f"{self.name}.{kind}"
+        for name in (f"{self.name}.npz", f"{self.name}.json"):
             os.replace(self.partial / name, self.output / name)
         count = f"{sum(shard.images for shard in shards):,} images in {len(shards)} shards"
-        print(f"{self.name}: {count}, {len(left_out)} corrupt ones left out")
-
-
-def as_it_is(sample: Sample) -> Sample:
-    """No collation."""
-    return sample
-
-
-def rows(members: Members) -> Iterable[tuple[str, int, int]]:
-    """Name, class and checksum of each image."""
-    ends = np.cumsum(members.name_sizes, dtype=np.int64)
-    names = (part.tobytes() for part in np.split(members.names, ends[:-1]))
-    texts = [name.decode("utf-8", "surrogateescape") for name in names]
-    return zip(texts, members.targets.tolist(), members.checksums.tolist(), strict=False)
+        print(f"{self.name}: {count}, {len(left_out)} corrupt ones omitted")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The content of a JSON file that this tool wrote."""
+    """Read a JSON file of this tool."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:
         raise DataError(f"{path} is damaged: {error}") from error
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    write_atomically(path, lambda file: file.write(json.dumps(content).encode()))
+def write(path: Path, data: bytes | dict[str, Any]) -> None:
+    """Write bytes, or JSON, atomically."""
+    if isinstance(data, dict):
+        data = json.dumps(data).encode()
+    write_atomically(path, lambda file: file.write(data))
 
 
 def write_index(index: Index, stem: Path, **notes: Any) -> None:
-    """Write an index as ``STEM.npz`` and ``STEM.json``, the latter last."""
+    """Write an index as ``STEM.npz`` and then ``STEM.json``."""
     data = index.members.to_bytes()
     part = Part(f"{stem.name}.npz", len(data), hashlib.sha256(data).hexdigest())
-    text = index.to_json(part, **notes).encode()
-    write_atomically(stem.with_name(part.name), lambda file: file.write(data))
-    write_atomically(stem.with_name(f"{stem.name}.json"), lambda file: file.write(text))
+    write(stem.with_name(part.name), data)
+    write(stem.with_name(f"{stem.name}.json"), index.to_json(part, **notes).encode())
 
 
 def index_shards(args: argparse.Namespace) -> None:
-    """Write the index of the shards of ``args.index``.
+    """Write the index of the shards ``args.index``.
 
     Raises:
         DataError: They cannot be used.
     """
-    places = expand_pattern(args.index)
-    folders = {split_place(place)[0] for place in places}
-    if len(folders) > 1 or args.index.startswith("pipe:"):
-        raise DataError(f"{args.index}: an index lies beside its shards, in one folder")
+    paths = expand_pattern(args.index)
+    folders = {split_path(path)[0] for path in paths}
+    if len(folders) > 1 or args.index.startswith(PIPE):
+        raise DataError(f"{args.index}: an index lies next to its shards, in one folder")
     remote = args.index.startswith(REMOTE)
     if remote and args.output is None:
-        raise DataError(f"{args.index} is remote: --output FOLDER says where to write its index")
+        raise DataError(f"{args.index} is remote: name a folder for its index (--output)")
     classes = args.classes.read_text().splitlines() if args.classes else None
     cache = Cache(args.shard_cache or default_folder(args.index)) if remote else None
-    index = scan_shards(places, cache, classes, with_checksums=True)
+    index = scan_shards(paths, cache, classes, with_checksums=True)
     stem = Path(args.output or folders.pop()) / index_name(args.index)
     stem.parent.mkdir(parents=True, exist_ok=True)
     write_index(index, stem)
     print(
         f"{stem}.json: {len(index.members.sizes):,} images of {len(index.classes):,} classes in"
-        f" {len(places)} shards"
+        f" {len(paths)} shards"
     )
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Return the parser of the flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--data-path", type=Path, help="image folder with train/ and val/")
     add("--output", type=Path, help="folder of the shards")
     add("--splits", nargs="+", choices=["train", "val"], default=["train", "val"])
     add("--short-side", type=int, metavar="S", help="resize images to this short side, in pixels")
-    add("--quality", type=int, default=90, help="of the JPEGs that resized images become")
+    add("--quality", type=int, default=90, help="JPEG quality of resized images")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--shard-size", type=float, default=256, metavar="MB", help="of 10^6 bytes")
+    size.add_argument(
+        "--shard-size", type=float, default=256, metavar="MB", help="bytes per shard, 10^6"
+    )
     size.add_argument("--shard-images", type=int, metavar="N", help="images per shard instead")
     add("--num_workers", "--num-workers", type=int, default=usable_cpus())
-    add("--on-corrupt", choices=["error", "skip"], default="error", help="skip: leave them out")
-    add("--seed", type=int, default=0, help="of the order")
-    add("--index", metavar="PATTERN", help="write an index for these shards, and nothing else")
-    add("--classes", type=Path, metavar="FILE", help="with --index: names, a line for each class")
+    add("--on-corrupt", choices=["error", "skip"], default="error", help="skip: omit them")
+    add("--seed", type=int, default=0, help="seed of the order")
+    add("--index", metavar="PATTERN", help="only write the index of these shards")
+    add("--classes", type=Path, metavar="FILE", help="with --index: class names, one per line")
     add("--shard-cache", type=Path, help="with --index: folder for remote shards")
     return parser
 
 
 def main(argv: list[str]) -> int:
-    """Pack with the flags ``argv``; returns the exit status."""
+    """Pack with the flags ``argv``; return the exit status."""
     parser = get_parser()
     args = parser.parse_args(argv)
     if args.index is None and (args.data_path is None or args.output is None):
         parser.error("give --data-path and --output, or --index")
     if min(args.shard_size, args.shard_images or 1, args.short_side or 1) <= 0:
-        parser.error("--shard-size, --shard-images and --short-side are positive")
+        parser.error("--shard-size, --shard-images and --short-side must be positive")
     if not 1 <= args.quality <= 100:
-        parser.error(f"--quality {args.quality} is not within 1..100")
+        parser.error(f"--quality {args.quality} must be within 1..100")
+    return run_program(lambda: start(args))
+
+
+def start(args: argparse.Namespace) -> None:
+    """Pack or index as the flags say.
+
+    Raises:
+        DataError: The images or shards cannot be used.
+        OutputError: A file cannot be read or written.
+    """
     try:
         if args.index is not None:
             index_shards(args)
         else:
             for split in [Split(name, args) for name in args.splits]:
                 split.pack()
-    except (DataError, OutputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    except OSError as error:
+        raise OutputError(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import datasets
 from pipeline.images import CorruptImageError, DataError, load_image
+from pipeline.sources.folder import list_folders, list_images
 from tools import cli, files
 from tools.plots import new_figure, plain_text
 from tools.tables import aligned, write_csv
@@ -91,16 +92,13 @@ def images_in(folder: Path) -> list[Path]:
     Raises:
         DataError: There are none, or it cannot be read.
     """
-    found = [
-        path
-        for path in files.visible(folder)
-        if path.suffix.lower() in IMG_EXTENSIONS and not path.name.endswith(ENDING)
-    ]
-    if not found and (inside := files.subfolders(folder)):
-        raise DataError(f"folder {folder} has only folders: give one of them, such as {inside[0]}")
+    found = [path for path in list_images(folder, recursive=False) if not path.endswith(ENDING)]
+    if not found and (inside := list_folders(folder)):
+        first = folder / inside[0]
+        raise DataError(f"folder {folder} has only folders: give one of them, such as {first}")
     if not found:
         raise DataError(f"folder {folder} has no images ({', '.join(IMG_EXTENSIONS)})")
-    return found
+    return [Path(path) for path in found]
 
 
 def names_of(case: Case, file: Path | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Where images come from: files, members of shards, or pixels in memory."""
+"""Image sources: files, members of shards, or pixels in memory."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ class Source(ABC):
     Attributes:
         classes: Names of the classes.
         targets: Class of each image, ``N`` of int64.
-        shards: Numbers of images that lie together and are best read together, in their order;
-            ``None`` where any order is as good.
+        shards: Number of images of each shard, whose images are best read together and in
+            order; ``None`` if any order is equally good.
     """
 
     classes: Sequence[str]
@@ -29,7 +29,7 @@ class Source(ABC):
 
     @abstractmethod
     def open(self, index: int) -> Image.Image:
-        """Image ``index``, decoded to RGB.
+        """Return image ``index``, decoded to RGB.
 
         Raises:
             CorruptImageError: It cannot be decoded.
@@ -41,21 +41,21 @@ class Encoded(Source):
 
     @abstractmethod
     def read(self, index: int) -> bytes:
-        """The encoded image ``index``.
+        """Return the encoded image ``index``.
 
         Raises:
-            CorruptImageError: It is not there.
+            CorruptImageError: It cannot be read.
         """
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What messages call image ``index``."""
+        """Return the name of image ``index`` for messages."""
 
     def decode(self, data: bytes, index: int) -> Image.Image:
-        """What :meth:`read` gave for ``index``, decoded to RGB.
+        """Decode the bytes that :meth:`read` returned for ``index`` to RGB.
 
         Raises:
-            CorruptImageError: It cannot be decoded.
+            CorruptImageError: They cannot be decoded.
         """
         return decode_image(data, self.name(index))
 
@@ -63,28 +63,55 @@ class Encoded(Source):
         return self.decode(self.read(index), index)
 
 
+class Strings(Sequence[str]):
+    """Strings in two arrays.
+
+    A list of a million strings would be copied into the memory of every loader process, little
+    by little, as each process counts its own references.
+
+    Args:
+        text: All strings as UTF-8, one after the other, uint8.
+        sizes: Bytes of each string, ``N``.
+    """
+
+    def __init__(self, text: np.ndarray, sizes: np.ndarray):
+        self.text, self.sizes = text, sizes
+        self._ends = np.cumsum(sizes, dtype=np.int64)
+
+    @classmethod
+    def of(cls, strings: Sequence[str]) -> "Strings":
+        """Encode strings, such as paths that need not be valid UTF-8."""
+        encoded = [string.encode("utf-8", "surrogateescape") for string in strings]
+        sizes = np.array([len(string) for string in encoded], np.int64)
+        return cls(np.frombuffer(b"".join(encoded), np.uint8), sizes)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: int) -> str:
+        end = self._ends[index]
+        return (
+            self.text[end - int(self.sizes[index]) : end]
+            .tobytes()
+            .decode("utf-8", "surrogateescape")
+        )
+
+
 class Files(Encoded):
     """Image files.
 
-    Paths lie in one array: a list of a million strings would be copied into the memory of every
-    loader process, little by little, as each counts its own references.
-
     Args:
-        paths: Of the files.
-        targets: Class of each.
+        paths: Path of each file.
+        targets: Class of each file.
         classes: Names of the classes.
     """
 
     def __init__(self, paths: Sequence[str | Path], targets: Sequence[int], classes: Sequence[str]):
-        encoded = [str(path).encode("utf-8", "surrogateescape") for path in paths]
-        self._text = np.frombuffer(b"".join(encoded), np.uint8)
-        self._ends = np.cumsum([len(path) for path in encoded])
+        self._paths = Strings.of(list(map(str, paths)))
         self.targets, self.classes = np.asarray(targets, np.int64), list(classes)
 
     def name(self, index: int) -> str:
-        start = self._ends[index - 1] if index else 0
-        text = self._text[start : self._ends[index]].tobytes()
-        return text.decode("utf-8", "surrogateescape")
+        return self._paths[index]
 
     def read(self, index: int) -> bytes:
         return read_file(self.name(index))
@@ -95,7 +122,7 @@ class Pixels(Source):
 
     Args:
         pixels: ``N H W 3`` of uint8.
-        targets: Class of each.
+        targets: Class of each image.
         classes: Names of the classes.
     """
 

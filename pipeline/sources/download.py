@@ -1,4 +1,8 @@
-"""Remote files, each fetched once per machine, and whole in its cache or not there."""
+"""Remote files: each is fetched once per machine, and is complete in its cache or absent.
+
+Not fsspec's file cache: it neither resumes a broken transfer where it stopped nor lets the
+processes of a machine wait for one another, and reads HTTP only with aiohttp installed.
+"""
 
 import contextlib
 import fcntl
@@ -25,30 +29,34 @@ REMOTE = ("http://", "https://", PIPE)
 CHUNK = 2**20  # bytes
 TIMEOUT = 60.0  # seconds without a byte
 LONGEST_PAUSE = 30.0  # seconds
-NOT_THERE = (403, 404, 410)  # 403: a bucket that must not be listed says so of what it lacks
-PASSING = (408, 425, 429)  # statuses that may be others at the next try, as all from 500 on
-PART = ".part"
-OURS = re.compile(r"[0-9a-f]{32}-")  # how the names of files in a cache begin
+MISSING = (403, 404, 410)  # a bucket that must not be listed answers 403 for what it lacks
+TEMPORARY = (408, 425, 429)  # may change with the next try, like all statuses from 500 on
 
 
-def shown(url: str) -> str:
-    """A URL as messages show it: without its query, which may hold a secret."""
+class MissingFileError(DataError):
+    """The server does not have the file."""
+
+
+class _TransferError(Exception):
+    """A transfer failed; another try may succeed."""
+
+
+def without_query(url: str) -> str:
+    """Return a URL for messages: its query may hold a secret. Commands stay as they are."""
     return url if url.startswith(PIPE) else url.partition("?")[0]
 
 
-class NotThereError(DataError):
-    """The server says that it has no such file."""
-
-
-class _BrokenError(Exception):
-    """A transfer failed in a way that another try may mend."""
+def check_size(name: str, found: int, size: int | None) -> None:
+    """Raise a DataError unless the file ``name`` has the expected size in bytes, if any."""
+    if size not in (None, found):
+        raise DataError(f"{name} does not match its index: it has {found:,} bytes, not {size:,}")
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Keep other processes of this machine out of the block; the file ``path`` stays.
 
-    The system lets go of the lock when the process ends, however it ends.
+    The system releases the lock when the process ends, however it ends.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -59,70 +67,35 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def default_folder(url: str) -> Path:
-    """This user's folder for what lies beside ``url``, among the temporary files.
+    """Return this user's temporary folder for the files in the remote folder of ``url``.
 
     Raises:
-        DataError: It belongs to somebody else.
+        DataError: It belongs to another user.
     """
     mine = Path(tempfile.gettempdir(), f"shards-{os.getuid()}")
     with contextlib.suppress(FileExistsError):
         mine.mkdir(mode=0o700)
     if mine.is_symlink() or mine.lstat().st_uid != os.getuid():
-        raise DataError(f"{mine} belongs to somebody else: name a folder (--shard-cache)")
-    return mine / hashlib.sha256(shown(url).rpartition("/")[0].encode()).hexdigest()[:16]
-
-
-@dataclass
-class _Download:
-    """What has come of a file so far.
-
-    Attributes:
-        url: Of the file.
-        file: Where it goes.
-        reserve: Called with its size once that is known.
-        have: Bytes.
-        digest: SHA-256 of them.
-        tag: The server's name for this version of the file, if it gives one.
-    """
-
-    url: str
-    file: BinaryIO
-    reserve: Callable[[int], None]
-    have: int = 0
-    digest: Any = field(default_factory=hashlib.sha256)
-    tag: str | None = None
-
-    def start_over(self) -> None:
-        self.have, self.digest = 0, hashlib.sha256()
-        self.file.seek(0)
-
-    def write(self, data: bytes) -> None:
-        self.file.write(data)
-        self.digest.update(data)
-        self.have += len(data)
+        raise DataError(f"{mine} belongs to another user: name a folder (--shard-cache)")
+    folder = without_query(url).rpartition("/")[0]
+    return mine / hashlib.sha256(folder.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Cache:
     """Remote files in a folder of this machine, shared by its processes.
 
-    A file is fetched by one process while the others that want it wait, to a temporary name, and
-    gets its own when it is whole and proven. Transfers by HTTP that break go on where they
-    broke, or from the start where the server cannot do that, with a warning.
-
-    With ``max_bytes``, the files whose opening is longest ago make room for new ones, but never
-    one that a process has open: what is in use may exceed the bound, with a warning, and so may
-    a file of unknown size until it is whole.
+    One process fetches a file while the others that need it wait. It gets its own name once it
+    is complete and verified. HTTP transfers that break resume where they stopped, or restart
+    where the server does not support that, with a warning.
 
     Args:
-        folder: Where files are kept; made if it is not there.
-        max_bytes: Of all files together.
-        tries: Of a transfer.
+        folder: Folder of the files; made if necessary.
+        tries: Attempts to fetch a file.
         pause: Seconds before the second try, doubled before each further one.
     """
 
     folder: Path
-    max_bytes: int | None = None
     tries: int = 6
     pause: float = 1.0
 
@@ -131,256 +104,187 @@ class Cache:
         url: str,
         size: int | None = None,
         sha256: str | None = None,
-        prove: Callable[[BinaryIO], object] = lambda file: None,
+        verify: Callable[[BinaryIO], object] | None = None,
     ) -> int:
-        """A descriptor of the file at ``url``, which is fetched if it is not here.
-
-        While it is open, the file is not removed to make room.
+        """Return a descriptor of the file at ``url``, fetching it if necessary.
 
         Args:
-            url: Of the file: ``http``, ``https``, or ``pipe:`` and a command that prints it.
-            size: Bytes that it must have.
-            sha256: Digest that it must have; a file of another one is another file.
-            prove: Called with the file before it counts as whole; raises unless it is good.
+            url: ``http:``, ``https:``, or ``pipe:`` and a command that prints the file.
+            size: Expected size in bytes.
+            sha256: Expected digest; files of different digests are different files.
+            verify: Called with the complete file; raises an error if it is not valid.
 
         Raises:
-            NotThereError: The server has no such file.
-            DataError: It cannot be fetched or kept, or is not what it must be; names it.
+            DataError: The file cannot be fetched or kept, or is not as expected; names it.
         """
-        path = self.folder / _file_name(url, sha256)
+        last = re.sub(r"[^\w.-]+", "_", without_query(url).rpartition("/")[2])[-60:]
+        path = self.folder / f"{(sha256 or hashlib.sha256(url.encode()).hexdigest())[:32]}-{last}"
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            while True:
-                descriptor = _open_whole(path, size)
-                if descriptor is not None:
-                    return descriptor
+            if not _is_complete(path, size):
                 with locked(Path(f"{path}.lock")):
-                    if not _is_whole(path, size):
-                        self._fetch(url, path, size, sha256, prove)
+                    if not _is_complete(path, size):  # else another process has fetched it
+                        self._fetch(_Transfer(url, size, sha256), path, verify)
+            return os.open(path, os.O_RDONLY)
         except OSError as error:
-            raise DataError(
-                f"cannot keep {shown(url)} in {self.folder}: {error.strerror}"
-            ) from error
+            name = without_query(url)
+            raise DataError(f"cannot keep {name} in {self.folder}: {error.strerror}") from error
 
     def fetch(self, url: str) -> bytes:
-        """A small file, as it is now and not kept.
+        """Return the current content of a small file, without keeping it.
 
         Raises:
-            NotThereError: The server has no such file.
-            DataError: It cannot be fetched; names it.
+            MissingFileError: The server does not have the file.
+            DataError: The file cannot be fetched; names it.
         """
-        download = _Download(url, io.BytesIO(), lambda size: None)
-        receive(download, None, self.tries, self.pause)
-        return download.file.getvalue()[: download.have]
+        file = io.BytesIO()
+        _Transfer(url).run(file, self.tries, self.pause)
+        return file.getvalue()
 
     def _fetch(
-        self,
-        url: str,
-        path: Path,
-        size: int | None,
-        sha256: str | None,
-        prove: Callable[[BinaryIO], object],
+        self, transfer: "_Transfer", path: Path, verify: Callable[[BinaryIO], object] | None
     ) -> None:
-        part = Path(f"{path}{PART}")
-        with locked(self.folder / ".lock"):  # nobody may take it for a remnant meanwhile
-            file = open(part, "w+b")  # noqa: SIM115, it outlives this block
-            fcntl.flock(file, fcntl.LOCK_EX)
+        part = Path(f"{path}.part")
         try:
-            with file:
-                download = _Download(url, file, lambda size: self._make_room(size, file))
-                if size is not None:
-                    download.reserve(size)
-                receive(download, size, self.tries, self.pause)
-                file.truncate(download.have)
-                if sha256 not in (None, download.digest.hexdigest()):
-                    raise DataError(
-                        f"{shown(url)} does not match its index: its SHA-256 is another"
-                    )
-                file.seek(0)
-                prove(file)
+            with part.open("w+b") as file:
+                transfer.run(file, self.tries, self.pause)
+                if verify is not None:
+                    file.seek(0)
+                    verify(file)
                 os.fsync(file.fileno())
-                os.replace(part, path)
-                self._make_room(0, file)  # where the size was not known before
+            part.replace(path)
         finally:
             part.unlink(missing_ok=True)
 
-    def _make_room(self, size: int, file: BinaryIO) -> None:
-        """Let ``file`` have ``size`` bytes, removing what has not been opened for longest."""
-        if self.max_bytes is None:
-            return
-        with locked(self.folder / ".lock"):
-            if os.fstat(file.fileno()).st_size < size:
-                file.truncate(size)
-            files = _files_by_age(self.folder)
-            total = sum(size for _, size in files)
-            for path, size in files:
-                if total > self.max_bytes and _remove_unused(path):
-                    total -= size
-            if total > self.max_bytes:
-                warnings.warn(
-                    f"{self.folder} holds {total:,} bytes, more than the bound of"
-                    f" {self.max_bytes:,}, as all of them are in use",
-                    stacklevel=2,
-                )
+
+def _is_complete(path: Path, size: int | None) -> bool:
+    return path.exists() and size in (None, path.stat().st_size)
 
 
-def _file_name(url: str, sha256: str | None) -> str:
-    """A name of its own for each file: of its content where that is known, or of its URL."""
-    last = re.sub(r"[^\w.-]+", "_", shown(url).rpartition("/")[2])[-60:]
-    return f"{sha256 or hashlib.sha256(url.encode()).hexdigest()}"[:32] + f"-{last}"
+@dataclass
+class _Transfer:
+    """A file that is being fetched.
 
+    Attributes:
+        url: Its URL.
+        size, sha256: Expected bytes and digest, if known.
+        received: Bytes so far.
+        digest: SHA-256 of these.
+        tag: The server's name for this version of the file, if it gives one.
+    """
 
-def _files_by_age(folder: Path) -> list[tuple[str, int]]:
-    """Path and bytes of each file of a cache, the one opened longest ago first."""
-    files = []
-    for entry in os.scandir(folder):
-        if not OURS.match(entry.name):  # the folder may have other uses
-            continue
-        with contextlib.suppress(FileNotFoundError):  # it has got its name, or was given up
-            status = entry.stat()
-            files.append((status.st_mtime_ns, entry.path, status.st_size))
-    return [(path, size) for _, path, size in sorted(files) if size]
+    url: str
+    size: int | None = None
+    sha256: str | None = None
+    received: int = 0
+    digest: Any = field(default_factory=hashlib.sha256)
+    tag: str | None = None
 
+    def run(self, file: BinaryIO, tries: int, pause: float) -> None:
+        """Fetch the file to ``file``.
 
-def _is_whole(path: Path, size: int | None) -> bool:
-    try:
-        return size in (None, path.stat().st_size)
-    except FileNotFoundError:
-        return False
+        Raises:
+            MissingFileError: The server does not have it.
+            DataError: It cannot be fetched, or is not as expected.
+        """
+        if self.url.startswith(PIPE):
+            self._run_command(file)
+        else:
+            for number in range(1, tries + 1):
+                try:
+                    self._resume(file)
+                    break
+                except _TransferError as error:
+                    reason = (
+                        f"{without_query(self.url)}: {error} after {self.received:,} bytes"
+                        f" (try {number} of {tries})"
+                    )
+                    if number == tries:
+                        raise DataError(f"cannot fetch {reason}") from error
+                warnings.warn(f"{reason}; trying again", stacklevel=2)
+                time.sleep(min(pause * 2 ** (number - 1), LONGEST_PAUSE))
+        check_size(without_query(self.url), self.received, self.size)
+        if self.sha256 not in (None, found := self.digest.hexdigest()):
+            raise DataError(
+                f"{without_query(self.url)} does not match its index: its SHA-256 is {found}"
+            )
 
+    def _write(self, file: BinaryIO, data: bytes) -> None:
+        file.write(data)
+        self.digest.update(data)
+        self.received += len(data)
 
-def _open_whole(path: Path, size: int | None) -> int | None:
-    """A descriptor of a file that is there, in use from now on."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return None
-    fcntl.flock(descriptor, fcntl.LOCK_SH)
-    status = os.fstat(descriptor)
-    if status.st_nlink and size in (None, status.st_size):  # else it was removed meanwhile
-        os.utime(descriptor, ns=(time.time_ns(),) * 2)  # finer than the system's own times
-        return descriptor
-    os.close(descriptor)
-    return None
+    def _restart(self) -> None:
+        self.received, self.digest = 0, hashlib.sha256()
 
+    def _resume(self, file: BinaryIO) -> None:
+        """Request the rest of the file and write it."""
+        with self._request() as response:
+            total = self._start(response)
+            if total is not None:
+                check_size(without_query(self.url), total, self.size)
+            file.truncate(self.received)
+            file.seek(self.received)
+            while chunk := self._read(response):
+                self._write(file, chunk)
+        if total is not None and self.received < total:
+            raise _TransferError(f"the connection ended before {total:,} bytes")
 
-def _remove_unused(path: str) -> bool:
-    """Remove a file unless a process uses it; whether it did."""
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+    def _request(self) -> http.client.HTTPResponse:
+        headers = {"Accept-Encoding": "identity"}
+        if self.received:
+            headers["Range"] = f"bytes={self.received}-"
+            if self.tag:
+                headers["If-Range"] = self.tag
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        os.unlink(path)
-        return True
-    return False
+            request = urllib.request.Request(self.url, headers=headers)
+            return urllib.request.urlopen(request, timeout=TIMEOUT)
+        except urllib.error.HTTPError as error:
+            error.close()
+            reason = f"the server says {error.code} {error.reason}"
+            if error.code == 416:  # it has less than was received: another version
+                self._restart()
+            elif error.code < 500 and error.code not in TEMPORARY:
+                kind = MissingFileError if error.code in MISSING else DataError
+                raise kind(f"cannot fetch {without_query(self.url)}: {reason}") from error
+            raise _TransferError(reason) from error
+        except (ValueError, http.client.InvalidURL) as error:
+            raise DataError(f"cannot fetch {without_query(self.url)}: {error}") from error
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", None) or error
+            raise _TransferError(str(reason) or type(error).__name__) from error
 
+    def _start(self, response: http.client.HTTPResponse) -> int | None:
+        """Return the size of the file if the server tells it; restart unless this is the rest."""
+        found = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+        if response.status != 206:
+            self._restart()
+        elif not found or int(found[1]) != self.received:
+            raise _TransferError("the server sent another part than requested")
+        tag = response.headers.get("ETag")
+        self.tag = tag if tag and not tag.startswith("W/") else None
+        length = response.headers.get("Content-Length")
+        return None if length is None else self.received + int(length)
 
-def receive(download: _Download, size: int | None, tries: int, pause: float) -> None:
-    """Fetch a file, by several tries if need be.
+    def _read(self, response: http.client.HTTPResponse) -> bytes:
+        try:
+            return response.read(CHUNK)
+        except (OSError, http.client.HTTPException) as error:
+            raise _TransferError(str(error) or type(error).__name__) from error
 
-    Raises:
-        NotThereError: The server has no such file.
-        DataError: It could not be had, or has not ``size`` bytes.
-    """
-    name = shown(download.url)
-    if download.url.startswith(PIPE):
-        _run(download)
-    else:
-        for number in range(1, tries + 1):
-            try:
-                _continue(download, size)
-                break
-            except _BrokenError as error:
-                reason = f"{name}: {error} after {download.have:,} bytes (try {number} of {tries})"
-                if number == tries:
-                    raise DataError(f"cannot fetch {reason}") from error
-            warnings.warn(f"{reason}; trying again", stacklevel=2)
-            time.sleep(min(pause * 2 ** (number - 1), LONGEST_PAUSE))
-    if size not in (None, download.have):
-        raise _wrong_size(download.url, download.have, size)
+    def _run_command(self, file: BinaryIO) -> None:
+        """Write what the command of a ``pipe:`` prints.
 
-
-def _wrong_size(url: str, size: int, wanted: int) -> DataError:
-    return DataError(
-        f"{shown(url)} does not match its index: it has {size:,} bytes, not {wanted:,}"
-    )
-
-
-def _continue(download: _Download, size: int | None) -> None:
-    """One try to fetch what is missing of a file."""
-    with _ask(download) as response:
-        whole = _size_of(response, download)
-        if size is not None and whole not in (None, size):
-            raise _wrong_size(download.url, whole, size)
-        if whole is not None:
-            download.reserve(whole)
-        while chunk := _read(response):
-            download.write(chunk)
-    if whole is not None and download.have < whole:
-        raise _BrokenError(f"the connection ended before {whole:,} bytes")
-
-
-def _ask(download: _Download) -> http.client.HTTPResponse:
-    """The server's answer to a request for what is missing of a file."""
-    headers = {"Accept-Encoding": "identity"}
-    if download.have:
-        headers["Range"] = f"bytes={download.have}-"
-        if download.tag:
-            headers["If-Range"] = download.tag
-    try:
-        request = urllib.request.Request(download.url, headers=headers)
-        return urllib.request.urlopen(request, timeout=TIMEOUT)
-    except urllib.error.HTTPError as error:
-        error.close()
-        reason = f"the server says {error.code} {error.reason}"
-        if error.code in NOT_THERE:
-            raise NotThereError(f"cannot fetch {shown(download.url)}: {reason}") from error
-        if error.code == 416:  # it has less than what is here: another file by now
-            download.start_over()
-        elif error.code < 500 and error.code not in PASSING:
-            raise DataError(f"cannot fetch {shown(download.url)}: {reason}") from error
-        raise _BrokenError(reason) from error
-    except (ValueError, http.client.InvalidURL) as error:
-        raise DataError(f"cannot fetch {shown(download.url)}: {error}") from error
-    except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", None) or error
-        raise _BrokenError(str(reason) or type(error).__name__) from error
-
-
-def _read(response: http.client.HTTPResponse) -> bytes:
-    try:
-        return response.read(CHUNK)
-    except (OSError, http.client.HTTPException) as error:
-        raise _BrokenError(str(error) or type(error).__name__) from error
-
-
-def _size_of(response: http.client.HTTPResponse, download: _Download) -> int | None:
-    """Bytes of the whole file, if the server says them; starts over unless this is the rest."""
-    found = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-    if response.status != 206 or not found or int(found[1]) != download.have:
-        if response.status == 206:
-            raise _BrokenError("the server sent another part than was asked for")
-        download.start_over()
-    tag = response.headers.get("ETag")
-    download.tag = tag if tag and not tag.startswith("W/") else None
-    length = response.headers.get("Content-Length")
-    return None if length is None else download.have + int(length)
-
-
-def _run(download: _Download) -> None:
-    """Take what the command of a ``pipe:`` prints.
-
-    Raises:
-        DataError: It ends with another status than 0; shows what it said.
-    """
-    command = download.url.removeprefix(PIPE)
-    with tempfile.TemporaryFile() as errors:
-        options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": errors}
-        with subprocess.Popen(command, shell=True, **options) as process:
-            while chunk := process.stdout.read(CHUNK):
-                download.write(chunk)
-        if process.returncode:
-            errors.seek(max(0, errors.seek(0, os.SEEK_END) - 500))
-            said = " ".join(errors.read().decode(errors="replace").split())
-            raise DataError(f"{download.url} ended with status {process.returncode}: {said}")
+        Raises:
+            DataError: Its exit status is not 0; quotes the end of its errors.
+        """
+        command = self.url.removeprefix(PIPE)
+        with tempfile.TemporaryFile() as errors:
+            options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": errors}
+            with subprocess.Popen(command, shell=True, **options) as process:
+                while chunk := process.stdout.read(CHUNK):
+                    self._write(file, chunk)
+            if process.returncode:
+                errors.seek(max(0, errors.seek(0, os.SEEK_END) - 500))
+                said = " ".join(errors.read().decode(errors="replace").split())
+                raise DataError(f"{self.url} ended with status {process.returncode}: {said}")

@@ -1,7 +1,7 @@
-"""Collections of the literature on transfer: iNaturalist, Flowers, Cars and Pets, as files.
+"""Datasets of the transfer literature: iNaturalist, Flowers, Cars and Pets, as image files.
 
-torchvision fetches and indexes what it knows; its own decoding is never used. Nothing here opens
-an image.
+torchvision downloads and indexes those that it knows; its decoding is never used, and no image is
+opened here.
 """
 
 import json
@@ -16,16 +16,10 @@ from torchvision.datasets import Flowers102, INaturalist, OxfordIIITPet, Stanfor
 from pipeline.images import DataError
 from pipeline.sources.base import Files
 
-# DeiT's spellings of --inat-category
+# --inat-category, as in DeiT
 INAT_CATEGORIES = (
-    "name",
-    "kingdom",
-    "phylum",
-    "class",
-    "order",
-    "supercategory",
-    "family",
-    "genus",
+    *("name", "kingdom", "phylum", "class"),
+    *("order", "supercategory", "family", "genus"),
 )
 DOWNLOAD = "; --download fetches it"
 
@@ -33,22 +27,22 @@ DOWNLOAD = "; --download fetches it"
 def open_inat(
     root: Path, is_train: bool, download: bool, year: int = 2018, category: str = "name"
 ) -> Files:
-    """iNaturalist 2018 or 2019 (Van Horn et al., https://github.com/visipedia/inat_comp).
+    """Open iNaturalist 2018 or 2019 (Van Horn et al., https://github.com/visipedia/inat_comp).
 
     ``root`` has ``trainYEAR.json`` and ``valYEAR.json`` (COCO's format), ``categories.json``, and
-    the images where the former say: ``train_valYEAR/SUPERCATEGORY/NUMBER/*.jpg``. DeiT's layout
-    without the folder of the supercategory is taken as well. As in DeiT, classes are numbered in
-    the order in which the training annotations bring them.
+    the images of the former: ``train_valYEAR/SUPERCATEGORY/NUMBER/*.jpg``. DeiT's layout without
+    the folder of the supercategory is accepted as well. As in DeiT, classes are numbered in the
+    order of their first training annotation.
 
     Args:
         root: Folder of the files.
-        is_train: Which of the two splits.
-        download: Without effect: the parts have to be fetched by hand.
+        is_train: Open the training split (else validation).
+        download: No effect: the files have to be downloaded by hand.
         year: 2018 or 2019.
         category: Level of the label, one of ``INAT_CATEGORIES``.
 
     Raises:
-        DataError: A file is missing or damaged, or the parts do not belong together.
+        DataError: A file is missing or damaged, or the files do not match each other.
     """
     listings = {split: root / f"{split}{year}.json" for split in ("train", "val")}
     train = _read_listing(listings["train"])
@@ -63,13 +57,13 @@ def open_inat(
         targets = [index[labels[number]] for _, number in chosen]
     except KeyError as error:
         raise DataError(
-            f"category {error} of {listings['val']} is none of {listings['train']}"
+            f"category {error} of {listings['val']} is missing from {listings['train']}"
         ) from error
     return Files(_find_images(root, [name for name, _ in chosen]), targets, classes)
 
 
 def _read_listing(path: Path) -> list[tuple[str, int]]:
-    """File name and number of the category of each annotated image."""
+    """Return file name and category number of each annotated image."""
     content = _read_json(path)
     try:
         files = {image["id"]: image["file_name"] for image in content["images"]}
@@ -82,12 +76,12 @@ def _read_listing(path: Path) -> list[tuple[str, int]]:
 
 
 def _read_labels(path: Path, category: str) -> dict[int, str]:
-    """The label of each category, by its number."""
+    """Return the label of each category by its number."""
     try:
         return {entry["id"]: entry[category] for entry in _read_json(path)}
     except (KeyError, TypeError) as error:
         raise DataError(
-            f"{path} is no list of categories with id and {category}: {error!r}"
+            f"{path} is not a list of categories with id and {category}: {error!r}"
         ) from error
 
 
@@ -103,45 +97,41 @@ def _read_json(path: Path) -> Any:
 
 
 def _find_images(root: Path, names: Sequence[str]) -> list[Path]:
-    """Paths of the images, in the published layout or in DeiT's."""
+    """Return the paths of the images in the published layout or in DeiT's."""
     folder = (root / names[0]).parent
     if not folder.is_dir():
-        names = [_without_supercategory(name) for name in names]
+        rows = [name.split("/") for name in names]
+        names = ["/".join([first, *rest[1:]]) for first, *rest in rows]  # no supercategory
         if not (root / names[0]).parent.is_dir():
-            raise DataError(f"no folder {folder} of images, as the json files name it")
+            raise DataError(f"folder {folder} of images, named by the json files, does not exist")
     return [root / name for name in names]
-
-
-def _without_supercategory(name: str) -> str:
-    first, *folders, file = name.split("/")
-    return "/".join([first, *folders[1:], file])
 
 
 def open_inat2021(
     root: Path, is_train: bool, download: bool, category: str = "name", mini: bool = False
 ) -> Files:
-    """iNaturalist 2021 (Van Horn et al., CVPR 2021), 10,000 species: torchvision's layout.
+    """Open iNaturalist 2021 (Van Horn et al., CVPR 2021), 10,000 species, in torchvision's layout.
 
     ``root`` has the folders ``2021_train`` (2.7 million images; with ``mini``
-    ``2021_train_mini``, 500,000) and ``2021_valid``, and in each one folder for every species.
-    Within it the files are sorted, so that all machines agree on the order.
+    ``2021_train_mini``, 500,000) and ``2021_valid``, each with one folder per species. Files are
+    sorted, so that all machines have the same order.
 
     Args:
         root: Folder of the splits.
-        is_train: Training or validation.
-        download: Fetch what is missing, up to 224 GB.
-        category: Level of the label, one of ``INAT_CATEGORIES`` but ``supercategory``.
+        is_train: Open the training split (else validation).
+        download: Download what is missing, up to 224 GB.
+        category: Level of the label, one of ``INAT_CATEGORIES`` except ``supercategory``.
         mini: Train on the small training set.
 
     Raises:
-        DataError: The split is missing or damaged, or has no such level.
+        DataError: The split is missing or damaged, or does not have this level.
     """
     version = "2021_valid" if not is_train else "2021_train_mini" if mini else "2021_train"
     place = root / version
     if category not in INAT_CATEGORIES or category == "supercategory":
         raise DataError(f"iNaturalist 2021 in {root} has no level {category}")
     if not download and not place.is_dir():
-        raise DataError(f"no folder {place}{DOWNLOAD}")
+        raise DataError(f"folder {place} does not exist{DOWNLOAD}")
 
     level = "full" if category == "name" else category
     open_it = partial(INaturalist, root, version, level, download=download, loader=str)
@@ -150,15 +140,15 @@ def open_inat2021(
         classes = [" ".join(name.split("_")[-2:]) for name in dataset.all_categories]
     else:
         classes = list(dataset.categories_index[category])
-    order = sorted(range(len(paths)), key=paths.__getitem__)
-    return _files(place, [paths[i] for i in order], [targets[i] for i in order], classes)
+    rows = sorted(zip(paths, targets, strict=True))
+    return _files(place, [path for path, _ in rows], [target for _, target in rows], classes)
 
 
 def open_flowers(root: Path, is_train: bool, download: bool) -> Files:
-    """Oxford 102 Flowers (Nilsback and Zisserman, ICVGIP 2008), in ``root/flowers-102``.
+    """Open Oxford 102 Flowers (Nilsback and Zisserman, ICVGIP 2008) in ``root/flowers-102``.
 
-    As usual for transfer, training takes the official training and validation splits together
-    (2,040 images), and evaluation the test split (6,149).
+    As usual for transfer, the official training and validation splits together are the training
+    set (2,040 images), and the test split is the validation set (6,149).
 
     Raises:
         DataError: A file is missing or damaged.
@@ -174,9 +164,9 @@ def open_flowers(root: Path, is_train: bool, download: bool) -> Files:
 
 
 def open_cars(root: Path, is_train: bool, download: bool) -> Files:
-    """Stanford Cars (Krause et al., 3dRR 2013), 8,144 and 8,041 images of 196 models.
+    """Open Stanford Cars (Krause et al., 3dRR 2013), 8,144 and 8,041 images of 196 models.
 
-    Its site is gone, so nothing can be fetched. ``root/stanford_cars`` has ``devkit/`` with
+    Its site is gone, so it cannot be downloaded. ``root/stanford_cars`` has ``devkit/`` with
     ``cars_meta.mat`` and ``cars_train_annos.mat``, ``cars_test_annos_withlabels.mat``,
     ``cars_train/`` and ``cars_test/``.
 
@@ -189,7 +179,7 @@ def open_cars(root: Path, is_train: bool, download: bool) -> Files:
         if not (place / name).exists():
             raise DataError(
                 f"no {place / name}; the site of Stanford Cars is gone, and --download cannot"
-                f" fetch it: {place} wants devkit/cars_meta.mat, {annotations} and cars_{split}/"
+                f" fetch it: {place} needs devkit/cars_meta.mat, {annotations} and cars_{split}/"
             )
     open_it = partial(StanfordCars, root, split, loader=str)
     dataset, paths, targets = _list_images(open_it, place)
@@ -197,9 +187,10 @@ def open_cars(root: Path, is_train: bool, download: bool) -> Files:
 
 
 def open_pets(root: Path, is_train: bool, download: bool) -> Files:
-    """Oxford-IIIT Pet (Parkhi et al., CVPR 2012), in ``root/oxford-iiit-pet``.
+    """Open Oxford-IIIT Pet (Parkhi et al., CVPR 2012) in ``root/oxford-iiit-pet``.
 
-    37 breeds; training takes the split ``trainval`` (3,680 images), evaluation ``test`` (3,669).
+    37 breeds; the split ``trainval`` is the training set (3,680 images), ``test`` the validation
+    set (3,669).
 
     Raises:
         DataError: A file is missing or damaged.
@@ -209,7 +200,7 @@ def open_pets(root: Path, is_train: bool, download: bool) -> Files:
     listing = place / "annotations" / f"{split}.txt"
     try:
         dataset = OxfordIIITPet(root, split, download=download)
-        # its items are decoded images, so the listing has to be read once more
+        # its items are decoded images, so the listing has to be read again
         rows = [line.split() for line in listing.read_text().splitlines()]
         paths = [place / "images" / f"{image}.jpg" for image, _, _, _ in rows]
         targets = [int(number) - 1 for _, number, _, _ in rows]
@@ -223,7 +214,7 @@ def open_pets(root: Path, is_train: bool, download: bool) -> Files:
 def _list_images(
     open_it: Callable[[], Dataset], place: Path, hint: str = ""
 ) -> tuple[Any, list[str], list[int]]:
-    """A dataset of torchvision's with ``loader=str``, and the path and target of each image."""
+    """Open a torchvision dataset with ``loader=str``; return it, and path and target of images."""
     try:
         dataset = open_it()
         pairs = [dataset[index] for index in range(len(dataset))]
@@ -235,7 +226,7 @@ def _list_images(
 def _files(
     place: Path, paths: Sequence[str | Path], targets: Sequence[int], classes: Sequence[str]
 ) -> Files:
-    """The files, once their targets are known to be classes."""
+    """Check that the targets are classes, and return the files."""
     if not len(paths):
         raise DataError(f"{place} lists no images")
     if min(targets) < 0 or max(targets) >= len(classes):

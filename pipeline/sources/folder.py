@@ -1,36 +1,107 @@
-"""The datasets that a first command line names: image folders, CIFAR and handwritten digits."""
+"""Image folders: the images of a folder, of folders of classes, and of ImageNet's layout."""
 
+import os
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from pipeline.images import DataError
-from pipeline.sources.base import Files, Pixels
+from pipeline.sources.base import Files
 
 
-def open_digits(root: Path | None, is_train: bool, download: bool) -> Pixels:
-    """The 1,797 handwritten digits that scikit-learn brings, 8x8 grey, as RGB images.
+def list_images(
+    folder: str | Path,
+    *,
+    suffixes: Sequence[str] = IMG_EXTENSIONS,
+    recursive: bool = True,
+    hidden: bool = False,
+) -> list[str]:
+    """Return the paths of the images of a folder, sorted by folder, then by name.
 
-    E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI 1998. Of each
-    class every fifth image is kept for validation (1,442 for training, 355 for validation).
+    Args:
+        folder: Folder of the images; links to folders are followed.
+        suffixes: Lower-case suffixes of image files.
+        recursive: List the folders within it, too.
+        hidden: Also list files and folders whose names begin with a dot.
+
+    Raises:
+        DataError: A folder cannot be read.
     """
-    from sklearn.datasets import load_digits  # optional: only this dataset needs it
+    found = []
+    for place, _, names in sorted(_walk(folder, recursive, hidden)):
+        found += [
+            os.path.join(place, name)
+            for name in sorted(names)
+            if name.lower().endswith(tuple(suffixes)) and (hidden or not name.startswith("."))
+        ]
+    return found
 
-    digits = load_digits()
-    seen = [0] * 10
-    chosen = []
-    for index, target in enumerate(digits.target.tolist()):
-        seen[target] += 1
-        if (seen[target] % 5 != 0) == is_train:
-            chosen.append(index)
-    grey = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
-    pixels = np.repeat(grey[..., None], 3, axis=3)  # N H W 3
-    return Pixels(pixels, digits.target[chosen], [str(digit) for digit in range(10)])
+
+def list_folders(folder: str | Path, *, hidden: bool = False) -> list[str]:
+    """Return the sorted names of the folders in a folder.
+
+    Args:
+        folder: Folder of the folders; links to folders count.
+        hidden: Also list names that begin with a dot.
+
+    Raises:
+        DataError: The folder cannot be read.
+    """
+    _, names, _ = next(_walk(folder, False, hidden))
+    return sorted(names)
+
+
+def list_classes(folder: str | Path, *, hidden: bool = False) -> list[str]:
+    """Return the names of the classes of ``folder/CLASS/*`` as :func:`list_folders` does.
+
+    Raises:
+        DataError: There are none, or the folder cannot be read.
+    """
+    names = list_folders(folder, hidden=hidden)
+    if not names:
+        raise DataError(f"{folder} has no folders of classes")
+    return names
+
+
+def _walk(folder: str | Path, recursive: bool, hidden: bool) -> Iterator[tuple[str, list, list]]:
+    """Yield what ``os.walk`` does, of one folder or of all within it."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"cannot read folder {error.filename}: {error.strerror}") from error
+
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        if not hidden:
+            folders[:] = [name for name in folders if not name.startswith(".")]
+        yield place, folders, names
+        if not recursive:
+            return
+
+
+def open_folder_of_classes(folder: str | Path, *, hidden: bool = False) -> Files:
+    """Open the images of ``folder/CLASS/*``, at any depth within a class.
+
+    Args:
+        folder: Folder of the classes.
+        hidden: Include names that begin with a dot, as torchvision's ``ImageFolder`` does.
+
+    Raises:
+        DataError: There are no classes, a class has no images, or a folder cannot be read.
+    """
+    classes = list_classes(folder, hidden=hidden)
+    found = [list_images(os.path.join(folder, name), hidden=hidden) for name in classes]
+    if empty := [name for name, paths in zip(classes, found, strict=True) if not paths]:
+        raise DataError(
+            f"{folder}: no images ({', '.join(IMG_EXTENSIONS)}) of class {some_of(empty)}"
+        )
+    targets = np.repeat(np.arange(len(classes)), [len(paths) for paths in found])
+    return Files(list(chain.from_iterable(found)), targets, classes)
 
 
 def open_image_folder(root: Path, is_train: bool, download: bool = False) -> Files:
-    """ImageNet layout: ``train/CLASS/*`` and ``val/CLASS/*`` (or ``validation``).
+    """Open ImageNet's layout: ``train/CLASS/*`` and ``val/CLASS/*`` (or ``validation``).
 
     Raises:
         DataError: A folder is missing, a class has no image, or the two splits have
@@ -40,45 +111,21 @@ def open_image_folder(root: Path, is_train: bool, download: bool = False) -> Fil
         raise DataError(f"data folder {root} does not exist (--data-path)")
     train = root / "train"
     val = next((root / name for name in ("val", "validation") if (root / name).is_dir()), None)
-    folder = train if is_train else val
+    folder, other = (train, val) if is_train else (val, train)
     if folder is None or not folder.is_dir():
         wanted = "train/" if is_train else "val/ or validation/"
-        raise DataError(f"{root} has no folder {wanted} (--data-path wants train/ and val/)")
-    try:
-        found = ImageFolder(str(folder))
-    except FileNotFoundError as error:  # no classes, or a class without images
-        raise DataError(f"{folder}: {error}") from error
-    other = val if is_train else train
+        raise DataError(f"{root} has no folder {wanted} (--data-path needs train/ and val/)")
+    found = open_folder_of_classes(folder, hidden=True)
     if other is not None and other.is_dir():
-        others = {entry.name for entry in other.iterdir() if entry.is_dir()}
-        if others != set(found.classes):
-            lone = sorted(others ^ set(found.classes))
+        others = list_folders(other, hidden=True)
+        if others != found.classes:
+            different = sorted(set(others) ^ set(found.classes))
             raise DataError(
-                f"{folder} and {other} have different classes: {', '.join(lone[:5])}"
-                f"{', ...' if len(lone) > 5 else ''} in only one of them"
+                f"{folder} and {other} have different classes: {some_of(different)} in only one"
             )
-    paths, targets = zip(*found.samples, strict=True)
-    return Files(paths, targets, found.classes)
+    return found
 
 
-def open_cifar10(root: Path, is_train: bool, download: bool) -> Pixels:
-    """A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
-
-    Raises:
-        DataError: It is not there, or damaged.
-    """
-    return _open_cifar(CIFAR10, root, is_train, download)
-
-
-def open_cifar100(root: Path, is_train: bool, download: bool) -> Pixels:
-    """CIFAR-100, as :func:`open_cifar10`."""
-    return _open_cifar(CIFAR100, root, is_train, download)
-
-
-def _open_cifar(cls: type[CIFAR10], root: Path, is_train: bool, download: bool) -> Pixels:
-    try:
-        found = cls(str(root), train=is_train, download=download)
-    except (RuntimeError, OSError) as error:
-        hint = "" if download else "; --download fetches it"
-        raise DataError(f"no {cls.__name__} in {root}: {error}{hint}") from error
-    return Pixels(found.data, found.targets, found.classes)
+def some_of(names: Sequence[str], count: int = 5) -> str:
+    """Return the first names for a message."""
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

@@ -1,9 +1,9 @@
 """Datasets of the Hugging Face Hub, or of its library's formats: ``--data-set hfds/NAME``.
 
-That library is called ``datasets``, as is a module of ours. So a process of its own, in which ours
-cannot be found, asks the library to fetch and prepare the dataset, and says where the prepared
-files lie. They are in Arrow's format, which pyarrow reads here: this process and its loaders
-never import the library, and ``datasets`` means ours throughout.
+That library is called ``datasets``, like a module of this project. So another process, in which
+ours cannot be found, lets the library download and prepare the dataset, and prints the paths of
+the prepared Arrow files. These are read here by pyarrow: this process and its loaders never import
+the library, and ``datasets`` is always our module.
 """
 
 import inspect
@@ -23,24 +23,24 @@ from pipeline.sources.base import Encoded
 if TYPE_CHECKING:
     import pyarrow as pa
 
-OURS = os.path.realpath(Path(__file__).parents[2])  # the folder of our datasets.py
+PROJECT = os.path.realpath(Path(__file__).parents[2])  # the folder of our datasets.py
 EVALUATION_SPLITS = ("validation", "val", "test")
 
 
 class HubImages(Encoded):
-    """Images in Arrow files, which are mapped into memory and read when used.
+    """Images in memory-mapped Arrow files.
 
     A pickled copy, such as a spawned loader's, opens the files again.
 
     Args:
-        title: What messages call the split.
-        files: The Arrow files of the split, in order.
-        column: Name of the images' column: encoded, as paths, or as both.
-        targets: Class of each.
+        title: Name of the split for messages.
+        files: Arrow files of the split, in order.
+        column: Column of the images: encoded, as paths, or as both.
+        targets: Class of each image.
         classes: Names of the classes.
 
     Raises:
-        DataError: A file cannot be read, or the column does not hold images.
+        DataError: A file cannot be read, or the column does not have images.
     """
 
     def __init__(
@@ -89,23 +89,22 @@ def open_hub(
     image_key: str = "image",
     label_key: str = "label",
 ) -> HubImages:
-    """A dataset by its name on the Hub, or a local folder of parquet, Arrow or image files.
+    """Open a dataset of the Hub, or a local folder of Parquet, Arrow or image files.
 
-    As with timm's reader, ``hfds/NAME`` has its images in the column ``image``, its classes in
-    ``label``, and ``root`` keeps what the library prepares. The first opening converts what is not
-    in Arrow's format yet, which takes the room of the images once more; image files stay where
-    they are.
+    As in timm's reader, ``hfds/NAME`` has its images in the column ``image`` and its classes in
+    ``label``. The first time, what is not in Arrow's format yet is converted, which takes the disk
+    space of the images again; image files stay where they are.
 
     Args:
-        name: What ``datasets.load_dataset`` takes.
-        root: Folder of the library's cache, its own default if ``None``.
-        is_train: The split ``train``; else the first there is of ``EVALUATION_SPLITS``.
+        name: First argument of ``datasets.load_dataset``.
+        root: Cache folder of the library; by default its own.
+        is_train: Open the split ``train``, else the first of ``EVALUATION_SPLITS`` that exists.
         download: Let the library use the network, unless its environment variables forbid it.
         image_key: Column of the images.
         label_key: Column of the classes: integers, with or without names.
 
     Raises:
-        DataError: The library or the dataset is not there, or has other columns.
+        DataError: The library or the dataset is missing, or the dataset has other columns.
     """
     found = _ask_library(name, root, download)
     wanted = ("train",) if is_train else EVALUATION_SPLITS
@@ -118,24 +117,24 @@ def open_hub(
     targets = _targets(_read_arrow(files), label_key, title)
     classes = found["names"].get(label_key) or _count_classes(found["splits"].values(), label_key)
     if targets.max() >= len(classes):
-        raise DataError(f"{title} has class {targets.max()}, but {len(classes)} names of classes")
+        raise DataError(f"{title} has class {targets.max()}, but {len(classes)} class names")
     return HubImages(title, files, image_key, targets, classes)
 
 
 def _ask_library(name: str, root: Path | None, download: bool) -> dict[str, Any]:
-    """``splits``, the Arrow files of each, and ``names`` of the classes, of each such column.
+    """Return ``splits``, with the Arrow files of each, and ``names``, with those of each column.
 
     Raises:
         DataError: The library is not installed, or cannot load the dataset.
     """
     program = f"{inspect.getsource(_answer)}\n_answer()"
-    request = {"name": name, "cache": root and str(root), "hidden": OURS}
+    request = {"name": name, "cache": root and str(root), "hidden": PROJECT}
     offline = {} if download else {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", program, json.dumps(request)],
         env=os.environ | offline,
-        stdin=subprocess.DEVNULL,  # nobody is there to answer questions
-        stdout=subprocess.PIPE,  # the other stream shows progress
+        stdin=subprocess.DEVNULL,  # nobody can answer questions
+        stdout=subprocess.PIPE,  # progress goes to the other stream
         text=True,
     )
     if done.returncode:
@@ -150,9 +149,9 @@ def _ask_library(name: str, root: Path | None, download: bool) -> dict[str, Any]
 
 
 def _answer() -> None:
-    """Load a dataset by the library and print what :func:`_ask_library` returns.
+    """Load a dataset by the library and print the result of :func:`_ask_library`.
 
-    The whole program of another process, so it cannot use anything of this file.
+    This is the whole program of another process, so it cannot use anything else of this file.
     """
     import contextlib
     import importlib.util
@@ -163,7 +162,7 @@ def _answer() -> None:
     asked = json.loads(sys.argv[1])
     sys.path[:] = [folder for folder in sys.path if os.path.realpath(folder) != asked["hidden"]]
     spec = importlib.util.find_spec("datasets")
-    if spec is None or spec.origin is None:  # nothing, or a folder of data
+    if spec is None or spec.origin is None:  # missing, or a folder of data
         print(json.dumps({"missing": True}))
         return
     try:
@@ -185,7 +184,7 @@ def _answer() -> None:
 
 
 def _read_arrow(files: Sequence[str]) -> "pa.Table":
-    """The rows of some Arrow files, mapped into memory."""
+    """Return the rows of memory-mapped Arrow files."""
     import pyarrow as pa  # optional: comes with the library
 
     try:
@@ -207,14 +206,14 @@ def _describe(table: "pa.Table") -> str:
 
 
 def _targets(table: "pa.Table", key: str, title: str) -> np.ndarray:
-    """Class of each image, ``N`` of int64."""
+    """Return the class of each image, ``N`` of int64."""
     import pyarrow.types as kind
 
     column = _column(table, key, title)
     if not kind.is_integer(column.type):
         raise DataError(
-            f"column {key} of {title} holds {column.type} instead of numbers of classes; it has"
-            f" {_describe(table)}"
+            f"column {key} of {title} has type {column.type} instead of class numbers; the"
+            f" columns are {_describe(table)}"
         )
     if not len(column):
         raise DataError(f"{title} has no images")
@@ -225,7 +224,7 @@ def _targets(table: "pa.Table", key: str, title: str) -> np.ndarray:
 
 
 def _count_classes(splits: Iterable[Sequence[str]], key: str) -> list[str]:
-    """Numbers up to the highest of any split, as names."""
+    """Return the numbers up to the highest of any split, as names."""
     import pyarrow.compute as pc
 
     highest = [pc.max(_read_arrow(files)[key]).as_py() for files in splits]
@@ -233,7 +232,7 @@ def _count_classes(splits: Iterable[Sequence[str]], key: str) -> list[str]:
 
 
 def _contents_and_paths(chunk: "pa.Array", key: str, title: str) -> Mapping[str, "pa.Array"]:
-    """The encoded images as ``bytes``, their paths as ``path``, or both, ``N`` each."""
+    """Return the encoded images as ``bytes``, their paths as ``path``, or both, ``N`` each."""
     import pyarrow.types as kind
 
     if kind.is_struct(chunk.type) and {"bytes", "path"} <= {field.name for field in chunk.type}:
@@ -242,4 +241,4 @@ def _contents_and_paths(chunk: "pa.Array", key: str, title: str) -> Mapping[str,
         return {"bytes": chunk}
     if kind.is_string(chunk.type) or kind.is_large_string(chunk.type):
         return {"path": chunk}
-    raise DataError(f"column {key} of {title} holds {chunk.type}, no images")
+    raise DataError(f"column {key} of {title} has type {chunk.type} instead of images")

@@ -1,4 +1,4 @@
-"""What lies where in packed shards: tar files in WebDataset's format, and their index."""
+"""Contents of packed shards: tar files in WebDataset's format, and their index."""
 
 import hashlib
 import io
@@ -15,6 +15,7 @@ import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from pipeline.images import DataError
+from pipeline.sources.base import Strings
 from pipeline.sources.download import PIPE, REMOTE
 
 FORMAT = "packed shards 1"
@@ -26,17 +27,18 @@ DTYPES = (np.int64, np.uint32, np.int32, np.uint32, np.uint8, np.uint16)  # of M
 DAMAGED = (zipfile.BadZipFile, zlib.error, NotImplementedError, MemoryError)
 META = re.compile(r"__[^/]*__($|/)")  # names that the webdataset library passes over, too
 BLOCK = 512  # bytes, of a tar file
+CHUNK = 2**20  # bytes
 
 
 class Members(NamedTuple):
-    """The images of a shard, or of several in a row, in their order.
+    """Images of one shard or of consecutive shards, in order.
 
     Attributes:
-        offsets: Where each begins in its shard, bytes, ``N`` of int64.
-        sizes: Bytes of each, ``N`` of uint32.
-        targets: Class of each, ``N`` of int32.
-        checksums: CRC-32 of each, ``N`` of uint32, or none.
-        names: Their names as UTF-8, one after the other, uint8.
+        offsets: Start of each image in its shard, bytes, ``N`` of int64.
+        sizes: Bytes of each image, ``N`` of uint32.
+        targets: Class of each image, ``N`` of int32.
+        checksums: CRC-32 of each image, ``N`` of uint32, or none.
+        names: All names as UTF-8, one after the other, uint8.
         name_sizes: Bytes of each name, ``N`` of uint16.
     """
 
@@ -48,17 +50,17 @@ class Members(NamedTuple):
     name_sizes: np.ndarray
 
     def to_bytes(self) -> bytes:
-        """As a file of :func:`numpy.savez_compressed`."""
+        """Return a file of :func:`numpy.savez_compressed`."""
         file = io.BytesIO()
         np.savez_compressed(file, **self._asdict())
         return file.getvalue()
 
     @classmethod
     def from_bytes(cls, data: bytes, name: str) -> "Members":
-        """What :meth:`to_bytes` made.
+        """Read the result of :meth:`to_bytes`.
 
         Raises:
-            DataError: It is damaged; names it.
+            DataError: It is damaged; calls it ``name``.
         """
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
@@ -76,42 +78,39 @@ class Members(NamedTuple):
 
     @classmethod
     def joined(cls, parts: Sequence["Members"]) -> "Members":
-        """The images of consecutive shards."""
+        """Concatenate the images of consecutive shards."""
         return cls(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
 @dataclass(frozen=True)
-class Shard:
-    """A shard: file name, bytes, SHA-256 of them if it is known, and number of images."""
+class Part:
+    """File of an index: name, bytes, and their SHA-256 if it is known."""
 
     name: str
     size: int
     sha256: str | None
+
+
+@dataclass(frozen=True)
+class Shard(Part):
+    """Shard with its number of images."""
+
     images: int
 
 
 @dataclass(frozen=True)
-class Part:
-    """The file of an index that lists the images: name, bytes, and SHA-256 of them."""
-
-    name: str
-    size: int
-    sha256: str
-
-
-@dataclass(frozen=True)
 class Index:
-    """What shards hold: names of the classes, shards, and all images in their order."""
+    """Contents of shards: names of the classes, shards, and all images in order."""
 
     classes: list[str]
     shards: list[Shard]
     members: Members
 
     def to_json(self, members: Part, **notes: Any) -> str:
-        """The index as text.
+        """Return the text of the index.
 
         Args:
-            members: The file beside it that has ``members.to_bytes()``.
+            members: File next to it, of ``members.to_bytes()``.
             notes: Further values to keep.
         """
         content = {"format": FORMAT, "classes": self.classes, "members": asdict(members)}
@@ -119,7 +118,7 @@ class Index:
 
 
 def parse_index(text: bytes, name: str) -> tuple[list[str], list[Shard], Part]:
-    """Classes, shards, and the file of the images, of what :meth:`Index.to_json` made.
+    """Return classes, shards and the file of the images of a text of :meth:`Index.to_json`.
 
     Raises:
         DataError: It is something else; calls it ``name``.
@@ -128,95 +127,90 @@ def parse_index(text: bytes, name: str) -> tuple[list[str], list[Shard], Part]:
         content = json.loads(text)
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']!r}, not {FORMAT!r}")
-        shards = [_typed(Shard, values) for values in content["shards"]]
+        shards = [_checked(Shard(**values)) for values in content["shards"]]
         if not shards:
             raise ValueError("it names no shards")
-        return [str(name) for name in content["classes"]], shards, _typed(Part, content["members"])
+        part = _checked(Part(**content["members"]))
+        return [str(name) for name in content["classes"]], shards, part
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{name} is no index of shards, or damaged: {error}") from error
+        raise DataError(f"{name} is not an index of shards, or is damaged: {error}") from error
 
 
-def _typed(kind: type, values: dict[str, Any]) -> Any:
-    """A ``kind`` of these fields, which name a file of the same folder.
+def _checked(file: Part) -> Any:
+    """Return a shard or part that names a file of its own folder.
 
     Raises:
-        TypeError, ValueError: They are others.
+        TypeError, ValueError: A value is not of its kind.
     """
-    made = kind(**values)
-    numbers = [made.size, getattr(made, "images", 0)]
+    numbers = [file.size, getattr(file, "images", 0)]
     if not all(isinstance(number, int) and number >= 0 for number in numbers):
-        raise ValueError(f"{values} has a size that is no number")
-    if made.name in ("", ".", "..") or "/" in made.name or made.name.startswith(REMOTE):
-        raise ValueError(f"{made.name!r} is no file of its folder")
-    if made.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", made.sha256):
-        raise ValueError(f"{made.sha256!r} is no SHA-256")
-    return made
+        raise ValueError(f"{asdict(file)} has a size that is not a number")
+    if file.name in ("", ".", "..") or "/" in file.name or file.name.startswith(REMOTE):
+        raise ValueError(f"{file.name!r} is not a file of its folder")
+    if file.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", file.sha256):
+        raise ValueError(f"{file.sha256!r} is not a SHA-256")
+    return file
 
 
-def is_pattern(place: str) -> bool:
-    """Whether a place is a pattern of shards, and no folder or base URL."""
-    return place.startswith(PIPE) or bool(re.search(r"\.tar$|[{]", file_of(place)))
+def is_pattern(path: str) -> bool:
+    """Return True for a pattern of shards, False for a folder or base URL."""
+    return path.startswith(PIPE) or bool(re.search(r"\.tar$|[{]", split_path(path)[1]))
 
 
-def file_of(place: str) -> str:
-    """File name of a path or URL."""
-    return split_place(place)[1]
-
-
-def split_place(place: str) -> tuple[str, str, str]:
-    """Folder with its slash, file name, and query of a path or URL."""
-    head, mark, query = place.partition("?") if place.startswith(REMOTE) else (place, "", "")
+def split_path(path: str) -> tuple[str, str, str]:
+    """Return folder with its slash, file name, and query of a path or URL."""
+    head, mark, query = path.partition("?") if path.startswith(REMOTE) else (path, "", "")
     start = head.rfind("/") + 1
     return head[:start], head[start:], mark + query
 
 
-def beside(place: str, name: str) -> str:
-    """Path or URL of the file ``name`` in the folder of ``place``."""
-    folder, _, query = split_place(place)
+def sibling(path: str, name: str) -> str:
+    """Return path or URL of the file ``name`` in the folder of ``path``."""
+    folder, _, query = split_path(path)
     return f"{folder}{name}{query}"
 
 
 def expand_pattern(pattern: str) -> list[str]:
-    """The shards that a pattern stands for.
+    """Return the shards of a pattern.
 
     Raises:
-        DataError: It names one twice, or cannot be read.
+        DataError: It names one twice, or cannot be parsed.
     """
     try:
-        places = list(braceexpand(pattern, escape=False))
+        paths = list(braceexpand(pattern, escape=False))
     except UnbalancedBracesError as error:
-        raise DataError(f"{pattern} has a brace without its other") from error
-    if len(set(places)) < len(places):
+        raise DataError(f"{pattern} has an unbalanced brace") from error
+    if len(set(paths)) < len(paths):
         raise DataError(f"{pattern} names a shard twice")
-    return places
+    return paths
 
 
 def index_name(pattern: str) -> str:
-    """Name of the index of shards: ``train`` of ``shards/train-{0000..0146}.tar``."""
-    name = re.sub(r"\d*\.tar$", "", file_of(pattern).partition("{")[0])
+    """Return the name of the index of shards: ``train`` of ``shards/train-{0000..0146}.tar``."""
+    name = re.sub(r"\d*\.tar$", "", split_path(pattern)[1].partition("{")[0])
     return name.rstrip("-_.") or "shards"
 
 
 def sha256_of(file: BinaryIO) -> str:
-    """SHA-256 of a whole file."""
+    """Return the SHA-256 of a whole file."""
     digest = hashlib.sha256()
     file.seek(0)
-    while chunk := file.read(2**20):
+    while chunk := file.read(CHUNK):
         digest.update(chunk)
     return digest.hexdigest()
 
 
 def scan_shard(file: BinaryIO, name: str, with_checksums: bool = False) -> Members:
-    """The images and labels of a tar file, from its headers.
+    """Read images and labels of a tar file from its headers.
 
     Args:
         file: The shard.
-        name: What messages call it.
+        name: Its name for messages.
         with_checksums: Read the images, too, for their checksums.
 
     Raises:
-        DataError: It is no whole tar file, or an image or a label lacks the other, comes twice,
-            or is no class; names shard and key.
+        DataError: It is not a complete tar file, or an image or a label lacks the other, occurs
+            twice, or is not a class; names shard and key.
     """
     images: dict[str, tuple[str, int, int, int]] = {}
     labels: dict[str, int] = {}
@@ -227,62 +221,54 @@ def scan_shard(file: BinaryIO, name: str, with_checksums: bool = False) -> Membe
                 stem, _, suffix = last.partition(".")
                 if not member.isreg() or META.match(member.name) or not (stem and suffix):
                     continue
-                key = f"{folder}/{stem}" if folder else stem
-                suffix = suffix.lower()
+                key, suffix = (f"{folder}/{stem}" if folder else stem), suffix.lower()
+                if suffix not in IMAGES and suffix != LABEL:
+                    continue
+                if key in (labels if suffix == LABEL else images):
+                    kind = "labels" if suffix == LABEL else "images"
+                    raise DataError(f"{name}: {key} has two {kind}, or occurs twice")
                 if suffix == LABEL:
-                    _refuse_second(labels, key, name, "labels")
-                    labels[key] = _read_label(_content(file, member), f"{name}: label of {key}")
-                elif suffix in IMAGES:
-                    _refuse_second(images, key, name, "images")
-                    checksum = zlib.crc32(_content(file, member)) if with_checksums else 0
+                    labels[key] = _parse_label(_read(file, member), f"{name}: label of {key}")
+                else:
+                    checksum = zlib.crc32(_read(file, member)) if with_checksums else 0
                     images[key] = (member.name, member.offset_data, member.size, checksum)
             end = archive.offset
     except tarfile.TarError as error:
-        raise DataError(f"{name} is no whole tar file (it must not be packed): {error}") from error
+        raise DataError(
+            f"{name} is not a complete tar file (it must not be compressed): {error}"
+        ) from error
     file.seek(end)
-    if (block := file.read(BLOCK)).strip(b"\0") or len(block) < BLOCK or _rest(file):
+    if len(block := file.read(BLOCK)) < BLOCK or block.strip(b"\0") or not _is_zero(file):
         raise DataError(f"{name} is cut off or damaged at byte {end:,}")
-    if lone := sorted(images.keys() ^ labels.keys()):
-        lacks = f"label ({LABEL})" if lone[0] in images else "image"
-        raise DataError(f"{name}: {lone[0]} has no {lacks}, nor has the other part of {len(lone)}")
-    return _members(images, labels, with_checksums)
-
-
-def _refuse_second(found: dict, key: str, name: str, what: str) -> None:
-    if key in found:
-        raise DataError(f"{name}: {key} has two {what}, or comes twice")
-
-
-def _content(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
-    file.seek(member.offset_data)
-    return file.read(member.size)
-
-
-def _read_label(data: bytes, name: str) -> int:
-    text = data.decode("utf-8", "replace").strip()
-    if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise DataError(f"{name} is {text[:20]!r}, not the number of a class, from 0")
-    return int(text)
-
-
-def _rest(file: BinaryIO) -> bytes:
-    """What is not 0 of the rest of a file, at least one byte if there is any."""
-    while chunk := file.read(2**20):
-        if chunk := chunk.strip(b"\0"):
-            return chunk
-    return b""
-
-
-def _members(
-    images: dict[str, tuple[str, int, int, int]], labels: dict[str, int], with_checksums: bool
-) -> Members:
-    names = [image[0].encode("utf-8", "surrogateescape") for image in images.values()]
+    if incomplete := sorted(images.keys() ^ labels.keys()):
+        lacks = f"label ({LABEL})" if incomplete[0] in images else "image"
+        raise DataError(
+            f"{name}: {incomplete[0]} has no {lacks}; {len(incomplete)} lack one or the other"
+        )
+    names = Strings.of([image[0] for image in images.values()])
     rows = np.array([image[1:] for image in images.values()], np.int64).reshape(-1, 3)
     return Members(
         offsets=rows[:, 0],
         sizes=rows[:, 1].astype(np.uint32),
         targets=np.array([labels[key] for key in images], np.int32),
         checksums=rows[: len(rows) if with_checksums else 0, 2].astype(np.uint32),
-        names=np.frombuffer(b"".join(names), np.uint8),
-        name_sizes=np.array([len(name) for name in names], np.uint16),
+        names=names.text,
+        name_sizes=names.sizes.astype(np.uint16),
     )
+
+
+def _read(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
+    file.seek(member.offset_data)
+    return file.read(member.size)
+
+
+def _parse_label(data: bytes, name: str) -> int:
+    text = data.decode("utf-8", "replace").strip()
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise DataError(f"{name} is {text[:20]!r}, not the number of a class, from 0")
+    return int(text)
+
+
+def _is_zero(file: BinaryIO) -> bool:
+    """Return True if the rest of a file is zeros."""
+    return not any(chunk.strip(b"\0") for chunk in iter(lambda: file.read(CHUNK), b""))

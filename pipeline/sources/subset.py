@@ -1,18 +1,18 @@
-"""A fixed share of a set, the same in every class."""
+"""A fixed share of a dataset, the same for every class."""
 
 import numpy as np
 from PIL import Image
 
 from pipeline.sources.base import Encoded, Pixels, Source
 
-SEED = 2103_10697  # of the choice, which is the set's and not the run's
+SEED = 2103_10697  # of the choice, which depends on the dataset and not on the run
 
 
 def stratified_share(targets: np.ndarray, ratio: float) -> np.ndarray:
-    """Numbers of the images of a share, in ascending order, ``n`` of int64.
+    """Return the indices of a share of the images, in ascending order, ``n`` of int64.
 
-    Every class gives ``ratio`` of its images, rounded, and at least one. The choice depends on
-    the set alone, and that of a smaller ratio lies within that of a larger one.
+    It has ``ratio`` of the images of every class, rounded, and at least one. The choice depends on
+    the dataset alone; that of a smaller ratio is a subset of that of a larger one.
 
     Args:
         targets: Class of each image, ``N``.
@@ -27,7 +27,7 @@ def stratified_share(targets: np.ndarray, ratio: float) -> np.ndarray:
 
 
 def share_of(source: Source, ratio: float) -> Source:
-    """``ratio`` of every class of ``source``; see :func:`stratified_share`."""
+    """Return ``ratio`` of every class of ``source``; see :func:`stratified_share`."""
     if ratio == 1:
         return source
     indices = stratified_share(source.targets, ratio)
@@ -37,7 +37,7 @@ def share_of(source: Source, ratio: float) -> Source:
 
 
 class _Part(Encoded):
-    """Some images of a source, in its order."""
+    """Selected images of a source, in its order."""
 
     def __init__(self, whole: Encoded, indices: np.ndarray):
         self._whole, self._indices = whole, indices

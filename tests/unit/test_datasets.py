@@ -21,7 +21,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 import datasets
 from pipeline.images import CorruptImageError, CropLongSide, DataError, EnlargeTiny, load_image
 from pipeline.reference import Batch
-from pipeline.sources.folder import CIFAR10, CIFAR100, open_digits
+from pipeline.sources.cifar import CIFAR10, CIFAR100, open_digits
 from samplers import SampleIndex
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -19,7 +19,7 @@ from pipeline.images import CorruptImageError, DataError
 from pipeline.prefetch import Memory
 from pipeline.reference import AugmentedDataset
 from pipeline.sources.base import Pixels
-from pipeline.sources.folder import open_digits
+from pipeline.sources.cifar import open_digits
 from samplers import SampleIndex
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -36,22 +36,15 @@ def check(source, expected, classes):
 # Ids as published: of images with gaps, of categories from 0. Both species of Animalia are Aves,
 # so the levels differ in their numbers of classes.
 SUPER = ("Aves", "Aves", "Plantae")
+LEVELS = ("name", "kingdom", "phylum", "class", "order", "supercategory", "family", "genus")
 CATEGORIES = [
-    {
-        "id": number,
-        "name": name,
-        "kingdom": kingdom,
-        "phylum": phylum,
-        "class": "c",
-        "order": "o",
-        "supercategory": SUPER[number],
-        "family": f"f{number % 2}",
-        "genus": name.split()[0],
-    }
-    for number, name, kingdom, phylum in (
-        (0, "Alca torda", "Animalia", "Chordata"),
-        (1, "Uria aalge", "Animalia", "Chordata"),
-        (2, "Acer rubrum", "Plantae", "Tracheophyta"),
+    {"id": number, **dict(zip(LEVELS, levels.split("/"), strict=True))}
+    for number, levels in enumerate(
+        (
+            "Alca torda/Animalia/Chordata/c/o/Aves/f0/Alca",
+            "Uria aalge/Animalia/Chordata/c/o/Aves/f1/Uria",
+            "Acer rubrum/Plantae/Tracheophyta/c/o/Plantae/f0/Acer",
+        )
     )
 ]
 

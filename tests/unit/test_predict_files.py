@@ -212,10 +212,10 @@ def test_a_folder_may_be_called_as_a_file(images, call, tmp_path):
 
 
 def test_a_folder_that_may_not_be_read(images, call, monkeypatch):
-    def unreadable(self):
-        raise PermissionError(13, "Permission denied")
+    def unreadable(path):
+        raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "iterdir", unreadable)
+    monkeypatch.setattr(os, "scandir", unreadable)
     status, _, errors = call(images)
     assert (status, errors) == (1, f"error: cannot read folder {images}: Permission denied\n")
 

@@ -18,12 +18,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torchvision.datasets import ImageFolder
 
 from datasets import SMALL_SIZE
 from models import ModelError
 from pipeline.images import DataError
 from pipeline.sources.base import Encoded, Files
+from pipeline.sources.folder import open_folder_of_classes
 from pipeline.sources.shards import open_shards
 from tools import pack_dataset
 from tools.benchmark.__main__ import machine
@@ -39,13 +39,9 @@ def open_folder(path: Path, count: int) -> Files:
     Raises:
         DataError: The folder is missing or has no images.
     """
-    try:
-        found = ImageFolder(str(path))
-    except FileNotFoundError as error:
-        raise DataError(f"--data-path {path}: {error}") from error
-    step = max(1, len(found.samples) // count)
-    paths, targets = zip(*found.samples[::step][:count], strict=True)
-    return Files(paths, targets, found.classes)
+    found = open_folder_of_classes(path, hidden=True)
+    chosen = range(0, len(found), max(1, len(found) // count))[:count]
+    return Files([found.name(i) for i in chosen], found.targets[list(chosen)], found.classes)
 
 
 @contextlib.contextmanager

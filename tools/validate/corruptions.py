@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.images import DataError
-from tools.files import subfolders
+from pipeline.sources.folder import list_folders
 
 SEVERITIES = (1, 2, 3, 4, 5)
 ALEXNET = {  # AlexNet's top-1 errors in percent, means over the severities
@@ -66,7 +66,7 @@ def find_corruptions(folder: Path) -> dict[str, list[Path]]:
     """
     if not os.path.isdir(folder):
         raise DataError(f"--corruptions {folder} is no folder")
-    names = [path.name for path in subfolders(folder)]
+    names = list_folders(folder)
     if not names:
         raise DataError(f"--corruptions {folder} has no folders CORRUPTION/SEVERITY/CLASS")
     names = [name for name in ALEXNET if name in names] + [n for n in names if n not in ALEXNET]

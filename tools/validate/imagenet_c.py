@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from pipeline.sources.folder import list_classes
 from tools import cli
 from tools.validate import corruptions, tables
 from tools.validate.cases import Case, again, cases
 from tools.validate.classes import NUM_IMAGENET
 from tools.validate.evaluate import evaluate
-from tools.validate.sets import class_names, open_class_folders
+from tools.validate.sets import open_class_folders
 from tools.validate.text import shown
 
 
@@ -63,7 +64,7 @@ def check_classes(
     for case in cases(args.checkpoints, args, device):
         for paths in folders.values():
             for path in paths:
-                case.match(class_names(path), str(path))
+                case.match(list_classes(path), str(path))
 
 
 def measure(case: Case, name: str, paths: Sequence[Path], told: set[str]) -> corruptions.Corruption:

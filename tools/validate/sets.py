@@ -6,14 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import is_image_file
 
 import datasets
 from pipeline.images import DataError
 from pipeline.prefetch import Prefetcher
 from pipeline.sources.base import Encoded, Files
-from tools.files import subfolders
+from pipeline.sources.folder import list_classes, open_folder_of_classes
 
 
 class EvalSet:
@@ -57,35 +55,6 @@ class EvalSet:
         return self.file_names() if isinstance(self._dataset.source, Files) else []
 
 
-class VisibleFolder(ImageFolder):
-    """``FOLDER/CLASS/*`` without what is hidden, such as the copies that notebooks keep."""
-
-    def __init__(self, folder: Path):
-        hidden = f"{os.sep}."
-
-        def is_visible_image(path: str) -> bool:
-            return is_image_file(path) and hidden not in path.removeprefix(str(folder))
-
-        super().__init__(str(folder), is_valid_file=is_visible_image)
-
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        """Names of the classes, and their numbers."""
-        names = class_names(Path(directory))
-        return names, {name: index for index, name in enumerate(names)}
-
-
-def class_names(folder: Path) -> list[str]:
-    """The classes of ``folder/CLASS/*``.
-
-    Raises:
-        DataError: There are none, or the folder cannot be read.
-    """
-    names = [path.name for path in subfolders(folder)]
-    if not names:
-        raise DataError(f"{folder} has no folders of classes")
-    return names
-
-
 def open_set(args: Namespace, device: torch.device) -> EvalSet:
     """The test set of the flags at ``args.input_size``.
 
@@ -105,7 +74,7 @@ def _folder_of_classes(folder: Path) -> Path:
     if not os.path.isdir(folder):
         what = "is no folder" if os.path.exists(folder) else "does not exist"
         raise DataError(f"--data-path {folder} {what}")
-    names = class_names(folder)
+    names = list_classes(folder)
     for split in ("val", "validation"):
         if split in names:
             return folder / split
@@ -125,10 +94,5 @@ def open_class_folders(folder: Path, args: Namespace, title: str | None = None) 
     Raises:
         DataError: There are no classes, or one has no image.
     """
-    try:
-        found = VisibleFolder(folder)
-    except OSError as error:
-        raise DataError(f"{folder}: {error}") from error
-    paths, targets = zip(*found.samples, strict=True)
-    source = Files(paths, targets, found.classes)
+    source = open_folder_of_classes(folder)
     return EvalSet(datasets.augmented(source, False, args), title or str(folder))

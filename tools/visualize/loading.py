@@ -13,6 +13,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 import datasets
 import models
 from pipeline.images import DataError, load_image
+from pipeline.sources.folder import list_images
 from tools import networks
 from training.launch import DistInfo, select_device
 from utils import UserError
@@ -136,8 +137,8 @@ def find_images(folder: str | Path, count: int) -> list[Path]:
     root = Path(folder)
     if not root.is_dir():
         raise DataError(f"{folder} is not a folder")
-    found = (p for p in root.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
-    found = sorted(found)
+    paths = map(Path, list_images(root, suffixes=ENDINGS, hidden=True))
+    found = sorted(path for path in paths if path.is_file())
     if len(found) < count:
         raise DataError(f"{folder} has {len(found)} image(s), fewer than {count}")
     return [found[index * len(found) // count] for index in range(count)]

@@ -1,0 +1,75 @@
+"""Image folders: what is listed, in which order, and what is refused."""
+
+import os
+from functools import partial
+
+import pytest
+from conftest import write_images
+from refusing import refused
+from torchvision.datasets import ImageFolder
+
+from pipeline.sources.folder import (
+    list_classes,
+    list_folders,
+    list_images,
+    open_folder_of_classes,
+    open_image_folder,
+)
+
+NAMES = ("b.jpg", "a.PNG", ".hidden.jpg", "notes.txt", "d-e/f.jpg", "d/e/g.webp", "d/x.jpg")
+NAMES += (".copies/h.jpg", "d/.copies/i.jpg")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in NAMES:
+        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / name).write_bytes(b"")
+    (tmp_path / "root" / "link").symlink_to(tmp_path / "root" / "d" / "e")
+    return tmp_path / "root"
+
+
+def test_images_of_a_folder(folder):
+    def names(**options):
+        return [os.path.relpath(path, folder) for path in list_images(folder, **options)]
+
+    visible = ["a.PNG", "b.jpg", "d/x.jpg", "d-e/f.jpg", "d/e/g.webp", "link/g.webp"]
+    hidden = [".hidden.jpg", ".copies/h.jpg", "d/.copies/i.jpg"]
+    assert sorted(names()) == sorted(visible)
+    assert names(recursive=False) == ["a.PNG", "b.jpg"]
+    assert sorted(names(hidden=True)) == sorted(visible + hidden)
+    assert names(suffixes=(".txt", ".png")) == ["a.PNG", "notes.txt"]
+    assert list_folders(folder) == list_classes(folder) == ["d", "d-e", "link"]
+    assert list_folders(folder, hidden=True) == [".copies", "d", "d-e", "link"]
+
+
+def test_classes_are_those_of_torchvision(folder):
+    """With hidden names, in the same order: runs depend on it."""
+    source, theirs = open_folder_of_classes(folder, hidden=True), ImageFolder(folder)
+    paths = [source.name(index) for index in range(len(source))]
+    assert list(zip(paths, source.targets, strict=True)) == theirs.samples
+    assert source.classes == theirs.classes
+    assert open_folder_of_classes(folder).classes == ["d", "d-e", "link"]
+    assert len(open_folder_of_classes(folder)) == len(theirs) - 2
+
+
+def test_folders_that_cannot_be_used_are_named(folder):
+    for place in (folder / "none", folder / "b.jpg"):
+        for call in (list_images, list_folders, open_folder_of_classes):
+            refused(partial(call, place), place)
+    refused(partial(open_folder_of_classes, folder / "d" / "e"), folder / "d" / "e")
+    (folder / "lynx").mkdir()
+    refused(partial(open_folder_of_classes, folder), folder, "lynx", ".jpg")
+
+
+def test_the_two_splits_of_an_image_folder(tmp_path):
+    root = write_images(tmp_path / "images", 2, 1)
+    assert [len(open_image_folder(root, is_train)) for is_train in (True, False)] == [4, 2]
+    (root / "val" / "emu").mkdir()
+    for is_train in (True, False):
+        refused(partial(open_image_folder, root, is_train), root / "val", "emu")
+    (root / "val").rename(root / "test")
+    refused(partial(open_image_folder, root, False), root, "val/", "--data-path")
+    (root / "train").rename(root / "else")
+    refused(partial(open_image_folder, root, True), root, "train/", "--data-path")
+    refused(partial(open_image_folder, root / "none", True), root / "none", "--data-path")
