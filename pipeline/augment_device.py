@@ -1,4 +1,4 @@
-"""Augmentation of a whole batch on its device, with Pillow's results bit by bit."""
+"""Augmentation of a batch on its device, bitwise equal to Pillow's."""
 
 from collections import defaultdict
 
@@ -10,24 +10,25 @@ from pipeline.augment_ops import ENCODED, Kind
 
 
 def augment(images: Tensor, operations: Tensor, fill: tuple[int, int, int]) -> Tensor:
-    """Apply to each image its operations, in their order, without waiting for the device.
+    """Apply to each image its operations, in order, without waiting for the device.
 
     Args:
         images: RGB, uint8 ``B 3 H W`` in any memory format; they are not changed.
-        operations: float64 ``B S 8`` on the host, see :func:`pipeline.augment_ops.encode`.
-        fill: Red, green and blue of what comes from outside an image.
+        operations: float64 ``B S 8`` on the CPU, see :func:`pipeline.augment_ops.encode`.
+        fill: Red, green and blue of pixels from outside an image.
 
     Returns:
         uint8 ``B 3 H W``, channels last.
 
     Raises:
-        ValueError: The operations are not on the host, or not those of so many images.
+        ValueError: The operations are not on the CPU, or have another shape.
     """
     if operations.device.type != "cpu":
-        raise ValueError(f"operations must be on the host, not on {operations.device}")
+        raise ValueError(f"operations must be on the CPU, not on {operations.device}")
     if operations.ndim != 3 or operations.shape[::2] != (len(images), ENCODED):
         raise ValueError(
-            f"operations must be {len(images)} S {ENCODED}, not {list(operations.shape)}"
+            f"shape of operations must be [{len(images)}, S, {ENCODED}], not"
+            f" {list(operations.shape)}"
         )
     pixels = images.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)  # B H W 3
     values = operations.to(images.device, non_blocking=True)[..., 1:-1]  # B S 6
@@ -46,7 +47,7 @@ def augment(images: Tensor, operations: Tensor, fill: tuple[int, int, int]) -> T
 
 
 def _groups(codes: Tensor) -> dict[tuple[Kind, bool], list[int]]:
-    """The samples of each kind and filter, from ``B 2`` of these; NONE is left out."""
+    """Group samples by kind and filter, given as ``B 2``; NONE is omitted."""
     groups = defaultdict(list)
     for sample, (kind, bicubic) in enumerate(codes.tolist()):
         if kind != Kind.NONE:
@@ -55,7 +56,7 @@ def _groups(codes: Tensor) -> dict[tuple[Kind, bool], list[int]]:
 
 
 def _affine(pixels: Tensor, values: Tensor, bicubic: bool, colour: Tensor) -> Tensor:
-    """Pixels ``N H W 3`` at the positions that the ``values`` ``N 6`` give, see ``Kind``."""
+    """Sample images ``N H W 3`` at the positions of the ``values`` ``N 6``, see ``Kind``."""
     _, height, width, _ = pixels.shape
     columns = torch.arange(width, device=pixels.device).double() + 0.5
     rows = torch.arange(height, device=pixels.device).double()[:, None] + 0.5
@@ -70,7 +71,7 @@ def _affine(pixels: Tensor, values: Tensor, bicubic: bool, colour: Tensor) -> Te
 def _sample(planes: Tensor, x: Tensor, y: Tensor, bicubic: bool) -> Tensor:
     """Interpolate images ``N C H W`` at ``x``, ``y`` (``N H W``, 0 at the first centre).
 
-    As in Pillow, first along the rows, then between them, the outermost pixels repeated.
+    As in Pillow, first along the rows, then between them; the outermost pixels are repeated.
     """
     batch, channels, height, width = planes.shape
     left, top = x.floor(), y.floor()
@@ -99,18 +100,18 @@ def _cubic(a: Tensor, b: Tensor, c: Tensor, d: Tensor, t: Tensor) -> Tensor:
 
 
 def _blend(degenerate: Tensor | float, pixels: Tensor, factor: Tensor) -> Tensor:
-    """``degenerate + factor (pixels - degenerate)``, clipped, without its fraction."""
+    """Return ``degenerate + factor (pixels - degenerate)``, clipped and rounded down."""
     return ((pixels - degenerate) * factor + degenerate).clamp_(0, 255).byte()
 
 
 def _grey(pixels: Tensor) -> Tensor:
-    """Pillow's grey, int32 ``N H W 1``, of pixels ``N H W 3``."""
+    """Convert pixels ``N H W 3`` to Pillow's grey, int32 ``N H W 1``."""
     red, green, blue = pixels.int().split(1, dim=-1)
     return (19595 * red + 38470 * green + 7471 * blue + 2**15) >> 16
 
 
 def _look_up(tables: Tensor, pixels: Tensor) -> Tensor:
-    """Replace pixels ``N H W 3`` by what tables ``N 3 256`` have for them; uint8."""
+    """Look up pixels ``N H W 3`` in tables ``N 3 256``; returns uint8."""
     index = pixels.flatten(1, 2).transpose(1, 2).long()  # N 3 HW
     return tables.byte().gather(2, index).transpose(1, 2).view_as(pixels)
 
@@ -119,7 +120,7 @@ def _auto_contrast(pixels: Tensor, _: Tensor) -> Tensor:
     low, high = (extreme(pixels, (1, 2))[..., None] for extreme in (torch.amin, torch.amax))
     low, spread = low.double(), (high - low).double()  # N 3 1
     ramp = torch.arange(256, device=pixels.device)
-    scale = torch.full_like(spread, 255) / spread.clamp(min=1)  # a number by it is less exact
+    scale = torch.full_like(spread, 255) / spread.clamp(min=1)  # 255 / x rounds otherwise
     tables = (ramp * scale + -low * scale).trunc().clamp_(0, 255)
     return _look_up(torch.where(spread > 0, tables, ramp), pixels)
 
@@ -133,7 +134,7 @@ def _equalize(pixels: Tensor, _: Tensor) -> Tensor:
     ramp = torch.arange(256, device=pixels.device)
     brightest = (ramp * (counts > 0)).amax(2, keepdim=True)
     total = counts.sum(2, keepdim=True)
-    step = (total - counts.gather(2, brightest)) // 255  # 0 if there is but one value, too
+    step = (total - counts.gather(2, brightest)) // 255  # also 0 if there is only one value
     below = counts.cumsum(2) - counts
     tables = ((step // 2 + below) // step.clamp(min=1)).clamp_(max=255)
     return _look_up(torch.where(step > 0, tables, ramp), pixels)
@@ -212,7 +213,7 @@ def crop_padded(images: Tensor, offsets: Tensor, padding: int) -> Tensor:
 
 
 def flip(images: Tensor, mask: Tensor) -> Tensor:
-    """Mirror the images ``B 3 H W`` for which ``mask`` ``B`` is true."""
+    """Flip the images ``B 3 H W`` for which ``mask`` ``B`` is true horizontally."""
     mask = mask.to(images.device, non_blocking=True)
     return torch.where(mask[:, None, None, None], images.flip(3), images)
 
@@ -224,7 +225,7 @@ def erase(
 
     Args:
         images: float ``B 3 H W``; they are changed.
-        boxes: int64 ``B K 4`` on the host: top, left, height and width in pixels, zeros for none.
+        boxes: int64 ``B K 4`` on the CPU: top, left, height and width in pixels, zeros for none.
         mode: ``pixel`` for standard normal noise, ``rand`` for one such colour a box, ``const``
             for zeros.
         generator: Source of the noise, on the device of the images.
@@ -233,12 +234,12 @@ def erase(
         The images.
 
     Raises:
-        ValueError: The mode is unknown, or the boxes are not on the host.
+        ValueError: The mode is unknown, or the boxes are not on the CPU.
     """
     if mode not in ("pixel", "rand", "const"):
-        raise ValueError(f"erasing mode {mode!r} is none of pixel, rand, const")
+        raise ValueError(f"erasing mode must be one of pixel, rand, const, not {mode!r}")
     if boxes.device.type != "cpu":
-        raise ValueError(f"boxes must be on the host, not on {boxes.device}")
+        raise ValueError(f"boxes must be on the CPU, not on {boxes.device}")
     for image, drawn in zip(images, boxes.tolist(), strict=True):
         for top, left, height, width in drawn:
             if not height:

@@ -1,4 +1,4 @@
-"""What timm's augmentation draws for an image, as numbers that other code can apply."""
+"""Operations and boxes that timm's augmentation samples for an image, as numbers to apply later."""
 
 import copy
 import math
@@ -20,11 +20,11 @@ FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
 
 
 class UnsupportedPolicy(ValueError):
-    """A policy has an operation that cannot be expressed; the message names it."""
+    """A policy has an operation without a :class:`Kind`; the message names it."""
 
 
 class Kind(IntEnum):
-    """What an operation does, and the values that it takes."""
+    """Kinds of operations, with the values that they take."""
 
     NONE = 0
     AFFINE = 1  # a, b, c, d, e, f: output (x, y) is input (a x + b y + c, d x + e y + f)
@@ -44,10 +44,10 @@ class Operation(NamedTuple):
     """One step of an augmentation.
 
     Attributes:
-        kind: What is done.
+        kind: Kind of the operation.
         values: Up to 6 numbers, see :class:`Kind`. Coordinates are in pixels, where the first
             pixel covers 0..1, as in ``PIL.Image.transform``.
-        bicubic: Whether AFFINE interpolates by bicubic, else by bilinear filter.
+        bicubic: AFFINE interpolates by bicubic (else bilinear) filter.
     """
 
     kind: Kind
@@ -65,7 +65,7 @@ class Box(NamedTuple):
 
 
 class _Recording:
-    """Stands for an image of ``size`` (width, height); keeps what is done to it.
+    """Stand-in for an image of ``size`` (width, height) that records its operations.
 
     It has the methods of ``PIL.Image.Image`` that timm's geometric operations call.
     """
@@ -90,7 +90,7 @@ class _Recording:
 
 
 def rotation(degrees: float, width: int, height: int) -> tuple[float, ...]:
-    """The six values of a rotation, counter-clockwise around the centre of an image.
+    """Return the six values of a rotation, counter-clockwise around the centre of an image.
 
     Cosine and sine are rounded to 15 digits as in ``PIL.Image.rotate``, so that the pixels are
     the same.
@@ -144,31 +144,31 @@ RECORDERS = {
 
 
 class PolicyRecorder:
-    """Draws operations from a RandAugment or AutoAugment policy of timm.
+    """Samples operations from a RandAugment or AutoAugment policy of timm.
 
-    timm itself draws: its objects are called on a stand-in for the image, in copies whose
-    operations note what they would do. So ``random`` and ``numpy.random`` are used exactly as
-    by the policy itself. Operations that change nothing are left out.
+    Copies of timm's objects, whose operations record instead of computing, are called on a
+    stand-in for the image. So ``random`` and ``numpy.random`` are used exactly as by the policy
+    itself. Operations without effect are omitted.
 
     Args:
         policy: The transform; it is not changed.
-        width: Of the images that the policy would get, in pixels.
-        height: Of the same images.
+        width: Width of the images in pixels.
+        height: Height of the images in pixels.
 
     Attributes:
-        fill: Red, green and blue of what comes from outside the image.
-        slots: The most operations that a draw can have.
+        fill: Red, green and blue of pixels from outside the image.
+        slots: Largest number of operations of a sample.
 
     Raises:
         UnsupportedPolicy: The transform is of another type, or one of its operations (named in
-            the message) has no :class:`Kind`, another filter than bilinear and bicubic, or
-            another fill colour than the rest.
+            the message) has no :class:`Kind`, a filter other than bilinear and bicubic, or a
+            fill colour of its own.
     """
 
     def __init__(self, policy: RandAugment | AutoAugment, width: int, height: int):
         if type(policy) not in (RandAugment, AutoAugment):
             raise UnsupportedPolicy(
-                f"{type(policy).__name__} is neither a RandAugment nor an AutoAugment"
+                f"policy must be a RandAugment or AutoAugment, not {type(policy).__name__}"
             )
         self._size = width, height
         self._policy = copy.copy(policy)
@@ -182,26 +182,26 @@ class PolicyRecorder:
             operations = [operation for part in policy.policy for operation in part]
         self.fill: tuple[int, int, int] = _fill(operations)
 
-    def draw(self) -> list[Operation]:
-        """The operations for the next image, in their order.
+    def sample(self) -> list[Operation]:
+        """Return the operations for the next image, in order.
 
         Raises:
-            ValueError: The policy wants to posterize to 0 bits, which Pillow refuses, too.
+            ValueError: The policy posterizes to 0 bits, which Pillow does not support either.
         """
         return self._policy(_Recording(self._size)).operations
 
 
 def _recording(operations: Sequence[AugmentOp]) -> list[AugmentOp]:
-    """Copies of a policy's operations that record what they do."""
+    """Return copies of a policy's operations that record."""
     copies = [copy.copy(operation) for operation in operations]
     for operation in copies:
         if operation.aug_fn not in RECORDERS:
-            raise UnsupportedPolicy(f"operation {operation.name} cannot be expressed")
+            raise UnsupportedPolicy(f"operation {operation.name} is not supported")
         resample = operation.kwargs["resample"]
         filters = resample if isinstance(resample, Sequence) else [resample]
         if operation.aug_fn in GEOMETRIC and not set(filters) <= set(FILTERS):
             raise UnsupportedPolicy(
-                f"operation {operation.name} has filter {resample}, not bilinear or bicubic"
+                f"filter of {operation.name} must be bilinear or bicubic, not {resample}"
             )
         operation.aug_fn = RECORDERS[operation.aug_fn]
     return copies
@@ -213,14 +213,14 @@ def _fill(operations: Sequence[AugmentOp]) -> tuple[int, int, int]:
         colour = operation.kwargs["fillcolor"]
         if colour != fill or not isinstance(colour, tuple) or len(colour) != 3:
             raise UnsupportedPolicy(
-                f"operation {operation.name} fills with {colour}; it must be one tuple of red,"
-                " green and blue for all"
+                f"fill colour of {operation.name} must be red, green and blue, the same for all"
+                f" operations, not {colour}"
             )
     return fill
 
 
 class _ErasedImage:
-    """Stands for an image tensor ``3 H W``; keeps where it is assigned to."""
+    """Stand-in for an image tensor ``3 H W`` that records where it is assigned to."""
 
     dtype = torch.float32
 
@@ -238,16 +238,15 @@ class _ErasedImage:
 
 
 class ErasingRecorder:
-    """Draws the boxes of timm's RandomErasing, of which only ``random`` is used.
+    """Samples the boxes of timm's RandomErasing, which only uses ``random`` for them.
 
     Args:
         erasing: The transform; it is not changed.
-        height: Of the images that it would get, in pixels.
-        width: Of the same images.
+        height: Height of the images in pixels.
+        width: Width of the images in pixels.
 
     Attributes:
-        slots: The most boxes that a draw can have.
-        mode: ``pixel``, ``rand`` or ``const``: what the boxes are filled with.
+        slots: Largest number of boxes of a sample.
     """
 
     def __init__(self, erasing: RandomErasing, height: int, width: int):
@@ -256,18 +255,17 @@ class ErasingRecorder:
         self._erasing.device = "meta"
         self._erasing.per_pixel = self._erasing.rand_color = False
         self.slots: int = erasing.max_count
-        self.mode: str = erasing.mode or "const"
 
-    def draw(self) -> list[Box]:
-        """The boxes for the next image; later ones lie over earlier ones."""
+    def sample(self) -> list[Box]:
+        """Return the boxes for the next image; later ones lie over earlier ones."""
         return self._erasing(_ErasedImage(self._shape)).boxes
 
 
 def encode(operations: Sequence[Operation], slots: int) -> np.ndarray:
-    """Operations as float64 ``slots 8``: kind, six values, bicubic; NONE in what is left.
+    """Encode operations as float64 ``slots 8``: kind, six values, bicubic; NONE fills the rest.
 
-    In float32, positions would be off by 1e-5 pixels. Where the exact result is a whole number,
-    as often is with magnitudes like 0.45, that decides whether it is rounded down to the next.
+    In float32, positions would be off by 1e-5 pixels. Exact results are often whole numbers, for
+    example with a magnitude of 0.45, and would be rounded down to the next lower one.
 
     Raises:
         ValueError: There are more operations than slots.

@@ -215,12 +215,12 @@ class FastDataset(LabelledImages):
         if hflip > 0 and torch.rand(1).item() < hflip:
             is_array = isinstance(pixels, np.ndarray)
             pixels = flip(pixels) if is_array else pixels._replace(is_flipped=True)
-        operations = self.policy.draw() if self.policy else []
+        operations = self.policy.sample() if self.policy else []
         if self._augment and operations:
             pixels, operations = augment_host.apply(pixels, operations, self.policy.fill), []
         if self._pil_steps:
             pixels = np.array(_apply(self._pil_steps, Image.fromarray(pixels)))
-        return RawSample(pixels, operations, self._erasing.draw() if self._erasing else [])
+        return RawSample(pixels, operations, self._erasing.sample() if self._erasing else [])
 
     def _crop(self, index: int) -> np.ndarray | EncodedCrop | ResidentCrop:
         crop = self.augmentation.crop

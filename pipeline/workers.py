@@ -1,4 +1,4 @@
-"""How loader processes behave: whose signals they obey, and when they end."""
+"""Signals of loader workers, and their end."""
 
 import ctypes
 import os
@@ -8,30 +8,30 @@ import threading
 
 
 def die_with_parent(number: int) -> None:
-    """Let the system send this process a signal when the one that started it ends (Linux)."""
+    """Have this process receive a signal when its parent ends (Linux only)."""
     if sys.platform == "linux":
         parent = os.getppid()
         ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it ended meanwhile
+        if os.getppid() != parent:  # it has ended since
             os.kill(os.getpid(), number)
 
 
 def worker_init_fn(worker: int) -> None:
-    """Leave signals to the process that this loader process works for, and die with it.
+    """Ignore stop signals unless the parent sends them, and die with the parent.
 
-    A terminal, Slurm and torchrun send what asks a run to stop to all of its processes, and the
-    step at hand needs its data still. Only that process itself may end this one.
+    Terminals, Slurm and torchrun signal all processes of a run, but the current step still needs
+    its data. Only the parent may end a worker.
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # it tells who sent a signal; macOS does not have it
+    if hasattr(signal, "sigwaitinfo"):  # tells the sender of a signal; not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
     die_with_parent(signal.SIGKILL)
 
 
-def _obey(parent: int) -> None:
-    """End this process when its parent asks for it, and nobody else."""
+def _exit_with_parent(parent: int) -> None:
+    """End this process on SIGTERM from its parent."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         continue
     os._exit(0)

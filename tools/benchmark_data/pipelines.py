@@ -26,9 +26,9 @@ STAGES = {  # product functions by stage, of both pipelines
     "decode": [(fast, "decode_crop"), (Encoded, "decode")],
     "crop, resize": [(fast, "resize")],
     "flip": [(fast, "flip")],
-    "RandAugment": [(PolicyRecorder, "draw"), (augment_host, "apply")],
+    "RandAugment": [(PolicyRecorder, "sample"), (augment_host, "apply")],
     "normalise": [(prefetch.BatchFinalizer, "normalized")],
-    "erase": [(ErasingRecorder, "draw"), (prefetch, "erase")],
+    "erase": [(ErasingRecorder, "sample"), (prefetch, "erase")],
     "collate": [(fast.FastDataset, "collate"), (reference, "default_collate")],
 }
 REFERENCE_STAGES = {  # stages of the reference's transform
