@@ -1,4 +1,4 @@
-"""Pictures of a confusion matrix and of the reliability of confidences."""
+"""Pictures of a confusion matrix, and reliability diagrams."""
 
 import io
 import math
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tools.validate.counts import NUM_BINS, Bins, most_confused
+from tools.validate.metrics import NUM_BINS, Bins, most_confused
 from training.files import OutputError, write_atomically
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LABELLED = 30  # classes, at most, that get names and numbers
-LISTED = 20  # pairs of classes beside the picture of more
+LISTED = 20  # pairs of classes next to the picture of more
 DPI = 120
 SIDE = 1000  # pixels of the picture of more classes, about
 CELLS = 500  # in a row of that, at most
@@ -27,7 +27,7 @@ LIGHT_BLUE, DARK_RED = "#9ecae1", "#a50f15"
 def new_figure(
     width: float, height: float, flag: str, layout: str | None = "constrained"
 ) -> "Figure":
-    """An empty figure, in inches.
+    """Return an empty figure, in inches.
 
     Raises:
         OutputError: matplotlib is not installed.
@@ -40,10 +40,10 @@ def new_figure(
 
 
 def save(figure: "Figure", path: Path) -> None:
-    """Write a figure as PNG, whole or not at all.
+    """Write a figure as a PNG file atomically.
 
     Raises:
-        OutputError: It cannot be written.
+        OutputError: The file cannot be written.
     """
     data = io.BytesIO()
     with warnings.catch_warnings():
@@ -55,17 +55,17 @@ def save(figure: "Figure", path: Path) -> None:
 
 
 def plain_text(text: str) -> str:
-    """``text`` as matplotlib shows it letter by letter: dollars begin no formula."""
+    """Escape ``text`` for matplotlib: dollar signs do not start a formula."""
     return text.replace("$", r"\$")
 
 
 def confusion_figure(confusion: np.ndarray, names: Sequence[str], title: str) -> "Figure":
-    """Shares of each true class (rows) by prediction; counts in it, or pairs beside it.
+    """Draw the share of predictions of each true class (rows), with counts or a list of pairs.
 
     Args:
         confusion: Images by true class and prediction, ``K K``.
-        names: What the classes are called, ``K``.
-        title: Above the picture.
+        names: Class names, ``K``.
+        title: Title of the picture.
     """
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     names = [plain_text(name) for name in names]
@@ -97,7 +97,7 @@ def _few_classes(
 def _many_classes(
     confusion: np.ndarray, shares: np.ndarray, names: Sequence[str], title: str
 ) -> "Figure":
-    """Every cell is a whole number of pixels, so that equal shares have equal colours."""
+    """Draw cells of a whole number of pixels, so that equal shares have equal colours."""
     block = math.ceil(len(names) / CELLS)
     shares = largest_of_blocks(shares, block)
     side = len(shares) * (SIDE // len(shares))
@@ -125,7 +125,7 @@ def _many_classes(
 
 
 def largest_of_blocks(shares: np.ndarray, block: int) -> np.ndarray:
-    """The largest value of each ``block`` rows and columns: a mean would hide single ones."""
+    """Return the maximum of each ``block`` rows and columns; a mean would hide single values."""
     cells = math.ceil(len(shares) / block)
     whole = np.zeros((cells * block, cells * block))
     whole[: len(shares), : len(shares)] = shares
@@ -153,7 +153,7 @@ def _list_pairs(axes: "Axes", pairs: Sequence[tuple[int, int, int]], names: Sequ
 
 
 def reliability_figure(bins: Bins, title: str) -> "Figure":
-    """Accuracy over confidence above a histogram of confidences, for all in percent."""
+    """Draw accuracy by confidence above a histogram of confidences, in percent."""
     figure = new_figure(5.5, 7, "--reliability")
     figure.suptitle(f"{plain_text(title)}\nECE {100 * bins.ece:.2f}%")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tools.validate.text import shown
+from tools.cli import shown
 from utils import UserError
 
 MAGNITUDE, SIGNED = "viridis", "RdBu_r"  # safe for the colour-blind; red is positive
