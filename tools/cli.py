@@ -1,5 +1,6 @@
 """How tools that print and write results begin and end."""
 
+import argparse
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -7,6 +8,7 @@ from pathlib import Path
 
 from training import launch
 from training.files import OutputError
+from training.flags import positive
 
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 SURROGATES = re.compile("[\ud800-\udfff]")  # what Python makes of bytes that are not UTF-8
@@ -47,3 +49,24 @@ def finish(files: Sequence[tuple[Path, Callable[[Path], None]]], failed: Sequenc
     for message in failed:
         launch.fail(shown(message))
     return 1 if failed else 0
+
+
+class _ImageSize(argparse.Action):
+    """Store one or two numbers as height and width."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if len(values) > 2:
+            parser.error(f"{option_string} takes one or two numbers, not {len(values)}")
+        setattr(namespace, self.dest, (values[0], values[-1]))
+
+
+def add_input_size(parser: argparse.ArgumentParser) -> None:
+    """Add ``--input-size``: a side, or height and width; a tuple or None."""
+    parser.add_argument(
+        "--input-size",
+        type=positive,
+        nargs="+",
+        action=_ImageSize,
+        metavar=("H", "W"),
+        help="height and width in pixels, or the side; the checkpoint's or model's if not given",
+    )
