@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pipeline.images import DataError
-from pipeline.sources.folder import list_folders
+from pipeline.sources.folder import list_classes, list_folders
 from tools import cli, tables
 from tools.validate.classes import NUM_IMAGENET
 from tools.validate.eval_models import EvalModel, eval_models
