@@ -1,5 +1,6 @@
 """Shared data and helpers of the tests."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -231,22 +232,27 @@ def vit(tmp_path):
 
 
 @pytest.fixture
-def main(capsys, monkeypatch):
-    """``main(*flags) -> (status, output, errors)``: main.py in this process.
+def program(capsys, monkeypatch):
+    """``program(main, *flags) -> (status, output, errors)``: a program's ``main`` in this process.
 
     With one thread, as :func:`run_python` has: sums depend on the number of threads.
     """
-    import main as module
-
     for key in set(os.environ) - set(clean_env()):
         monkeypatch.delenv(key)
 
-    def call(*flags):
+    def call(function, *flags):
         capsys.readouterr()
         torch.set_num_threads(1)
-        status = module.main([str(flag) for flag in flags])
+        status = function([str(flag) for flag in flags])
         torch.set_num_threads(THREADS)
-        output, errors = capsys.readouterr()
-        return status, output, errors
+        return status, *capsys.readouterr()
 
     return call
+
+
+@pytest.fixture
+def main(program):
+    """``main(*flags) -> (status, output, errors)``: main.py in this process."""
+    import main as module
+
+    return functools.partial(program, module.main)

@@ -36,7 +36,6 @@ from tools.validate.text import labels, shortened, shown
 from training import launch
 from training.files import OutputError
 from training.flags import Parser
-from training.launch import DistInfo
 from utils import UserError
 
 if TYPE_CHECKING:
@@ -272,7 +271,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 def prepared(args: Namespace) -> Case:
     """The network of the flags, ready to run."""
-    device = launch.select_device(args.device, DistInfo())
+    device = launch.select_device(args.device)
     sizes = [args.input_size] if args.input_size else None
     others = {"input_size": sizes, "data_set": "IMNET", "fuse": False}
     files = [args.checkpoint] if args.checkpoint else []

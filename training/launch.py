@@ -208,11 +208,15 @@ def stay_with_torchrun(place: DistInfo, env: Mapping[str, str]) -> None:
             return  # an address that is hard to reach: the meeting itself will tell
 
 
-def select_device(name: str | None, place: DistInfo) -> torch.device:
-    """``--device``, or CUDA if present, else the CPU; under CUDA the local rank's own GPU.
+def select_device(name: str | None, place: DistInfo | None = None) -> torch.device:
+    """Return ``--device``: CUDA if available, else the CPU, if not given.
+
+    Args:
+        name: Flag, or None.
+        place: Of several processes, each has the CUDA device of its local rank.
 
     Raises:
-        UserError: The device does not exist here.
+        UserError: The device does not exist on this machine.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -232,11 +236,12 @@ def select_device(name: str | None, place: DistInfo) -> torch.device:
     count = torch.cuda.device_count()
     if count == 0:
         raise UserError(f"--device {name}: no CUDA device here; use --device cpu")
-    index = place.local_rank if place.world_size > 1 else device.index or 0
+    if place is not None and place.world_size > 1:
+        index, what = place.local_rank, f"local rank {place.local_rank}"
+    else:
+        index, what = device.index or 0, f"--device {name}"
     if index >= count:
-        raise UserError(
-            f"local rank {index} has no GPU: {count} here; start at most {count} processes"
-        )
+        raise UserError(f"{what} has no GPU: {count} here; start at most {count} processes")
     return torch.device("cuda", index)
 
 

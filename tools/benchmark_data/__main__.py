@@ -28,7 +28,7 @@ from pipeline.sources.base import Encoded, Files
 from pipeline.sources.shards import open_shards
 from samplers import SampleIndex
 from tools import pack_dataset
-from tools.benchmark.__main__ import machine
+from tools.benchmark.measure import machine
 from tools.benchmark_data.feeding import Training, in_memory
 from tools.benchmark_data.sides import Side, fast_stages, reference_stages, seconds_of, sides
 from tools.benchmark_data.workers import Workers

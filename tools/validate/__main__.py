@@ -16,7 +16,6 @@ from tools.validate.cases import check_sources
 from tools.validate.classes import RULES
 from training import launch
 from training.flags import Parser
-from training.launch import DistInfo
 from utils import UserError
 
 ENDINGS = {"csv": ".csv", "per_class": ".csv", "confusion": ".png", "reliability": ".png"}
@@ -70,7 +69,7 @@ def start(argv: list[str]) -> int:
     """Run with the flags ``argv``; returns the exit status."""
     args = flags.parse(get_parser, argv)
     check(args)
-    device = launch.select_device(args.device, DistInfo())
+    device = launch.select_device(args.device)
     engine.set_determinism(False)
     run = rows.validate if args.corruptions is None else imagenet_c.validate
     return run(args, device)
