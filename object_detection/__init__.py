@@ -1,9 +1,8 @@
 """Detection and instance segmentation with this repository's models as backbones.
 
-For mmdet, ``custom_imports = dict(imports=["object_detection"])`` in a config is all that is
-needed: it registers the backbones ``VisionBackbone`` (any model by name) and ``SwinVisformer``
-(the original's keyword names), and lets mmcv run without compiled operators. Where mmdet is not
-installed, nothing happens.
+For mmdet, a config needs only ``custom_imports = dict(imports=["object_detection"])``: it registers
+the backbones ``VisionBackbone`` (any model by name) and ``SwinVisformer`` (the original's keyword
+names), and lets mmcv run without compiled operators. Without mmdet, nothing happens.
 """
 
 import contextlib
@@ -11,7 +10,7 @@ import importlib.util
 
 
 def _register() -> None:
-    """Prepare mmcv and register the backbones, where there is an mmdet 3 that can be imported."""
+    """Prepare mmcv and register the backbones, if mmdet 3 can be imported."""
     if any(importlib.util.find_spec(name) is None for name in ("mmengine", "mmcv", "mmdet")):
         return
     from object_detection import mmcv_ops

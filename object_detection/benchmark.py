@@ -16,12 +16,13 @@ import torch
 from torch import nn
 
 from object_detection import checkpoints, recipe, runtime
+from training.launch import select_device
 
 OBJECTS = 8
 
 
 def random_sample(width: int, height: int, classes: int, generator: np.random.Generator):
-    """A ``DetDataSample`` of an image with 8 random objects, boxes and masks."""
+    """Return a ``DetDataSample`` of an image with 8 random objects, boxes and masks."""
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
     from mmengine.structures import InstanceData
@@ -52,7 +53,7 @@ def random_sample(width: int, height: int, classes: int, generator: np.random.Ge
 def candidates(
     model: nn.Module, width: int, height: int, batch: int, device: torch.device
 ) -> dict[str, Callable[[], object]]:
-    """What is measured: name and a function that does it once."""
+    """Return functions that run backbone, detector or training step once, by name."""
     generator = np.random.default_rng(0)
     classes = runtime.number_of_classes(model)
     samples = [random_sample(width, height, classes, generator).to(device) for _ in range(batch)]
@@ -77,7 +78,7 @@ def candidates(
 def measure(
     functions: dict[str, Callable[[], object]], steps: int, device: torch.device
 ) -> dict[str, float]:
-    """Median seconds of each function over ``steps`` rounds, after one that is not counted."""
+    """Return the median seconds of each function over ``steps`` rounds, after a warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for step in range(steps + 1):
         for name, function in functions.items():
@@ -96,7 +97,7 @@ def benchmark(args: argparse.Namespace) -> None:
     model = runtime.build_model(config, args.config)
     if args.checkpoint:
         checkpoints.load(model, checkpoints.read(args.checkpoint), args.checkpoint)
-    device = runtime.choose_device(args.device)
+    device = select_device(args.device)
     functions = candidates(model.to(device), *args.size, args.batch_size, device)
     width, height = args.size
     with runtime.understood(f"{args.config} cannot take {width}x{height} pixels"):
@@ -107,7 +108,7 @@ def benchmark(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Measure with the flags ``argv``; returns the exit status."""
+    """Measure with the flags ``argv``; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m object_detection.benchmark", description=__doc__.splitlines()[0]
     )

@@ -1,8 +1,8 @@
-"""mmengine's checkpoints, read without executing anything that they hold, and checked for fit.
+"""mmengine's checkpoints, read without executing code in them, and checked against the model.
 
-mmengine's loader falls back on unpickling whatever a file asks for; :func:`install_loader` puts
-one in its place that reads tensors and plain values only. The config within a checkpoint is Python
-source, which mmengine would execute; :func:`read_config_of` reads it as data.
+mmengine's loader falls back on unpickling arbitrary objects; :func:`install_loader` replaces it by
+one that reads tensors and plain values only. The config in a checkpoint is Python source, which
+mmengine would execute; :func:`read_config_of` reads it as data.
 """
 
 import ast
@@ -21,7 +21,7 @@ from models.detection_backbone import checkpoint_filter_fn
 DTYPES = ("float64", "float32", "int64", "int32", "bool")
 NUMPY_CORES = ("core", "_core")  # of numpy 1 and 2, which read each other's files
 STATISTICS = ("min", "max", "mean", "current")
-# what a config may build that comes with a checkpoint: parts of this repository's detectors
+# types that a checkpoint's config may build: parts of this repository's detectors
 PARTS = frozenset(
     """
     mmdet MaskRCNN CascadeRCNN FasterRCNN DetDataPreprocessor VisionBackbone SwinVisformer FPN
@@ -36,7 +36,7 @@ SHOWN = 4
 
 
 def _statistic(owner: type, name: str) -> Any:
-    """In place of ``getattr``, with which log buffers name their four statistics."""
+    """Replace ``getattr``, by which log buffers name their four statistics."""
     from mmengine.logging import HistoryBuffer
 
     if owner is not HistoryBuffer or name not in STATISTICS:
@@ -45,7 +45,7 @@ def _statistic(owner: type, name: str) -> Any:
 
 
 def plain_classes() -> list[Any]:
-    """What mmengine's checkpoints hold besides tensors: log buffers, numpy's arrays and numbers.
+    """Return the classes in mmengine's checkpoints: log buffers, numpy's arrays and numbers.
 
     For ``torch.serialization.safe_globals``.
     """
@@ -59,34 +59,36 @@ def plain_classes() -> list[Any]:
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a checkpoint of mmengine, or any other that :func:`models.read_checkpoint` takes.
+    """Read a checkpoint of mmengine, or any that :func:`models.read_checkpoint` accepts.
 
     Args:
-        path: File, or http(s) address of one.
+        path: File or http(s) address.
 
     Raises:
-        CheckpointError: The file is missing, damaged, of another kind, or a pickle that asks
-            for more than plain values.
+        CheckpointError: The file is missing, corrupted, of another kind, or a pickle of more than
+            plain values.
     """
     with torch.serialization.safe_globals(plain_classes()):
         checkpoint = read_checkpoint(path)
     for key in ("meta", "state_dict"):
         if not isinstance(checkpoint.get(key, {}), dict):
-            raise CheckpointError(f"{path} is no checkpoint of mmengine: its {key!r} is no dict")
+            raise CheckpointError(
+                f"{path} is not a checkpoint of mmengine: its {key!r} must be a dict"
+            )
     checkpoint.get("meta", {}).pop("config", None)  # source that resuming would execute
     return checkpoint
 
 
 def load_from_plain_values(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """:func:`read` as a loader of mmengine, which logs the end of this name.
+    """Call :func:`read` as a loader of mmengine, which logs the end of this name.
 
-    Tensors come on the CPU, wherever they are to go: they are copied from there.
+    Tensors are on the CPU for any ``map_location``; mmengine copies them from there.
     """
     return read(filename)
 
 
 def install_loader() -> None:
-    """Let mmengine read local files and addresses by :func:`read`."""
+    """Make mmengine read local files and addresses by :func:`read`."""
     from mmengine.runner import CheckpointLoader
 
     schemes = ["", "http://", "https://"]
@@ -96,16 +98,13 @@ def install_loader() -> None:
 def check_fit(
     model: nn.Module, checkpoint: Mapping[str, Any], source: str, whole: bool = True
 ) -> None:
-    """Raise CheckpointError unless a checkpoint has what ``model`` needs.
-
-    mmengine loads what happens to fit, and only logs the rest.
+    """Raise CheckpointError unless a checkpoint fits ``model``; mmengine would only log that.
 
     Args:
         model: A detector.
-        checkpoint: What :func:`read` returned.
-        source: Its name in the message.
-        whole: Every tensor of the model must be there, and no other; otherwise one of the
-            backbone's is enough.
+        checkpoint: From :func:`read`.
+        source: Name of the checkpoint in the message.
+        whole: Require exactly the model's tensors; otherwise one of the backbone's is enough.
     """
     state = _weights(model, checkpoint)
     own = model.state_dict()
@@ -128,17 +127,17 @@ def check_fit(
 
 
 def load(model: nn.Module, checkpoint: Mapping[str, Any], source: str) -> None:
-    """Load a detector's weights, all of them.
+    """Load all weights of a detector.
 
     Raises:
         CheckpointError: Keys or shapes differ from the model's.
     """
     check_fit(model, checkpoint, source)
-    model.load_state_dict(_weights(model, checkpoint), strict=False)  # counters may lack
+    model.load_state_dict(_weights(model, checkpoint), strict=False)  # counters may be missing
 
 
 def _weights(model: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """A checkpoint's weights by the model's names, those of the original's backbone as well."""
+    """Return a checkpoint's weights by the model's keys, also from the original's backbone."""
     state = checkpoint.get("state_dict", checkpoint)
     state = {k.removeprefix("module."): v for k, v in state.items() if torch.is_tensor(v)}
     backbone = getattr(model, "backbone", None)
@@ -150,11 +149,11 @@ def _weights(model: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, torch
 
 
 def read_config_of(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any] | None:
-    """The model and the test pipeline of the config that a checkpoint carries, None without one.
+    """Return model and test pipeline of the config in a checkpoint, None without one.
 
     Raises:
-        CheckpointError: It is more than assignments of plain values, or asks for more than the
-            parts of this repository's detectors.
+        CheckpointError: It is more than assignments of plain values, or has other parts than this
+            repository's detectors.
     """
     text = checkpoint.get("meta", {}).get("cfg")
     if not isinstance(text, str):
@@ -167,7 +166,7 @@ def read_config_of(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any]
         }
     except (SyntaxError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{source} carries a config that is more than plain values: give --config"
+            f"{source} contains a config with more than plain values: give --config"
         ) from error
     try:
         config["model"]["backbone"].pop("init_cfg", None)
@@ -179,19 +178,19 @@ def read_config_of(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any]
         }
     except (KeyError, TypeError, AttributeError):
         raise CheckpointError(
-            f"{source} carries a config without model or test_dataloader: give --config"
+            f"{source} contains a config without model or test_dataloader: give --config"
         ) from None
     strange = sorted(set(_strange(used)))
     if strange:
         raise CheckpointError(
-            f"{source} carries a config with {', '.join(strange[:SHOWN])}, which is not taken from "
-            f"a checkpoint: give --config"
+            f"{source} contains a config with {', '.join(strange[:SHOWN])}, which a checkpoint "
+            f"may not have: give --config"
         )
     return used
 
 
 def _literal(node: ast.expr) -> Any:
-    """The value of an expression of literals, lists, tuples, dicts and ``dict(...)``."""
+    """Evaluate an expression of literals, lists, tuples, dicts and ``dict(...)``."""
     if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "dict" and not node.args:
         return {keyword.arg: _literal(keyword.value) for keyword in node.keywords}
     if isinstance(node, ast.Dict):
@@ -205,7 +204,7 @@ def _literal(node: ast.expr) -> Any:
 
 
 def _strange(value: Any) -> Iterator[str]:
-    """What a config would build that is not in PARTS, and arguments that name further files.
+    """Yield the types of a config that are not in PARTS, and arguments that name further files.
 
     mmengine imports and calls a type by its dotted path, and mmcv evaluates the name of its NMS.
     """

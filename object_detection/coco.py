@@ -1,4 +1,4 @@
-"""Data in COCO's format: checked annotations, images and training targets."""
+"""Data in COCO's format: validated annotations, images and training targets."""
 
 import importlib.util
 import json
@@ -18,7 +18,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from pipeline.images import DataError, load_image
 from samplers import EvalBatchSampler, RASampler, SampleIndex, mix_seed
 
-MIN_SIDE = 1.0  # pixels; smaller boxes are slips of annotation
+MIN_SIDE = 1.0  # pixels; smaller boxes are annotation errors
 POLYGON = 6  # numbers of the smallest polygon, a triangle
 
 
@@ -27,7 +27,7 @@ POLYGON = 6  # numbers of the smallest polygon, a triangle
 
 @dataclass(frozen=True)
 class Annotations:
-    """A checked annotation file.
+    """A validated annotation file.
 
     Attributes:
         path: The file.
@@ -45,7 +45,7 @@ class Annotations:
     objects: dict[int, list[dict[str, Any]]]
 
     def first(self, count: int | None) -> "Annotations":
-        """Those of the first ``count`` images, or of all."""
+        """Return the annotations of the first ``count`` images, or of all."""
         return replace(self, images=self.images[:count])
 
 
@@ -59,7 +59,7 @@ def read_annotations(path: Path) -> Annotations:
     """Read and check an ``instances_*.json`` of COCO's format.
 
     Raises:
-        DataError: The file is missing or no JSON, or an entry is not as it must be; names both.
+        DataError: The file is missing or not JSON, or an entry is invalid; names both.
     """
     try:
         with path.open() as file:
@@ -67,7 +67,7 @@ def read_annotations(path: Path) -> Annotations:
     except OSError as error:
         raise DataError(f"cannot read annotations {path}: {error.strerror}") from error
     except ValueError as error:
-        raise DataError(f"{path} is no JSON: {error}") from error
+        raise DataError(f"{path} is not JSON: {error}") from error
     parts = ("images", "annotations", "categories")
     if not isinstance(content, dict) or not all(isinstance(content.get(p), list) for p in parts):
         raise DataError(f"{path} must have lists of {', '.join(parts)}, as COCO's instances_*.json")
@@ -75,11 +75,11 @@ def read_annotations(path: Path) -> Annotations:
         images = {entry["id"]: entry for entry in content["images"]}
         _ = [(entry["file_name"], entry["height"], entry["width"]) for entry in images.values()]
     except (KeyError, TypeError) as error:
-        raise DataError(f"{path}: an image has no {error}") from error
+        raise DataError(f"{path}: an image does not have {error}") from error
     try:
         categories = {int(entry["id"]): str(entry["name"]) for entry in content["categories"]}
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: a category has no {error}") from error
+        raise DataError(f"{path}: a category does not have {error}") from error
     if not images or not categories:
         raise DataError(f"{path} has {len(images)} images and {len(categories)} categories")
     objects = defaultdict(list)
@@ -96,7 +96,7 @@ def _checked_object(
     categories: Mapping[int, str],
     path: Path,
 ) -> dict[str, Any]:
-    """An annotation with all that pycocotools wants; ``number`` is its place in the file."""
+    """Return an annotation with the keys of pycocotools; ``number`` is its place in the file."""
     if not isinstance(entry, dict):
         raise DataError(f"{path}: annotation number {number} is a {type(entry).__name__}")
     where = f"{path}: annotation {entry.get('id', f'number {number}')}"
@@ -125,7 +125,7 @@ def _checked_object(
 def _checked_mask(
     segmentation: Any, image: Mapping[str, Any], where: str
 ) -> list[list[float]] | Mapping[str, Any] | None:
-    """Polygons or RLE without their empty parts; ``None`` if nothing is left."""
+    """Return polygons or RLE without empty parts; None if nothing remains."""
     if not segmentation:
         return None
     if isinstance(segmentation, Mapping):
@@ -142,7 +142,7 @@ def _checked_mask(
 
 
 def find_images(annotations: Annotations, folders: Sequence[Path]) -> Path:
-    """The first of ``folders`` that holds the images of the annotations.
+    """Return the first of ``folders`` that contains the images of the annotations.
 
     Raises:
         DataError: None does.
@@ -158,21 +158,21 @@ def find_images(annotations: Annotations, folders: Sequence[Path]) -> Path:
 def check_categories(
     annotations: Annotations, known: Mapping[int, str], source: str | Path
 ) -> None:
-    """Raise DataError unless ``source`` knows all categories of the annotations."""
+    """Raise DataError unless all categories of the annotations are ``known``, from ``source``."""
     unknown = annotations.categories.items() - known.items()
     if unknown:
         names = ", ".join(f"{key} {name!r}" for key, name in sorted(unknown)[:5])
         raise DataError(f"{annotations.path} has categories unlike {source}: {names}")
 
 
-# --- data set -------------------------------------------------------------------------------
+# --- dataset --------------------------------------------------------------------------------
 
 
 def to_rle(entry: Mapping[str, Any], image: Mapping[str, Any]) -> dict[str, Any]:
-    """The mask of an object as COCO's compressed RLE.
+    """Return the mask of an object as COCO's compressed RLE.
 
     Raises:
-        DataError: The polygons or the RLE are damaged.
+        DataError: The polygons or the RLE are corrupted.
     """
     from pycocotools import mask as rle
 
@@ -193,17 +193,17 @@ def to_rle(entry: Mapping[str, Any], image: Mapping[str, Any]) -> dict[str, Any]
 
 
 class CocoDataset(Dataset):
-    """Images and, for training, what torchvision's Mask R-CNN learns from them.
+    """Images and, for training, targets of torchvision's Mask R-CNN.
 
-    Crowds are left out of training, and so is every object whose mask is empty or whose box is
-    less than a pixel wide or high within the image. An image may be left without any object.
+    Training ignores crowds, objects with an empty mask and objects whose box is less than a pixel
+    wide or high within the image. An image may have no objects.
 
     Args:
-        annotations: What is in the images.
-        folder: Where ``file_name`` begins.
+        annotations: Images and objects.
+        folder: Root of every ``file_name``.
         labels: Class of each category id, from 1; 0 is the background.
-        is_train: Give targets, and mirror half of the images when drawn by a
-            :class:`samplers.SampleIndex`.
+        is_train: Return targets, and mirror half of the images that a
+            :class:`samplers.SampleIndex` selects.
         seed: Seed of the run.
     """
 
@@ -222,7 +222,7 @@ class CocoDataset(Dataset):
         return len(self.annotations.images)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Image ``3 H W`` of bytes, and ``image_id`` or the target of :meth:`target`."""
+        """Return an image ``3 H W`` of bytes, and ``image_id`` or the target."""
         entry = self.annotations.images[index]
         path = self.folder / entry["file_name"]
         image = pil_to_tensor(load_image(path))
@@ -265,7 +265,7 @@ class CocoDataset(Dataset):
 def mirrored(
     image: torch.Tensor, target: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """An image ``3 H W`` and its target, left and right exchanged."""
+    """Return an image ``3 H W`` and its target, mirrored horizontally."""
     x1, y1, x2, y2 = target["boxes"].unbind(1)
     width = image.shape[-1]
     boxes = torch.stack([width - x2, y1, width - x1, y2], dim=1)
@@ -273,14 +273,14 @@ def mirrored(
 
 
 def collate(samples: Sequence[tuple]) -> tuple[tuple, ...]:
-    """Images and targets of a batch; they differ in size, and so are not stacked."""
+    """Return images and targets of a batch, not stacked, as their sizes differ."""
     return tuple(zip(*samples, strict=True))
 
 
 def build_loader(
     dataset: CocoDataset, batch_size: int, num_workers: int, num_replicas: int, rank: int
 ) -> DataLoader:
-    """Loader of this rank's part; in training shuffled, and ``loader.sampler`` has ``set_epoch``.
+    """Return the loader of this rank's part, in training shuffled by ``loader.sampler``.
 
     In evaluation every image comes exactly once, in the batches that one process would form.
     """
@@ -289,7 +289,7 @@ def build_loader(
         "persistent_workers": num_workers > 0,
         "pin_memory": torch.cuda.is_available(),
         "collate_fn": collate,
-        # of its own, so that the number of workers does not change the run's random numbers
+        # so that the number of workers does not change the run's random numbers
         "generator": torch.Generator(),
     }
     if dataset.is_train:
@@ -300,5 +300,5 @@ def build_loader(
 
 
 def to_input(image: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Image ``3 H W`` of bytes on the device, in 0..1."""
+    """Move an image ``3 H W`` of bytes to the device; return it in 0..1."""
     return image.to(device, non_blocking=True).float() / 255

@@ -22,13 +22,13 @@ FIGURES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 def to_results(
     image_id: int, detections: Mapping[str, torch.Tensor], categories: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Detections in an image in COCO's results format.
+    """Return the detections in an image in COCO's results format.
 
     Args:
-        image_id: The image's.
+        image_id: Id of the image.
         detections: ``boxes`` ``N 4`` (x1, y1, x2, y2), ``labels`` ``N`` from 1, ``scores`` ``N``
             and ``masks`` ``N 1 H W`` in 0..1, all in pixels of the image.
-        categories: Id of each class, the background left out.
+        categories: Id of each class, without the background.
     """
     from pycocotools import mask as rle
 
@@ -49,7 +49,7 @@ def to_results(
 
 
 def score(truth: Annotations, results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """COCO's average precision of boxes and masks.
+    """Return COCO's average precision of boxes and masks.
 
     Crowds count as in COCO: a detection within one is neither right nor wrong. Objects without a
     mask count for boxes only.
@@ -93,7 +93,7 @@ def score(truth: Annotations, results: Sequence[Mapping[str, Any]]) -> dict[str,
 
 
 def _to_coco(truth: Annotations, entries: list[dict[str, Any]]) -> Any:
-    """pycocotools' object of some entries; its own reader of results fails where there are none."""
+    """Return pycocotools' object of some entries; its own reader fails on an empty list."""
     from pycocotools.coco import COCO
 
     coco = COCO()
@@ -107,7 +107,7 @@ def _to_coco(truth: Annotations, entries: list[dict[str, Any]]) -> Any:
 
 
 def score_together(truth: Annotations, results: list[dict[str, Any]]) -> dict[str, float]:
-    """:func:`score` of the results of all processes, on the first; all of them return it."""
+    """Return :func:`score` of the results of all processes, on all of them."""
     if not dist.is_initialized():
         return score(truth, results)
     parts = [None] * dist.get_world_size() if is_main_process() else None
@@ -123,13 +123,13 @@ def score_together(truth: Annotations, results: list[dict[str, Any]]) -> dict[st
 def evaluate(
     loader: DataLoader, model: nn.Module, precision: Precision, categories: Sequence[int]
 ) -> dict[str, float]:
-    """Average precision of a detector, see :func:`score`.
+    """Return the average precision of a detector, see :func:`score`.
 
     Args:
         loader: This process's part of a :class:`CocoDataset` for evaluation.
         model: Detector of torchvision's interface, not distributed.
         precision: Device and autocast.
-        categories: Id of each class, the background left out.
+        categories: Id of each class, without the background.
     """
     model.eval()
     results = []

@@ -23,18 +23,18 @@ PARTS = ("backbone", "neck", "rpn_head", "roi_head")
 
 
 def count(model: nn.Module, width: int, height: int) -> dict[str, float]:
-    """Multiply-accumulates of each part of a two-stage detector, nothing being computed.
+    """Return the multiply-accumulates of each part of a two-stage detector, on the meta device.
 
     Args:
-        model: Detector; is moved to the meta device.
-        width, height: Of the image in pixels.
+        model: Detector; moved to the meta device in place.
+        width, height: Image size in pixels.
 
     Raises:
-        UserError: It has other parts.
+        UserError: It is not a two-stage detector.
     """
     missing = [part for part in PARTS if not hasattr(model, part)]
     if missing:
-        raise UserError(f"{type(model).__name__} has no {missing[0]}: two stages are counted")
+        raise UserError(f"{type(model).__name__} does not have {missing[0]}: must be two-stage")
     model.eval().to("meta")
     set_fused_attention(model, False)  # not every fused kernel is counted
     image = torch.zeros(1, 3, height, width, device="meta")
@@ -54,7 +54,7 @@ def _counted(part: Callable[..., Any], *inputs: Any) -> tuple[float, Any]:
 
 
 def _heads(roi_head: nn.Module) -> Iterator[tuple[nn.Module, torch.Tensor]]:
-    """Every box and mask head, those of all stages, with features of the size that it takes."""
+    """Yield the box and mask heads of all stages, with features of their input size."""
     for kind, number in (("bbox", PROPOSALS), ("mask", MASKS)):
         heads = getattr(roi_head, f"{kind}_head", None) or []
         extractors = getattr(roi_head, f"{kind}_roi_extractor", None) or []
@@ -66,7 +66,7 @@ def _heads(roi_head: nn.Module) -> Iterator[tuple[nn.Module, torch.Tensor]]:
 
 
 def flops(args: argparse.Namespace) -> None:
-    """Print parameters and operations of ``args.config``, whole and by part."""
+    """Print parameters and operations of ``args.config``, in total and by part."""
     config = recipe.read_config(args.config, args.cfg_options)
     model = runtime.build_model(config, args.config)
     divisor = config.model.get("data_preprocessor", {}).get("pad_size_divisor", 1)
@@ -82,7 +82,7 @@ def flops(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Count with the flags ``argv``; returns the exit status."""
+    """Count with the flags ``argv``; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m object_detection.flops", description=__doc__.splitlines()[0]
     )

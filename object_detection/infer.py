@@ -16,13 +16,14 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from models import CheckpointError
 from object_detection import checkpoints, recipe, runtime
+from training.launch import select_device
 from utils import UserError
 
 COLOURS = ("red", "lime", "blue", "yellow", "magenta", "cyan", "orange", "purple")
 
 
 def read_image(path: str) -> Image.Image:
-    """An image in RGB, upright."""
+    """Return an image in RGB, upright."""
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
@@ -31,7 +32,7 @@ def read_image(path: str) -> Image.Image:
 
 
 def class_names(checkpoint: dict[str, Any], number: int) -> list[str]:
-    """The names of a detector's classes as its checkpoint gives them, otherwise their numbers."""
+    """Return the class names of a checkpoint, or the numbers of the classes if it has none."""
     meta = checkpoint.get("meta", {})
     names = (meta.get("dataset_meta") or {}).get("classes") or meta.get("CLASSES") or ()
     names = [names] if isinstance(names, str) else list(names)
@@ -39,7 +40,7 @@ def class_names(checkpoint: dict[str, Any], number: int) -> list[str]:
 
 
 def detect(model: Any, pipeline: list[dict[str, Any]], image: Image.Image) -> Any:
-    """Find objects by mmdet: instances with ``bboxes N 4``, ``labels``, ``scores``, ``masks``."""
+    """Return mmdet's instances with ``bboxes N 4``, ``labels``, ``scores`` and ``masks``."""
     from mmcv.transforms import Compose
 
     # the pipeline's first step reads a file, and mmdet's images are BGR
@@ -54,7 +55,7 @@ def detect(model: Any, pipeline: list[dict[str, Any]], image: Image.Image) -> An
 
 
 def draw(image: Image.Image, found: Any, names: list[str]) -> Image.Image:
-    """The image with the instances found."""
+    """Return the image with the instances drawn into it."""
     canvas = pil_to_tensor(image)
     if len(found) == 0:
         return image
@@ -76,7 +77,7 @@ def draw(image: Image.Image, found: Any, names: list[str]) -> Image.Image:
 
 
 def described(found: Any, names: list[str]) -> list[tuple[str, float]]:
-    """Class and score of every instance."""
+    """Return class name and score of every instance."""
     pairs = zip(found.labels.tolist(), found.scores.tolist(), strict=True)
     return [(names[label], score) for label, score in pairs]
 
@@ -92,11 +93,11 @@ def infer(args: argparse.Namespace) -> None:
     else:
         carried = checkpoints.read_config_of(checkpoint, args.checkpoint)
         if carried is None:
-            raise CheckpointError(f"{args.checkpoint} carries no config: give --config")
+            raise CheckpointError(f"{args.checkpoint} does not contain a config: give --config")
         config = Config(carried)
     model = runtime.build_model(config, args.config or args.checkpoint)
     checkpoints.load(model, checkpoint, args.checkpoint)
-    model.to(runtime.choose_device(args.device)).eval()
+    model.to(select_device(args.device)).eval()
     names = class_names(checkpoint, runtime.number_of_classes(model))
     found = detect(model, config.test_dataloader.dataset.pipeline, image)
     found = found[found.scores >= args.score_thr]
@@ -112,13 +113,13 @@ def infer(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Find objects with the flags ``argv``; returns the exit status."""
+    """Find objects with the flags ``argv``; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m object_detection.infer", description=__doc__.splitlines()[0]
     )
     parser.add_argument("checkpoint", help="file that training wrote, or an address")
     parser.add_argument("image", help="image file")
-    parser.add_argument("--config", help="config, where the checkpoint carries none")
+    parser.add_argument("--config", help="config, if the checkpoint does not contain one")
     parser.add_argument("--out", metavar="FILE.png", help="IMAGE_objects.png here if not given")
     parser.add_argument("--score-thr", type=float, default=0.3, help="lowest score to show")
     parser.add_argument("--device", help="cuda or cpu")

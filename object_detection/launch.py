@@ -1,4 +1,4 @@
-"""mmengine's runner, with its errors found before the first image is read."""
+"""mmengine's runner, with errors raised before the first image is read."""
 
 import argparse
 import os
@@ -19,9 +19,9 @@ LAUNCHERS = ("none", "pytorch", "slurm", "mpi")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The flags of a run."""
+    """Add the flags of a run."""
     recipe.add_options(parser)
-    parser.add_argument("--data-root", help="folder of the data, in place of the config's")
+    parser.add_argument("--data-root", help="data folder; replaces the config's")
     parser.add_argument("--work-dir", help="folder for logs and checkpoints; output/NAME")
     parser.add_argument(
         "--launcher", choices=LAUNCHERS, default="none", help="what started the processes"
@@ -31,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare(args: argparse.Namespace, amp: bool | None = None) -> "Config":
-    """The config of a run on this machine; what had to be left out is printed."""
+    """Return the config of a run on this machine; print what had to be changed."""
     config = recipe.read_config(args.config, args.cfg_options, args.data_root)
     if args.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
@@ -40,16 +40,18 @@ def prepare(args: argparse.Namespace, amp: bool | None = None) -> "Config":
     if changes := recipe.adapt_to_machine(config, amp):
         runtime.say(f"no CUDA: {', '.join(changes)}")
     if args.launcher == "pytorch" and "RANK" not in os.environ:
-        raise UserError("--launcher pytorch needs processes that torchrun started")
+        raise UserError("--launcher pytorch needs processes started by torchrun")
     if args.launcher != "none" and not torch.cuda.is_available():
         _join_on_cpu(config)
     return config
 
 
 def _join_on_cpu(config: "Config") -> None:
-    """Join processes of a machine without GPUs, of which mmengine would take some."""
+    """Join the processes of a machine without GPUs, which mmengine would require."""
     if config.launcher != "pytorch":
-        raise UserError("without a GPU, several processes are started by torchrun alone")
+        raise UserError(
+            f"--launcher {config.launcher} needs GPUs; without, use torchrun and pytorch"
+        )
     torch.distributed.init_process_group("gloo")
     config.model_wrapper_cfg = {
         "type": "MMDistributedDataParallel",
@@ -59,7 +61,7 @@ def _join_on_cpu(config: "Config") -> None:
 
 
 def build_runner(config: "Config", path: str, evaluating: bool = False) -> "Runner":
-    """mmengine's runner of a config, which refuses checkpoints that do not fit.
+    """Return mmengine's runner of a config, which refuses checkpoints that do not fit.
 
     Args:
         config: From :func:`prepare`.

@@ -26,10 +26,10 @@ CHANNELS, BOX_FEATURES = 256, 1024
 
 
 class PyramidBackbone(nn.Module):
-    """A backbone and a feature pyramid network, by the interface of torchvision's detectors.
+    """A backbone and a feature pyramid network, with the interface of torchvision's detectors.
 
     Args:
-        body: Its levels' strides double.
+        body: Backbone; the strides of its levels double.
         out_channels: Channels of every level.
     """
 
@@ -39,15 +39,15 @@ class PyramidBackbone(nn.Module):
         self.fpn = FeaturePyramidNetwork(body.num_features, out_channels, LastLevelMaxPool())
 
     def forward(self, x: torch.Tensor) -> OrderedDict[str, torch.Tensor]:
-        """``B 3 H W`` to maps ``B C H/s W/s``: ``"0"``, ``"1"``, ... and ``"pool"``, coarser."""
+        """``B 3 H W`` to feature maps ``B C H/s W/s``: ``"0"``, ``"1"``, ... and ``"pool"``."""
         return self.fpn(OrderedDict((str(i), level) for i, level in enumerate(self.body(x))))
 
 
 class LevelAnchors(AnchorGenerator):
     """Anchors on grids of the levels' own strides, in float32.
 
-    torchvision's estimate the strides from the maps' sizes, which are rounded up, and place
-    anchors in the precision of the maps: in bfloat16 to 8 pixels at the right of a large image.
+    torchvision's class estimates the strides from the rounded sizes of the feature maps, and places
+    anchors in their precision: in bfloat16 to 8 pixels at the right of a large image.
 
     Args:
         strides: Strides of all levels.
@@ -59,7 +59,7 @@ class LevelAnchors(AnchorGenerator):
         self.strides = tuple(strides)
 
     def forward(self, images: ImageList, maps: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Anchors ``N 4`` of all levels, for every image of the batch."""
+        """Return the anchors ``N 4`` of all levels, for every image of the batch."""
         self.set_cell_anchors(torch.float32, maps[0].device)
         strides = [(stride, stride) for stride in self.strides]
         anchors = torch.cat(self.grid_anchors([x.shape[-2:] for x in maps], strides))
@@ -67,7 +67,7 @@ class LevelAnchors(AnchorGenerator):
 
 
 def _pooler(strides: Sequence[int], output_size: int) -> MultiScaleRoIAlign:
-    """RoIAlign on levels ``"0"``, ``"1"``, ..., with the scales that torchvision would estimate."""
+    """Return RoIAlign on levels ``"0"``, ``"1"``, ..., with the scales that torchvision infers."""
     pooler = MultiScaleRoIAlign(
         [str(i) for i in range(len(strides))], output_size, sampling_ratio=2
     )
@@ -77,7 +77,7 @@ def _pooler(strides: Sequence[int], output_size: int) -> MultiScaleRoIAlign:
 
 
 def _in_float32(module: nn.Module, inputs: Any, outputs: Any) -> Any:
-    """Forward hook: what was computed in half precision goes on in full, boxes above all."""
+    """Forward hook: convert half precision to float32, mainly for the boxes."""
     if torch.is_tensor(outputs):
         half = outputs.dtype in (torch.float16, torch.bfloat16)
         return outputs.float() if half else outputs
@@ -92,19 +92,19 @@ def build_mask_rcnn(
     channels: int = CHANNELS,
     **backbone_options: Any,
 ) -> MaskRCNN:
-    """torchvision's Mask R-CNN (arXiv 1703.06870) on a feature pyramid of any model.
+    """Return torchvision's Mask R-CNN (arXiv 1703.06870) on a feature pyramid of any model.
 
     In training it takes images ``3 H W`` in 0..1 of any sizes and targets, and returns a dict of
     losses; in evaluation it returns a dict of boxes, labels, scores and masks per image. Boxes
-    are in pixels of the image given. It resizes images and normalises them as the model was
-    pretrained. Under autocast, boxes stay in float32.
+    are in pixels of the input image. It resizes images, and normalises them with the mean and std
+    of the model's pretraining. Under autocast, boxes stay in float32.
 
     Args:
-        model_name: Any name that timm knows.
-        num_classes: Kinds of objects, without the background: labels are 1..num_classes.
-        min_size: Length of the shorter side; of several, training draws one per image, and
+        model_name: Any timm model name.
+        num_classes: Number of classes, without the background: labels are 1..num_classes.
+        min_size: Length of the shorter side; of several, training samples one per image, and
             evaluation takes the last.
-        max_size: Largest length of the longer side.
+        max_size: Maximum length of the longer side.
         channels: Channels of the pyramid and of the convolutions of the heads.
         backbone_options: Of :class:`models.VisionBackbone`: ``out_indices``, ``frozen_stages``,
             ``norm_eval``, ``with_cp``, ``drop_path_rate``, ``level_norm``, ``model_kwargs`` and

@@ -27,7 +27,7 @@ AVERAGE = 1  # mmcv's number of the mode
 
 
 class MissingOperatorError(UserError, NotImplementedError):
-    """An operator of mmcv was called that torchvision has not."""
+    """An operator of mmcv was called that torchvision does not have."""
 
 
 def nms(
@@ -38,9 +38,8 @@ def nms(
     Args:
         boxes: ``N 4``, corners ``x1 y1 x2 y2`` in pixels.
         scores: ``N``.
-        iou_threshold: Boxes that overlap a kept one by more are dropped.
-        offset: 1 where corners are pixels that belong to the box: a width is
-            ``x2 - x1 + offset``.
+        iou_threshold: Boxes that overlap a kept one by more are removed.
+        offset: 1 if corners are pixels of the box: a width is ``x2 - x1 + offset``.
 
     Returns:
         Indices of the boxes kept, by descending score.
@@ -132,15 +131,15 @@ def roi_align_backward(
 
 def _refuse(name: str) -> NoReturn:
     raise MissingOperatorError(
-        f"{name} is no operator of torchvision, and this mmcv has no compiled ones: how to compile "
-        f"them stands at the top of object_detection/mmcv_ops.py"
+        f"torchvision does not have {name}, and this mmcv has no compiled operators; the top of "
+        f"object_detection/mmcv_ops.py says how to compile them"
     )
 
 
 class Operators(ModuleType):
     """A module with torchvision's operators; every other one raises when it is called.
 
-    That it exists is enough for ``mmcv.ops`` to be imported.
+    Its existence is enough to import ``mmcv.ops``.
     """
 
     nms = staticmethod(nms)
@@ -158,12 +157,9 @@ class Operators(ModuleType):
 
 
 def install() -> bool:
-    """Stand in for ``mmcv._ext``, unless it is compiled or stood in for already.
+    """Replace ``mmcv._ext``, unless it is compiled; return True if the replacement is in place.
 
     Call it before anything imports ``mmcv.ops``. mmcv itself is not imported.
-
-    Returns:
-        Whether the stand-in is in place.
     """
     if NAME in sys.modules:
         return isinstance(sys.modules[NAME], Operators)

@@ -1,4 +1,4 @@
-"""The backbones under mmdet's registry."""
+"""The backbones in mmdet's registry."""
 
 import torch
 from mmdet.registry import MODELS
@@ -10,10 +10,10 @@ from object_detection.checkpoints import plain_classes
 
 
 class _Reporting:
-    """Says in mmengine's log what a checkpoint gave to the backbone."""
+    """Reports in mmengine's log which weights a checkpoint gave to the backbone."""
 
     def init_weights(self) -> LoadReport | None:
-        """Load the checkpoint of ``init_cfg``, one of mmengine's as well."""
+        """Load the checkpoint of ``init_cfg``, which may be mmengine's."""
         with torch.serialization.safe_globals(plain_classes()):
             report = super().init_weights()
         if report is not None:

@@ -1,4 +1,4 @@
-"""The flags of ``object_detection.torchvision_rcnn``: DeiT's spellings where DeiT has them."""
+"""The flags of ``object_detection.torchvision_rcnn``, with DeiT's spelling if DeiT has them."""
 
 import argparse
 from argparse import BooleanOptionalAction as OnOff
@@ -14,7 +14,7 @@ WARMUP_ITERS = 500
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The parser of all flags."""
+    """Return the parser of all flags."""
     parser = Parser(
         "python -m object_detection.torchvision_rcnn",
         description="Train and evaluate Mask R-CNN.",
@@ -36,42 +36,47 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     add("--output_dir", default="", help="folder of checkpoints and logs; empty for none")
     add("--resume", default="", help="checkpoint of a detector, or auto: of --output_dir")
     add("--finetune", default="", help="weights of a classifier, for the backbone")
-    add("--stop-epoch", type=int, help="stop before this epoch, the schedule being for --epochs")
-    add("--eval", action="store_true", help="evaluate the checkpoint of --resume and leave")
+    add("--stop-epoch", type=int, help="stop before this epoch of the schedule for --epochs")
+    add("--eval", action="store_true", help="evaluate the checkpoint of --resume and exit")
     add("--seed", type=int, default=0)
-    add("--log-interval", type=int, default=50, help="steps between reports")
+    add("--log-interval", type=int, default=50, help="steps between log lines")
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
     add = flags_of(group)
-    add("--model", help=f"any name that timm knows; the checkpoint's, or {MODEL}, if not given")
+    add("--model", help=f"any timm model name; the checkpoint's, or {MODEL}, if not given")
     add(
         "--min-size",
         type=int,
         nargs="+",
         metavar="PIXELS",
-        help="shorter side of images: in training one of several, in evaluation the last; the "
+        help="shorter side of images: training samples one, evaluation takes the last; the "
         f"checkpoint's, or {MIN_SIZE}, if not given",
     )
     add(
         "--max-size",
         type=int,
         metavar="PIXELS",
-        help=f"limit of the longer side; the checkpoint's, or {MAX_SIZE}, if not given",
+        help=f"maximum of the longer side; the checkpoint's, or {MAX_SIZE}, if not given",
     )
-    add("--channels", type=int, help=f"of pyramid and heads; the checkpoint's, or {CHANNELS}")
+    add("--channels", type=int, help=f"of pyramid and heads; checkpoint's, or {CHANNELS}")
     add("--drop-path", type=float, default=0.0, metavar="RATE", help="stochastic depth")
     add("--qk-scale-factor", type=float, metavar="EXPONENT", help="as in main.py")
-    add("--frozen-stages", type=int, default=-1, help="0: the stem does not learn, 1: nor stage 1")
-    add("--norm-eval", action=OnOff, default=False, help="keep the backbone's BatchNorm as it is")
+    add("--frozen-stages", type=int, default=-1, help="0: freeze the stem, 1: stem and stage 1")
+    add(
+        "--norm-eval",
+        action=OnOff,
+        default=False,
+        help="freeze the backbone's BatchNorm statistics",
+    )
     add("--grad-checkpointing", action="store_true", help="recompute blocks to save memory")
 
 
 def _add_optimisation(group: argparse._ArgumentGroup) -> None:
     add = flags_of(group)
-    add("--lr", type=float, default=1e-4, help="of AdamW; not scaled by the batch")
+    add("--lr", type=float, default=1e-4, help="of AdamW; not scaled by the batch size")
     add("--weight-decay", type=float, default=0.05)
-    add("--clip-grad", type=float, metavar="NORM", help="largest norm of the gradient")
+    add("--clip-grad", type=float, metavar="NORM", help="maximum norm of the gradient")
     add("--warmup-iters", type=int, help=f"{WARMUP_ITERS}, or a shorter first epoch, if not given")
     add("--amp", action=OnOff, default=False, help="automatic mixed precision")
     add("--amp-dtype", choices=["float16", "bfloat16"], default="float16")
@@ -84,8 +89,10 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         default = f"FOLDER/annotations/instances_{split}.json or instances_{split}2017.json"
         add(f"--{split}-annotations", metavar="FILE", help=f"default: {default}")
     add("--images", help="folder of the images, if not images, train2017 ... in --data-path")
-    add("--limit", type=int, metavar="N", help="the first N images of the training file only")
-    add("--num_workers", type=int, default=min(10, usable_cpus()), help="loaders per process")
+    add("--limit", type=int, metavar="N", help="use only the first N training images")
+    add(
+        "--num_workers", type=int, default=min(10, usable_cpus()), help="loader workers per process"
+    )
 
 
 def parse_args(argv: Sequence[str]) -> Namespace:
@@ -100,9 +107,9 @@ def parse_args(argv: Sequence[str]) -> Namespace:
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} must be positive")
     if not args.data_path:
-        raise UserError("--data-path FOLDER is needed, of data in COCO's format")
+        raise UserError("--data-path FOLDER is required, with data in COCO's format")
     if args.resume == "auto" and not args.output_dir:
-        raise UserError("--resume auto looks into --output_dir, which is not given")
+        raise UserError("--resume auto needs --output_dir FOLDER")
     if args.eval and not args.resume:
         raise UserError("--eval needs --resume CHECKPOINT")
     return args

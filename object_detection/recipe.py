@@ -1,4 +1,4 @@
-"""Reading mmdet's configs, changing them by flags, and adapting them to the machine."""
+"""Read mmdet's configs, change them by flags, and adapt them to the machine."""
 
 import argparse
 import inspect
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The flags that change a config."""
+    """Add the flags that change a config."""
     parser.add_argument("config", help="config file of mmdet 3")
     parser.add_argument(
         "--cfg-options",
@@ -30,7 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_size(parser: argparse.ArgumentParser) -> None:
-    """The flag of an image's size, ``args.size`` as width and height."""
+    """Add the flag of the image size, ``args.size`` as width and height."""
     parser.add_argument(
         "--size",
         nargs=2,
@@ -44,20 +44,20 @@ def add_size(parser: argparse.ArgumentParser) -> None:
 def read_config(path: str, options: Sequence[str] = (), data_root: str | None = None) -> "Config":
     """Read a config, and change it.
 
-    A config is Python and is executed: take it from where you would take a program.
+    A config is Python and is executed: treat it as a program.
 
     Args:
         path: Config file.
-        options: ``KEY=VALUE``, with dots for what lies within.
-        data_root: Takes the place of the config's ``data_root`` wherever it occurs.
+        options: ``KEY=VALUE``, with dots for nested keys.
+        data_root: Replaces the config's ``data_root`` wherever it occurs.
 
     Raises:
-        UserError: The file cannot be read, or an option is none of its values.
+        UserError: The file cannot be read, or an option does not fit it.
     """
     from mmengine.config import Config
 
     if not Path(path).is_file():
-        raise UserError(f"there is no config {path}")
+        raise UserError(f"config {path} does not exist")
     try:
         config = Config.fromfile(path)
     except Exception as error:  # whatever the executed file raises
@@ -71,12 +71,12 @@ def read_config(path: str, options: Sequence[str] = (), data_root: str | None = 
     except (*REFUSALS, IndexError) as error:
         raise UserError(f"--cfg-options do not fit {path}: {last_line(error)}") from error
     if "model" not in config:
-        raise UserError(f"{path} has no model")
+        raise UserError(f"{path} does not define model")
     return config
 
 
 def parse_options(options: Sequence[str], config: "Config") -> dict[str, Any]:
-    """``KEY=VALUE`` as a dict, each checked to begin with a name that has an effect."""
+    """Parse ``KEY=VALUE`` into a dict; the first part of each key must be known."""
     from mmengine.config import DictAction
     from mmengine.runner import Runner
 
@@ -84,9 +84,9 @@ def parse_options(options: Sequence[str], config: "Config") -> dict[str, Any]:
     for option in options:
         name, equals, _ = option.partition("=")
         if not equals:
-            raise UserError(f"--cfg-options {option} is not of the form KEY=VALUE")
+            raise UserError(f"--cfg-options {option} must have the form KEY=VALUE")
         if name.split(".")[0] not in known:
-            raise UserError(f"--cfg-options {option}: the config has no {name.split('.')[0]}")
+            raise UserError(f"--cfg-options {option}: unknown key {name.split('.')[0]}")
     parsed = argparse.Namespace(changes={})
     try:
         DictAction(["--cfg-options"], "changes")(None, parsed, options)
@@ -99,7 +99,7 @@ def replace_root(config: "Config", root: str) -> None:
     """Replace the config's ``data_root`` in every path that begins with it."""
     old = config.get("data_root")
     if not old:
-        raise UserError("the config has no data_root that could be replaced")
+        raise UserError("the config does not have a data_root to replace")
     root = os.path.join(root, "")
 
     def replaced(value: Any) -> Any:
@@ -113,14 +113,14 @@ def replace_root(config: "Config", root: str) -> None:
 
 
 def adapt_to_machine(config: "Config", amp: bool | None = None) -> list[str]:
-    """Switch mixed precision as asked, and leave out what needs a GPU where there is none.
+    """Switch mixed precision as requested; without a GPU, replace what needs one.
 
     Args:
-        config: Is changed.
-        amp: Mixed precision, as in the config if not given.
+        config: Changed in place.
+        amp: Mixed precision; the config's if not given.
 
     Returns:
-        What was changed for want of a GPU.
+        The changes made because there is no GPU.
     """
     wrapper = config.get("optim_wrapper") or {}
     mixed = wrapper.get("type") == "AmpOptimWrapper"
@@ -141,7 +141,7 @@ def adapt_to_machine(config: "Config", amp: bool | None = None) -> list[str]:
 
 
 def _replace_norm(value: Any) -> bool:
-    """Make every SyncBN a BN; whether there was one."""
+    """Replace every SyncBN by BN in place; return True if there was one."""
     if isinstance(value, dict):
         here = value.get("type") in ("SyncBN", "MMSyncBN")
         if here:

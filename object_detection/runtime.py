@@ -1,4 +1,4 @@
-"""What the commands share: a working mmdet, and errors of one line."""
+"""Shared by the commands: a working mmdet, and one-line errors."""
 
 import argparse
 import contextlib
@@ -15,7 +15,7 @@ import torch
 
 from models import ModelError
 from object_detection import checkpoints
-from training.launch import fail
+from training.launch import run_program
 from utils import UserError
 
 if TYPE_CHECKING:
@@ -26,16 +26,14 @@ INSTALL = "pip install -r object_detection/requirements.txt"
 # what mmengine and mmdet raise for a config that they cannot build
 REFUSALS = (KeyError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError)
 DATA = ("/torch/utils/data/", "/mmdet/datasets/", "/mmengine/dataset/", "/pycocotools/")
-
-
-EXPECTED_ERRORS = (UserError, ModelError, OSError)
+EXPECTED_ERRORS = (UserError, ModelError, OSError)  # reported as they are
 
 
 def load_mmdet() -> None:
     """Import mmdet with all its parts and this repository's backbones.
 
     Raises:
-        UserError: It is missing, or not of a version that runs; the message says what is needed.
+        UserError: It is missing, or its version is not supported; the message says what is needed.
     """
     for name in ("mmengine", "mmcv", "mmdet"):
         if importlib.util.find_spec(name) is None:
@@ -44,7 +42,7 @@ def load_mmdet() -> None:
         version = importlib.import_module("mmdet").__version__
         if not version.startswith("3."):
             raise UserError(f"mmdet {version} is installed, and 3 is needed: {INSTALL}")
-        # what it says meanwhile is about parts that are not used here
+        # warnings and output are about parts that are not used here
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             importlib.import_module("mmdet.utils").register_all_modules(init_default_scope=True)
@@ -54,23 +52,9 @@ def load_mmdet() -> None:
     checkpoints.install_loader()
 
 
-def choose_device(name: str | None) -> torch.device:
-    """The device of that name; if none is given, a GPU where there is one.
-
-    Raises:
-        UserError: There is no such device here.
-    """
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {last_line(error)}") from error
-    return device
-
-
 @contextlib.contextmanager
 def understood(what: str) -> Iterator[None]:
-    """Turn what mmengine and mmdet raise for a wrong config into a UserError."""
+    """Convert the errors of mmengine and mmdet for a wrong config into UserError."""
     try:
         yield
     except EXPECTED_ERRORS:
@@ -80,7 +64,7 @@ def understood(what: str) -> Iterator[None]:
 
 
 def build_model(config: "Config", path: str) -> "nn.Module":
-    """The detector of a config, on the CPU, with SyncBN as BatchNorm.
+    """Return the detector of a config, on the CPU, with SyncBN as BatchNorm.
 
     Raises:
         UserError, ModelError: mmdet cannot build it.
@@ -95,7 +79,7 @@ def build_model(config: "Config", path: str) -> "nn.Module":
 
 
 def check_channels(model: "nn.Module") -> None:
-    """Raise UserError if a detector's pyramid expects other channels than its backbone gives."""
+    """Raise UserError if the neck's input channels are not those of the backbone."""
     given = getattr(getattr(model, "backbone", None), "num_features", None)
     expected = getattr(getattr(model, "neck", None), "in_channels", given)
     if isinstance(given, list) and list(expected) != given:
@@ -103,16 +87,16 @@ def check_channels(model: "nn.Module") -> None:
 
 
 def say(message: str) -> None:
-    """Print, of several processes the first."""
+    """Print on the first process only."""
     if os.environ.get("RANK", "0") == "0":
         print(message, flush=True)
 
 
 def number_of_classes(model: "nn.Module") -> int:
-    """Classes that a detector's heads know.
+    """Return the number of classes of a detector's heads.
 
     Raises:
-        UserError: It has no heads, or they disagree.
+        UserError: It does not have heads, or they disagree.
     """
     heads = getattr(model, "roi_head", None) or getattr(model, "bbox_head", None)
     found = (
@@ -126,33 +110,34 @@ def number_of_classes(model: "nn.Module") -> int:
 
 
 def last_line(error: BaseException) -> str:
-    """The last line that an error says: what a loader's process died of, its cause included."""
+    """Return the last line of an error's message, which names the cause in a loader process."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[-1] if lines else type(error).__name__
     text = text.partition(" Please check whether the value")[0]  # mmengine's advice, at length
-    if isinstance(error, KeyError):  # which quotes its text
+    if isinstance(error, KeyError):  # its text is quoted
         return text.strip("'\"") if " " in text else f"there is no {text}"
     return text
 
 
 def run(command: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
-    """Run ``command``; an error that a user can mend is printed as one line.
+    """Run ``command``; print an error that the user can fix as one line; return the status."""
 
-    Returns:
-        The exit status.
-    """
-    try:
+    def program() -> None:
         load_mmdet()
-        command(args)
+        try:
+            command(args)
+        except (UserError, ModelError):
+            raise
+        except OSError as error:
+            raise UserError(last_line(error)) from error
+        except Exception as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            if any(part in frame.filename for frame in frames for part in DATA):
+                reason = f"an image or its annotation cannot be used: {last_line(error)}"
+                raise UserError(reason) from error
+            raise
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    except EXPECTED_ERRORS as error:
-        return fail(last_line(error))
-    except KeyboardInterrupt:
-        return fail("interrupted; train --resume continues from the last checkpoint", 130)
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        if any(part in frame.filename for frame in frames for part in DATA):
-            return fail(f"an image or its annotation cannot be used: {last_line(error)}")
-        raise
-    return 0
+
+    resumes = "interrupted; train --resume continues from the last checkpoint"
+    return run_program(program, resumes)

@@ -18,7 +18,7 @@ def test(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Evaluate with the flags ``argv``; returns the exit status."""
+    """Evaluate with the flags ``argv``; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m object_detection.test", description=__doc__.splitlines()[0]
     )

@@ -40,7 +40,7 @@ DECAYS = (8, 11)  # twelfths of the training after which the learning rate falls
 
 
 def lr_factor(update: int, updates: int, warmup: int) -> float:
-    """Learning rate before an update, relative to ``--lr``.
+    """Return the learning rate of an update, relative to ``--lr``.
 
     It rises linearly over the first ``warmup`` of all ``updates``, and falls to a tenth after 8
     and after 11 twelfths of them.
@@ -51,7 +51,7 @@ def lr_factor(update: int, updates: int, warmup: int) -> float:
 
 
 def build_optimizer(model: MaskRCNN, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW; norms, biases and what the backbone's ``no_weight_decay`` names do not decay."""
+    """Return AdamW without decay of norms, biases and the backbone's ``no_weight_decay``."""
     net = model.backbone.body.net
     spared = net.no_weight_decay() if hasattr(net, "no_weight_decay") else ()
     names = [f"backbone.body.net.{name}" for name in spared]
@@ -74,20 +74,20 @@ def train_one_epoch(
     Args:
         model: Detector, possibly wrapped in DistributedDataParallel.
         loader: Yields lists of images ``3 H W`` of bytes and of targets.
-        optimizer: Stepped at every batch.
-        lr_of: Learning rate of an update, counted from the start of the run.
+        optimizer: Optimizer, stepped at every batch.
+        lr_of: Maps an update, counted from the start of the run, to its learning rate.
         precision: Device, autocast and loss scaling.
         epoch: Number of the epoch, from 0.
-        max_norm: Largest norm of the gradient; it is clipped after unscaling.
-        log_interval: Steps between reports.
+        max_norm: Maximum norm of the unscaled gradient.
+        log_interval: Steps between log lines.
 
     Returns:
-        ``loss`` and its parts, means over steps and processes, ``lr`` of the last step, and
+        ``loss`` and its parts, averaged over steps and processes, ``lr`` of the last step, and
         ``images_per_second`` over all processes.
 
     Raises:
-        UserError: The loss is infinite or not a number, in float16 ten times in
-            a row: the loss scaler leaves out the updates of such steps.
+        UserError: The loss is not finite; in float16 ten times in a row, as the loss scaler skips
+            such updates.
     """
     model.train()
     body = engine.unwrap(model).backbone.body
@@ -131,12 +131,12 @@ def train_one_epoch(
 
 
 class Run:
-    """All that a checkpoint holds: model, optimizer, scaler, progress.
+    """State in a checkpoint: model, optimizer, scaler, progress.
 
     Args:
-        args: The flags.
-        model: The detector, on its device.
-        settings: What :func:`choose_settings` returned.
+        args: Parsed flags.
+        model: Detector, on its device.
+        settings: From :func:`choose_settings`.
         precision: Mixed precision.
     """
 
@@ -152,7 +152,7 @@ class Run:
         self.epoch, self.best_ap = -1, 0.0
 
     def state(self) -> dict[str, Any]:
-        """The content of a checkpoint."""
+        """Return the content of a checkpoint."""
         gelus = (module for module in self.model.modules() if isinstance(module, nn.GELU))
         body = self.model.backbone.body
         return {
@@ -168,7 +168,7 @@ class Run:
         }
 
     def restore(self, checkpoint: Mapping[str, Any], source: str) -> None:
-        """Continue from a checkpoint."""
+        """Load a checkpoint."""
         log(str(models.load_weights(self.model, checkpoint, source)))
         run_state.restore_optimizer(self.optimizer, checkpoint["optimizer"], source)
         if checkpoint["scaler"]:  # empty unless the run used float16
@@ -177,21 +177,17 @@ class Run:
 
 
 def check_resume(checkpoint: Mapping[str, Any], source: str) -> None:
-    """Refuse what is no checkpoint of this program.
-
-    Raises:
-        CheckpointError: Names what it lacks.
-    """
+    """Raise CheckpointError, naming missing keys, unless this program wrote a checkpoint."""
     missing = {"model", "optimizer", "scaler", "epoch", "best_ap", "categories"} - set(checkpoint)
     if checkpoint and missing:
         raise models.CheckpointError(
-            f"{source} is no checkpoint of this program, as it has no "
-            f"{', '.join(sorted(missing))}; --finetune takes the weights of a classifier"
+            f"{source} is not a checkpoint of this program: it does not have "
+            f"{', '.join(sorted(missing))}; --finetune loads the weights of a classifier"
         )
 
 
 def annotation_file(args: Namespace, split: str) -> Path:
-    """The file of ``"train"`` or ``"val"``: as flagged, else what there is in ``--data-path``."""
+    """Return the file of ``"train"`` or ``"val"``: the flag's, else that in ``--data-path``."""
     given = getattr(args, f"{split}_annotations")
     if given:
         return Path(given).resolve()
@@ -201,7 +197,7 @@ def annotation_file(args: Namespace, split: str) -> Path:
 
 
 def read_split(args: Namespace, split: str) -> tuple[coco.Annotations, Path]:
-    """The annotations of ``"train"`` or ``"val"``, and the folder of their images."""
+    """Return the annotations of ``"train"`` or ``"val"``, and the folder of their images."""
     file = annotation_file(args, split)
     annotations = coco.read_annotations(file)
     if file == annotation_file(args, "train"):
@@ -216,10 +212,10 @@ def read_split(args: Namespace, split: str) -> tuple[coco.Annotations, Path]:
 def choose_settings(
     args: Namespace, checkpoint: Mapping[str, Any], categories: Mapping[int, str]
 ) -> dict[str, Any]:
-    """What makes the detector: flags that are given, else the checkpoint's, else the defaults.
+    """Return the detector's settings: given flags, else the checkpoint's, else the defaults.
 
-    Of the checkpoint's own model, the exponent of attention is the checkpoint's, since another
-    would change what the model computes.
+    The exponent of attention is always the checkpoint's if it has the same model, since another
+    would change its function.
     """
     chosen = {
         key: getattr(args, flag) or checkpoint.get(key) or default
@@ -236,7 +232,7 @@ def choose_settings(
 
 
 def build_detector(args: Namespace, settings: Mapping[str, Any]) -> MaskRCNN:
-    """The detector of ``settings`` under the flags that leave its function alone."""
+    """Return the detector of ``settings``; these flags do not change its function."""
     exponent = settings["qk_scale_factor"]
     return build_mask_rcnn(
         settings["model_name"],
@@ -253,7 +249,7 @@ def build_detector(args: Namespace, settings: Mapping[str, Any]) -> MaskRCNN:
 
 
 def choose_precision(args: Namespace, model: MaskRCNN, device: torch.device) -> engine.Precision:
-    """Mixed precision as flagged, in the layout that suits the model."""
+    """Return mixed precision of the flags, in the model's memory layout."""
     last = getattr(model.backbone.body.net, "channels_last", False)
     dtype = getattr(torch, args.amp_dtype) if args.amp else None
     return engine.Precision(device, dtype, torch.channels_last if last else torch.contiguous_format)
@@ -278,7 +274,7 @@ def evaluate(
 
 
 def run(args: Namespace, info: DistInfo, device: torch.device) -> None:
-    """One run: build everything, then evaluate or train."""
+    """Run: lock the output folder, build everything, then evaluate or train."""
     log(f"device {device}, {info.world_size} process(es) started by {info.launcher}")
     coco.require_pycocotools()
     group = utils.control_group(args.dist_timeout)
@@ -294,7 +290,7 @@ def run_in(
     device: torch.device,
     group: dist.ProcessGroup | None,
 ) -> None:
-    """One run, its folder being its own."""
+    """Build everything, then evaluate or train."""
     source, checkpoint = read_resume(args, info, group)
     check_resume(checkpoint, source)
     utils.seed_everything(args.seed)
@@ -348,7 +344,7 @@ def train_epochs(
     info: DistInfo,
     n_parameters: int,
 ) -> None:
-    """Epochs up to ``--epochs`` or ``--stop-epoch``, each trained, evaluated, logged and saved."""
+    """Train, evaluate, log and save epochs up to ``--epochs`` or ``--stop-epoch``."""
     args, model, precision = state.args, state.model, state.precision
     stop = args.epochs if args.stop_epoch is None else min(args.epochs, args.stop_epoch)
     if state.epoch + 1 >= stop:
@@ -401,7 +397,7 @@ def start(argv: list[str]) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Run with the flags ``argv``; returns the exit status."""
+    """Run with the flags ``argv``; return the exit status."""
     return launch.run_program(lambda: start(argv), launch.RESUMES)
 
 

@@ -11,10 +11,10 @@ from object_detection import launch, runtime
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train as ``args.config`` says, with the changes that the flags ask for."""
+    """Train ``args.config``, as changed by the flags."""
     config = launch.prepare(args, amp=args.amp)
     if args.resume == "auto" and not Path(config.work_dir, "last_checkpoint").is_file():
-        runtime.say(f"--resume: no checkpoint in {config.work_dir} yet, starting afresh")
+        runtime.say(f"--resume: no checkpoint in {config.work_dir} yet, starting from scratch")
     elif args.resume is not None:
         config.resume = True
         config.load_from = None if args.resume == "auto" else args.resume
@@ -28,7 +28,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Train with the flags ``argv``; returns the exit status."""
+    """Train with the flags ``argv``; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m object_detection.train", description=__doc__.splitlines()[0]
     )

@@ -294,7 +294,7 @@ def run_main(*flags, line=None, act=None):
     """Run main.py in this process, as with one thread: sums depend on the number of threads.
 
     Args:
-        flags: Of the command line.
+        flags: Flags of the command line.
         line, act: When a line of the output starts with ``line``, call ``act``; a signal number
             is raised.
 
@@ -331,3 +331,22 @@ def succeed(*flags, **options):
 def main():
     """:func:`run_main`."""
     return run_main
+
+
+@pytest.fixture
+def program(capsys, monkeypatch):
+    """``program(main, *flags) -> (status, output, errors)``: a program's ``main`` in this process.
+
+    With one thread, as :func:`run_python` has: sums depend on the number of threads.
+    """
+    for key in set(os.environ) - set(clean_env()):
+        monkeypatch.delenv(key)
+
+    def call(function, *flags):
+        capsys.readouterr()
+        torch.set_num_threads(1)
+        status = function([str(flag) for flag in flags])
+        torch.set_num_threads(THREADS)
+        return status, *capsys.readouterr()
+
+    return call

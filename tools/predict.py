@@ -39,7 +39,6 @@ from tools.validate.eval_models import EvalModel, check_sources, eval_models
 from training import launch
 from training.files import OutputError
 from training.flags import Parser, positive
-from training.launch import DistInfo
 from utils import UserError
 
 if TYPE_CHECKING:
@@ -274,7 +273,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 def prepared(args: Namespace) -> EvalModel:
     """Return the model of the flags, ready to run."""
-    device = launch.select_device(args.device, DistInfo())
+    device = launch.select_device(args.device)
     sizes = [args.input_size] if args.input_size else None
     others = {"input_size": sizes, "data_set": "IMNET", "fuse": False}
     files = [args.checkpoint] if args.checkpoint else []

@@ -211,10 +211,12 @@ def stay_with_torchrun(info: DistInfo, env: Mapping[str, str]) -> None:
             return  # hard to reach: the rendezvous itself will report it
 
 
-def select_device(name: str | None, info: DistInfo) -> torch.device:
+def select_device(name: str | None, info: DistInfo | None = None) -> torch.device:
     """Return the device named by ``--device``, else CUDA if available, else the CPU.
 
-    Of several processes with CUDA, each gets the GPU of its local rank.
+    Args:
+        name: Value of the flag, or None.
+        info: Ranks; of several processes with CUDA, each gets the GPU of its local rank.
 
     Raises:
         UserError: The device is not available.
@@ -237,11 +239,12 @@ def select_device(name: str | None, info: DistInfo) -> torch.device:
     count = torch.cuda.device_count()
     if count == 0:
         raise UserError(f"--device {name}: no CUDA device found; use --device cpu")
-    index = info.local_rank if info.world_size > 1 else device.index or 0
+    if info is not None and info.world_size > 1:
+        index, what = info.local_rank, f"local rank {info.local_rank}"
+    else:
+        index, what = device.index or 0, f"--device {name}"
     if index >= count:
-        raise UserError(
-            f"local rank {index} has no GPU: {count} found; start at most {count} processes"
-        )
+        raise UserError(f"{what} has no GPU: {count} found; start at most {count} processes")
     return torch.device("cuda", index)
 
 

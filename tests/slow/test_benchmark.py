@@ -3,6 +3,8 @@
 import csv
 import re
 import sys
+import tempfile
+from dataclasses import replace
 
 import pytest
 import timm
@@ -10,11 +12,10 @@ import torch
 from conftest import run_python
 
 import models
-from tools.benchmark.__main__ import main as benchmark
-from tools.benchmark.__main__ import verdicts
-from tools.benchmark.backbone import KINDS
-from tools.benchmark.backbone import main as backbone_benchmark
+from tools.benchmark import __main__ as command
+from tools.benchmark import backbone, saving
 from tools.benchmark.candidates import (
+    Case,
     build,
     configure,
     equal_vit,
@@ -22,7 +23,7 @@ from tools.benchmark.candidates import (
     sides_of,
     timm_entrypoint,
 )
-from tools.benchmark.measure import Case, alternate, memory, ratio
+from tools.benchmark.measure import alternate, ratio
 from tools.flops import our_models
 from utils import UserError
 
@@ -41,7 +42,7 @@ def visformer_tiny(width=None, **kwargs):
 
 @pytest.fixture
 def original(tmp_path):
-    """An original repository, whose modules are called as ours are."""
+    """An original repository whose modules have the names of ours."""
     folder = tmp_path / "Original"
     folder.mkdir()
     (folder / "models.py").write_text(ORIGINAL)
@@ -50,14 +51,30 @@ def original(tmp_path):
     return folder
 
 
-def test_inference_beside_timm_and_an_original(original, tmp_path, capsys):
+@pytest.fixture
+def benchmark(monkeypatch, program):
+    """``benchmark(*flags) -> (status, output, errors)`` on the CPU, with a small matrix product."""
+    monkeypatch.setitem(command.MATRIX, "cpu", 64)
+    return lambda *flags: program(command.main, *flags, "--device", "cpu", *QUICK)
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Fresh processes come from the fork server."""
+    from tools.benchmark import measure
+
+    monkeypatch.setattr(measure.subprocess, "run", lambda words, **_: run_python(*words[1:]))
+
+
+def test_inference_with_timm_and_an_original_as_peers(original, tmp_path, benchmark):
     before = dict(sys.modules)
-    words = ["visformer_tiny", "--mode", "infer", "--device", "cpu", "--peer-path", str(original)]
-    words += ["--peer-args", "width=3", "--csv", str(tmp_path / "out.csv")]
-    words += ["--plot", str(tmp_path / "out.png"), "--configs", "eager", "deploy+channels_last"]
-    assert benchmark([*words, *QUICK]) == 0
-    output = capsys.readouterr().out.splitlines()
-    assert output[-1].startswith("infer visformer_tiny ours/best peer ")
+    words = ["visformer_tiny", "--mode", "infer", "--input-size", 64, "--peer-path", original]
+    words += ["--peer-args", "width=3", "img_size=64", "--csv", tmp_path / "out.csv"]
+    words += ["--plot", tmp_path / "out.png", "--configs", "eager", "deploy+channels_last"]
+    status, output, errors = benchmark(*words)
+    assert status == 0, errors
+    lines = output.splitlines()
+    assert lines[-1].startswith("infer visformer_tiny ours/best peer ")
     with open(tmp_path / "out.csv") as file:
         rows = list(csv.DictReader(file))
     sides = [(row["side"], row["config"]) for row in rows]
@@ -75,19 +92,26 @@ def test_inference_beside_timm_and_an_original(original, tmp_path, capsys):
     assert timm.create_model("visformer_tiny").__module__ == "models.visformer"
 
 
-def test_training(capsys):
-    words = ["convit_tiny", "--mode", "train", "--device", "cpu", "--input-size", "64"]
-    assert benchmark([*words, "--configs", "eager", *QUICK]) == 0
-    output = capsys.readouterr().out
-    assert "train convit_tiny ours/best peer " in output
-    assert "train convit_tiny cost/ViT " in output
+def test_training_with_memory(benchmark, monkeypatch):
+    batches = {"ours": 0.5, "timm": 1.0, "ViT": 2.0}
+    monkeypatch.setattr(command, "peak", lambda case: 90 + case.batch * batches[case.side])
+    words = ["convit_tiny", "--mode", "train", "--input-size", 32, "--configs", "eager", "--memory"]
+    status, output, errors = benchmark(*words)
+    assert status == 0, errors
+    lines = output.splitlines()
+    last = [line.removeprefix("train convit_tiny ") for line in lines[-4:]]
+    assert last[0].startswith("ours/best peer ") and last[1].startswith("cost/ViT ")
+    expected = ["memory per image ours/timm 0.50", "memory per image ours/ViT 0.25"]
+    assert last[2:] == expected
+    (row,) = (line for line in lines if " | ours | " in line)
+    assert row.endswith(" | 91 | 0.50 |")
 
 
-def test_memory_is_set_beside_the_peer_s():
+def test_memory_is_compared_with_the_best_case_of_a_peer():
     row = {"mode": "train", "model": "convit_tiny", "best": True}
     rows = [row | {"side": "ours", "per_image": 50.0}, row | {"side": "timm", "per_image": 100.0}]
     rows += [row | {"side": "timm", "per_image": 1.0, "best": False}]
-    assert list(verdicts(rows)) == ["train convit_tiny memory per image ours/timm 0.50"]
+    assert list(command.verdicts(rows)) == ["train convit_tiny memory per image ours/timm 0.50"]
 
 
 def test_every_model_of_timms_has_it_as_a_peer():
@@ -119,11 +143,11 @@ def test_configurations():
     theirs = configure(build("timm", "fastvit_t8"), "timm", "deploy")
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in theirs.stem.modules())
     assert configure(build("ours", "convit_tiny"), "ours", "checkpoint").grad_checkpointing
-    with pytest.raises(UserError, match="'nchw' is not eager, nor one of deploy, channels"):
+    with pytest.raises(UserError, match=r"'nchw'.*deploy, channels_last"):
         configure(model, "ours", "deploy+nchw")
 
 
-def test_alternation_measures_every_step_in_every_round():
+def test_every_round_measures_every_step():
     order = []
     steps = {label: lambda label=label: order.append(label) for label in "abc"}
     times = alternate(steps, "cpu", 3, 0.0)
@@ -132,58 +156,56 @@ def test_alternation_measures_every_step_in_every_round():
     assert ratio([1.0, 2.0, 4.0], [2.0, 2.0, 20.0]) == 2.0
 
 
-def test_memory_grows_with_the_batch():
-    case = Case("train", "convit_tiny", "ours", "eager", 4, "float32", "cpu", 224)
-    peak, per_image = memory(case, None)
-    assert 200 < peak < 2000
-    assert 10 < per_image < 200
+def test_memory_grows_with_the_batch(forked):
+    case = Case("train", "convit_tiny", "ours", "eager", 2, "float32", "cpu", 224)
+    added = command.peak(replace(case, batch=6)) - command.peak(case)
+    assert 10 < added / 4 < 200
 
 
-def test_bad_input(tmp_path, capsys, original):
+def test_bad_input(tmp_path, benchmark, original):
     def error(*words):
-        assert benchmark([*words, "--device", "cpu", "--mode", "infer", *QUICK]) == 1
-        return capsys.readouterr().err
+        status, _, errors = benchmark(*words, "--mode", "infer")
+        assert status == 1 and errors.count("\n") == 1, errors
+        return errors
 
-    assert "'resnet50' is none of convit_base, " in error("resnet50")
-    assert "/none is not a folder" in error("visformer_tiny", "--peer-path", "/none")
-    assert "no file defines convit_tiny()" in error("convit_tiny", "--peer-path", str(original))
-    assert "'fast' is not eager" in error("visformer_tiny", "--configs", "fast")
+    assert re.search("'resnet50'.*convit_base, ", error("resnet50"))
+    assert "--peer-path /none" in error("visformer_tiny", "--peer-path", "/none")
+    assert "convit_tiny" in error("convit_tiny", "--peer-path", original)
+    assert re.search("'fast'.*deploy, channels_last", error("visformer_tiny", "--configs", "fast"))
     (tmp_path / "broken.py").write_text("import nothing_of_this_name\ndef convit_tiny(): ...\n")
-    with pytest.raises(UserError, match="broken cannot be imported: ModuleNotFoundError"):
+    with pytest.raises(UserError, match=r"broken.*ModuleNotFoundError.*nothing_of_this_name"):
         peer_entrypoint(tmp_path, "convit_tiny")
-    with pytest.raises(UserError, match="'nchw' is not eager"):
-        memory(Case("infer", "visformer_tiny", "ours", "nchw", 1, "float32", "cpu", 224), None)
     assert models.ModelError is sys.modules["models"].ModelError
 
 
-def test_runs_as_a_module():
-    done = run_python("-m", "tools.benchmark", "nothing")
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: 'nothing' is none of")
+def test_a_process_that_fails_names_its_case():
+    case = Case("infer", "visformer_tiny", "ours", "nchw", 1, "float32", "cpu", 224)
+    with pytest.raises(UserError, match=r"infer visformer_tiny ours nchw: .*'nchw'"):
+        command.peak(case)
 
 
-def test_backbones_beside_the_originals_attention(capsys):
-    words = ["swin_visformer_tiny_v2", "--device", "cpu", "--input-size", "64", "96"]
-    assert backbone_benchmark([*words, "--rounds", "1", "--min-time", "0.01"]) == 0
-    output = capsys.readouterr().out
+def test_backbones_with_the_originals_attention(program, forked):
+    words = ["--device", "cpu", "--input-size", 64, 96, "--rounds", 1, "--min-time", 0.01]
+    status, output, errors = program(backbone.main, "swin_visformer_tiny_v2", *words)
+    assert status == 0, errors
     assert float(re.search(r"outputs differ by (\S+)", output)[1]) < 1e-9
-    for kind in (*KINDS, "memory"):
+    for kind in (*backbone.KINDS, "memory"):
         assert f"\n{kind} swin_visformer_tiny_v2 ours/original " in output
-    assert backbone_benchmark(["convit_tiny", "--device", "cpu"]) == 1
-    assert "convit_tiny has no windows to compare" in capsys.readouterr().err
+    status, _, errors = program(backbone.main, "convit_tiny", "--device", "cpu")
+    assert status == 1 and "convit_tiny" in errors
 
 
-def test_the_price_of_saving(tmp_path):
-    flags = ["--steps", 2, "--save-every-steps", 1, "--rounds", 1, "--batch-size", 2]
-    done = run_python(
-        "-m", "tools.benchmark.saving", *flags, "--input-size", 32, TMPDIR=str(tmp_path)
-    )
-    assert done.returncode == 0, done.stderr
-    first, last = done.stdout.splitlines()
+def test_the_cost_of_saving(tmp_path, program, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    flags = ["--steps", 2, "--save-every-steps", 1, "--rounds", 1, "--device", "cpu"]
+    words = ["test_vit", *flags, "--batch-size", 2, "--input-size", 32]
+    status, output, errors = program(saving.main, *words)
+    assert status == 0, errors
+    first, last = output.splitlines()
     assert re.match(
-        r"visformer_tiny 1 process\(es\), a checkpoint every 1 of 2 steps: with/without steps per "
+        r"test_vit 1 process\(es\), a checkpoint every 1 of 2 steps: with/without steps per "
         r"second \d\.\d{3} \(\d+\.\d\d and \d+\.\d\d\)$",
         first,
     )
     assert last.endswith("32 pixels, batch 2")
-    assert not list(tmp_path.iterdir())  # its checkpoints went with it
+    assert not list(tmp_path.iterdir())  # the checkpoints are removed

@@ -1,6 +1,7 @@
 """The crash test: a short one, and that it notices what it is meant to notice."""
 
 import contextlib
+import functools
 import json
 import random
 import signal
@@ -26,16 +27,11 @@ KILL, TERM = (parts_of(1, name)[0] for name in ("KILL", "TERM"))
 
 
 @pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
+def run(program, monkeypatch, tmp_path):
     """``run(*flags) -> (status, output, errors)`` of a crash test of one rank, into tmp_path."""
     monkeypatch.setattr(job, "Popen", Forked)
     monkeypatch.setattr(job.os, "environ", clean_env())
-
-    def call(*flags):
-        words = ["--ranks", "1", "--output_dir", str(tmp_path), *map(str, flags)]
-        return crash(words), *capsys.readouterr()
-
-    return call
+    return functools.partial(program, crash, "--ranks", 1, "--output_dir", tmp_path)
 
 
 def test_kills_leave_no_trace(run, tmp_path):

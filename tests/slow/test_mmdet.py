@@ -1,8 +1,11 @@
-"""The half of object_detection that serves mmdet: operators, backbones, configs, checkpoints."""
+"""The parts of object_detection for mmdet: operators, backbones, configs, checkpoints."""
 
+import copy
+import functools
 import importlib
 import json
 import os
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -17,6 +20,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import models
+import object_detection
 from models.detection_backbone import load_backbone
 from object_detection import checkpoints, flops, mmcv_ops, recipe, runtime
 from utils import UserError
@@ -51,16 +55,12 @@ stand_in = pytest.mark.skipif(
 )
 
 
-def build(path, device="cpu"):
+@functools.cache
+def on_meta(path):
+    """Config and model, built once; do not change them."""
     config = recipe.read_config(str(path))
-    with torch.device(device):
+    with torch.device("meta"):
         return config, runtime.build_model(config, str(path))
-
-
-@pytest.fixture(scope="module")
-def detector():
-    """Config and model of a small detector of one class."""
-    return build(TINY)
 
 
 # --- operators
@@ -71,13 +71,10 @@ def reference_nms(boxes, scores, threshold, offset):
     kept = []
     areas = (boxes[:, 2:] - boxes[:, :2] + offset).prod(1)
     for i in np.argsort(-scores, kind="stable"):
-        for j in kept:
-            corner = np.maximum(boxes[i, :2], boxes[j, :2])
-            sides = np.minimum(boxes[i, 2:], boxes[j, 2:]) - corner + offset
-            overlap = sides.clip(0).prod()
-            if overlap > threshold * (areas[i] + areas[j] - overlap):
-                break
-        else:
+        corners = np.maximum(boxes[i, :2], boxes[kept, :2])
+        sides = np.minimum(boxes[i, 2:], boxes[kept, 2:]) - corners + offset
+        overlaps = sides.clip(0).prod(1)
+        if (overlaps <= threshold * (areas[i] + areas[kept] - overlaps)).all():
             kept.append(i)
     return kept
 
@@ -123,7 +120,7 @@ def test_roi_align_and_its_gradient(aligned, samples):
 @stand_in
 def test_other_operators_are_refused_by_name():
     maps, rois = torch.zeros(1, 1, 4, 4), torch.zeros(1, 5)
-    with pytest.raises(mmcv_ops.MissingOperatorError, match=r"pool_mode='max'.*compiled"):
+    with pytest.raises(mmcv_ops.MissingOperatorError, match="pool_mode='max'"):
         mmcv.ops.roi_align(maps, rois, (2, 2), 1.0, 0, "max", True)
     with pytest.raises(mmcv_ops.MissingOperatorError, match="softnms"):
         mmcv.ops.soft_nms(torch.zeros(1, 4), torch.zeros(1))
@@ -148,11 +145,15 @@ def test_compiled_operators_are_preferred(tmp_path, monkeypatch):
 
 
 def test_importing_is_silent_and_does_not_load_mmdet():
-    code = "import object_detection, importlib, sys; importlib.reload(object_detection)"
-    code += "; importlib.reload(sys.modules['object_detection.mmdet_backbones'])"
-    code += "; print('mmdet.models' in sys.modules)"
+    code = "import object_detection, sys; print('mmdet.models' in sys.modules)"
     done = run_python("-W", "error", "-c", code)
     assert (done.returncode, done.stdout, done.stderr) == (0, "False\n", "")
+
+
+def test_backbones_can_be_registered_again(capsys):
+    importlib.reload(object_detection)
+    importlib.reload(sys.modules["object_detection.mmdet_backbones"])
+    assert capsys.readouterr() == ("", "")
 
 
 def test_features_are_those_of_the_classifier(tmp_path, monkeypatch):
@@ -177,7 +178,7 @@ def test_features_are_those_of_the_classifier(tmp_path, monkeypatch):
         }
     ).eval()
     backbone.init_weights()
-    assert len(messages) == 1 and "unexpected: net.norm, net.head" in messages[0]
+    assert len(messages) == 1 and "net.norm, net.head" in messages[0]
     image = torch.randn(1, 3, 448, 448, dtype=torch.float64)
     with torch.no_grad():
         maps = backbone.double()(image)
@@ -189,8 +190,8 @@ def test_features_are_those_of_the_classifier(tmp_path, monkeypatch):
 
 def test_old_backbone_block_and_detector_checkpoint(shared, golden, tmp_path):
     """A config and a checkpoint of mmdet 2, with the original's names of its backbone."""
-    path = shared / "goldens" / "danczs.det_swin_visformer_small_v2.json"
-    description = json.loads(path.read_text())
+    text = (shared / "goldens" / "danczs.det_swin_visformer_small_v2.json").read_text()
+    description = json.loads(text)
     weights = golden.weights(description)
     config = recipe.read_config(str(COCO[-1]))
     config.model.backbone = {"type": "SwinVisformer", **description["kwargs"]}
@@ -210,37 +211,38 @@ def test_old_backbone_block_and_detector_checkpoint(shared, golden, tmp_path):
         assert torch.equal(detector.backbone.state_dict()[key], value), key
     assert detector.neck.lateral_convs[0].conv.bias.eq(7).all()
     del checkpoint["state_dict"]["backbone.stage2.0.attn.qkv.weight"]
-    with pytest.raises(models.CheckpointError, match=r"1 missing.*: backbone.net.stage2.0.attn"):
+    with pytest.raises(models.CheckpointError, match=r"old\.pth .*backbone\.net\.stage2\.0\.attn"):
         checkpoints.check_fit(detector, checkpoint, "old.pth")
 
 
-def test_weights_for_a_backbone_from_a_run_of_mmengine(tmp_path, detector):
-    _, model = detector
-    state = model.state_dict()
+def test_weights_for_a_backbone_from_a_run_of_mmengine(tmp_path):
+    expected = models.VisionBackbone("swin_visformer_tiny_v2", drop_path_rate=0.1)
+    state = {f"backbone.{key}": value for key, value in expected.state_dict().items()}
     hub = {"log_scalars": {"loss": HistoryBuffer([1.0], [1])}}
     torch.save({"state_dict": state, "message_hub": hub}, tmp_path / "epoch_1.pth")
     settings = recipe.read_config(str(TINY)).model.backbone
+    assert settings.type == "VisionBackbone"
     settings.init_cfg = {"type": "Pretrained", "checkpoint": str(tmp_path / "epoch_1.pth")}
     backbone = MODELS.build(settings)
     assert not backbone.init_weights().missing
-    assert torch.equal(backbone.net.stem[0].weight, model.backbone.net.stem[0].weight)
+    assert torch.equal(backbone.net.stem[0].weight, expected.net.stem[0].weight)
 
 
 # --- configs
 
 
 def test_every_model_has_every_recipe():
-    for name in LEVELS:
-        for recipe_name in ("mask_rcnn_{}_1x_coco", "mask_rcnn_{}_3x_ms_coco"):
-            for method in (recipe_name, f"cascade_{recipe_name.replace('1x_coco', '1x_ms_coco')}"):
-                assert method.format(f"swin_visformer_{name}") in {path.stem for path in COCO}
-    assert len(COCO) == 12
+    recipes = ("mask_rcnn_{}_1x_coco", "mask_rcnn_{}_3x_ms_coco")
+    recipes += ("cascade_mask_rcnn_{}_1x_ms_coco", "cascade_mask_rcnn_{}_3x_ms_coco")
+    expected = {recipe.format(f"swin_visformer_{name}") for name in LEVELS for recipe in recipes}
+    assert {path.stem for path in COCO} == expected
 
 
 @pytest.mark.parametrize("path", COCO, ids=lambda path: path.stem)
 def test_config_builds_with_its_recipe(path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    config, model = build(path, "meta")
+    config, model = on_meta(path)
+    config = copy.deepcopy(config)
     long = "_3x_" in path.stem
     size = path.stem.partition("swin_visformer_")[2].partition("_1x" if not long else "_3x")[0]
     assert model.backbone.num_features == LEVELS[size] == list(model.neck.in_channels)
@@ -266,13 +268,20 @@ def test_config_builds_with_its_recipe(path, monkeypatch):
         assert [len(head.shared_convs) for head in heads] == [4, 4, 4]
         assert all(head.reg_decoded_bbox and head.loss_bbox.loss_weight == 10 for head in heads)
         assert [c.assigner.pos_iou_thr for c in model.train_cfg.rcnn] == [0.5, 0.6, 0.7]
-    assert checkpoints.read_config_of({"meta": {"cfg": config.pretty_text}}, "here") is not None
+
+
+@pytest.mark.parametrize("name", ["mask_rcnn", "cascade_mask_rcnn"])
+def test_a_checkpoint_s_config_may_have_all_parts_of_a_detector(name):
+    path = next(path for path in COCO if path.stem.startswith(name))
+    text = on_meta(path)[0].pretty_text
+    assert checkpoints.read_config_of({"meta": {"cfg": text}}, "here") is not None
 
 
 @pytest.mark.parametrize("name", ["mask_rcnn", "cascade_mask_rcnn"])
 def test_norms_and_biases_of_attention_do_not_decay(name):
     path = next(path for path in COCO if path.stem.startswith(name))
-    config, model = build(path, "meta")
+    config, model = on_meta(path)
+    config = copy.deepcopy(config)
     config.optim_wrapper.type = "OptimWrapper"
     del config.optim_wrapper["loss_scale"]
     optimizer = build_optim_wrapper(model, config.optim_wrapper).optimizer
@@ -309,7 +318,7 @@ def test_data_root_is_replaced_everywhere():
     config = recipe.read_config(str(COCO[0]), ["train_dataloader.batch_size=1"], "/elsewhere")
     assert config.train_dataloader.dataset.data_root == "/elsewhere/"
     assert config.test_evaluator.ann_file == "/elsewhere/annotations/instances_val2017.json"
-    assert "data/coco" not in config.pretty_text
+    assert "data/coco" not in str(config.to_dict())
     by_option = recipe.read_config(str(COCO[0]), ["data_root=/elsewhere"])
     assert by_option.val_dataloader.dataset.data_root == "/elsewhere/"
 
@@ -319,14 +328,14 @@ def test_data_root_is_replaced_everywhere():
 
 @pytest.mark.parametrize("stem", PUBLISHED)
 def test_operations_are_near_the_published(stem):
-    _, model = build(CONFIGS[0].with_name(f"{stem}.py"), "meta")
+    _, model = on_meta(CONFIGS[0].with_name(f"{stem}.py"))
     total = sum(flops.count(model, 1280, 800).values()) / 1e9
     # published counts include projections of the windows' padding, which are not computed here
     assert 0.98 * PUBLISHED[stem][1] < total < PUBLISHED[stem][1]
 
 
 def test_both_products_of_attention_are_counted():
-    _, model = build(TINY, "meta")
+    _, model = on_meta(TINY)
     convolutions = Counter()
 
     def add(module, inputs, output):
@@ -342,9 +351,7 @@ def test_both_products_of_attention_are_counted():
         if stage.num_heads is None:
             continue
         width, height = 1280 // 2 ** (index + 2), 800 // 2 ** (index + 2)
-        padded = (-(-width // stage.window) * stage.window) * (
-            -(-height // stage.window) * stage.window
-        )
+        padded = np.prod([-(-side // stage.window) * stage.window for side in (width, height)])
         channels = stage.num_heads * (stage.head_dim or stage.dim // stage.num_heads)
         products += 2 * stage.depth * padded * stage.window**2 * channels
     assert products > 0.01 * counted
@@ -354,40 +361,37 @@ def test_both_products_of_attention_are_counted():
 # --- checkpoints
 
 
-class Touch:
-    """Pickled, it asks to create a file."""
+class Call:
+    """Pickled, it asks to call a function."""
 
-    def __init__(self, path):
-        self.path = path
+    def __init__(self, *call):
+        self.call = call
 
     def __reduce__(self):
-        return Path.touch, (self.path,)
+        function, *args = self.call
+        return function, tuple(args)
 
 
-class System(Touch):
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
-
-
-class Attribute(Touch):
-    def __reduce__(self):
-        return getattr, (HistoryBuffer, "register_statistics")
-
-
-@pytest.mark.parametrize("kind", [Touch, System, Attribute])
-def test_a_checkpoint_that_asks_to_run_code_is_refused(tmp_path, detector, kind):
-    _, model = detector
-    content = {"state_dict": model.state_dict(), "message_hub": kind(tmp_path / "ran")}
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda path: Call(Path.touch, path),
+        lambda path: Call(os.system, f"touch {path}"),
+        lambda path: Call(getattr, HistoryBuffer, "register_statistics"),
+    ],
+)
+def test_a_checkpoint_that_asks_to_run_code_is_refused(tmp_path, call):
+    model = nn.Linear(1, 1)
+    content = {"state_dict": model.state_dict(), "message_hub": call(tmp_path / "ran")}
     torch.save(content, tmp_path / "bad.pth")
     for load in (checkpoints.read, lambda path: mmengine.runner.load_checkpoint(model, path)):
-        with pytest.raises(models.CheckpointError, match="is refused: it asks for"):
+        with pytest.raises(models.CheckpointError, match=r"bad\.pth"):
             load(str(tmp_path / "bad.pth"))
     assert not (tmp_path / "ran").exists()
 
 
-def test_config_within_a_checkpoint_is_read_as_data(tmp_path, detector):
-    config, _ = detector
-    text = config.pretty_text
+def test_config_within_a_checkpoint_is_read_as_data(tmp_path):
+    text = on_meta(TINY)[0].pretty_text
 
     def read(text):
         return checkpoints.read_config_of({"meta": {"cfg": text}}, "x.pth")
@@ -403,15 +407,15 @@ def test_config_within_a_checkpoint_is_read_as_data(tmp_path, detector):
         f"{text}\nmodel = dict(backbone=open({str(marker)!r}, 'w'))",
         "model = 3",
     ):
-        with pytest.raises(models.CheckpointError, match="give --config"):
+        with pytest.raises(models.CheckpointError, match=r"x\.pth .*--config"):
             read(bad)
     for name in ("os.system", "subprocess.Popen", "CameraMotionCompensation", "mmengine.load"):
         bad = text.replace("type='FPN'", f"type='{name}'")
         assert bad != text
-        with pytest.raises(models.CheckpointError, match=f"type {name}"):
+        with pytest.raises(models.CheckpointError, match=re.escape(name)):
             read(bad)
     bad = text.replace("qk_scale_factor=-0.5", "checkpoint_path='x.pth'")
-    with pytest.raises(models.CheckpointError, match="argument checkpoint_path"):
+    with pytest.raises(models.CheckpointError, match="checkpoint_path"):
         read(bad)
     assert not marker.exists()
 

@@ -1,16 +1,17 @@
-"""The commands of object_detection that run mmdet, from good and from bad input."""
+"""The commands of object_detection that run mmdet, with good and with bad input."""
 
 import importlib.machinery
 import json
+import re
 import shutil
 import sys
-import tarfile
 import types
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, THREADS, run_python
+from conftest import ROOT, run_python, together
 from PIL import Image
 
 from object_detection import benchmark, flops, infer, runtime, test, train
@@ -24,8 +25,13 @@ except UserError as error:
 CONFIG = ROOT / "object_detection/configs/mask_rcnn_swin_visformer_tiny_v2_pennfudan.py"
 CASCADE = ROOT / "object_detection/configs/cascade_mask_rcnn_swin_visformer_tiny_v2_1x_ms_coco.py"
 SPLITS = ("train", "val", "test")
-# no processes for the loaders, small images, few proposals
+CHANNELS = ["neck.out_channels", "rpn_head.in_channels", "rpn_head.feat_channels"]
+CHANNELS += [f"roi_head.{kind}_roi_extractor.out_channels" for kind in ("bbox", "mask")]
+CHANNELS += [f"roi_head.{kind}_head.in_channels" for kind in ("bbox", "mask")]
+CHANNELS += ["roi_head.bbox_head.fc_out_channels", "roi_head.mask_head.conv_out_channels"]
+# no processes for the loaders, small images and heads, few proposals
 OPTIONS = [
+    *(f"model.{name}=8" for name in CHANNELS),
     *(f"{split}_dataloader.num_workers=0" for split in SPLITS),
     *(f"{split}_dataloader.persistent_workers=False" for split in SPLITS),
     "train_dataloader.batch_size=1",
@@ -41,18 +47,23 @@ OPTIONS = [
 ]
 
 
-@pytest.fixture
-def call(capsys):
-    """``call(command, *words) -> (status, output, the line of the error)``."""
+class Done(NamedTuple):
+    """Exit status, output and the line of the error."""
 
-    def run(command, *words):
-        torch.set_num_threads(1)
-        status = command.main([str(word) for word in words])
-        torch.set_num_threads(THREADS)
-        output, errors = capsys.readouterr()
+    status: int
+    output: str
+    error: str
+
+
+@pytest.fixture
+def call(program):
+    """``call(command, *flags)``: a command in this process."""
+
+    def run(command, *flags):
+        status, output, errors = program(command.main, *flags)
         lines = [line for line in errors.splitlines() if line.startswith("error")]
         assert len(lines) == (status != 0)
-        return status, output, "".join(lines)
+        return Done(status, output, "".join(lines))
 
     return run
 
@@ -100,68 +111,49 @@ def training(call, tmp_path):
     return run
 
 
-@pytest.fixture(scope="module")
-def people(shared, tmp_path_factory):
-    """Penn-Fudan, and a folder for a run; both are removed, as checkpoints are large."""
-    folder = tmp_path_factory.mktemp("people")
-    with tarfile.open(shared / "data" / "pennfudan_coco.tar.gz") as archive:
-        archive.extractall(folder, filter="data")
-    yield folder / "pennfudan_coco", folder / "run"
-    shutil.rmtree(folder)
-
-
-def test_train_resume_test_infer(people):
-    """The commands as processes, one after the other."""
-    data, run = people
-    options = [option for option in OPTIONS if "max_iters" not in option]
-    options = [option.replace("(64,64)", "(96,96)") for option in options]
-    options += ["default_hooks.checkpoint.save_last=True", "test_dataloader.dataset.indices=3"]
-    options += ["train_dataloader.dataset.indices=4", "model.test_cfg.rcnn.score_thr=0.0"]
+def test_train_resume_test_infer(call, dataset, tmp_path):
+    """The commands one after the other."""
+    data, run = dataset(), tmp_path / "run"
+    options = [*OPTIONS, "default_hooks.checkpoint.save_last=True"]
+    options += ["model.test_cfg.rcnn.score_thr=0.0"]
     words = ["--data-root", data, "--work-dir", run, "--cfg-options", *options]
 
-    first = run_python("-m", "object_detection.train", CONFIG, *words, "train_cfg.max_iters=2")
-    assert first.returncode == 0, first.stderr[-2000:]
-    assert ("no CUDA: float32" in first.stdout) != torch.cuda.is_available()
-    assert "Iter(train) [2/2]" in first.stdout
+    first = call(train, CONFIG, "--resume", *words, "train_cfg.max_iters=2")
+    assert first.status == 0, first
+    assert f"no checkpoint in {run}" in first.output  # of --resume
+    assert ("no CUDA: float32" in first.output) != torch.cuda.is_available()
+    assert "Iter(train) [2/2]" in first.output
     saved = (run / "last_checkpoint").read_text()
     assert saved.endswith("iter_2.pth")
 
-    second = run_python(
-        *("-m", "object_detection.train", CONFIG, "--resume", *words, "train_cfg.max_iters=3")
-    )
-    assert second.returncode == 0, second.stderr[-2000:]
-    assert "resumed epoch: 0, iter: 2" in second.stdout
-    assert "Iter(train) [3/3]" in second.stdout and "Iter(train) [2/3]" not in second.stdout
+    second = call(train, CONFIG, "--resume", *words, "train_cfg.max_iters=3")
+    assert second.status == 0, second
+    assert "resumed epoch: 0, iter: 2" in second.output
+    assert "Iter(train) [3/3]" in second.output and "Iter(train) [2/3]" not in second.output
 
     checkpoint = run / "iter_3.pth"
-    tested = run_python("-m", "object_detection.test", CONFIG, checkpoint, *words)
-    assert tested.returncode == 0, tested.stderr[-2000:]
-    metrics = dict(line.split() for line in tested.stdout.splitlines() if line.startswith("coco/"))
+    tested = call(test, CONFIG, checkpoint, *words)
+    assert tested.status == 0, tested
+    metrics = dict(line.split() for line in tested.output.splitlines() if line[:5] == "coco/")
     for name in ("bbox", "segm"):
         assert 0 <= float(metrics[f"coco/{name}_mAP_50"]) <= 1
 
-    image = next((data / "images").iterdir())
-    out = run / "found.png"
-    found = run_python(
-        *("-m", "object_detection.infer", checkpoint, image, "--out", out, "--score-thr", 0)
-    )
-    assert found.returncode == 0, found.stderr[-2000:]
-    assert "person 0." in found.stdout and f"drawn into {out}" in found.stdout
+    image = data / "images" / "0.png"
+    out = tmp_path / "found.png"
+    found = call(infer, checkpoint, image, "--out", out, "--score-thr", 0)
+    assert found.status == 0, found
+    assert "person 0." in found.output and str(out) in found.output
     with Image.open(image) as before, Image.open(out) as after:
         assert (after.format, after.size) == ("PNG", before.size)
         assert (np.asarray(before.convert("RGB")) != np.asarray(after)).any()
 
 
-def test_two_processes_train(people, dataset):
-    _, run = people
-    done = run_python(
-        *("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"),
-        *("-m", "object_detection.train", CONFIG, "--launcher", "pytorch"),
-        *("--data-root", dataset(), "--work-dir", run / "two", "--cfg-options", *OPTIONS),
-        "train_cfg.val_begin=2",
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("Iter(train) [1/1]") == 1
+def test_two_processes_train(dataset, tmp_path):
+    words = [CONFIG, "--launcher", "pytorch", "--data-root", dataset(), "--work-dir", tmp_path]
+    words += ["--cfg-options", *OPTIONS, "train_cfg.val_begin=2"]
+    codes, output, errors = together(2, words, program=("-m", "object_detection.train"))
+    assert codes == [0, 0], errors
+    assert output.count("Iter(train) [1/1]") == 1
 
 
 def test_cascade_runs_and_is_measured(call):
@@ -201,32 +193,32 @@ def test_images_without_objects_and_degenerate_boxes_are_trained_through(dataset
     ("edit", "expected"),
     [
         (lambda content: content.pop("categories"), "categories"),
-        (lambda content: content["images"].clear(), "no image with objects"),
-        (lambda content: content["annotations"].clear(), "no image with objects"),
-        (lambda content: content["categories"][0].update(name="dog"), "no image with objects"),
+        (lambda content: content["images"].clear(), "classes"),
+        (lambda content: content["annotations"].clear(), "classes"),
+        (lambda content: content["categories"][0].update(name="dog"), "classes"),
         (lambda content: content["annotations"][0].pop("bbox"), "bbox"),
     ],
 )
-def test_annotations_of_no_use(dataset, training, edit, expected):
+def test_unusable_annotations(dataset, training, edit, expected):
     status, _, error = training(dataset(edit=edit))
     assert status == 1
     assert "instances_train.json" in error and expected in error
 
 
-def test_files_of_no_use(dataset, training):
+def test_unusable_files(dataset, training):
     root = dataset()
     for path in (root / "images").iterdir():
         path.write_bytes(b"no image")
-    status, _, error = training(root)
-    assert status == 1 and "failed to load image" in error
-    shutil.rmtree(root / "images")
     status, _, error = training(root, "train_dataloader.num_workers=1")
-    assert status == 1 and "No such file" in error and "images" in error
+    assert status == 1 and str(root / "images") in error
+    shutil.rmtree(root / "images")
+    status, _, error = training(root)
+    assert status == 1 and str(root / "images") in error
     (root / "annotations" / "instances_train.json").write_text("")
     status, _, error = training(root)
     assert status == 1 and "instances_train.json" in error
     status, _, error = training(root / "nowhere")
-    assert status == 1 and "No such file" in error
+    assert status == 1 and str(root / "nowhere") in error
 
 
 def test_objects_without_masks(dataset, training):
@@ -237,7 +229,7 @@ def test_objects_without_masks(dataset, training):
 def test_heads_of_other_classes(dataset, training):
     heads = [f"model.roi_head.{kind}_head.num_classes=3" for kind in ("bbox", "mask")]
     status, _, error = training(dataset(), *heads)
-    assert status == 1 and "1 classes" in error and "know 3" in error
+    assert status == 1 and re.search(r"\b1 classes.*\b3\b", error)
 
 
 # --- configs
@@ -246,19 +238,19 @@ def test_heads_of_other_classes(dataset, training):
 @pytest.mark.parametrize(
     ("option", "expected"),
     [
-        ("model.backbone.model=swin_visformer_tiny_v3", "nearest are swin_visformer_tiny_v2"),
+        ("model.backbone.model=swin_visformer_tiny_v3", "swin_visformer_tiny_v2"),
         ("model.backbone.frozen=1", "'frozen'"),
-        ("model.backbone.model_kwargs.heads=1", "takes no heads"),
-        ("model.backbone.init_cfg.type=Pretrain", "must be dict(type='Pretrained'"),
-        ("model.neck.type=Pyramid", "Pyramid is not in the mmdet::model registry"),
+        ("model.backbone.model_kwargs.heads=1", "heads"),
+        ("model.backbone.init_cfg.type=Pretrain", "dict(type='Pretrained'"),
+        ("model.neck.type=Pyramid", "Pyramid"),
         ("model.neck.in_channels=[1,2,3,4]", "[48, 96, 192, 384]"),
-        ("modle.neck.type=FPN", "no modle"),
+        ("modle.neck.type=FPN", "modle"),
         ("model.neck", "KEY=VALUE"),
-        ("model.neck.in_channels=[1,2", "brackets"),
-        ("train_dataloader.dataset.pipeline.9.scale=1", "do not fit"),
+        ("model.neck.in_channels=[1,2", "--cfg-options"),
+        ("train_dataloader.dataset.pipeline.9.scale=1", CONFIG.name),
     ],
 )
-def test_options_of_no_use(call, option, expected):
+def test_unusable_options(call, option, expected):
     status, output, error = call(flops, CONFIG, "--cfg-options", option)
     assert (status, output) == (1, "") and expected in error
 
@@ -266,61 +258,55 @@ def test_options_of_no_use(call, option, expected):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("model = dict(", "cannot read config"),
+        ("model = dict(", "config.py"),
         ("_base_ = 'nowhere.py'", "nowhere.py"),
-        ("data_root = ''", "has no model"),
-        ("model = dict(type='RetinaNet')", "cannot build the model"),
+        ("data_root = ''", "config.py .*model"),
+        ("model = dict(type='RetinaNet')", "config.py: .*backbone"),
     ],
 )
-def test_configs_of_no_use(call, tmp_path, text, expected):
+def test_unusable_configs(call, tmp_path, text, expected):
     (tmp_path / "config.py").write_text(text)
     status, _, error = call(flops, tmp_path / "config.py")
-    assert status == 1 and expected in error
+    assert status == 1 and re.search(expected, error)
 
 
-def test_optimizer_of_no_use(dataset, training):
+def test_unusable_optimizer(dataset, training):
     status, _, error = training(dataset(), "optim_wrapper.optimizer.momentum=0.9")
     assert status == 1 and "'momentum'" in error
 
 
 def test_missing_config_and_device(call):
-    assert "no config nowhere.py" in call(train, "nowhere.py")[2]
-    assert "--device tpu9" in call(benchmark, CONFIG, "--device", "tpu9")[2]
+    assert "nowhere.py" in call(train, "nowhere.py").error
+    assert "--device 'tpu9'" in call(benchmark, CONFIG, "--device", "tpu9").error
 
 
 def test_launcher_without_processes(call):
     words = [CONFIG, "--launcher", "pytorch"]
-    assert "torchrun" in call(train, *words)[2]
+    assert "torchrun" in call(train, *words).error
 
 
 # --- checkpoints
 
 
-def test_checkpoints_of_no_use(call, dataset, tmp_path, monkeypatch):
+def test_unusable_checkpoints(call, dataset, tmp_path):
     root = dataset()
-    words = ["--data-root", root, "--work-dir", tmp_path / "run", "--cfg-options", *OPTIONS]
-    other, text = tmp_path / "other.pth", tmp_path / "text.pth"
+    image, options = root / "images" / "0.png", ["--cfg-options", *OPTIONS]
+    words = ["--data-root", root, "--work-dir", tmp_path / "run", *options]
+    other, text, none = (tmp_path / f"{name}.pth" for name in ("other", "text", "none"))
     torch.save({"state_dict": {"backbone.conv1.weight": torch.zeros(1)}}, other)
     text.write_text("hello")
-    for path, expected in (
-        (other, "does not fit the config's model"),
-        (text, "is not a checkpoint"),
-        (tmp_path / "none.pth", "cannot read checkpoint"),
+    for command, path, flags in (
+        (test, other, [CONFIG, other, *words]),
+        (test, text, [CONFIG, text, *words]),
+        (test, none, [CONFIG, none, *words]),
+        (train, other, [CONFIG, *words, f"load_from={other}"]),
+        (train, other, [CONFIG, "--resume", other, *words]),
+        (infer, "--config", [other, image]),
+        (infer, other, [other, image, "--config", CONFIG]),
+        (infer, other, [other, other]),
     ):
-        status, _, error = call(test, CONFIG, path, *words)
-        assert status == 1 and expected in error
-    assert "nothing that fits" in call(train, CONFIG, *words, f"load_from={other}")[2]
-    assert "no state of a run" in call(train, CONFIG, "--resume", other, *words)[2]
-    assert "carries no config" in call(infer, other, root / "images" / "0.png")[2]
-    words = [other, root / "images" / "0.png", "--config", CONFIG]
-    assert "does not fit" in call(infer, *words)[2]
-    assert "cannot read image" in call(infer, other, other)[2]
-
-
-def test_resume_without_a_checkpoint_starts_afresh(call, dataset, tmp_path):
-    words = [CONFIG, "--resume", "--data-root", dataset(), "--work-dir", tmp_path / "run"]
-    status, output, _ = call(train, *words, "--cfg-options", *OPTIONS)
-    assert status == 0 and "starting afresh" in output
+        status, _, error = call(command, *flags)
+        assert status == 1 and str(path) in error, (command, flags)
 
 
 # --- installations
@@ -331,7 +317,7 @@ def test_a_missing_package_is_named_with_its_remedy(call, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
     status, _, error = call(flops, CONFIG)
     assert status == 1
-    assert error == f"error: {name} is not installed: {runtime.INSTALL}"
+    assert error.startswith(f"error: {name} ") and runtime.INSTALL in error
 
 
 def test_an_old_mmdet_is_named_with_its_remedy(call, monkeypatch):
@@ -339,7 +325,7 @@ def test_an_old_mmdet_is_named_with_its_remedy(call, monkeypatch):
     old.__version__, old.__spec__ = "2.28.0", importlib.machinery.ModuleSpec("mmdet", None)
     monkeypatch.setitem(sys.modules, "mmdet", old)
     status, _, error = call(flops, CONFIG)
-    assert status == 1 and "mmdet 2.28.0 is installed, and 3 is needed" in error
+    assert status == 1 and "mmdet 2.28.0" in error and runtime.INSTALL in error
 
 
 def test_without_mmdet_the_package_imports_silently():

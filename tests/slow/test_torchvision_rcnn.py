@@ -1,7 +1,7 @@
 """Mask R-CNN by torchvision: the model, COCO's format, training, resume, evaluation."""
 
+import functools
 import json
-import os
 import re
 import sys
 import tarfile
@@ -10,9 +10,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import THREADS, clean_env, free_port, ranks, read_log, run_python, together
+from conftest import ranks, read_log, run_python, together
 from PIL import Image
-from test_distributed import LAUNCH
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops.poolers import _setup_scales
 
@@ -119,7 +118,7 @@ def test_backbone_options_reach_the_backbone(tmp_path):
     assert torch.equal(body.net.layer1[0].conv1.weight, classifier.layer1[0].conv1.weight)
     assert not body.net.conv1.weight.requires_grad
     assert model.roi_heads.box_predictor.cls_score.out_features == 3  # with the background
-    with pytest.raises(models.ModelError, match="do not double"):
+    with pytest.raises(models.ModelError, match=r"resnet18.*\[4, 16\]"):
         build_mask_rcnn("resnet18", 2, channels=8, out_indices=(1, 3))
     with pytest.raises(models.ModelError, match="num_classes 0"):
         build_mask_rcnn("resnet18", 0)
@@ -187,9 +186,9 @@ def few(pennfudan, tmp_path_factory):
 def tampered(few, tmp_path, change):
     """A training file of ``few`` after ``change(content)``."""
     content = json.loads((few / "annotations" / "instances_train.json").read_text())
-    changed = change(content)
+    change(content)
     path = tmp_path / "tampered.json"
-    path.write_text(json.dumps(content if changed is None else changed))
+    path.write_text(json.dumps(content))
     return path
 
 
@@ -226,21 +225,21 @@ def test_what_is_left_out_of_training(few, tmp_path):
         first = [a for a in content["annotations"] if a["image_id"] == content["images"][0]["id"]]
         one, other = first
         size = [content["images"][0][key] for key in ("height", "width")]
+        pixels = size[0] * size[1]
         del one["area"], one["iscrowd"]  # optional
         content["annotations"] += [
-            {
-                **other,
-                "iscrowd": 1,
-                "segmentation": {"size": size, "counts": [0, 5, size[0] * size[1] - 5]},
-            },
-            {**other, "bbox": [10, 10, 0, 30]},
-            {**other, "bbox": [10, 10, -5, 30]},
-            {**other, "bbox": [size[1] + 3, 10, 20, 30]},
-            {**other, "segmentation": []},
-            {**other, "segmentation": None},
-            {**other, "segmentation": [[1, 1, 2, 2]]},
-            {**other, "segmentation": {"size": size, "counts": ""}},
-            {**other, "segmentation": [[3, 3, 3, 3, 3, 3]]},
+            other | change
+            for change in (
+                {"iscrowd": 1, "segmentation": {"size": size, "counts": [0, 5, pixels - 5]}},
+                {"bbox": [10, 10, 0, 30]},
+                {"bbox": [10, 10, -5, 30]},
+                {"bbox": [size[1] + 3, 10, 20, 30]},
+                {"segmentation": []},
+                {"segmentation": None},
+                {"segmentation": [[1, 1, 2, 2]]},
+                {"segmentation": {"size": size, "counts": ""}},
+                {"segmentation": [[3, 3, 3, 3, 3, 3]]},
+            )
         ]
         content["annotations"] = [
             a for a in content["annotations"] if a["image_id"] != content["images"][1]["id"]
@@ -311,7 +310,7 @@ def test_the_truth_scores_one_and_nothing_scores_zero(few, tmp_path):
     swapped = [{**result, "category_id": 97 - result["category_id"]} for result in results]
     assert score(annotations, swapped)["bbox_AP"] < 0.5
     moved = [
-        {**result, "bbox": [result["bbox"][0] + 1000, *result["bbox"][1:]]} for result in results
+        result | {"bbox": [result["bbox"][0] + 1000, *result["bbox"][1:]]} for result in results
     ]
     stats = score(annotations, moved)
     assert stats["bbox_AP"] == 0 and stats["segm_AP"] == pytest.approx(1)
@@ -325,17 +324,9 @@ def test_a_detection_in_a_crowd_is_no_error(few, tmp_path):
         image = content["images"][0]
         height, width = image["height"], image["width"]
         crowd = {"size": [height, width], "counts": [0, height * 60, height * (width - 60)]}
-        content["annotations"].append(
-            {
-                "id": 10**6,
-                "image_id": image["id"],
-                "category_id": 1,
-                "iscrowd": 1,
-                "area": 60 * height,
-                "bbox": [0, 0, 60, height],
-                "segmentation": crowd,
-            }
-        )
+        entry = {"id": 10**6, "image_id": image["id"], "category_id": 1, "iscrowd": 1}
+        entry |= {"area": 60 * height, "bbox": [0, 0, 60, height], "segmentation": crowd}
+        content["annotations"].append(entry)
 
     crowded = read_annotations(tampered(few, tmp_path, change))
     alone = read_annotations(few / "annotations" / "instances_train.json")
@@ -350,15 +341,13 @@ def test_a_detection_in_a_crowd_is_no_error(few, tmp_path):
 
 
 SCORE = """
-import json, os, sys
+import json, sys
 from argparse import Namespace
 from pathlib import Path
-sys.path.insert(0, "tests")
-import torch.distributed as dist
-import utils
 from object_detection.coco import read_annotations
 from object_detection.coco_evaluation import score_together
 from samplers import EvalBatchSampler
+from training import launch
 
 args = Namespace(world_size=1, device="cpu", dist_url="env://", dist_timeout=60)
 folder, results = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
@@ -371,8 +360,7 @@ with launch.process_group(args) as (place, _):
 """
 
 
-@pytest.mark.parametrize("processes", [2, 4])  # the fourth has no image
-def test_results_of_several_processes_are_one_evaluation(few, tmp_path, processes):
+def test_results_of_several_processes_are_one_evaluation(few, tmp_path):
     annotations = read_annotations(few / "annotations" / "instances_train.json")
     results = truth_as_results(annotations, few)
     for number, result in enumerate(results):
@@ -383,8 +371,8 @@ def test_results_of_several_processes_are_one_evaluation(few, tmp_path, processe
     assert 0.1 < expected["bbox_AP"] < 0.9
     (tmp_path / "results.json").write_text(json.dumps(results))
     (tmp_path / "score.py").write_text(SCORE)
-    started = ranks(processes, [few, tmp_path / "results.json"], [tmp_path / "score.py"])
-    for process in started:
+    # of 5 images, the fourth process has none
+    for process in ranks(4, [few, tmp_path / "results.json"], [tmp_path / "score.py"]):
         output, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
         assert json.loads(output) == expected
@@ -394,20 +382,9 @@ def test_results_of_several_processes_are_one_evaluation(few, tmp_path, processe
 
 
 @pytest.fixture
-def detect(capsys, monkeypatch):
+def detect(program):
     """``detect(*flags) -> (status, output, errors)``: the program in this process."""
-    for key in set(os.environ) - set(clean_env()):
-        monkeypatch.delenv(key)
-
-    def call(*flags):
-        capsys.readouterr()
-        torch.set_num_threads(1)
-        status = torchvision_rcnn.main([str(flag) for flag in flags])
-        torch.set_num_threads(THREADS)
-        output, errors = capsys.readouterr()
-        return status, output, errors
-
-    return call
+    return functools.partial(program, torchvision_rcnn.main)
 
 
 def figures(output):
@@ -452,9 +429,9 @@ def test_stopped_and_resumed_is_the_same_run(whole, tmp_path, detect, monkeypatc
     assert log[1]["train_loss"] < log[0]["train_loss"]
     # the third and the sixth of six updates, three of them to warm up, the last two at a tenth
     assert [line["train_lr"] for line in log] == pytest.approx([6.67e-5, 1e-5])
-    done = run_python("-m", MODULE, *flags, "--output_dir", tmp_path, "--stop-epoch", 1)
-    assert done.returncode == 0, done.stderr
-    assert "stopped before epoch 1 of 2" in done.stdout
+    status, output, errors = detect(*flags, "--output_dir", tmp_path, "--stop-epoch", 1)
+    assert status == 0, errors
+    assert "epoch 1 of 2 (--stop-epoch)" in output
     drawn = []
     monkeypatch.setattr(
         RASampler,
@@ -466,7 +443,7 @@ def test_stopped_and_resumed_is_the_same_run(whole, tmp_path, detect, monkeypatc
     assert drawn == [1]
     same_run(folder, tmp_path)
     status, output, _ = detect(*flags, "--output_dir", tmp_path, "--resume", "auto")
-    assert status == 0 and "nothing left to train" in output
+    assert status == 0 and "2 of 2" in output
 
 
 def test_the_checkpoint_evaluates_to_the_same_figures(whole, few, detect):
@@ -487,12 +464,11 @@ def test_the_checkpoint_evaluates_to_the_same_figures(whole, few, detect):
 
 
 def test_two_processes_train(few, tmp_path, detect):
-    launch = [*LAUNCH, "--nproc_per_node", 2, "--master_port", free_port(), "-m", MODULE]
     flags = [*RUN, "--data-path", few, "--epochs", 1, "--frozen-stages", 0]
-    done = run_python(*launch, *flags, "--output_dir", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "strides" not in done.stderr
-    assert "2 process(es) started by torchrun" in done.stdout
+    codes, trained, errors = together(2, [*flags, "--output_dir", tmp_path], program=["-m", MODULE])
+    assert codes == [0, 0], errors
+    assert "strides" not in errors[0]
+    assert "2 process(es) started by torchrun" in trained
     (line,) = read_log(tmp_path)
     assert line["train_loss"] > 0 and line["test_bbox_AP50"] > 1e-3
     # the first process saved what both evaluated, its statistics of BatchNorm included
@@ -500,7 +476,7 @@ def test_two_processes_train(few, tmp_path, detect):
     status, output, errors = detect(*evaluation, *RUN[-6:])
     assert status == 0, errors
     assert len(figures(output)) == 1
-    assert figures(output) == figures(done.stdout)
+    assert figures(output) == figures(trained)
 
 
 def test_fine_tuning_keeps_what_the_classifier_says_of_its_function(few, tmp_path, detect):
@@ -512,7 +488,7 @@ def test_fine_tuning_keeps_what_the_classifier_says_of_its_function(few, tmp_pat
     flags = [*RUN, *one, "--epochs", 1, "--lr", 0, "--output_dir", tmp_path]
     status, output, errors = detect(*flags, "--finetune", tmp_path / "classifier.pth")
     assert status == 0, errors
-    assert "tensors loaded" in output and "1 images, 1 steps" in output
+    assert "1 images, 1 steps" in output
     assert figures(output)[0].endswith("on 1 images")  # of the training file
     saved = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     assert (saved["qk_scale_factor"], saved["gelu"]) == (-0.5, "tanh")
@@ -538,97 +514,88 @@ def test_cocos_own_layout(few, tmp_path, detect):
 def test_a_loss_that_is_not_finite_ends_the_run(few, detect):
     status, _, errors = detect(*RUN, "--data-path", few, "--lr", 1e30, "--warmup-iters", 0)
     assert status == 1
-    assert "the loss is not finite at epoch 0, step 1" in errors
+    assert "epoch 0, step 1" in errors
 
 
 # --- bad input ------------------------------------------------------------------------------
 
 
+MASK = {"segmentation": {"size": [5, 5], "counts": "a"}}
+RLE = {"segmentation": {"size": [536, 559], "counts": [5, 6]}}
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "names"),
     [
-        (lambda c: [1], "must have lists of images, annotations, categories"),
-        (lambda c: c.update(images=[]), "has 0 images and 1 categories"),
-        (lambda c: c["images"][0].pop("height"), "an image has no 'height'"),
-        (lambda c: c["categories"][0].pop("name"), "a category has no 'name'"),
-        (lambda c: c["annotations"][0].update(image_id=999), "annotation 1 has the image_id 999"),
-        (lambda c: c["annotations"][0].update(category_id=2), "the category_id 2, which is not"),
-        (lambda c: c["annotations"][0].pop("bbox"), "annotation 1 has the bbox None"),
-        (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), r"has the bbox \[1, 2, 3\]"),
-        (lambda c: c["annotations"][0].update(segmentation=[1.5]), "neither polygons nor RLE"),
-        (
-            lambda c: c["annotations"][0].update(segmentation={"size": [5, 5], "counts": "a"}),
-            r"a mask of size \[5, 5\] in an image of \[536, 559\]",
-        ),
-        (
-            lambda c: c["annotations"][0].update(
-                segmentation={"size": [536, 559], "counts": [5, 6]}
-            ),
-            "an RLE of 11 pixels",
-        ),
+        (lambda c: c.pop("categories"), "images, annotations, categories"),
+        (lambda c: c.update(images=[]), "0 images .* 1 categories"),
+        (lambda c: c["images"][0].pop("height"), "image .*'height'"),
+        (lambda c: c["categories"][0].pop("name"), "category .*'name'"),
+        (lambda c: c["annotations"][0].update(image_id=999), "annotation 1 .*image_id 999"),
+        (lambda c: c["annotations"][0].update(category_id=2), "annotation 1 .*category_id 2"),
+        (lambda c: c["annotations"][0].pop("bbox"), "annotation 1 .*bbox None"),
+        (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), r"bbox \[1, 2, 3\]"),
+        (lambda c: c["annotations"][0].update(segmentation=[1.5]), "annotation 1 .*segmentation"),
+        (lambda c: c["annotations"][0].update(MASK), r"\[5, 5\].*\[536, 559\]"),
+        (lambda c: c["annotations"][0].update(RLE), r"RLE .*\b11\b.*\[536, 559\]"),
     ],
 )
-def test_bad_annotations_are_named(few, tmp_path, change, message):
-    path = tampered(few, tmp_path, lambda content: (change(content), None)[1] or None)
-    if message.startswith("must"):
-        path.write_text("[1]")
-    with pytest.raises(DataError, match=message):
-        read_annotations(path)
+def test_bad_annotations_are_named(few, tmp_path, change, names):
+    with pytest.raises(DataError, match=rf"tampered\.json.*{names}"):
+        read_annotations(tampered(few, tmp_path, change))
 
 
-def bad_input(few, tmp_path):
-    """Flags of runs that cannot be, and what is said of each."""
-    data = ["--data-path", few]
+def other_size(content):
+    content["images"][0]["width"] += 1
+
+
+def damaged(content):
+    content["annotations"][0]["segmentation"] = [["a"] * 6]
+
+
+def stranger(content):
+    content["categories"].append({"id": 2, "name": "dog"})
+
+
+def lost(content):
+    content["images"][1]["file_name"] = "lost.png"
+
+
+TRAIN, VAL = "--train-annotations", "--val-annotations"
+BAD = [  # flags, a change of the annotations, and what the message must name
+    (["--data-path", ""], None, "--data-path"),
+    (["--data-path", "TMP"], None, r"instances_val\.json"),
+    ([TRAIN, "TMP/broken.json"], None, r"broken\.json"),
+    (["--images", "TMP"], None, r"FudanPed00005\.png.*--images"),
+    ([TRAIN, "TMP/tampered.json"], other_size, r"FudanPed00001\.png.*\(536, 559\).*\(536, 560\)"),
+    ([TRAIN, "TMP/tampered.json"], damaged, r"annotation 1 .*FudanPed00001\.png"),
+    ([TRAIN, "TMP/tampered.json"], lost, r"lost\.png"),
+    ([VAL, "TMP/tampered.json"], stranger, "2 'dog'"),
+    (["--model", "visformer_tinny"], None, "visformer_tinny.* visformer_tiny"),
+    (["--epochs", 0], None, "--epochs 0"),
+    (["--min-size", 0], None, "min_size"),
+    (["--eval"], None, "--eval.*--resume"),
+    (["--resume", "auto"], None, "--resume auto.*--output_dir"),
+    (["--resume", "TMP/none.pth"], None, r"none\.pth"),
+    (["--resume", "TMP/empty.pth"], None, r"empty\.pth"),
+    (["--resume", "TMP/other.pth"], None, r"other\.pth.* best_ap, categories, epoch"),
+    (["--finetune", "TMP/other.pth"], None, r"other\.pth"),
+    (["--device", "cuda:99"], None, "--device cuda:99"),
+]
+
+
+@pytest.mark.parametrize(("flags", "change", "names"), BAD)
+def test_bad_input_is_one_line(few, tmp_path, detect, flags, change, names):
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "empty.pth").write_bytes(b"")
     torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "other.pth")
-
-    def other_size(content):
-        content["images"][0]["width"] += 1
-
-    def damaged(content):
-        content["annotations"][0]["segmentation"] = [["a"] * 6]
-
-    def stranger(content):
-        content["categories"].append({"id": 2, "name": "dog"})
-
-    def lost(content):
-        content["images"][1]["file_name"] = "lost.png"
-
-    def changed(name, change):
-        (tmp_path / name).mkdir()
-        return tampered(few, tmp_path / name, change)
-
-    train, val = "--train-annotations", "--val-annotations"
-    yield [], "--data-path FOLDER is needed"
-    yield ["--data-path", tmp_path], "cannot read annotations .*instances_val.json: No such file"
-    yield [*data, train, tmp_path / "broken.json"], "broken.json is no JSON"
-    yield [*data, "--images", tmp_path], "image FudanPed00005.png of .* is not in"
-    yield [*data, train, changed("a", other_size)], r"FudanPed00001.png is of height and width"
-    yield [*data, train, changed("b", damaged)], "annotation 1 of image .* damaged segmentation"
-    yield [*data, train, changed("c", lost)], "cannot decode image .*lost.png"
-    yield [*data, val, changed("d", stranger)], "categories unlike .*: 2 'dog'"
-    yield [*data, "--model", "visformer_tinny"], "nearest are visformer_tiny"
-    yield [*data, "--epochs", 0], "--epochs 0 must be positive"
-    yield [*data, "--min-size", 0], "must be positive"
-    yield [*data, "--eval"], "--eval needs --resume"
-    yield [*data, "--resume", "auto"], "--resume auto looks into --output_dir"
-    yield [*data, "--resume", tmp_path / "none.pth"], "cannot read checkpoint"
-    yield [*data, "--resume", tmp_path / "empty.pth"], "is empty"
-    yield [*data, "--resume", tmp_path / "other.pth"], "has no best_ap, categories, epoch"
-    yield [*data, "--finetune", tmp_path / "other.pth"], "does not fit the model"
-    yield [*data, "--device", "cuda:99"], "--device cuda:99"
-
-
-@pytest.mark.parametrize("number", range(18))
-def test_bad_input_is_one_line(few, tmp_path, detect, number):
-    cases = list(bad_input(few, tmp_path))
-    assert len(cases) == 18
-    flags, message = cases[number]
-    status, _, errors = detect(*RUN, *flags)
+    if change is not None:
+        tampered(few, tmp_path, change)
+    flags = [str(flag).replace("TMP", str(tmp_path)) for flag in flags]
+    status, _, errors = detect(*RUN, "--data-path", few, *flags)
     assert status == 1
     assert errors.startswith("error: ") and len(errors.splitlines()) == 1, errors
-    assert re.search(message, errors), errors
+    assert re.search(names, errors), errors
 
 
 def test_a_checkpoint_of_another_detector(whole, few, tmp_path, detect):
@@ -636,14 +603,14 @@ def test_a_checkpoint_of_another_detector(whole, few, tmp_path, detect):
     checkpoint = ["--data-path", few, "--resume", folder / "checkpoint.pth", "--device", "cpu"]
     status, _, errors = detect(*checkpoint, "--eval", "--model", "resnet18", "--num_workers", 0)
     assert status == 1
-    assert "does not fit the model" in errors
+    assert "checkpoint.pth" in errors
 
     def rename(content):
         content["categories"][0]["name"] = "dog"
 
     status, _, errors = detect(*checkpoint, "--train-annotations", tampered(few, tmp_path, rename))
     assert status == 1
-    assert "categories unlike" in errors and "1 'dog'" in errors
+    assert "tampered.json" in errors and "1 'dog'" in errors
 
 
 def test_without_pycocotools(few, detect, monkeypatch):
@@ -662,4 +629,4 @@ def test_an_image_that_is_no_image(few, tmp_path, detect):
     flags = ["--data-path", few, "--images", tmp_path, "--val-annotations", path]
     status, _, errors = detect(*RUN, *flags, "--num_workers", 1)
     assert status == 1
-    assert errors.startswith("error: cannot decode image") and "FudanPed00003.png" in errors
+    assert errors.startswith("error: ") and "FudanPed00003.png" in errors

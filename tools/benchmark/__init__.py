@@ -1,4 +1,1 @@
-"""Speed and memory of this repository's models beside other implementations of them.
-
-``python -m tools.benchmark --help``
-"""
+"""Speed and memory of this repository's models, compared with other implementations."""

@@ -1,16 +1,17 @@
-"""Measure models side by side: ``python -m tools.benchmark [NAME ...]``.
+"""Compare the speed of models with their peers: ``python -m tools.benchmark [NAME ...]``.
 
-Every model runs as this repository and as its peers have it (timm's own classes; with --peer-path,
-an original repository), in several configurations, in turn, in one process. The last lines compare
+Every model runs as implemented here and by its peers (timm's own classes; with --peer-path, an
+original repository), in several configurations, in turn, in one process. The last lines compare
 the best configuration of ours with the best of the peers'.
 """
 
 import argparse
 import csv
-import platform
+import json
 import statistics
 import sys
 from collections.abc import Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import timm
@@ -18,30 +19,14 @@ import torch
 import yaml
 
 import models
-from tools.benchmark.candidates import CONFIGS, CUDA_CONFIGS, Peer, build, makes_sense, sides_of
-from tools.benchmark.measure import (
-    Case,
-    alternate,
-    in_process_of_its_own,
-    matrix_step,
-    memory,
-    ratio,
-    step_of,
-)
+from tools.benchmark import candidates, measure
+from tools.benchmark.candidates import Case, Peer
 from tools.flops import count, our_models
+from training import launch
 from utils import UserError
 
-NAMES = (
-    "visformer_tiny",
-    "visformer_small",
-    "swin_visformer_tiny_v2",
-    "swin_visformer_small_v2",
-    "convit_tiny",
-    "convit_small",
-    "fastvit_t8",
-    "fastvit_sa12",
-    "vit_b_32_224",
-)
+NAMES = ("visformer_tiny", "visformer_small", "swin_visformer_tiny_v2", "swin_visformer_small_v2")
+NAMES += ("convit_tiny", "convit_small", "fastvit_t8", "fastvit_sa12", "vit_b_32_224")
 COLUMNS = {
     "mode": "mode",
     "model": "model",
@@ -57,20 +42,21 @@ COLUMNS = {
     "per_image": "MiB per image",
     "difference": "difference of outputs",
 }
+MATRIX = {"cpu": 2048, "cuda": 8192}  # size of the matrix product
 
 
-def difference(name: str, side: str, peer: Peer | None, size: int) -> float | None:
-    """Largest difference of our logits from a peer's under its weights, in deviations of those.
+def difference(case: Case) -> float | None:
+    """Return the largest difference of our logits from a peer's, in its standard deviations.
 
-    After deployment, in float64, or float32 where the peer knows no other. None where its weights
-    have another layout.
+    With the peer's weights, fused, in float64, or float32 where the peer supports no other. None
+    if its weights have another layout.
     """
     for dtype in (torch.float64, torch.float32):
-        theirs = build(side, name, peer, size).to(dtype).eval()
-        ours = build("ours", name, None, size).to(dtype)
-        image = torch.randn(2, 3, size, size, dtype=dtype)
+        theirs = candidates.build(case.side, case.name, case.peer, case.size).to(dtype).eval()
+        ours = candidates.build("ours", case.name, None, case.size).to(dtype)
+        image = torch.randn(2, 3, case.size, case.size, dtype=dtype)
         try:
-            models.load_weights(ours, {"model": theirs.state_dict()}, side)
+            models.load_weights(ours, {"model": theirs.state_dict()}, case.side)
             with torch.inference_mode():
                 expected = theirs(image)
                 return ((ours.fuse()(image) - expected).abs().max() / expected.std()).item()
@@ -82,79 +68,91 @@ def difference(name: str, side: str, peer: Peer | None, size: int) -> float | No
     return None
 
 
-def crashes(case: Case, peer: Peer | None) -> str | None:
-    """Why a case cannot run. On the CPU, PyTorch 2.15 brings down what trains in channels_last."""
-    if case.device == "cuda" or case.mode == "infer" or "channels_last" not in case.config:
-        return None
-    if case.side == "ours":
-        return None
-    try:
-        in_process_of_its_own(case, peer)
-    except UserError as error:
-        return str(error)
-    return None
+def peak(case: Case) -> float:
+    """Return the peak memory in MiB of a fresh process after a few steps of a case."""
+    words = ("--peak", json.dumps(asdict(case), default=str))
+    return measure.in_fresh_process(
+        f"{case.mode} {case.name} {case.label}", "tools.benchmark", *words
+    )
+
+
+def print_peak(text: str) -> None:
+    """Print the peak memory of this process for the case that :func:`peak` encoded."""
+    values = json.loads(text)
+    if values["peer"]:
+        values["peer"] = Peer(Path(values["peer"]["folder"]), values["peer"]["kwargs"])
+    case = Case(**values)
+    step = case.step()
+    step()
+    step()
+    print(measure.peak_memory(case.device))
 
 
 def cases_of(args: argparse.Namespace, mode: str, name: str, peer: Peer | None) -> list[Case]:
-    """All cases of a model that can run."""
+    """Return all cases of a model that can run; print why others cannot."""
     size = args.input_size or timm.get_pretrained_cfg(name).input_size[-1]
-    defaults = CUDA_CONFIGS if args.device == "cuda" else CONFIGS
+    defaults = candidates.CUDA_CONFIGS if args.device == "cuda" else candidates.CONFIGS
     cases = []
-    for side in sides_of(name, peer):
-        model = build(side, name, peer, size)
+    for side in candidates.sides_of(name, peer):
+        model = candidates.build(side, name, peer, size)
         for config in args.configs or defaults[mode]:
-            wrong = "deploy" if mode == "train" else "checkpoint"
-            if wrong in config:
+            useless = "deploy" if mode == "train" else "checkpoint"
+            if useless in config or not candidates.is_possible(side, config, model):
                 continue
-            if makes_sense(side, config, model):
-                case = Case(
-                    mode, name, side, config, args.batch_size, args.dtype, args.device, size
-                )
-                if reason := crashes(case, peer):
-                    print(f"left out: {reason}", file=sys.stderr)
-                else:
-                    cases.append(case)
+            settings = (args.batch_size, args.dtype, args.device, size, peer)
+            case = Case(mode, name, side, config, *settings)
+            layout = mode == "train" and "channels_last" in config
+            if layout and args.device == "cpu" and side != "ours":
+                try:
+                    peak(case)  # PyTorch 2.15 crashes on some
+                except UserError as error:
+                    print(f"left out: {error}", file=sys.stderr)
+                    continue
+            cases.append(case)
     return cases
 
 
 def compare(args: argparse.Namespace, mode: str, name: str, peer: Peer | None) -> list[dict]:
-    """Measure one model in one mode; a row for every case, the best of each side marked."""
+    """Measure one model in one mode; return a row per case, the best of each side marked."""
     cases = cases_of(args, mode, name, peer)
-    steps = {case.label: step_of(case, peer) for case in cases}
-    steps["matrix"], matrix_gmacs = matrix_step(args.device, args.dtype)
-    times = alternate(steps, args.device, args.rounds, args.min_time)
-    medians = {label: statistics.median(values) for label, values in times.items()}
+    side = MATRIX[args.device]
+    dtype = getattr(torch, args.dtype)
+    a, b = (torch.randn(side, side, device=args.device).to(dtype) for _ in range(2))
+    steps = {case.label: case.step() for case in cases} | {"matrix": lambda: torch.mm(a, b)}
+    times = measure.alternate(steps, args.device, args.rounds, args.min_time)
     del steps
-    best = {}
-    for case in cases:
-        if case.side not in best or medians[case.label] < medians[best[case.side].label]:
-            best[case.side] = case
-    peers = [best[side] for side in best if side not in ("ours", "ViT")]
-    peer_case = min(peers, key=lambda case: medians[case.label], default=None)
-    gmacs = count(name, None if args.input_size is None else args.input_size)[1]
+    medians = {label: statistics.median(values) for label, values in times.items()}
+    best: dict[str, Case] = {}
+    for case in sorted(cases, key=lambda case: medians[case.label]):
+        best.setdefault(case.side, case)
+    peers = [case.label for case in best.values() if case.side not in ("ours", "ViT")]
+    gmacs = count(name, args.input_size)[1]
     work = gmacs * (3 if mode == "train" else 1) * args.batch_size
+    matrix_rate = side**3 / 1e9 / medians["matrix"]
     rows = []
     for case in cases:
-        seconds = medians[case.label]
+        time = medians[case.label]
         row = {"mode": mode, "model": name, "batch": case.batch, "dtype": case.dtype}
-        row |= {"side": case.side, "config": case.config, "rate": case.batch / seconds}
+        row |= {"side": case.side, "config": case.config, "rate": case.batch / time}
         row |= {"gmacs": gmacs, "best": best[case.side] is case}
         if case.side != "ViT":
-            row["share"] = work / seconds / (matrix_gmacs / medians["matrix"])
-        if peer_case is not None:
-            row["ratio"] = ratio(times[case.label], times[peer_case.label])
+            row["share"] = work / time / matrix_rate
+        if peers:
+            row["ratio"] = measure.ratio(times[case.label], times[peers[0]])
         if mode == "infer" and row["best"] and case.side not in ("ours", "ViT", "explicit"):
-            row["difference"] = difference(name, case.side, peer, case.size)
+            row["difference"] = difference(case)
         if args.memory and row["best"]:
-            row["peak"], row["per_image"] = memory(case, peer)
+            row["peak"] = peak(case)
+            double = peak(replace(case, batch=2 * case.batch))
+            row["per_image"] = (double - row["peak"]) / case.batch
         if "ViT" in best and case is best["ours"]:
-            row["cost"] = ratio(times[best["ViT"].label], times[case.label])
+            row["cost"] = measure.ratio(times[best["ViT"].label], times[case.label])
         rows.append(row)
     return rows
 
 
 def verdicts(rows: list[dict]) -> Iterable[str]:
-    """``MODE MODEL ours/best peer R``, and for ConViT what an image costs beside a ViT."""
+    """Yield ``MODE MODEL ours/best peer R``, the cost relative to a ViT, and memory."""
     for row in rows:
         if row["side"] != "ours" or not row["best"]:
             continue
@@ -171,7 +169,7 @@ def verdicts(rows: list[dict]) -> Iterable[str]:
 
 
 def cell(value: object) -> str:
-    """A value as a table shows it."""
+    """Return a value as the table shows it."""
     if not isinstance(value, float):
         return "" if value is None else str(value)
     if 0 < abs(value) < 1e-2:
@@ -180,20 +178,19 @@ def cell(value: object) -> str:
 
 
 def markdown(rows: list[dict]) -> str:
-    """The table of all cases; the best of each side is bold."""
+    """Return the table of all cases; the best of each side is bold."""
     keys = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
-    lines = ["| " + " | ".join(COLUMNS[key] for key in keys) + " |", "|---" * len(keys) + "|"]
+    lines = [[COLUMNS[key] for key in keys], ["---"] * len(keys)]
     for row in rows:
-        cells = [cell(row.get(key)) for key in keys]
+        cells = {key: cell(row.get(key)) for key in keys}
         if row["best"]:
-            index = keys.index("rate")
-            cells[index] = f"**{cells[index]}**"
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            cells["rate"] = f"**{cells['rate']}**"
+        lines.append(list(cells.values()))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def plot(rows: list[dict], path: str) -> None:
-    """Bars of ours over the best peer, by model and mode.
+    """Plot bars of ours over the best peer, by model and mode.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -216,59 +213,50 @@ def plot(rows: list[dict], path: str) -> None:
     figure.savefig(path, dpi=150)
 
 
-def machine(device: str) -> str:
-    """What the figures were measured on."""
-    where = f"{processor()}, {torch.get_num_threads()} threads"
-    if device == "cuda":
-        where = torch.cuda.get_device_name()
-    python = platform.python_version()
-    return f"{where}, Python {python}, torch {torch.__version__}, timm {timm.__version__}"
-
-
-def processor() -> str:
-    """Name of the CPU."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "CPU"
-
-
 def get_parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Return the parser of the flags."""
     parser = argparse.ArgumentParser("tools.benchmark", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("names", nargs="*", metavar="NAME", help=f"models of ours; if none, {', '.join(NAMES)}")
+    add("names", nargs="*", metavar="NAME", help=f"our models; default: {', '.join(NAMES)}")
     add("--mode", nargs="+", choices=["infer", "train"], default=["infer", "train"])
-    add("--batch-size", type=int, default=8)
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    add("--device", choices=["cpu", "cuda"], help="cuda if present, if not given")
-    add("--input-size", type=int, help="pixels; the model's own if not given")
-    add("--configs", nargs="+", metavar="CONFIG", help="such as deploy+channels_last+compile")
-    add("--peer-path", type=Path, metavar="FOLDER", help="an original repository, checked out")
+    measure.add_flags(parser, batch_size=8)
+    add("--input-size", type=int, help="pixels; the model's default if not given")
+    add("--configs", nargs="+", metavar="CONFIG", help="for example deploy+channels_last+compile")
+    add("--peer-path", type=Path, metavar="FOLDER", help="checkout of an original repository")
     add("--peer-args", nargs="*", default=[], metavar="KEY=VALUE", help="for its model functions")
-    add("--rounds", type=int, default=10, help="measurements of each; the median counts")
-    add("--min-time", type=float, default=0.5, help="seconds of a measurement")
-    add("--memory", action="store_true", help="also measure memory, in processes of their own")
+    add("--memory", action="store_true", help="also measure memory, in separate processes")
     add("--csv", metavar="FILE")
     add("--plot", metavar="FILE.png")
+    add("--peak", help=argparse.SUPPRESS)
     return parser
 
 
-def run(args: argparse.Namespace) -> None:
-    """Measure, print and write."""
+def start(argv: list[str]) -> None:
+    """Measure, print and write with the flags ``argv``.
+
+    Raises:
+        UserError: A model, a device, a configuration or a peer does not exist.
+    """
+    args = get_parser().parse_args(argv)
+    if args.peak:
+        print_peak(args.peak)
+        return
+    args.device = launch.select_device(args.device).type
+    known = our_models()
+    for name in args.names:
+        if name not in known:
+            raise UserError(f"unknown model {name!r}; choose of {', '.join(known)}")
     peer = None
     if args.peer_path is not None:
         kwargs = dict(word.partition("=")[::2] for word in args.peer_args)
-        kwargs = {key: yaml.safe_load(value) for key, value in kwargs.items()}
-        peer = Peer(args.peer_path, kwargs)
+        peer = Peer(args.peer_path, {key: yaml.safe_load(value) for key, value in kwargs.items()})
     rows = []
     for mode in args.mode:
         for name in args.names or NAMES:
             found = compare(args, mode, name, peer)
             rows += found
             print(*verdicts(found), sep="\n", flush=True)
-    print("", machine(args.device), "", markdown(rows), "", *verdicts(rows), sep="\n")
+    print("", measure.machine(args.device), "", markdown(rows), "", *verdicts(rows), sep="\n")
     if args.csv:
         with open(args.csv, "w", newline="") as file:
             writer = csv.DictWriter(file, [*COLUMNS, "best", "cost"], extrasaction="ignore")
@@ -279,21 +267,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Run with the flags ``argv``; returns the exit status."""
-    args = get_parser().parse_args(argv)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        known = our_models()
-        for name in args.names:
-            if name not in known:
-                raise UserError(f"{name!r} is none of {', '.join(known)}")
-        if args.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda, but PyTorch finds no CUDA device")
-        run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    """Run with the flags ``argv``; return the exit status."""
+    return launch.run_program(lambda: start(argv))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""Measure detection backbones beside the original's windowed attention.
+"""Compare detection backbones with the original's windowed attention.
 
-``python -m tools.benchmark.backbone [NAME ...]``: the same net with the same weights, its attention
-as here and as the original detector computes it, in turn, in one process; memory in processes of
-their own. ``layers`` are the attention layers alone, each on its own map.
+``python -m tools.benchmark.backbone [NAME ...]``: the same model with the same weights, its
+attention as here and as the original detector computes it, in turn, in one process; memory in
+separate processes. ``layers`` are the attention layers alone, each on its own feature map.
 """
 
 import argparse
 import copy
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 
@@ -16,32 +15,29 @@ import torch
 from torch import nn
 
 from models.detection_backbone import Backbone, VisionBackbone
-from models.errors import ModelError
 from models.layers.window import WindowAttention2d
-from tools.benchmark.__main__ import machine
-from tools.benchmark.measure import ROOT, alternate, ratio, resident_peak
+from tools.benchmark import measure
 from tools.benchmark.original import OriginalWindowAttention, as_original
+from training import launch
 from utils import UserError
 
 NAMES = ("swin_visformer_small_v2", "swin_visformer_tiny_v2", "swin_visformer_small")
 SIZES = {"cpu": (512, 640), "cuda": (800, 1344)}
 SIDES = ("ours", "original")
 KINDS = ("forward", "forward+backward", "layers forward", "layers forward+backward")
+ATTENTION = (WindowAttention2d, OriginalWindowAttention)
 
 
-def build(name: str, side: str, device: str) -> Backbone:
-    """The backbone ``name``, its attention ours or the original's, with statistics of a batch.
+def build(name: str, device: str) -> Backbone:
+    """Return the backbone ``name`` with statistics of a batch.
 
     Raises:
-        UserError: It has no windows.
+        UserError: It does not have windows.
     """
     torch.manual_seed(0)
-    backbone = VisionBackbone(name)
+    backbone = VisionBackbone(name).to(device)
     if not any(isinstance(module, WindowAttention2d) for module in backbone.modules()):
-        raise UserError(f"{name} has no windows to compare")
-    if side == "original":
-        as_original(backbone)
-    backbone.to(device)
+        raise UserError(f"{name} does not have windowed attention")
     norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 1.0
@@ -52,174 +48,143 @@ def build(name: str, side: str, device: str) -> Backbone:
     return backbone
 
 
-def forward(model: nn.Module, image: torch.Tensor, dtype: torch.dtype) -> Callable[[], None]:
-    """One inference."""
-
-    def step() -> None:
-        with torch.inference_mode(), autocast(image, dtype):
-            model(image)
-
-    return step
+def copy_of(backbone: Backbone, side: str) -> Backbone:
+    """Return a copy, with our or the original's attention."""
+    backbone = copy.deepcopy(backbone)
+    return as_original(backbone) if side == "original" else backbone
 
 
-def forward_backward(
-    model: nn.Module, image: torch.Tensor, dtype: torch.dtype
+def step_of(
+    model: nn.Module, image: torch.Tensor, dtype: torch.dtype, backward: bool
 ) -> Callable[[], None]:
-    """One forward and backward pass, without an optimizer."""
+    """Return a function that infers once, or does one forward and backward pass."""
 
     def step() -> None:
         model.zero_grad()
-        with autocast(image, dtype):
+        mixed = torch.autocast(image.device.type, dtype, enabled=dtype is not torch.float32)
+        with torch.inference_mode(not backward), mixed:
             maps = model(image)
-        sum(x.float().square().mean() for x in maps).backward()
+        if backward:
+            sum(x.float().square().mean() for x in maps).backward()
 
     return step
 
 
-def autocast(image: torch.Tensor, dtype: torch.dtype) -> torch.autocast:
-    """Mixed precision, unless the type is float32."""
-    return torch.autocast(image.device.type, dtype, enabled=dtype is not torch.float32)
-
-
 class Layers(nn.Module):
-    """The attention layers of a backbone, each on a map of its size, without one another."""
+    """The attention layers of a backbone, each on its input for ``image``, independently."""
 
     def __init__(self, backbone: Backbone, image: torch.Tensor):
         super().__init__()
-        self.maps, self.layers, hooks = [], nn.ModuleList(), []
+        self.maps, self.layers = [], nn.ModuleList()
 
         def keep(layer: nn.Module, inputs: tuple[torch.Tensor]) -> None:
             self.layers.append(layer)
             self.maps.append(inputs[0].detach().clone(memory_format=torch.preserve_format))
 
-        for module in backbone.modules():
-            if isinstance(module, WindowAttention2d | OriginalWindowAttention):
-                hooks.append(module.register_forward_pre_hook(keep))
+        layers = [module for module in backbone.modules() if isinstance(module, ATTENTION)]
+        hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
         with torch.no_grad():
             backbone(image)
         for hook in hooks:
             hook.remove()
 
-    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
-        """What every layer makes of its map; the image is not looked at."""
+    def forward(self, _: torch.Tensor) -> list[torch.Tensor]:
+        """Return the output of every layer."""
         return [
             layer(x.requires_grad_(self.training))
             for layer, x in zip(self.layers, self.maps, strict=True)
         ]
 
 
-def difference(image: torch.Tensor, name: str) -> float:
-    """Largest difference of the two sides' maps in float64, in deviations of a map."""
+def difference(backbone: Backbone, image: torch.Tensor) -> float:
+    """Return the largest difference of the feature maps in float64, in standard deviations."""
+    ours, theirs = (copy_of(backbone, side).cpu().double().eval() for side in SIDES)
     image = image.cpu().double()
-    ours = build(name, "ours", "cpu").double().eval()
-    theirs = as_original(copy.deepcopy(ours))
     with torch.inference_mode():
         pairs = zip(ours.fuse()(image), theirs(image), strict=True)
         return max(((a - b).abs().max() / b.std()).item() for a, b in pairs)
 
 
-def cases(args: argparse.Namespace, name: str) -> dict[str, dict[str, Callable[[], None]]]:
-    """What is compared: by the kind of pass, the step of either side."""
+def steps_of(args: argparse.Namespace, backbone: Backbone, side: str) -> list[Callable[[], None]]:
+    """Return the steps of the kinds of pass."""
+    image = torch.randn(args.batch_size, 3, *args.input_size, device=args.device)
+    inferred, trained, *rest = (copy_of(backbone, side) for _ in range(4))
+    layers = [Layers(part.eval(), image) for part in rest]
+    models = [inferred.fuse() if side == "ours" else inferred.eval(), trained]
+    models += [layers[0].eval(), layers[1].train()]
     dtype = getattr(torch, args.dtype)
-    image = torch.randn(args.batch_size, 3, *args.input_size, device=args.device)
-    found: dict[str, dict[str, Callable[[], None]]] = {}
-    for side in SIDES:
-        nets = [build(name, side, args.device) for _ in range(4)]
-        deploy = nets[0].fuse() if side == "ours" else nets[0].eval()
-        layers = [Layers(net.eval(), image) for net in nets[2:]]
-        steps = (
-            forward(deploy, image, dtype),
-            forward_backward(nets[1], image, dtype),
-            forward(layers[0].eval(), image, dtype),
-            forward_backward(layers[1].train(), image, dtype),
-        )
-        for kind, step in zip(KINDS, steps, strict=True):
-            found.setdefault(kind, {})[side] = step
-    return found
+    return [step_of(model, image, dtype, index % 2 == 1) for index, model in enumerate(models)]
 
 
-def peak(args: argparse.Namespace, name: str, side: str) -> float:
-    """MiB that a forward and backward pass takes beyond what is there before it."""
+def added_memory(args: argparse.Namespace, name: str, side: str) -> float:
+    """Return the MiB that a forward and backward pass adds to this process."""
     image = torch.randn(args.batch_size, 3, *args.input_size, device=args.device)
-    backbone = build(name, side, args.device)
-    step = forward_backward(backbone, image, getattr(torch, args.dtype))
+    backbone = copy_of(build(name, args.device), side)
+    step = step_of(backbone, image, getattr(torch, args.dtype), backward=True)
     if args.device == "cuda":
         step()
-        before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        step()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before = resident_peak()
+    before = measure.peak_memory(args.device)
     step()
-    return resident_peak() - before
-
-
-def peak_in_process_of_its_own(args: argparse.Namespace, name: str, side: str) -> float:
-    """:func:`peak` of a fresh process."""
-    words = ["-m", "tools.benchmark.backbone", name, "--peak", side, "--device", args.device]
-    words += ["--batch-size", str(args.batch_size), "--dtype", args.dtype]
-    words += ["--input-size", *map(str, args.input_size)]
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{name} {side}: {done.stderr.strip().splitlines()[-1]}")
-    return float(done.stdout.splitlines()[-1])
+    return measure.peak_memory(args.device) - before
 
 
 def compare(args: argparse.Namespace, name: str) -> None:
-    """Measure one backbone and print a line for every kind of pass."""
+    """Measure one backbone, and print a line for every kind of pass and for memory."""
+
+    def report(kind: str, quotient: float, values: list[str], unit: str) -> None:
+        both = " and ".join(values)
+        print(f"{kind} {name} ours/original {quotient:.2f} ({both} {unit})", flush=True)
+
     image = torch.randn(1, 3, *args.input_size, device=args.device)
-    print(f"{name}: outputs differ by {difference(image, name):.1e}", flush=True)
-    for kind, steps in cases(args, name).items():
-        times = alternate(steps, args.device, args.rounds, args.min_time)
-        rates = [args.batch_size / statistics.median(times[side]) for side in SIDES]
-        print(
-            f"{kind} {name} ours/original {ratio(times['ours'], times['original']):.2f} "
-            f"({rates[0]:.2f} and {rates[1]:.2f} images/s)",
-            flush=True,
+    backbone = build(name, args.device)
+    print(f"{name}: outputs differ by {difference(backbone, image):.1e}", flush=True)
+    sides = [steps_of(args, backbone, side) for side in SIDES]
+    for kind, *pair in zip(KINDS, *sides, strict=True):
+        steps = dict(zip(SIDES, pair, strict=True))
+        times = measure.alternate(steps, args.device, args.rounds, args.min_time)
+        rates = [f"{args.batch_size / statistics.median(times[side]):.2f}" for side in SIDES]
+        report(kind, measure.ratio(times["ours"], times["original"]), rates, "images/s")
+    words = ["--device", args.device, "--batch-size", args.batch_size, "--dtype", args.dtype]
+    words += ["--input-size", *args.input_size]
+    ours, original = (
+        measure.in_fresh_process(
+            f"{name} {side}", "tools.benchmark.backbone", name, "--peak", side, *words
         )
-    peaks = [peak_in_process_of_its_own(args, name, side) for side in SIDES]
-    print(
-        f"memory {name} ours/original {peaks[0] / peaks[1]:.2f} "
-        f"({peaks[0]:.0f} and {peaks[1]:.0f} MiB)",
-        flush=True,
+        for side in SIDES
     )
+    report("memory", ours / original, [f"{ours:.0f}", f"{original:.0f}"], "MiB")
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Return the parser of the flags."""
     parser = argparse.ArgumentParser(
         "tools.benchmark.backbone", description=__doc__.splitlines()[0]
     )
     add = parser.add_argument
-    add("names", nargs="*", metavar="NAME", help=f"models with windows; if none, {NAMES}")
-    add("--batch-size", type=int, default=1)
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    add("--device", choices=["cpu", "cuda"], help="cuda if present, if not given")
+    add("names", nargs="*", metavar="NAME", help=f"models with windows; default: {NAMES}")
+    measure.add_flags(parser, batch_size=1)
     add("--input-size", type=int, nargs=2, metavar="PIXELS", help="height and width")
-    add("--rounds", type=int, default=10, help="measurements of each; the median counts")
-    add("--min-time", type=float, default=0.5, help="seconds of a measurement")
     add("--peak", choices=SIDES, help=argparse.SUPPRESS)
     return parser
 
 
-def main(argv: list[str]) -> int:
-    """Run with the flags ``argv``; returns the exit status."""
+def start(argv: list[str]) -> None:
+    """Measure and print with the flags ``argv``."""
     args = get_parser().parse_args(argv)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.device = launch.select_device(args.device).type
     args.input_size = args.input_size or SIZES[args.device]
-    try:
-        if args.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda, but PyTorch finds no CUDA device")
-        if args.peak:
-            print(peak(args, args.names[0], args.peak))
-            return 0
-        for name in args.names or NAMES:
-            compare(args, name)
-        print(machine(args.device), "x".join(map(str, args.input_size)), args.dtype, sep=", ")
-    except (UserError, ModelError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    if args.peak:
+        print(added_memory(args, args.names[0], args.peak))
+        return
+    for name in args.names or NAMES:
+        compare(args, name)
+    print(measure.machine(args.device), "x".join(map(str, args.input_size)), args.dtype, sep=", ")
+
+
+def main(argv: list[str]) -> int:
+    """Run with the flags ``argv``; return the exit status."""
+    return launch.run_program(lambda: start(argv))
 
 
 if __name__ == "__main__":

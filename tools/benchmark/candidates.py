@@ -1,4 +1,4 @@
-"""What is measured: a model of ours or of a peer, and the configuration that it runs in.
+"""Models of this repository and of its peers, and the configurations that they run in.
 
 A configuration is ``eager``, or some of ``deploy``, ``channels_last``, ``checkpoint`` and
 ``compile`` joined by ``+``, applied in this order.
@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.utils.model import reparameterize_model
 from torch import nn
 
@@ -23,7 +23,7 @@ from models.layers import set_fused_attention
 from tools.flops import size_options
 from utils import UserError
 
-# implementations of our names that timm has under another
+# timm's names of models that have another name here
 TIMM_NAMES = {
     f"vit_{short}_{patch}_{size}": f"vit_{long}_patch{patch}_{size}"
     for short, long in (("b", "base"), ("l", "large"))
@@ -35,32 +35,103 @@ CONFIGS = {
     "infer": ("eager", "channels_last", "deploy", "deploy+channels_last"),
     "train": ("eager", "channels_last"),
 }
-# on the CPU, compilation takes longer than all of the measurement: there it is to be asked for
+# compilation takes longer than the whole measurement on a CPU: there it must be requested
 CUDA_CONFIGS = {
     "infer": (*CONFIGS["infer"], "channels_last+compile", "deploy+channels_last+compile"),
     "train": (*CONFIGS["train"], "channels_last+compile"),
 }
 
 
+@dataclass(frozen=True)
+class Peer:
+    """An original repository, checked out in ``folder``; ``kwargs`` of its model functions."""
+
+    folder: Path
+    kwargs: dict
+
+    @property
+    def side(self) -> str:
+        """Return the name of the folder."""
+        return self.folder.resolve().name
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement.
+
+    Attributes:
+        mode: ``"infer"`` or ``"train"``.
+        name: Model name.
+        side, config: Implementation and configuration.
+        batch: Images per step.
+        dtype: ``float32``, or the dtype of inference models and of training under autocast.
+        device: ``cpu`` or ``cuda``.
+        size: Height and width of the images.
+        peer: Original repository, if ``side`` is its name.
+    """
+
+    mode: str
+    name: str
+    side: str
+    config: str
+    batch: int
+    dtype: str
+    device: str
+    size: int
+    peer: Peer | None = None
+
+    @property
+    def label(self) -> str:
+        """Return side and configuration."""
+        return f"{self.side} {self.config}"
+
+    def step(self) -> Callable[[], None]:
+        """Return a function that does one step.
+
+        Inference is the forward pass alone. A training step is a forward pass, cross-entropy, the
+        backward pass and fused AdamW, the same for all.
+        """
+        train, dtype = self.mode == "train", getattr(torch, self.dtype)
+        model = build(self.side, self.name, self.peer, self.size).train(train).to(self.device)
+        model = configure(model if train else model.to(dtype), self.side, self.config)
+        last = "channels_last" in self.config
+        image = torch.randn(self.batch, 3, self.size, self.size, device=self.device)
+        image = image.to(memory_format=torch.channels_last if last else torch.contiguous_format)
+        if not train:
+            image = image.to(dtype)
+            return torch.inference_mode()(lambda: model(image))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+        target = torch.randint(1000, (self.batch,), device=self.device)
+
+        def update() -> None:
+            optimizer.zero_grad()
+            with torch.autocast(self.device, dtype, enabled=dtype is not torch.float32):
+                loss = F.cross_entropy(model(image), target)
+            loss.backward()
+            optimizer.step()
+
+        return update
+
+
 def timm_entrypoint(name: str) -> Callable[..., nn.Module] | None:
-    """timm's own function of that name, which ours hides in the registry; None if there is none."""
+    """Return timm's own function, which this repository's replaces in the registry, or None."""
     name = TIMM_NAMES.get(name, name)
     for family in ("visformer", "convit", "fastvit", "vision_transformer"):
         module = importlib.import_module(f"timm.models.{family}")
-        if name in getattr(module, "__all__", ()) or hasattr(module, name):
+        if hasattr(module, name):
             return getattr(module, name)
     return None
 
 
 @contextmanager
 def _modules_of(folder: Path) -> Iterator[None]:
-    """Let imports find the files of ``folder`` first; afterwards everything is as it was."""
+    """Import from ``folder`` first within the block; restore modules and timm's registry after."""
     tops = {path.stem for path in folder.iterdir() if path.suffix in ("", ".py")}
     hidden = {name: m for name, m in sys.modules.items() if name.split(".")[0] in tops}
-    registry = timm.models._registry
+    registry = vars(timm.models._registry)
     registered = {
         key: copy.copy(value)
-        for key, value in vars(registry).items()
+        for key, value in registry.items()
         if not key.startswith("__") and isinstance(value, dict | set)
     }
     for name in hidden:
@@ -76,20 +147,15 @@ def _modules_of(folder: Path) -> Iterator[None]:
             del sys.modules[name]
         sys.modules.update(hidden)
         for key, value in registered.items():
-            vars(registry)[key].clear()
-            vars(registry)[key].update(value)
+            registry[key].clear()
+            registry[key].update(value)
 
 
-def _find(module: ModuleType, name: str) -> Callable[..., nn.Module] | None:
-    found = getattr(module, name, None)
-    return found if callable(found) else None
-
-
-def peer_entrypoint(folder: Path, name: str) -> Callable[[], nn.Module]:
-    """The function ``name`` of an original repository: of a file at its top, or of ``models``.
+def peer_entrypoint(folder: Path, name: str) -> Callable[..., nn.Module]:
+    """Return the function ``name`` of a top-level module or package of an original repository.
 
     Raises:
-        UserError: There is no such folder, or none of its files has the function; files
+        UserError: The folder does not exist, or none of its modules has the function; modules
             that cannot be imported are named with the reason.
     """
     if not folder.is_dir():
@@ -97,25 +163,25 @@ def peer_entrypoint(folder: Path, name: str) -> Callable[[], nn.Module]:
     files = sorted(path.stem for path in folder.glob("*.py"))
     packages = sorted(path.parent.name for path in folder.glob("*/__init__.py"))
     reasons = []
-    pattern = f"def {name}("
     with _modules_of(folder):
         for module in [*files, *packages]:
             sources = [folder / f"{module}.py", *folder.glob(f"{module}/*.py")]
-            if not any(pattern in s.read_text(errors="replace") for s in sources if s.is_file()):
+            texts = (path.read_text(errors="replace") for path in sources if path.is_file())
+            if not any(f"def {name}(" in text for text in texts):
                 continue
             try:
-                found = _find(importlib.import_module(module), name)
-            except Exception as error:  # whatever a stranger's file raises
+                found = getattr(importlib.import_module(module), name, None)
+            except Exception as error:  # foreign code may raise anything
                 reasons.append(f"{module} cannot be imported: {type(error).__name__}: {error}")
                 continue
-            if found is not None:
+            if callable(found):
                 return found
     why = "; ".join(reasons) or f"no file defines {name}()"
-    raise UserError(f"--peer-path {folder} has no model {name}: {why}")
+    raise UserError(f"--peer-path {folder} does not have model {name}: {why}")
 
 
 def equal_vit(name: str, **options) -> nn.Module:
-    """timm's Vision Transformer as wide and deep, with as many heads, as the ConViT ``name``."""
+    """Return timm's Vision Transformer with the width, depth and heads of the ConViT ``name``."""
     with torch.device("meta"):
         convit = timm.create_model(name)
     return timm.models.VisionTransformer(
@@ -128,33 +194,15 @@ def equal_vit(name: str, **options) -> nn.Module:
     )
 
 
-@dataclass(frozen=True)
-class Peer:
-    """An original repository.
-
-    Attributes:
-        folder: Where it is checked out.
-        kwargs: What its model functions are called with.
-    """
-
-    folder: Path
-    kwargs: dict
-
-    @property
-    def side(self) -> str:
-        """Name of the folder."""
-        return self.folder.resolve().name
-
-
 def build(side: str, name: str, peer: Peer | None = None, size: int | None = None) -> nn.Module:
-    """The model ``name`` as ``side`` implements it, with random weights.
+    """Return the model ``name`` as ``side`` implements it, with random weights.
 
     Args:
-        side: ``ours``; ``timm``; ``explicit``, ours with the attention written out; ``ViT``, a
-            plain one of equal width; else the ``side`` of ``peer``.
+        side: ``ours``; ``timm``; ``explicit``, ours with attention written out; ``ViT``, a plain
+            one of equal width; else the ``side`` of ``peer``.
         name: Registered name.
         peer: Original repository.
-        size: Height and width of images, the model's own if not given.
+        size: Height and width of images; the model's default if not given.
     """
     options = size_options(name, size)
     if side in ("ours", "explicit"):
@@ -169,25 +217,23 @@ def build(side: str, name: str, peer: Peer | None = None, size: int | None = Non
 
 
 def sides_of(name: str, peer: Peer | None) -> list[str]:
-    """Who implements ``name``: ours first, then the peers.
+    """Return the implementations of ``name``: ours first, then the peers.
 
-    V2, which timm has not, has its own written-out attention as a peer; a ConViT also stands
-    beside a plain Vision Transformer of its width, depth and heads.
+    V2 (not in timm) is compared with itself, its attention written out; a ConViT also with a
+    plain Vision Transformer of its width, depth and heads.
     """
-    sides = ["ours"]
-    if timm_entrypoint(name) is not None:
-        sides.append("timm")
-    if name.startswith("swin_visformer"):
-        sides.append("explicit")
-    if peer is not None:
-        sides.append(peer.side)
-    if name.startswith("convit"):
-        sides.append("ViT")
-    return sides
+    candidates = {
+        "ours": True,
+        "timm": timm_entrypoint(name) is not None,
+        "explicit": name.startswith("swin_visformer"),
+        peer.side if peer else "": peer is not None,
+        "ViT": name.startswith("convit"),
+    }
+    return [side for side, exists in candidates.items() if exists]
 
 
-def makes_sense(side: str, config: str, model: nn.Module) -> bool:
-    """Whether a configuration is to be had: most peers have nothing to deploy or recompute."""
+def is_possible(side: str, config: str, model: nn.Module) -> bool:
+    """Return True if a model has a configuration: most peers can neither deploy nor recompute."""
     if "checkpoint" in config:
         try:
             model.set_grad_checkpointing(True)
@@ -195,21 +241,19 @@ def makes_sense(side: str, config: str, model: nn.Module) -> bool:
             return False
     if "deploy" not in config or side == "ours":
         return True
-    foldable = ("reparameterize", "fuse", "switch_to_deploy")
-    return side != "explicit" and any(hasattr(m, f) for m in model.modules() for f in foldable)
+    methods = ("reparameterize", "fuse", "switch_to_deploy")
+    return side != "explicit" and any(hasattr(m, f) for m in model.modules() for f in methods)
 
 
 def configure(model: nn.Module, side: str, config: str) -> nn.Module:
-    """``model`` or what is made of it in a configuration.
+    """Return ``model`` in a configuration.
 
     Raises:
-        UserError: The configuration is unknown, or not for this model.
+        UserError: The configuration is unknown.
     """
     for transform in config.split("+"):
-        if transform == "deploy" and side == "ours":
-            model = model.fuse()
-        elif transform == "deploy":
-            model = reparameterize_model(model.eval())
+        if transform == "deploy":
+            model = model.fuse() if side == "ours" else reparameterize_model(model.eval())
         elif transform == "channels_last":
             model = model.to(memory_format=torch.channels_last)
         elif transform == "checkpoint":
@@ -218,7 +262,7 @@ def configure(model: nn.Module, side: str, config: str) -> nn.Module:
             model = torch.compile(model, dynamic=False)
         elif transform != "eager":
             raise UserError(
-                f"configuration {config!r}: {transform!r} is not eager, nor one of "
-                f"{', '.join(TRANSFORMS)}"
+                f"unknown {transform!r} in --configs {config}; choose eager, or some of "
+                f"{', '.join(TRANSFORMS)} joined by +"
             )
     return model

@@ -1,8 +1,7 @@
-"""Windowed attention as the original detector computes it, to measure ours against.
+"""Windowed attention as the original detector computes it, for comparison with ours.
 
-Danczs/Visformer, ObjectDetection: windows are cut out by a copy, heads by another, the product
-of queries and keys is written out, the bias gathered in every block, the mask made in every
-forward pass and added by itself.
+Danczs/Visformer, ObjectDetection: windows and heads are cut by copies, the product of queries and
+keys is written out, the bias gathered in every block, the mask made in every forward pass.
 """
 
 import torch
@@ -15,27 +14,26 @@ from models.layers import set_recompute_activations
 from models.layers.window import WindowAttention2d
 
 
-def _mask(height: int, width: int, window: int, shift: int, device: torch.device) -> torch.Tensor:
-    """``W N N`` for a map of this size after padding: -100 across regions."""
-    region = torch.zeros(1, 1, height, width, device=device)
-    parts = (slice(0, -window), slice(-window, -shift), slice(-shift, None))
-    for number, (rows, columns) in enumerate((r, c) for r in parts for c in parts):
-        region[:, :, rows, columns] = number
-    region = _cut(region, window).flatten(1)
-    across = region.unsqueeze(1) - region.unsqueeze(2)
-    return across.masked_fill(across != 0, -100.0).masked_fill(across == 0, 0.0)
-
-
 def _cut(x: torch.Tensor, window: int) -> torch.Tensor:
     return rearrange(x, "b c (y h) (x w) -> (b y x) c h w", h=window, w=window).contiguous()
 
 
+def _mask(height: int, width: int, window: int, device: torch.device) -> torch.Tensor:
+    """Return the mask ``W N N`` of a padded feature map: -100 across regions."""
+    region, shift = torch.zeros(1, 1, height, width, device=device), window // 2
+    parts = (slice(0, -window), slice(-window, -shift), slice(-shift, None))
+    for number, (rows, columns) in enumerate((r, c) for r in parts for c in parts):
+        region[:, :, rows, columns] = number
+    region = _cut(region, window).flatten(1)
+    return -100.0 * (region.unsqueeze(1) != region.unsqueeze(2))
+
+
 class OriginalWindowAttention(nn.Module):
-    """The same function as the layer whose weights it takes.
+    """The same function as ``layer``, with its weights.
 
     Args:
-        layer: What it takes the place of.
-        masks: One for the blocks of a stage, which the stage makes anew in every forward pass.
+        layer: Layer to replace.
+        masks: Holds the ``mask`` of a stage, made in every forward pass of the stage.
     """
 
     def __init__(self, layer: WindowAttention2d, masks: dict[str, torch.Tensor]):
@@ -67,35 +65,32 @@ class OriginalWindowAttention(nn.Module):
         x = F.pad(x, (0, -width % self.window, 0, -height % self.window))
         if self.shift:
             x = torch.roll(x, (-self.shift, -self.shift), dims=(2, 3))
-        rows = x.shape[-2] // self.window
-        windows = self.attend(_cut(x, self.window), self.masks["mask"] if self.shift else None)
-        x = rearrange(
-            windows, "(b y x) c h w -> b c (y h) (x w)", y=rows, x=x.shape[-1] // self.window
-        ).contiguous()
+        rows, batch = x.shape[-2] // self.window, len(x)
+        x = self.attend(_cut(x, self.window), self.masks["mask"] if self.shift else None)
+        x = rearrange(x, "(b y x) c h w -> b c (y h) (x w)", b=batch, y=rows).contiguous()
         if self.shift:
             x = torch.roll(x, (self.shift, self.shift), dims=(2, 3))
         return x[:, :, :height, :width].contiguous()
 
 
 def as_original(backbone: Backbone) -> Backbone:
-    """Replace the attention of ``backbone``, in place; its function stays the same."""
+    """Replace the attention of ``backbone`` in place; its function stays the same."""
     for stage in backbone.net.children():
-        blocks = stage if isinstance(stage, nn.Sequential) else ()
-        layers = [
-            block for block in blocks if isinstance(getattr(block, "attn", None), WindowAttention2d)
+        blocks = [
+            block
+            for block in (stage if isinstance(stage, nn.Sequential) else ())
+            if isinstance(getattr(block, "attn", None), WindowAttention2d)
         ]
-        if not layers:
+        if not blocks:
             continue
         masks: dict[str, torch.Tensor] = {}
-        window = layers[0].attn.window
-        shift = window // 2
 
-        def make_mask(module, inputs, masks=masks, window=window, shift=shift) -> None:
+        def make_mask(_, inputs, masks=masks, window=blocks[0].attn.window) -> None:
             height, width = (size + -size % window for size in inputs[0].shape[-2:])
-            masks["mask"] = _mask(height, width, window, shift, inputs[0].device)
+            masks["mask"] = _mask(height, width, window, inputs[0].device)
 
         stage.register_forward_pre_hook(make_mask)
-        for block in layers:
+        for block in blocks:
             block.attn = OriginalWindowAttention(block.attn, masks)
     backbone.net.channels_last = False
     set_recompute_activations(backbone, False)

@@ -1,7 +1,7 @@
-"""What it costs a run to be safe: steps per second with everything that resumption needs, and bare.
+"""Measure the cost of fault tolerance: steps per second with what resumption needs, and without.
 
-``python -m tools.benchmark.saving`` trains on one batch from memory, in turn with the trainer's
-agreement on signals, watch, and checkpoints in the background, and without any; under
+``python -m tools.benchmark.saving`` trains on one batch from memory, in turn with signal handling,
+watchdog and background checkpoints, and without; under
 ``torchrun --nproc_per_node N -m tools.benchmark.saving``, on N processes.
 """
 
@@ -24,14 +24,14 @@ import utils
 from pipeline.prefetch import to_device
 from pipeline.reference import Batch
 from samplers import RASampler
-from tools.benchmark.__main__ import machine
+from tools.benchmark.measure import machine
 from training import launch
 from training.flags import parse_args
 from training.launch import DistInfo
 from training.output import Output
 from training.run_state import RunState
 from training.trainer import Trainer
-from utils import UserError, log
+from utils import log
 
 CLASSES = 1000
 
@@ -54,17 +54,17 @@ class OneBatch:
 
 
 class Bare(Trainer):
-    """A trainer that neither listens, watches nor saves."""
+    """A trainer without signal handling, watchdog and checkpoints."""
 
     def after_update(self, meter: engine.Meter) -> bool:
-        """Go on."""
+        """Continue."""
         return False
 
 
 def build(
     kind: type[Trainer], args: Namespace, place: DistInfo, group: dist.ProcessGroup | None
 ) -> Trainer:
-    """A trainer of its own model, with nothing but its folder to tell it from the other."""
+    """Return a trainer of its own model; only :class:`Trainer` itself has an output folder."""
     size = args.input_size
     model, kwargs = models.build_model(args.model, {"num_classes": CLASSES}, {"img_size": size})
     dtype = getattr(torch, args.amp_dtype) if args.amp else None
@@ -75,18 +75,13 @@ def build(
     loader = OneBatch(args.batch_size, size, args.steps, place)
     loader.batch = to_device(loader.batch, precision.device, memory_format=layout)
     parts = (args, model, args.model, kwargs, precision, 1e-4, args.steps, loader.sampler)
-    return kind(
-        RunState(*parts, place, group),
-        Output(args.output_dir if kind is Trainer else ""),
-        loader,
-        None,
-        None,
-        torch.nn.CrossEntropyLoss(),
-    )
+    output = Output(args.output_dir if kind is Trainer else "")
+    state = RunState(*parts, place, group)
+    return kind(state, output, loader, None, None, torch.nn.CrossEntropyLoss())
 
 
 def seconds(trainer: Trainer, model: torch.nn.Module) -> float:
-    """Time of an epoch of steps, until the device is done; the saving may go on behind it."""
+    """Return the time of an epoch; a checkpoint may still be written in the background."""
     started = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
         trainer.train_epoch(model, stop=10**6)
@@ -97,18 +92,18 @@ def seconds(trainer: Trainer, model: torch.nn.Module) -> float:
     return elapsed
 
 
-def compare(args: Namespace, rounds: int, place: DistInfo) -> None:
-    """Measure both in turn and print their ratio."""
+def compare(args: Namespace, place: DistInfo) -> None:
+    """Measure both trainers in turn, and print the ratio of their rates."""
     group = utils.control_group(args.dist_timeout)
     trainers = [build(kind, args, place, group) for kind in (Trainer, Bare)]
     times: list[list[float]] = [[], []]
     with trainers[0].signals, trainers[0].watchdog:
-        nets = [trainer.wrapped() for trainer in trainers]
-        for _ in range(rounds + 1):
-            for trainer, net, series in zip(trainers, nets, times, strict=True):
-                series.append(seconds(trainer, net))
+        wrapped = [trainer.wrapped() for trainer in trainers]
+        for _ in range(args.rounds + 1):
+            for trainer, model, series in zip(trainers, wrapped, times, strict=True):
+                series.append(seconds(trainer, model))
     trainers[0].output.close()
-    safe, bare = (statistics.median(series[1:]) for series in times)  # the first one warms up
+    safe, bare = (statistics.median(series[1:]) for series in times)  # the first warms up
     log(
         f"{args.model} {place.world_size} process(es), a checkpoint every "
         f"{args.save_every_steps} of {args.steps} steps: with/without steps per second "
@@ -118,35 +113,34 @@ def compare(args: Namespace, rounds: int, place: DistInfo) -> None:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Return the parser of the flags."""
     parser = argparse.ArgumentParser("tools.benchmark.saving", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("model", nargs="?", default="visformer_tiny")
     add("--batch-size", type=int, default=32)
     add("--input-size", type=int, default=64)
-    add("--steps", type=int, default=100, help="of a measurement")
+    add("--steps", type=int, default=100, help="steps of a measurement")
     add("--save-every-steps", type=int, default=50)
     add("--rounds", type=int, default=7, help="measurements of each; the median counts")
-    add("--device", choices=["cpu", "cuda"], help="cuda if present, if not given")
-    add("--amp", action="store_true", help="float16")
+    add("--device", choices=["cpu", "cuda"], help="cuda if available, if not given")
+    add("--amp", action="store_true", help="float16 autocast")
     return parser
 
 
 def start(argv: list[str]) -> None:
-    """Run with the flags ``argv``."""
-    given = get_parser().parse_args(argv)
+    """Measure with the flags ``argv``."""
+    given = vars(get_parser().parse_args(argv))
     args, _ = parse_args([])
     with tempfile.TemporaryDirectory() as folder:
-        flags = {key: value for key, value in vars(given).items() if value is not None}
-        args = Namespace(**vars(args) | flags | {"output_dir": folder, "log_interval": 10**9})
+        args = Namespace(**vars(args) | given | {"output_dir": folder, "log_interval": 10**9})
         with launch.process_group(args) as (place, device):
-            settled = Namespace(**vars(args) | {"device": device.type})
-            compare(settled, given.rounds, place)
+            args = Namespace(**vars(args) | {"device": device.type})
+            compare(args, place)
 
 
 def main(argv: list[str]) -> int:
-    """Run with the flags ``argv``; returns the exit status."""
-    return launch.run_program(lambda: start(argv), (UserError, models.ModelError))
+    """Run with the flags ``argv``; return the exit status."""
+    return launch.run_program(lambda: start(argv))
 
 
 if __name__ == "__main__":

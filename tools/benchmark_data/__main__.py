@@ -26,7 +26,7 @@ from pipeline.sources.base import Encoded, Files
 from pipeline.sources.folder import open_folder_of_classes
 from pipeline.sources.shards import open_shards
 from tools import pack_dataset
-from tools.benchmark.__main__ import machine
+from tools.benchmark.measure import machine
 from tools.benchmark_data.feeding import Training, in_memory
 from tools.benchmark_data.pipelines import Workers, alternate, pipelines
 from training.flags import parse_args

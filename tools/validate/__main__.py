@@ -16,7 +16,6 @@ from tools.validate.classes import RULES
 from tools.validate.eval_models import check_sources
 from training import launch
 from training.flags import Parser
-from training.launch import DistInfo
 from utils import UserError
 
 ENDINGS = {"csv": ".csv", "per_class": ".csv", "confusion": ".png", "reliability": ".png"}
@@ -74,7 +73,7 @@ def start(argv: list[str]) -> int:
     """Run with the flags ``argv``; return the exit status."""
     args = cli.parse(get_parser, argv)
     check(args)
-    device = launch.select_device(args.device, DistInfo())
+    device = launch.select_device(args.device)
     engine.set_determinism(False)
     run = rows.validate if args.corruptions is None else imagenet_c.validate
     return run(args, device)
