@@ -45,7 +45,7 @@ class Rank:
 
     def __init__(self, words: list[str], env: dict[str, str]):
         reader, writer = SERVER.Pipe(duplex=False)
-        self._errors = tempfile.TemporaryFile("w+")
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - until communicate()
         self.stdout = os.fdopen(os.dup(reader.fileno()))
         with reader, writer, Connection(os.dup(self._errors.fileno())) as errors:
             self._process = SERVER.Process(target=run, args=(words, env, writer, errors))

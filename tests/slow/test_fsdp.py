@@ -1,29 +1,31 @@
 """``--fsdp``: sharded runs train, stop, resume and evaluate as runs of whole replicas do."""
 
 import json
-import re
 import shutil
 import signal
 from argparse import Namespace
 
 import pytest
+import timm
 import torch
 from conftest import (
     free_port,
     read_log,
-    run_python,
+    run_ranks,
     same_log,
     same_state,
-    together,
+    start_rank,
+    succeed,
     write_images,
 )
 from test_distributed import accuracy_lines
+from test_stop import first_step, saved_step
 
-from training.fsdp import check
+from training.fsdp import check, find_blocks
 from utils import UserError
 
 RUN = [
-    *("--model", "visformer_tiny", "--input-size", 32, "--batch-size", 2, "--num_workers", 0),
+    *("--model", "test_resnet", "--input-size", 32, "--batch-size", 2, "--num_workers", 0),
     *("--epochs", 2, "--warmup-epochs", 1, "--model-ema-decay", 0.9, "--log-interval", 1),
     *("--drop-path", 0.3, "--drop", 0.1, "--no-repeated-aug"),
     *("--device", "cpu", "--no-channels-last"),  # weights that are sharded have the plain layout
@@ -31,29 +33,25 @@ RUN = [
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """20 training images, and 8 for evaluation: two processes have 2 and 1 batches of those."""
-    return write_images(tmp_path_factory.mktemp("data") / "images", train=10, val=4)
+def run(tmp_path_factory):
+    """Flags, with 20 images to train and 8 to evaluate: two ranks have 2 and 1 batches of those."""
+    images = write_images(tmp_path_factory.mktemp("data") / "images", train=10, val=4)
+    return [*RUN, "--data-path", images, "--output_dir"]
 
 
 @pytest.fixture(scope="module")
-def replicas(images, tmp_path_factory):
-    """A run of two whole replicas."""
+def replicas(run, tmp_path_factory):
+    """The folder of a run of two whole replicas."""
     folder = tmp_path_factory.mktemp("replicas")
-    words = [*RUN, "--data-path", images, "--output_dir", folder]
-    codes, _, errors = together(2, [*words, "--keep-checkpoints", 2])
-    assert codes == [0, 0], errors
+    run_ranks(2, [*run, folder, "--keep-checkpoints", 2])
     return folder
 
 
 @pytest.fixture(scope="module")
-def sharded(images, tmp_path_factory):
-    """The same, sharded, and what it printed."""
+def sharded(run, tmp_path_factory):
+    """The same, sharded, and its output."""
     folder = tmp_path_factory.mktemp("sharded")
-    words = [*RUN, "--data-path", images, "--output_dir", folder, "--fsdp"]
-    codes, output, errors = together(2, words)
-    assert codes == [0, 0], errors
-    return folder, output
+    return folder, run_ranks(2, [*run, folder, "--fsdp"])
 
 
 def losses(folder):
@@ -63,94 +61,85 @@ def losses(folder):
     ]
 
 
-def test_two_ranks_train_bit_by_bit_as_replicas_do(replicas, sharded):
+def load(*folders):
+    return [torch.load(f / "checkpoint.pth", weights_only=True) for f in folders]
+
+
+def test_two_ranks_train_bitwise_as_replicas_do(replicas, sharded):
     folder, _ = sharded
     assert len(losses(folder)) == 2
     assert same_log(folder, replicas)
     assert same_state(folder, replicas)
-    one, other = (torch.load(f / "checkpoint.pth", weights_only=True) for f in (folder, replicas))
+    one, other = load(folder, replicas)
     assert one.keys() == other.keys()
     assert one["optimizer"]["param_groups"] == other["optimizer"]["param_groups"]
     assert {type(value) for value in one["model"].values()} == {torch.Tensor}
 
 
-def test_digits_on_three_ranks_with_accumulation(tmp_path):
-    run = ["--model", "test_vit", "--input-size", 32, "--batch-size", 160, "--num_workers", 0]
-    run += ["--device", "cpu", "--epochs", 1, "--accum-iter", 2, "--opt", "momentum"]
-    run += ["--grad-checkpointing", "--warmup-epochs", 0, "--model-ema-decay", 0.9]
-    run += ["--clip-grad", 0.5]
-    for name, flags in (("replicas", []), ("sharded", ["--fsdp"])):
-        codes, _, errors = together(3, [*run, *flags, "--output_dir", tmp_path / name])
-        assert codes == [0] * 3, errors
+def test_three_ranks_with_accumulation(run, tmp_path):
+    flags = ["--model", "test_vit", "--epochs", 1, "--accum-iter", 2]
+    flags += ["--opt", "momentum", "--grad-checkpointing", "--clip-grad", 0.5, "--warmup-epochs", 0]
+    folders = [tmp_path / name for name in ("replicas", "sharded")]
+    for folder, fsdp in zip(folders, ([], ["--fsdp"]), strict=True):
+        run_ranks(3, [*run, folder, *flags, *fsdp])
     # sums over three are of another order; float32 has steps of 6e-8
-    (line,), (other,) = (losses(tmp_path / name) for name in ("sharded", "replicas"))
+    (line,), (other,) = map(losses, folders)
     assert line == pytest.approx(other, rel=1e-5)
-    one, other = (
-        torch.load(tmp_path / name / "checkpoint.pth", weights_only=True)
-        for name in ("sharded", "replicas")
-    )
+    one, other = load(*folders)
     for key in ("model", "model_ema"):
         for name, value in one[key].items():
             torch.testing.assert_close(value, other[key][name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.fixture(scope="module")
-def stopped(images, tmp_path_factory):
+def stopped(run, tmp_path_factory):
     """The folder of a sharded run that a signal stopped in its second epoch."""
     folder = tmp_path_factory.mktemp("stopped")
-    words = [*RUN, "--data-path", images, "--output_dir", folder, "--fsdp"]
-    codes, output, errors = together(2, words, 1, signal.SIGTERM, "epoch 1 step 1/")
-    assert codes == [0, 0], errors
-    assert re.search(r"stopped by SIGTERM in epoch 1 after step [1-4];", output)
+    stop = {"rank": 1, "number": signal.SIGTERM, "line": "epoch 1 step 1/"}
+    run_ranks(2, [*run, folder, "--fsdp"], **stop)
+    epoch, step = saved_step(folder)
+    assert epoch == 1 and 1 <= step <= 4
     return folder
 
 
-def test_what_is_stopped_goes_on_bit_by_bit(images, sharded, stopped, tmp_path):
+def test_a_stopped_run_resumes_bitwise(run, sharded, stopped, tmp_path):
     shutil.copytree(stopped, tmp_path / "run")
-    words = [*RUN, "--data-path", images, "--output_dir", tmp_path / "run", "--fsdp"]
-    codes, output, errors = together(2, [*words, "--resume", "auto"])
-    assert codes == [0, 0], errors
-    assert "going on in epoch 1 after step" in output
+    output = run_ranks(2, [*run, tmp_path / "run", "--fsdp", "--resume", "auto"])
+    epoch, step = saved_step(stopped)
+    assert first_step(output) == (epoch, step + 1)
     assert same_log(tmp_path / "run", sharded[0])
     assert same_state(tmp_path / "run", sharded[0])
 
 
-def test_a_checkpoint_is_evaluated_by_one_process(images, sharded):
+def test_a_checkpoint_is_evaluated_by_one_process(run, sharded):
     folder, output = sharded
-    flags = ["--eval", "--resume", folder / "checkpoint.pth", "--data-path", images]
-    done = run_python("main.py", *flags, "--batch-size", 2, "--num_workers", 0, "--device", "cpu")
-    assert done.returncode == 0, done.stderr
+    found = succeed("--eval", "--resume", folder / "checkpoint.pth", *run[:-1])
     assert len(accuracy_lines(output)) == 4
-    assert accuracy_lines(done.stdout) == accuracy_lines(output)[-2:]
+    assert accuracy_lines(found) == accuracy_lines(output)[-2:]
 
 
-def test_one_process_goes_on_without_shards(images, stopped, tmp_path):
+def test_one_process_resumes_without_shards(run, stopped, tmp_path):
     shutil.copytree(stopped, tmp_path / "run")
-    before = torch.load(stopped / "checkpoint.pth", weights_only=True)
-    words = ["main.py", *RUN, "--data-path", images, "--output_dir", tmp_path / "run"]
-    done = run_python(*words, "--resume", "auto")
-    assert done.returncode == 0, done.stderr
-    assert "epoch 1 was begun by 2 process(es)" in done.stdout
+    output = succeed(*run, tmp_path / "run", "--resume", "auto")
     assert [line["epoch"] for line in read_log(tmp_path / "run")] == [0, 1]
-    after = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)
+    before, after = load(stopped, tmp_path / "run")
+    # of 20 images, two ranks have had two each per step
+    assert first_step(output) == (1, 2 * before["step"] + 1)
     steps = [{s["step"].item() for s in c["optimizer"]["state"].values()} for c in (before, after)]
-    left = 10 - 2 * before["step"]  # of 20 images two each
-    assert steps[1] == {steps[0].pop() + left}
+    assert steps[1] == {steps[0].pop() + 10 - 2 * before["step"]}
 
 
-def test_a_run_of_replicas_goes_on_in_shards(images, replicas, tmp_path):
-    words = [*RUN, "--data-path", images, "--output_dir", tmp_path, "--fsdp"]
-    codes, _, errors = together(2, [*words, "--resume", replicas / "checkpoint-0000.pth"])
-    assert codes == [0, 0], errors
+def test_a_run_of_replicas_resumes_in_shards(run, replicas, tmp_path):
+    run_ranks(2, [*run, tmp_path, "--fsdp", "--resume", replicas / "checkpoint-0000.pth"])
     assert losses(tmp_path) == losses(replicas)[1:]
     assert same_state(tmp_path, replicas)
 
 
 SHARDS = """
-import copy, json, multiprocessing, os, sys, timm, torch, torch.distributed as dist
+import copy, json, multiprocessing, os, sys, torch, torch.distributed as dist
 import engine, models, utils
-from training import sharding
-from training.sharding import ShardedAverage, gather, gathered, shard, shard_optimizer_state
+from training import fsdp, run_state
+from training.fsdp import ShardedAverage, gather, gathered, shard, shard_optimizer_state
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -158,7 +147,7 @@ CPU = torch.device("cpu")
 
 def build(name, seed=0):
     torch.manual_seed(seed)
-    return timm.create_model(name, img_size=32, num_classes=5)
+    return models.build_model(name, {"num_classes": 5}, {"img_size": 32})[0]
 
 
 def local_bytes(tensors):
@@ -168,7 +157,6 @@ def local_bytes(tensors):
 def check(name, rank, world):
     model, plain = build(name), build(name)
     average = ShardedAverage(model, 0.9)
-    blocks = sharding.find_blocks(model)
     shard(model, CPU)
     shard(average.module, CPU)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
@@ -208,7 +196,6 @@ def check(name, rank, world):
         for _ in range(rank):  # none on the first process: whoever waited for it would hang
             outputs.append(torch.equal(twin(images), plain(images)))
     return {
-        "blocks": len(blocks),
         "weights": local_bytes(list(model.parameters())),
         "moments": local_bytes([s["exp_avg"] for s in optimizer.state.values()]),
         "other moments": local_bytes([s["exp_avg"] for s in second.state.values()]),
@@ -234,7 +221,7 @@ def work(name, rank, world, port):
     dist.destroy_process_group()
 
 
-cases = [("visformer_tiny", 2), ("test_vit", 3)]
+cases = [("test_resnet", 2), ("test_vit", 3)]
 for (name, world), port in zip(cases, map(int, sys.argv[1:])):
     context = multiprocessing.get_context("fork")
     places = [(name, rank, world, port) for rank in range(world)]
@@ -247,15 +234,15 @@ for (name, world), port in zip(cases, map(int, sys.argv[1:])):
 """
 
 
-def test_shards_are_shards_and_make_a_whole(tmp_path):
+def test_shards_are_parts_of_a_whole(tmp_path):
     script = tmp_path / "shards.py"
     script.write_text(SHARDS)
-    done = run_python(script, *(free_port() for _ in range(2)), timeout=120)
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    process = start_rank(script, *(free_port() for _ in range(2)))
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    lines = [json.loads(line) for line in output.splitlines()]
     assert len(lines) == 2 + 3
     for name, world, rank, found in lines:
-        assert found["blocks"] == {"visformer_tiny": 15, "test_vit": 6}[name]
         for key in ("weights", "moments", "other moments", "average", "resharded"):
             assert found[key] == pytest.approx(1 / world, abs=0.03), (name, world, rank, key)
         assert found["skipped"] == [True, False]  # the bad gradient was of one process
@@ -266,22 +253,27 @@ def test_shards_are_shards_and_make_a_whole(tmp_path):
         assert found["dropped"]
 
 
+@pytest.mark.parametrize(("name", "blocks"), [("visformer_tiny", 15), ("test_vit", 6)])
+def test_blocks(name, blocks):
+    assert len(find_blocks(timm.create_model(name))) == blocks
+
+
 @pytest.mark.parametrize(
-    ("flags", "processes", "message"),
+    ("flags", "processes", "named"),
     [
-        ({}, 1, "--fsdp shares a model among processes, and there is one"),
-        ({"compile": "eager"}, 2, "--fsdp does not go with --compile"),
-        ({"model_ema": True, "model_ema_force_cpu": True}, 2, "leave --model-ema-force-cpu out"),
+        ({}, 1, "--nproc_per_node"),
+        ({"compile": "eager"}, 2, "--compile"),
+        ({"model_ema": True, "model_ema_force_cpu": True}, 2, "--model-ema-force-cpu"),
     ],
 )
-def test_what_does_not_go_together_is_said(flags, processes, message):
+def test_contradicting_flags_are_named(flags, processes, named):
     plain = {"compile": None, "model_ema": False, "model_ema_force_cpu": True}
     check(Namespace(**plain), 2)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=f"--fsdp .*{named}"):
         check(Namespace(**plain | flags), processes)
 
 
-def test_one_process_is_told_what_to_start(main):
+def test_a_single_process_cannot_shard(main):
     status, _, errors = main(*RUN, "--fsdp")
     assert status == 1
-    assert re.fullmatch(r"error: --fsdp shares .* by torchrun --nproc_per_node\n", errors)
+    assert errors.startswith("error: --fsdp ") and errors.count("\n") == 1
