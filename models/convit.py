@@ -18,10 +18,15 @@ from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices as take_indices
 from torch import nn
 
-from models.layers import checkpoint_blocks, drop_path_rates, resample_position_map
+from models.factory import build_registered, register_model
+from models.layers import (
+    SelfAttention,
+    checkpoint_blocks,
+    drop_path_rates,
+    resample_position_map,
+)
 from models.layers.fuse import Fusible, pack
-from models.layers.gpsa import GPSA, Block, SelfAttention
-from models.registry import build_registered, register_model
+from models.layers.gpsa import GPSA, Block
 
 __all__ = ["ConViT"]
 

@@ -19,7 +19,8 @@ from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices as take_indices
 from torch import nn
 
-from models.layers import checkpoint_blocks, drop_path_rates
+from models.factory import build_registered, register_model
+from models.layers import SelfAttention, checkpoint_blocks, drop_path_rates
 from models.layers.fuse import (
     Fusible,
     fold_after,
@@ -29,7 +30,6 @@ from models.layers.fuse import (
     pack_mlp,
     scale_outputs,
 )
-from models.layers.gpsa import SelfAttention
 from models.layers.reparam import (
     LargeKernelConv,
     LayerScale2d,
@@ -40,7 +40,6 @@ from models.layers.reparam import (
     layer_scale,
     reparameterize,
 )
-from models.registry import build_registered, register_model
 
 __all__ = ["FastViT", "Stage"]
 

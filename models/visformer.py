@@ -19,6 +19,7 @@ from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices as take_indices
 from torch import nn
 
+from models.factory import build_registered, register_model
 from models.layers import (
     Attention2d,
     Block2d,
@@ -29,7 +30,6 @@ from models.layers import (
     resample_position_map,
 )
 from models.layers.fuse import Affine2d, Fusible, fold_after, is_foldable, pack
-from models.registry import build_registered, register_model
 
 __all__ = ["Stage", "Visformer"]
 

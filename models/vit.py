@@ -12,10 +12,10 @@ from timm.models import vision_transformer as timm_vit
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import nn
 
+from models.factory import build_registered, register_model
 from models.layers import attention
 from models.layers.attention import fold_scale, split_heads
 from models.layers.fuse import Fusible, pack, pack_mlp
-from models.registry import build_registered, register_model
 
 __all__ = ["Attention", "ViT"]
 
@@ -76,7 +76,7 @@ class Attention(TimmAttention):
     def fuse_(self) -> None:
         """Fold the pre-scale into the projection (see :class:`models.layers.fuse.Fusible`)."""
         if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
-            fold_scale(self.qkv, self.scale, 3)
+            fold_scale(self.qkv, self.scale, 2 * self.num_heads * self.head_dim)
             self.scale, self.prescaled = 1.0, False
         self.qkv, self.proj = pack(self.qkv), pack(self.proj)
 

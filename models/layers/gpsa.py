@@ -9,19 +9,19 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import DropPath, Mlp, use_fused_attn
+from timm.layers import DropPath, Mlp
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from models.layers.attention import (
     AttentionParts,
+    MultiHeadAttention,
     attention,
     attention_weights,
-    fold_scale,
     split_heads,
 )
 from models.layers.cache import EvalCache
-from models.layers.fuse import pack, pack_mlp
+from models.layers.fuse import pack_mlp
 
 
 def _offsets(size: int, like: torch.Tensor) -> torch.Tensor:
@@ -115,63 +115,7 @@ def head_offsets(num_heads: int) -> torch.Tensor:
     return torch.stack([n % columns - (columns - 1) / 2, n // columns - (rows - 1) / 2], dim=1)
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention on tokens, the class token among them.
-
-    Args:
-        dim: Channels.
-        num_heads: Heads.
-        qkv_bias: Learn a bias for queries, keys and values.
-        qk_scale_factor: Exponent of the pre-scale of queries and of keys (see
-            :class:`models.layers.Attention2d`).
-        attn_drop, proj_drop: Dropout of attention weights and of the output.
-    """
-
-    prescaled = True
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        qkv_bias: bool = False,
-        qk_scale_factor: float = -0.25,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-    ):
-        super().__init__()
-        self.num_heads = num_heads
-        self.head_dim = dim // num_heads
-        self.scale = self.head_dim**qk_scale_factor
-        self.attn_drop = attn_drop
-        self.fused_attn = use_fused_attn()
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
-
-    def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values of tokens ``B N C``, each ``B h N d``."""
-        return split_heads(self.qkv(x), 3, self.num_heads)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``B N C -> B N C``."""
-        q, k, v = self.heads(x)
-        dropout_p = self.attn_drop if self.training else 0.0
-        x = attention(q, k, v, None, self.scale, dropout_p, self.fused_attn)
-        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
-
-    def attention_maps(self, x: torch.Tensor) -> torch.Tensor:
-        """The attention weights of tokens ``B N C``, ``B h N N``."""
-        q, k, _ = self.heads(x)
-        return attention_weights(q, k, self.scale)
-
-    def fuse_(self) -> None:
-        """Fold the pre-scale into the projection (see :class:`models.layers.fuse.Fusible`)."""
-        fold_scale(self.qkv, self.scale, 3)
-        self.scale, self.prescaled = 1.0, False
-        self.qkv, self.proj = pack(self.qkv), pack(self.proj)
-
-
-class GPSA(nn.Module):
+class GPSA(MultiHeadAttention):
     """Gated positional self-attention on a grid of patches (section 3).
 
     Every head mixes content and position by a gate of its own, g = sigmoid(gating_param):
@@ -189,7 +133,7 @@ class GPSA(nn.Module):
         attn_drop, proj_drop: Dropout of attention weights and of the output.
     """
 
-    prescaled = True
+    projections = ("qk", "v", "proj")
 
     def __init__(
         self,
@@ -201,13 +145,8 @@ class GPSA(nn.Module):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
     ):
-        super().__init__()
-        self.num_heads = num_heads
-        self.head_dim = dim // num_heads
-        self.scale = self.head_dim**qk_scale_factor
+        super().__init__(num_heads, dim // num_heads, qk_scale_factor, attn_drop)
         self.locality_strength = locality_strength
-        self.attn_drop = attn_drop
-        self.fused_attn = use_fused_attn()
         self.qk = nn.Linear(dim, 2 * dim, bias=qkv_bias)
         self.v = nn.Linear(dim, dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
@@ -259,12 +198,11 @@ class GPSA(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``B H W C -> B H W C``."""
         height, width = x.shape[1:3]
-        dropout_p = self.attn_drop if self.training else 0.0
-        if self.fused_attn and dropout_p == 0.0:
+        if self.fused_attn and self.dropout_p == 0.0:
             out = self.separable(x)
         else:
             v = split_heads(self.v(x).flatten(1, 2), 1, self.num_heads)[0]
-            out = F.dropout(self.attention_maps(x), dropout_p) @ v
+            out = F.dropout(self.attention_maps(x), self.dropout_p) @ v
         out = out.transpose(1, 2).flatten(2).unflatten(1, (height, width))  # B H W C
         return self.proj_drop(self.proj(out))
 
@@ -293,12 +231,6 @@ class GPSA(nn.Module):
         positional = positional.to(content.dtype)
         full = content.lerp(positional, self.gate().to(content.dtype))
         return AttentionParts(full, content, positional.expand_as(full))
-
-    def fuse_(self) -> None:
-        """Fold the pre-scale into the projection (see :class:`models.layers.fuse.Fusible`)."""
-        fold_scale(self.qk, self.scale, 2)
-        self.scale, self.prescaled = 1.0, False
-        self.qk, self.v, self.proj = pack(self.qk), pack(self.v), pack(self.proj)
 
 
 class Block(nn.Module):

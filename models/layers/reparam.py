@@ -11,7 +11,7 @@ import torch
 from timm.layers import SEModule
 from torch import nn
 
-from models.layers.fuse import pack
+from models.layers.fuse import norm_constants, pack
 
 __all__ = [
     "LargeKernelConv",
@@ -52,8 +52,6 @@ def fuse_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A convolution without bias and the BatchNorm after it, as one convolution.
 
-    BatchNorm multiplies by ``t = gamma / sqrt(var + eps)`` and adds ``beta - t mean``.
-
     Args:
         weight: Kernel of odd sides, ``O I k k``.
         norm: Normalises with its running statistics.
@@ -62,10 +60,10 @@ def fuse_norm(
     Returns:
         Kernel ``O I size size`` and bias ``O``.
     """
-    factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    factor, offset = norm_constants(norm)
     margin = (size - weight.shape[-1]) // 2
-    weight = nn.functional.pad(weight * factor[:, None, None, None], [margin] * 4)
-    return weight, norm.bias - norm.running_mean * factor
+    fused = nn.functional.pad(weight * factor[:, None, None, None], [margin] * 4)
+    return fused.to(weight.dtype), offset.to(weight.dtype)
 
 
 class ReparamModule(nn.Module):
@@ -326,15 +324,6 @@ class RepMixer(ReparamModule):
             }
         return {"skip": (identity_kernel(dim, dim, size, weight), torch.zeros_like(bias)), **parts}
 
-    def kernel(self) -> tuple[torch.Tensor, torch.Tensor]:
-        (mixer, mixer_bias), (norm, norm_bias) = self.mixer.kernel(), self.norm.kernel()
-        weight, bias = mixer - norm, mixer_bias - norm_bias
-        if isinstance(self.layer_scale, LayerScale2d):
-            gamma = self.layer_scale.gamma.flatten()
-            weight, bias = weight * gamma[:, None, None, None], bias * gamma
-        dim, size = self.geometry["in_channels"], self.geometry["kernel_size"]
-        return identity_kernel(dim, dim, size, weight) + weight, bias
-
 
 class RepConditionalPosEnc(ReparamModule):
     """Conditional position encoding (arXiv 2102.10882): ``x`` plus a depthwise convolution of it.
@@ -359,11 +348,6 @@ class RepConditionalPosEnc(ReparamModule):
         weight, bias = self.pos_enc.weight, self.pos_enc.bias
         eye = identity_kernel(weight.shape[0], weight.shape[0], weight.shape[-1], weight)
         return {"skip": (eye, torch.zeros_like(bias)), "pos_enc": (weight, bias)}
-
-    def kernel(self) -> tuple[torch.Tensor, torch.Tensor]:
-        weight = self.pos_enc.weight
-        eye = identity_kernel(weight.shape[0], weight.shape[0], weight.shape[-1], weight)
-        return eye + weight, self.pos_enc.bias.clone()
 
 
 def reparameterize(module: nn.Module) -> None:

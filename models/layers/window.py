@@ -264,11 +264,11 @@ class WindowAttention2d(Attention2d):
             tokens = Arrange.apply(tokens, None, target, None, source, padding)  # B HW hd
         return tokens.transpose(1, 2).unflatten(2, (height, width))
 
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, height: int, width: int
-    ) -> torch.Tensor:
-        """Attention within the windows of a map of this size: ``B W h N d`` each and altogether."""
-        dropout_p = self.attn_drop if self.training else 0.0
+    def attend(self, x: torch.Tensor) -> torch.Tensor:
+        """Outputs of the heads within the windows of a map ``B C H W``, ``B W h N d``."""
+        q, k, v = self.heads(x)
+        height, width = x.shape[-2:]
+        dropout_p = self.dropout_p
         learns = torch.is_grad_enabled() and self.relative_position_bias_table.requires_grad
         if learns and self.fused_attn and not dropout_p and q.device.type == "cpu":
             bias = self.table().to(q.dtype)
@@ -285,12 +285,6 @@ class WindowAttention2d(Attention2d):
             *(part.flatten(1, 2) for part in (q, k, v)), bias.flatten(0, 1)[None], *options
         )
         return out.unflatten(1, (-1, self.num_heads))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``B C H W -> B C H W``."""
-        size = x.shape[-2:]
-        out = self.attend(*self.heads(x), *size)
-        return self.proj_drop(self.proj(self.merge(out, *size)))
 
     def attention_maps(self, x: torch.Tensor) -> torch.Tensor:
         """Attention weights within every window of a map ``B C H W``, as ``B W h N N``."""
