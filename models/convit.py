@@ -12,12 +12,12 @@ from collections.abc import Sequence
 
 import torch
 from einops import rearrange
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import PatchEmbed, global_pool_nlc, to_2tuple, trunc_normal_
 from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices as take_indices
 from torch import nn
 
+from models.base import BaseModel
 from models.factory import build_registered, register_model
 from models.layers import (
     SelfAttention,
@@ -25,21 +25,12 @@ from models.layers import (
     drop_path_rates,
     resample_position_map,
 )
-from models.layers.fuse import Fusible, pack
+from models.layers.fuse import pack
 from models.layers.gpsa import GPSA, Block
 
 __all__ = ["ConViT"]
 
 POOLS = ("token", "avg", "max", "avgmax", "")
-
-
-def _init_layer(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, GPSA):  # comes after the layers within it
-        module.init_locality()
 
 
 def resample_tokens(
@@ -52,7 +43,7 @@ def resample_tokens(
     return resample_position_map(embedding, size).flatten(2).transpose(1, 2)
 
 
-class ConViT(Fusible):
+class ConViT(BaseModel):
     """ConViT classifier and backbone.
 
     Args:
@@ -111,12 +102,11 @@ class ConViT(Fusible):
             )
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.patch_size = patch_size
+        self.patch_size = self.total_stride = patch_size
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.num_prefix_tokens = 1
         self.local_up_to_layer = local_up_to_layer
         self.qk_scale_factor = qk_scale_factor
-        self.grad_checkpointing = False
         self.set_pool(global_pool)
         height, width = to_2tuple(img_size)
         self.check_size(height, width)
@@ -156,17 +146,17 @@ class ConViT(Fusible):
         trunc_normal_(self.cls_token, std=0.02)
         if self.pos_embed is not None:
             trunc_normal_(self.pos_embed, std=0.02)
-        self.apply(_init_layer)
+        self.apply(self.init_layer)
 
-    def check_size(self, height: int, width: int) -> None:
-        """Raise ValueError if an image of this size is not made of whole patches."""
-        patch = self.patch_size
-        if height % patch or width % patch or height < patch or width < patch:
-            near = "x".join(str(max(round(s / patch), 1) * patch) for s in (height, width))
-            raise ValueError(
-                f"image size {height}x{width} does not fit: height and width must be multiples "
-                f"of {patch}, such as {near}"
-            )
+    @staticmethod
+    def init_layer(module: nn.Module) -> None:
+        """Normal of std 0.02 of linear layers; GPSA starts local."""
+        if isinstance(module, nn.Linear):
+            trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, GPSA):  # comes after the layers within it
+            module.init_locality()
 
     def set_pool(self, global_pool: str) -> None:
         """Choose the pooling before the head by timm's name of it."""
@@ -188,25 +178,13 @@ class ConViT(Fusible):
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in the backward pass instead of keeping their activations."""
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The linear classifier."""
-        return self.head
-
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Put a new classifier (none if ``num_classes`` is 0) in place of the present one."""
         if global_pool is not None:
             self.set_pool(global_pool)
         self.num_classes = num_classes
         head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        head.apply(_init_layer)
-        reference = self.patch_embed.proj.weight
-        self.head = head.to(reference.device, reference.dtype)
+        self.head = self.initialised(head)
 
     def fuse_(self) -> None:
         """See :class:`Fusible`."""
@@ -305,10 +283,6 @@ class ConViT(Fusible):
         x = self.head_drop(global_pool_nlc(x, self.global_pool, self.num_prefix_tokens))
         return x if pre_logits else self.head(x)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Image ``B 3 H W`` to logits ``B num_classes``."""
-        return self.forward_head(self.forward_features(x))
-
 
 def checkpoint_filter_fn(
     state_dict: dict[str, torch.Tensor], model: ConViT
@@ -334,12 +308,7 @@ def _create_convit(name: str, pretrained: bool, **kwargs) -> ConViT:
 
 def _cfg(**kwargs) -> dict:
     return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
         "fixed_input_size": True,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
         "first_conv": "patch_embed.proj",
         "classifier": "head",
         "license": "apache-2.0",

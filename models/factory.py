@@ -16,7 +16,10 @@ from models.errors import ModelError
 
 
 def register_model(entrypoint: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """Register ``entrypoint`` under its own name, without timm's notice that it replaces one."""
+    """Register ``entrypoint`` under its name, also where timm has a model of that name.
+
+    timm's warning about the replacement is suppressed.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*in registry", category=UserWarning)
         return timm_register_model(entrypoint)
@@ -33,11 +36,11 @@ def build_registered(
     """Build ``cls`` under timm's conventions: pretrained weights, tags, ``features_only``.
 
     Args:
-        cls: Class of the model; it takes ``kwargs`` but those of timm's own.
+        cls: Class of the model; accepts ``kwargs`` except those of timm.
         name: Registered name.
-        pretrained: Load the weights of the name's tag.
+        pretrained: Load the pretrained weights of the name's tag.
         filter_fn: ``checkpoint_filter_fn`` of the model's file.
-        default_indices: Feature maps of ``features_only=True``, unless the caller chooses.
+        default_indices: Default feature maps of ``features_only=True``.
     """
     out_indices = kwargs.pop("out_indices", default_indices)
     return build_model_with_cfg(
@@ -58,10 +61,10 @@ def _check_name(name: str) -> None:
 
 
 def pretrained_config(name: str) -> PretrainedCfg | None:
-    """What timm says of the weights of a model's name, with a tag or without, if anything.
+    """Return timm's description of the weights of ``name``, with or without a tag, if any.
 
     Raises:
-        ModelError: There is no such model (the nearest are named), or it has no such tag.
+        ModelError: The model (the nearest names are given) or the tag is unknown.
     """
     _check_name(name)
     try:
@@ -73,18 +76,18 @@ def pretrained_config(name: str) -> PretrainedCfg | None:
 def build_model(
     name: str, required: Mapping[str, Any], optional: Mapping[str, Any]
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Build the model that timm has under ``name``.
+    """Build a model registered with timm.
 
     Args:
         name: Any name of ``timm.list_models()``.
-        required: Keyword arguments that the model must take.
-        optional: Keyword arguments that are left out if the model does not know them.
+        required: Keyword arguments that the model must accept.
+        optional: Keyword arguments that are left out if the model does not accept them.
 
     Returns:
         The model, and the keyword arguments that it was built with.
 
     Raises:
-        ModelError: The name is unknown (the nearest are named), or an argument is refused.
+        ModelError: The name is unknown (the nearest are given), or an argument is not accepted.
     """
     _check_name(name)
     optional = dict(optional)
@@ -98,7 +101,7 @@ def build_model(
             if not refused:
                 raise ModelError(f"cannot build {name} with {kwargs}: {error}") from error
             if wanted := sorted(refused & required.keys()):
-                raise ModelError(f"model {name} takes no {', '.join(wanted)}") from error
+                raise ModelError(f"model {name} does not accept {', '.join(wanted)}") from error
             optional = {key: value for key, value in optional.items() if key not in refused}
         except (ValueError, AssertionError, ArithmeticError) as error:
             raise ModelError(f"cannot build {name} with {kwargs}: {error}") from error
@@ -110,13 +113,13 @@ def build_model(
 
 @torch.no_grad()
 def check_input_size(model: nn.Module, name: str, size: int, in_chans: int = 3) -> None:
-    """Raise ModelError if ``model`` cannot take square images of ``size`` pixels."""
+    """Raise ModelError if ``model`` does not accept square images of ``size`` pixels."""
     training = model.training
     device = next(model.parameters()).device
     try:
         model.eval()(torch.zeros(1, in_chans, size, size, device=device))
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ModelError(f"{name} cannot take --input-size {size}: {reason}") from error
+        raise ModelError(f"{name} does not accept --input-size {size}: {reason}") from error
     finally:
         model.train(training)

@@ -13,16 +13,15 @@ from itertools import chain
 
 import torch
 from einops import rearrange
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, trunc_normal_
 from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices as take_indices
 from torch import nn
 
+from models.base import StagedModel
 from models.factory import build_registered, register_model
 from models.layers import SelfAttention, checkpoint_blocks, drop_path_rates
 from models.layers.fuse import (
-    Fusible,
     fold_after,
     fold_before,
     is_foldable,
@@ -282,17 +281,6 @@ class FastViTStage(nn.Module):
         return self.blocks(x)
 
 
-def _init_layer(module: nn.Module) -> None:
-    if isinstance(module, ConvFfn):
-        layers = [module.conv.conv, module.fc1, module.fc2]
-    else:
-        layers = [module] if isinstance(module, nn.Linear) else []
-    for layer in layers:
-        trunc_normal_(layer.weight, std=0.02)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
-
-
 def _check_stages(stages: Sequence[Stage], cls_ratio: float) -> None:
     for index, stage in enumerate(stages):
         if stage.mixer not in MIXERS:
@@ -306,7 +294,7 @@ def _check_stages(stages: Sequence[Stage], cls_ratio: float) -> None:
         raise ValueError(f"cls_ratio {cls_ratio} must be a positive whole number")
 
 
-class FastViT(Fusible):
+class FastViT(StagedModel):
     """FastViT classifier and backbone, for images of any size.
 
     Args:
@@ -329,8 +317,6 @@ class FastViT(Fusible):
     Raises:
         ValueError: Widths do not fit each other, or a mixer is unknown.
     """
-
-    channels_last = True  # the layout in which it runs best
 
     def __init__(
         self,
@@ -381,7 +367,19 @@ class FastViT(Fusible):
 
     def init_weights(self) -> None:
         """Normal of deviation 0.02 in linear and feed-forward layers; PyTorch's in the rest."""
-        self.apply(_init_layer)
+        self.apply(self.init_layer)
+
+    @staticmethod
+    def init_layer(module: nn.Module) -> None:
+        """Normal of std 0.02 of linear and feed-forward layers."""
+        if isinstance(module, ConvFfn):
+            layers = [module.conv.conv, module.fc1, module.fc2]
+        else:
+            layers = [module] if isinstance(module, nn.Linear) else []
+        for layer in layers:
+            trunc_normal_(layer.weight, std=0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
     def reparameterize(self) -> "FastViT":
         """Fold the train-time branches into one convolution each, in place; returns the model.
@@ -430,52 +428,20 @@ class FastViT(Fusible):
         if global_pool is None:
             global_pool = self.head.global_pool.pool_type
         head = ClassifierHead(self.num_features, num_classes, global_pool, self.head.drop.p)
-        head.apply(_init_layer)
-        reference = next(self.parameters())
-        self.head = head.to(reference.device, reference.dtype).train(self.training)
+        self.head = self.initialised(head)
         self.head_hidden_size = self.num_features * head.global_pool.feat_mult()
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Image ``B 3 H W`` to the last map ``B num_features H/32 W/32``."""
-        return self.final_conv(self.stages(self.stem(x)))
+    def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
+        """Image ``B 3 H W`` to ``B C H/4 W/4``."""
+        return self.stem(x)
 
-    def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Maps after the stages, at strides 4, 8, 16 and 32.
+    def forward_stage(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        """``B C H W -> B D H/2 W/2`` (``B C H W`` for the first stage)."""
+        return self.stages[index](x)
 
-        Args:
-            x: Image, ``B 3 H W``.
-            indices: Stages to return: the last n, those of a sequence, or all.
-            norm: Without effect: the net has no norm after its stages.
-            stop_early: Leave out stages after the last one asked for.
-            output_fmt: Only ``NCHW``.
-            intermediates_only: Return the list alone.
-
-        Returns:
-            The maps, or the final features and the maps.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt {output_fmt!r} is not supported, only 'NCHW'")
-        wanted, last = take_indices(len(self.stages), indices)
-        stages = self.stages[: last + 1] if stop_early else self.stages
-        x = self.stem(x)
-        maps = []
-        for index, stage in enumerate(stages):
-            x = stage(x)
-            if index in wanted:
-                maps.append(x)
-        if intermediates_only:
-            return maps
-        if len(stages) == len(self.stages):
-            x = self.final_conv(x)
-        return x, maps
+    def forward_last(self, x: torch.Tensor) -> torch.Tensor:
+        """The last stage's feature map ``B C H W`` to ``B num_features H W``."""
+        return self.final_conv(x)
 
     def prune_intermediate_layers(
         self,
@@ -498,10 +464,6 @@ class FastViT(Fusible):
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Last map ``B D H W`` to logits ``B num_classes``, or to pooled features ``B D``."""
         return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Image ``B 3 H W`` to logits ``B num_classes``."""
-        return self.forward_head(self.forward_features(x))
 
 
 RENAMED = (
@@ -556,13 +518,9 @@ def _create_fastvit(name: str, pretrained: bool, **kwargs) -> FastViT:
 
 def _cfg(**kwargs) -> dict:
     return {
-        "num_classes": 1000,
         "input_size": (3, 256, 256),
         "pool_size": (8, 8),
         "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
         "first_conv": ("stem.0.conv_kxk.0.conv", "stem.0.conv_scale.conv"),
         "classifier": "head.fc",
         "license": "fastvit-license",

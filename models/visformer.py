@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm2d, PatchEmbed, create_classifier, to_2tuple, trunc_normal_
 from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices as take_indices
 from torch import nn
 
+from models.base import StagedModel
 from models.factory import build_registered, register_model
 from models.layers import (
     Attention2d,
@@ -29,7 +29,7 @@ from models.layers import (
     resample_bias_table,
     resample_position_map,
 )
-from models.layers.fuse import Affine2d, Fusible, fold_after, is_foldable, pack
+from models.layers.fuse import Affine2d, fold_after, is_foldable, pack
 
 __all__ = ["Stage", "Visformer"]
 
@@ -60,16 +60,7 @@ class Stage:
     window: int | None = None
 
 
-def _init_layer(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    elif isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
-
-
-class Visformer(Fusible):
+class Visformer(StagedModel):
     """Visformer classifier and backbone.
 
     Args:
@@ -96,8 +87,6 @@ class Visformer(Fusible):
     Raises:
         ValueError: ``img_size``, or in the forward the input's size, does not fit the strides.
     """
-
-    channels_last = True  # the layout in which it runs best
 
     def __init__(
         self,
@@ -127,7 +116,6 @@ class Visformer(Fusible):
         self.num_features = self.head_hidden_size = stages[-1].dim
         self.qk_scale_factor = qk_scale_factor
         self.strict_img_size = strict_img_size
-        self.grad_checkpointing = False
         self.total_stride = (2 if init_channels else 1) * math.prod(s.patch_size for s in stages)
         self.check_size(*to_2tuple(img_size))
 
@@ -198,18 +186,17 @@ class Visformer(Fusible):
         for name, parameter in self.named_parameters():
             if name.startswith("pos_embed"):
                 trunc_normal_(parameter, std=0.02)
-        self.apply(_init_layer)
+        self.apply(self.init_layer)
 
-    def check_size(self, height: int, width: int) -> None:
-        """Raise ValueError if an image of this size does not fit the strides."""
-        stride = self.total_stride
-        remainder = (height % stride or width % stride) and self.strict_img_size
-        if remainder or height < stride or width < stride:
-            near = "x".join(str(max(round(s / stride), 1) * stride) for s in (height, width))
-            raise ValueError(
-                f"image size {height}x{width} does not fit: height and width must be multiples "
-                f"of {stride}, such as {near}"
-            )
+    @staticmethod
+    def init_layer(module: nn.Module) -> None:
+        """He initialisation of convolutions, normal of std 0.02 of linear layers."""
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.Linear):
+            trunc_normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -237,25 +224,13 @@ class Visformer(Fusible):
             ],
         }
 
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in the backward pass instead of keeping their activations."""
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The linear classifier."""
-        return self.head
-
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Put a new classifier (none if ``num_classes`` is 0) in place of the present one."""
         self.num_classes = num_classes
         if global_pool is None:
             global_pool = self.global_pool.pool_type
         pool, head = create_classifier(self.num_features, num_classes, pool_type=global_pool)
-        head.apply(_init_layer)
-        reference = next(self.parameters())
-        self.global_pool, self.head = pool, head.to(reference.device, reference.dtype)
+        self.global_pool, self.head = pool, self.initialised(head)
         self.head_hidden_size = self.num_features * pool.feat_mult()
 
     def fuse_(self) -> None:
@@ -273,8 +248,14 @@ class Visformer(Fusible):
         if is_foldable(self.norm):
             self.norm = Affine2d(self.norm)
 
-    def forward_stage(self, x: torch.Tensor, number: int) -> torch.Tensor:
+    def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
+        """Image ``B 3 H W`` to ``B C H/2 W/2``."""
+        self.check_size(*x.shape[-2:])
+        return self.stem(x)
+
+    def forward_stage(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """Patch embedding, position embedding and blocks: ``B C H W -> B D H/p W/p``."""
+        number = self.stage_numbers[index]
         x = getattr(self, f"patch_embed{number}")(x)
         position = getattr(self, f"pos_embed{number}")
         if position is not None:
@@ -284,53 +265,9 @@ class Visformer(Fusible):
             return checkpoint_blocks(blocks, x)
         return blocks(x)
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Image ``B 3 H W`` to the normalised last map ``B D H/32 W/32``."""
-        self.check_size(*x.shape[-2:])
-        x = self.stem(x)
-        for number in self.stage_numbers:
-            x = self.forward_stage(x, number)
+    def forward_last(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise the last stage's feature map, ``B D H W -> B D H W``."""
         return self.norm(x)
-
-    def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Maps after the stages.
-
-        Args:
-            x: Image, ``B 3 H W``.
-            indices: Stages to return: the last n, those of a sequence, or all.
-            norm: Apply the final norm to the last stage's map (the others have none).
-            stop_early: Leave out stages after the last one asked for.
-            output_fmt: Only ``NCHW``.
-            intermediates_only: Return the list alone.
-
-        Returns:
-            The maps, or the final features and the maps.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt {output_fmt!r} is not supported, only 'NCHW'")
-        wanted, last = take_indices(len(self.stage_numbers), indices)
-        self.check_size(*x.shape[-2:])
-        x = self.stem(x)
-        numbers = self.stage_numbers[: last + 1] if stop_early else self.stage_numbers
-        maps = []
-        for index, number in enumerate(numbers):
-            x = self.forward_stage(x, number)
-            if index in wanted:
-                final = norm and number == self.stage_numbers[-1]
-                maps.append(self.norm(x) if final else x)
-        if intermediates_only:
-            return maps
-        if len(numbers) == len(self.stage_numbers):
-            x = self.norm(x)
-        return x, maps
 
     def prune_intermediate_layers(
         self,
@@ -339,11 +276,12 @@ class Visformer(Fusible):
         prune_head: bool = True,
     ) -> list[int]:
         """Remove what the given intermediates do not need; returns their positive indices."""
-        wanted, last = take_indices(len(self.stage_numbers), indices)
+        wanted, last = take_indices(len(self.stages), indices)
         for number in self.stage_numbers[last + 1 :]:
             for name in ("patch_embed", "pos_embed", "stage"):
                 delattr(self, f"{name}{number}")
         self.stage_numbers = self.stage_numbers[: last + 1]
+        self.stages = self.stages[: last + 1]
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
@@ -354,10 +292,6 @@ class Visformer(Fusible):
         """Last map ``B D H W`` to logits ``B num_classes``, or to pooled features ``B D``."""
         x = self.head_drop(self.global_pool(x))
         return x if pre_logits else self.head(x)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Image ``B 3 H W`` to logits ``B num_classes``."""
-        return self.forward_head(self.forward_features(x))
 
 
 def _attention(
@@ -385,7 +319,7 @@ def checkpoint_filter_fn(
     embeddings and relative position biases of another size are resampled.
     """
     own = model.state_dict()
-    single = len(model.stages) == 1
+    single = model.stage_numbers == (3,)
     converted = {}
     for key, value in state_dict.items():
         key = key.replace(".bn.", ".").replace(".ln.", ".")
@@ -409,14 +343,9 @@ def _create_visformer(name: str, pretrained: bool, **kwargs) -> Visformer:
 
 def _cfg(**kwargs) -> dict:
     return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
         "pool_size": (7, 7),
         "crop_pct": 0.9,
-        "interpolation": "bicubic",
         "fixed_input_size": True,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
         "first_conv": "stem.0",
         "classifier": "head",
         "license": "apache-2.0",

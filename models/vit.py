@@ -5,7 +5,6 @@ and tools fit. Entrypoints have MindCV's names and timm's.
 """
 
 import torch
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Attention as TimmAttention
 from timm.models import generate_default_cfgs
 from timm.models import vision_transformer as timm_vit
@@ -124,14 +123,9 @@ def _create_vit(name: str, pretrained: bool, **kwargs) -> ViT:
 def _cfg(size: int) -> dict:
     """MindCV's evaluation."""
     return {
-        "num_classes": 1000,
         "input_size": (3, size, size),
-        "pool_size": None,
         "crop_pct": 0.875,
-        "interpolation": "bicubic",
         "fixed_input_size": True,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
         "first_conv": "patch_embed.proj",
         "classifier": "head",
         "license": "apache-2.0",

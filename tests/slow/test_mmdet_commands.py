@@ -248,7 +248,7 @@ def test_heads_of_other_classes(dataset, training):
     [
         ("model.backbone.model=swin_visformer_tiny_v3", "nearest are swin_visformer_tiny_v2"),
         ("model.backbone.frozen=1", "'frozen'"),
-        ("model.backbone.model_kwargs.heads=1", "takes no heads"),
+        ("model.backbone.model_kwargs.heads=1", "does not accept heads"),
         ("model.backbone.init_cfg.type=Pretrain", "must be dict(type='Pretrained'"),
         ("model.neck.type=Pyramid", "Pyramid is not in the mmdet::model registry"),
         ("model.neck.in_channels=[1,2,3,4]", "[48, 96, 192, 384]"),
