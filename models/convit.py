@@ -1,10 +1,10 @@
 """ConViT, "Improving Vision Transformers with Soft Convolutional Inductive Biases".
 
-arXiv 2103.10697. Gated positional self-attention (GPSA) starts out as a convolution and may
-leave that; the class token joins for the last, plain blocks. The key layout is the original's
-and timm's.
+arXiv 2103.10697. Gated positional self-attention (GPSA) is initialised as a convolution and can
+learn to be global; the class token joins for the last, plain blocks. The key layout is that of
+the original and of timm.
 
-GPSA blocks see the patches as a grid ``B H W C``, plain blocks as tokens ``B N C``.
+The input of GPSA blocks is a grid ``B H W C``, that of plain blocks tokens ``B N C``.
 """
 
 import math
@@ -47,11 +47,11 @@ class ConViT(BaseModel):
     """ConViT classifier and backbone.
 
     Args:
-        img_size: Height and width for which position embeddings are built. Other sizes
-            resample them in every forward.
+        img_size: Height and width of the position embeddings; images of other sizes resample
+            them in every forward.
         patch_size: Side of a patch.
         in_chans: Channels of the image.
-        num_classes: Classes; 0 leaves the head out, and the pooled features come back.
+        num_classes: Number of classes; 0 for no head, the output is then the pooled features.
         global_pool: ``token``, ``avg``, ``max``, ``avgmax`` over the patches, or '' for none.
         embed_dim: Channels.
         depth: Number of blocks.
@@ -62,12 +62,12 @@ class ConViT(BaseModel):
         drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate: Dropout before the head,
             after position embeddings, after projections, of attention weights.
         drop_path_rate: Stochastic depth of the last block, growing linearly from 0.
-        local_up_to_layer: The first block without GPSA, where the class token joins.
+        local_up_to_layer: Index of the first block without GPSA, where the class token joins.
         locality_strength: See :class:`GPSA`.
         use_pos_embed: Add learned absolute position embeddings to the patches.
 
     Raises:
-        ValueError: An argument is out of range, or the input's size no multiple of the patch.
+        ValueError: An argument is out of range, or the image size is not a multiple of the patch.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class ConViT(BaseModel):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Normal of deviation 0.02 for embeddings and linear layers; GPSA starts local."""
+        """Normal of std 0.02 for embeddings and linear layers; GPSA starts local."""
         trunc_normal_(self.cls_token, std=0.02)
         if self.pos_embed is not None:
             trunc_normal_(self.pos_embed, std=0.02)
@@ -159,7 +159,7 @@ class ConViT(BaseModel):
             module.init_locality()
 
     def set_pool(self, global_pool: str) -> None:
-        """Choose the pooling before the head by timm's name of it."""
+        """Set the pooling before the head, by timm's name."""
         if global_pool not in POOLS:
             raise ValueError(f"global_pool {global_pool!r} is not one of {POOLS}")
         self.global_pool = global_pool
@@ -179,7 +179,7 @@ class ConViT(BaseModel):
         }
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a new classifier (none if ``num_classes`` is 0) in place of the present one."""
+        """Replace the classifier by a new one (by none if ``num_classes`` is 0)."""
         if global_pool is not None:
             self.set_pool(global_pool)
         self.num_classes = num_classes
@@ -187,7 +187,7 @@ class ConViT(BaseModel):
         self.head = self.initialised(head)
 
     def fuse_(self) -> None:
-        """See :class:`Fusible`."""
+        """Pack the patch embedding (see :class:`models.layers.fuse.Fusible`)."""
         self.patch_embed.proj = pack(self.patch_embed.proj)
 
     def embed(self, x: torch.Tensor) -> torch.Tensor:
@@ -201,7 +201,7 @@ class ConViT(BaseModel):
         return self.pos_drop(x)
 
     def forward_block(self, x: torch.Tensor, index: int) -> torch.Tensor:
-        """One block: ``B H W C -> B H W C``, from where the class token joins on ``B 1+HW C``."""
+        """One block: ``B H W C``, and from ``local_up_to_layer`` on ``B 1+HW C``, to the same."""
         if index == self.local_up_to_layer:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], dim=1)
         if self.grad_checkpointing and self.training:
@@ -225,16 +225,16 @@ class ConViT(BaseModel):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list | tuple[torch.Tensor, list]:
-        """Patches after the blocks.
+        """Patches after the blocks, as feature maps or tokens.
 
         Args:
             x: Image, ``B 3 H W``.
             indices: Blocks to return: the last n, those of a sequence, or all.
             return_prefix_tokens: Return pairs of the patches and the class token ``B 1 C``
-                (``B 0 C`` where it has not joined yet).
-            norm: Apply the final norm to them.
+                (``B 0 C`` before it joins).
+            norm: Apply the final norm to each.
             stop_early: Leave out blocks after the last one asked for.
-            output_fmt: ``NCHW`` for maps ``B C H W``, or ``NLC`` for ``B N C``.
+            output_fmt: ``NCHW`` for feature maps ``B C H W``, or ``NLC`` for tokens ``B N C``.
             intermediates_only: Return the list alone.
 
         Returns:
@@ -266,7 +266,7 @@ class ConViT(BaseModel):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Remove what the given intermediates do not need; returns their positive indices."""
+        """Remove all layers that the given feature maps do not need; return their indices."""
         wanted, last = take_indices(len(self.blocks), indices)
         self.blocks = self.blocks[: last + 1]
         if last < self.local_up_to_layer:
@@ -287,10 +287,10 @@ class ConViT(BaseModel):
 def checkpoint_filter_fn(
     state_dict: dict[str, torch.Tensor], model: ConViT
 ) -> dict[str, torch.Tensor]:
-    """Weights of the original or of timm -> weights of ``model``.
+    """Convert weights of the original or of timm to those of ``model``.
 
-    The keys are the same. Indices that models compute are left out; position embeddings of
-    another, square grid are resampled.
+    The keys are the same. Computed indices are left out; position embeddings of another square
+    grid are resampled.
     """
     converted = {k: v for k, v in state_dict.items() if k.rpartition(".")[2] != "rel_indices"}
     position = converted.get("pos_embed")

@@ -1,7 +1,7 @@
 """Vision Transformer (arXiv 2010.11929): timm's, with a query/key pre-scale and any image size.
 
-Everything but the attention's scale is timm's ``VisionTransformer``, so that its weights, tags
-and tools fit. Entrypoints have MindCV's names and timm's.
+Only the scale of attention differs from timm's ``VisionTransformer``: its weights, tags and tools
+fit. Entrypoints have the names of MindCV and of timm.
 """
 
 import torch
@@ -20,7 +20,7 @@ __all__ = ["Attention", "ViT"]
 
 
 class Attention(TimmAttention):
-    """timm's attention on tokens, queries and keys scaled before their product.
+    """timm's attention on tokens, with queries and keys scaled before their product.
 
     Both are multiplied by ``head_dim ** qk_scale_factor``: the default -0.25 gives the usual
     ``head_dim ** -0.5`` overall (see :class:`models.layers.Attention2d`).
@@ -52,8 +52,8 @@ class Attention(TimmAttention):
 
         Args:
             x: Tokens.
-            attn_mask: Broadcasts to ``B h N N``: boolean, true where a query may attend, or
-                added to the scores.
+            attn_mask: Broadcasts to ``B h N N``; boolean, True for pairs that take part, or an
+                additive term of the scores.
             is_causal: Not supported.
 
         Raises:
@@ -84,15 +84,15 @@ class ViT(VisionTransformer, Fusible):
     """timm's Vision Transformer with :class:`Attention`.
 
     Args:
-        args, kwargs: Those of ``timm.models.VisionTransformer``, without ``block_fn`` and
+        args, kwargs: Arguments of ``timm.models.VisionTransformer`` except ``block_fn`` and
             ``attn_layer``.
         qk_scale_factor: Exponent of the query/key pre-scale.
-        dynamic_img_size: Take images of any size that the patch divides, resampling position
-            embeddings in every forward; otherwise only of ``img_size``.
+        dynamic_img_size: Accept images of any multiple of the patch size, resampling position
+            embeddings in every forward; otherwise only images of ``img_size``.
 
     Raises:
         TypeError: An argument is unknown.
-        AssertionError: In the forward, the image's size does not fit.
+        AssertionError: In the forward, the image size does not fit.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class ViT(VisionTransformer, Fusible):
             block.attn.scale = block.attn.head_dim**qk_scale_factor
 
     def fuse_(self) -> None:
-        """See :class:`Fusible`."""
+        """Pack patch embedding and feed-forward parts (see :class:`Fusible`)."""
         self.patch_embed.proj = pack(self.patch_embed.proj)
         for block in self.blocks:
             pack_mlp(block.mlp)
@@ -121,7 +121,7 @@ def _create_vit(name: str, pretrained: bool, **kwargs) -> ViT:
 
 
 def _cfg(size: int) -> dict:
-    """MindCV's evaluation."""
+    """Settings of MindCV's evaluation."""
     return {
         "input_size": (3, size, size),
         "crop_pct": 0.875,

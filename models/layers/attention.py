@@ -1,4 +1,4 @@
-"""Attention as one function on tokens, and the module that applies it to maps."""
+"""Attention as one function on tokens, and the layers that apply it."""
 
 from typing import NamedTuple
 
@@ -12,14 +12,14 @@ from models.layers.fuse import fold_before, pack, scale_outputs
 
 
 class AttentionParts(NamedTuple):
-    """Attention weights of a layer, and what its scores of content and of position give alone.
+    """Attention weights of a layer, and those of content and of position alone.
 
     Every row of each sums to one.
 
     Attributes:
-        full: What the layer applies to the values, ``... h N M``.
+        full: Weights that the layer applies to the values, ``... h N M``.
         content: Softmax of queries times keys.
-        position: Softmax of what depends on positions alone.
+        position: Softmax of the scores that depend on positions alone.
     """
 
     full: torch.Tensor
@@ -35,7 +35,7 @@ def attention_weights(
     Args:
         q: Queries, ``B h N d``.
         k: Keys, ``B h M d``.
-        scale: What queries *and* keys are multiplied by, s.
+        scale: Factor s of queries *and* of keys.
         bias: Additive term that broadcasts to ``B h N M``.
 
     Returns:
@@ -58,24 +58,24 @@ def attention(
 ) -> torch.Tensor:
     """Scaled dot-product attention, queries and keys scaled before their product.
 
-    That keeps float16 from overflowing (Visformer, arXiv 2104.12533, and its V2 recipes). The
-    fused kernels get the scale as it is, without a pass over queries and keys: they add up
-    scores in float32, and where PyTorch has no such kernel, it scales both factors as well.
+    That keeps float16 from overflowing (Visformer, arXiv 2104.12533, and its V2 recipes). Fused
+    kernels get the scale as an argument: they add up scores in float32, and PyTorch's fallback
+    scales both factors as well.
 
     Args:
         q, k: Queries ``B h N d`` and keys ``B h M d``.
         v: Values, ``B h M d``.
         bias: Additive term that broadcasts to ``B h N M``.
-        scale: What queries and keys are each multiplied by.
-        dropout_p: Probability of dropping an attention weight (0 in evaluation).
-        fused: Use PyTorch's fused kernels; otherwise the product is written out.
+        scale: Factor of queries and of keys, each.
+        dropout_p: Dropout probability of the attention weights (0 in evaluation).
+        fused: Use PyTorch's fused kernels; otherwise write the product out.
 
     Returns:
         ``B h N d``.
     """
     learns_bias = bias is not None and bias.requires_grad and torch.is_grad_enabled()
     if learns_bias and q.device.type == "cpu":
-        fused = False  # no fused kernel there has the bias's gradient
+        fused = False  # no fused kernel on the CPU computes the gradient of the bias
     if fused:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale * scale
@@ -87,12 +87,12 @@ def attention(
 
 
 class BiasedAttention(torch.autograd.Function):
-    """Attention whose bias learns, written out, for where no fused kernel has its gradient.
+    """Attention with a learned bias, for devices without a fused kernel for its gradient.
 
-    The backward pass makes the attention weights again, so that neither they nor the output are
-    kept: with P the weights and dO the output's gradient, dV = P^T dO, dP = dO V^T,
-    dS = P (dP - rowsum(P dP)), dQ = s^2 dS K, dK = s^2 dS^T Q, and the bias has the gradient dS
-    summed over what shares it (FlashAttention, arXiv 2205.14135, appendix B.2).
+    The backward pass recomputes the attention weights, so that neither they nor the output are
+    saved: with P the weights and dO the output's gradient, dV = P^T dO, dP = dO V^T,
+    dS = P (dP - rowsum(P dP)), dQ = s^2 dS K, dK = s^2 dS^T Q, and the gradient of the bias is dS
+    summed over its broadcast dimensions (FlashAttention, arXiv 2205.14135, appendix B.2).
     """
 
     @staticmethod
@@ -124,8 +124,8 @@ class BiasedAttention(torch.autograd.Function):
 
         Args:
             q, k, v: Queries, keys, values.
-            bias, mask: Additive terms that broadcast to ``... N M``, the bias with a gradient.
-            scale: What queries and keys are each multiplied by.
+            bias, mask: Additive terms that broadcast to ``... N M``; only the bias has a gradient.
+            scale: Factor of queries and of keys, each.
         """
         ctx.save_for_backward(q, k, v, bias, mask)
         ctx.scale = scale
@@ -148,7 +148,7 @@ class BiasedAttention(torch.autograd.Function):
 
 
 def split_heads(tokens: torch.Tensor, parts: int, num_heads: int) -> tuple[torch.Tensor, ...]:
-    """Projected tokens ``B N (parts h d)`` as views ``B h N d``, read in place by the kernels."""
+    """Split projected tokens ``B N (parts h d)`` into views ``B h N d``, without a copy."""
     return tokens.unflatten(-1, (parts, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
@@ -308,9 +308,9 @@ class Attention2d(MultiHeadAttention):
 
 
 def set_fused_attention(model: nn.Module, fused: bool) -> None:
-    """Switch every attention layer of ``model`` between fused kernels and the written-out product.
+    """Switch all attention layers of ``model`` between fused kernels and the explicit product.
 
-    The two are the same function; the written-out one is for export and inspection.
+    Both compute the same function; the explicit product is for export and inspection.
     """
     for module in model.modules():
         if hasattr(module, "fused_attn"):
@@ -318,9 +318,9 @@ def set_fused_attention(model: nn.Module, fused: bool) -> None:
 
 
 def set_qk_scale_factor(model: nn.Module, exponent: float) -> None:
-    """Give every attention layer of ``model`` another exponent of the query/key pre-scale.
+    """Set the exponent of the query/key pre-scale in all attention layers of ``model``.
 
-    Weights are trained for one exponent, and another changes what they compute.
+    Weights are trained for one exponent; another changes the function of the model.
     """
     for module in model.modules():
         if getattr(module, "prescaled", False):
@@ -329,7 +329,7 @@ def set_qk_scale_factor(model: nn.Module, exponent: float) -> None:
 
 
 def set_gelu(model: nn.Module, approximate: str) -> None:
-    """Switch every GELU of ``model`` to its exact form, ``"none"``, or to its ``"tanh"`` one."""
+    """Set all GELUs of ``model`` to the exact form, ``"none"``, or to the ``"tanh"`` one."""
     for module in model.modules():
         if isinstance(module, nn.GELU):
             module.approximate = approximate
