@@ -1,10 +1,10 @@
 """ConViT, "Improving Vision Transformers with Soft Convolutional Inductive Biases".
 
-arXiv 2103.10697. Gated positional self-attention (GPSA) starts out as a convolution and may
-leave that; the class token joins for the last, plain blocks. The key layout is the original's
-and timm's.
+arXiv 2103.10697. Gated positional self-attention (GPSA) is initialised as a convolution and can
+learn to be global; the class token joins for the last, plain blocks. The key layout is that of
+the original and of timm.
 
-GPSA blocks see the patches as a grid ``B H W C``, plain blocks as tokens ``B N C``.
+The input of GPSA blocks is a grid ``B H W C``, that of plain blocks tokens ``B N C``.
 """
 
 import math
@@ -12,29 +12,25 @@ from collections.abc import Sequence
 
 import torch
 from einops import rearrange
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import PatchEmbed, global_pool_nlc, to_2tuple, trunc_normal_
 from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices as take_indices
 from torch import nn
 
-from models.layers import checkpoint_blocks, drop_path_rates, resample_position_map
-from models.layers.fuse import Fusible, pack
-from models.layers.gpsa import GPSA, Block, SelfAttention
-from models.registry import build_registered, register_model
+from models.base import BaseModel
+from models.factory import build_registered, register_model
+from models.layers import (
+    SelfAttention,
+    checkpoint_blocks,
+    drop_path_rates,
+    resample_position_map,
+)
+from models.layers.fuse import pack
+from models.layers.gpsa import GPSA, Block
 
 __all__ = ["ConViT"]
 
 POOLS = ("token", "avg", "max", "avgmax", "")
-
-
-def _init_layer(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, GPSA):  # comes after the layers within it
-        module.init_locality()
 
 
 def resample_tokens(
@@ -47,15 +43,15 @@ def resample_tokens(
     return resample_position_map(embedding, size).flatten(2).transpose(1, 2)
 
 
-class ConViT(Fusible):
+class ConViT(BaseModel):
     """ConViT classifier and backbone.
 
     Args:
-        img_size: Height and width for which position embeddings are built. Other sizes
-            resample them in every forward.
+        img_size: Height and width of the position embeddings; images of other sizes resample
+            them in every forward.
         patch_size: Side of a patch.
         in_chans: Channels of the image.
-        num_classes: Classes; 0 leaves the head out, and the pooled features come back.
+        num_classes: Number of classes; 0 for no head, the output is then the pooled features.
         global_pool: ``token``, ``avg``, ``max``, ``avgmax`` over the patches, or '' for none.
         embed_dim: Channels.
         depth: Number of blocks.
@@ -66,12 +62,12 @@ class ConViT(Fusible):
         drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate: Dropout before the head,
             after position embeddings, after projections, of attention weights.
         drop_path_rate: Stochastic depth of the last block, growing linearly from 0.
-        local_up_to_layer: The first block without GPSA, where the class token joins.
+        local_up_to_layer: Index of the first block without GPSA, where the class token joins.
         locality_strength: See :class:`GPSA`.
         use_pos_embed: Add learned absolute position embeddings to the patches.
 
     Raises:
-        ValueError: An argument is out of range, or the input's size no multiple of the patch.
+        ValueError: An argument is out of range, or the image size is not a multiple of the patch.
     """
 
     def __init__(
@@ -106,12 +102,11 @@ class ConViT(Fusible):
             )
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.patch_size = patch_size
+        self.patch_size = self.total_stride = patch_size
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.num_prefix_tokens = 1
         self.local_up_to_layer = local_up_to_layer
         self.qk_scale_factor = qk_scale_factor
-        self.grad_checkpointing = False
         self.set_pool(global_pool)
         height, width = to_2tuple(img_size)
         self.check_size(height, width)
@@ -147,24 +142,24 @@ class ConViT(Fusible):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Normal of deviation 0.02 for embeddings and linear layers; GPSA starts local."""
+        """Normal of std 0.02 for embeddings and linear layers; GPSA starts local."""
         trunc_normal_(self.cls_token, std=0.02)
         if self.pos_embed is not None:
             trunc_normal_(self.pos_embed, std=0.02)
-        self.apply(_init_layer)
+        self.apply(self.init_layer)
 
-    def check_size(self, height: int, width: int) -> None:
-        """Raise ValueError if an image of this size is not made of whole patches."""
-        patch = self.patch_size
-        if height % patch or width % patch or height < patch or width < patch:
-            near = "x".join(str(max(round(s / patch), 1) * patch) for s in (height, width))
-            raise ValueError(
-                f"image size {height}x{width} does not fit: height and width must be multiples "
-                f"of {patch}, such as {near}"
-            )
+    @staticmethod
+    def init_layer(module: nn.Module) -> None:
+        """Normal of std 0.02 of linear layers; GPSA starts local."""
+        if isinstance(module, nn.Linear):
+            trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, GPSA):  # comes after the layers within it
+            module.init_locality()
 
     def set_pool(self, global_pool: str) -> None:
-        """Choose the pooling before the head by timm's name of it."""
+        """Set the pooling before the head, by timm's name."""
         if global_pool not in POOLS:
             raise ValueError(f"global_pool {global_pool!r} is not one of {POOLS}")
         self.global_pool = global_pool
@@ -183,28 +178,16 @@ class ConViT(Fusible):
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in the backward pass instead of keeping their activations."""
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The linear classifier."""
-        return self.head
-
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a new classifier (none if ``num_classes`` is 0) in place of the present one."""
+        """Replace the classifier by a new one (by none if ``num_classes`` is 0)."""
         if global_pool is not None:
             self.set_pool(global_pool)
         self.num_classes = num_classes
         head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        head.apply(_init_layer)
-        reference = self.patch_embed.proj.weight
-        self.head = head.to(reference.device, reference.dtype)
+        self.head = self.initialised(head)
 
     def fuse_(self) -> None:
-        """See :class:`Fusible`."""
+        """Pack the patch embedding (see :class:`models.layers.fuse.Fusible`)."""
         self.patch_embed.proj = pack(self.patch_embed.proj)
 
     def embed(self, x: torch.Tensor) -> torch.Tensor:
@@ -218,7 +201,7 @@ class ConViT(Fusible):
         return self.pos_drop(x)
 
     def forward_block(self, x: torch.Tensor, index: int) -> torch.Tensor:
-        """One block: ``B H W C -> B H W C``, from where the class token joins on ``B 1+HW C``."""
+        """One block: ``B H W C``, and from ``local_up_to_layer`` on ``B 1+HW C``, to the same."""
         if index == self.local_up_to_layer:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], dim=1)
         if self.grad_checkpointing and self.training:
@@ -242,16 +225,16 @@ class ConViT(Fusible):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list | tuple[torch.Tensor, list]:
-        """Patches after the blocks.
+        """Patches after the blocks, as feature maps or tokens.
 
         Args:
             x: Image, ``B 3 H W``.
             indices: Blocks to return: the last n, those of a sequence, or all.
             return_prefix_tokens: Return pairs of the patches and the class token ``B 1 C``
-                (``B 0 C`` where it has not joined yet).
-            norm: Apply the final norm to them.
+                (``B 0 C`` before it joins).
+            norm: Apply the final norm to each.
             stop_early: Leave out blocks after the last one asked for.
-            output_fmt: ``NCHW`` for maps ``B C H W``, or ``NLC`` for ``B N C``.
+            output_fmt: ``NCHW`` for feature maps ``B C H W``, or ``NLC`` for tokens ``B N C``.
             intermediates_only: Return the list alone.
 
         Returns:
@@ -283,7 +266,7 @@ class ConViT(Fusible):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Remove what the given intermediates do not need; returns their positive indices."""
+        """Remove all layers that the given feature maps do not need; return their indices."""
         wanted, last = take_indices(len(self.blocks), indices)
         self.blocks = self.blocks[: last + 1]
         if last < self.local_up_to_layer:
@@ -300,18 +283,14 @@ class ConViT(Fusible):
         x = self.head_drop(global_pool_nlc(x, self.global_pool, self.num_prefix_tokens))
         return x if pre_logits else self.head(x)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Image ``B 3 H W`` to logits ``B num_classes``."""
-        return self.forward_head(self.forward_features(x))
-
 
 def checkpoint_filter_fn(
     state_dict: dict[str, torch.Tensor], model: ConViT
 ) -> dict[str, torch.Tensor]:
-    """Weights of the original or of timm -> weights of ``model``.
+    """Convert weights of the original or of timm to those of ``model``.
 
-    The keys are the same. Indices that models compute are left out; position embeddings of
-    another, square grid are resampled.
+    The keys are the same. Computed indices are left out; position embeddings of another square
+    grid are resampled.
     """
     converted = {k: v for k, v in state_dict.items() if k.rpartition(".")[2] != "rel_indices"}
     position = converted.get("pos_embed")
@@ -329,12 +308,7 @@ def _create_convit(name: str, pretrained: bool, **kwargs) -> ConViT:
 
 def _cfg(**kwargs) -> dict:
     return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
         "fixed_input_size": True,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
         "first_conv": "patch_embed.proj",
         "classifier": "head",
         "license": "apache-2.0",

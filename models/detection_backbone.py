@@ -1,8 +1,8 @@
-"""The registered models as detection backbones: feature pyramids of images of any size.
+"""Detection backbones: registered models as feature pyramids, for images of any size.
 
-One object serves mmdet and torchvision. It wraps the classifier's own stages; what differs in
-detection are options of the classifier: windows instead of global attention, no position
-embeddings, windows that shift regardless of the map's size, as in the original's backbone.
+The same class serves mmdet and torchvision. It wraps the stages of the classifier. Detection
+differs only in options of the classifier: windows instead of global attention, no position
+embeddings, and windows that shift whatever the size of the feature map, as in the original.
 """
 
 import copy
@@ -28,19 +28,19 @@ from models.visformer import Stage, Visformer
 
 NATIVE_SIZE = 224
 NORMS = {"BN": nn.BatchNorm2d, "LN": LayerNorm2d, "none": nn.Identity}
-# what makes a classifier take images of any size; each model is given what it knows of these
+# options that let a classifier accept images of any size; a model gets those that it has
 ANY_SIZE = {"strict_img_size": False, "dynamic_img_size": True}
 LEVEL = re.compile(r"norm\d+\.")
 
 
 class FeaturePyramid(nn.Module):
-    """Four maps of strides s/4, s/2, s and 2s out of one of stride s.
+    """Four feature maps of strides s/4, s/2, s and 2s from one of stride s.
 
-    Exploring Plain Vision Transformer Backbones (ViTDet, arXiv 2203.16527), section 3; the
-    projections to the detector's width are left to its own pyramid.
+    Exploring Plain Vision Transformer Backbones (ViTDet, arXiv 2203.16527), section 3, without
+    the projections to the detector's width: the detector's neck has its own.
 
     Args:
-        dim: Channels of the map, a multiple of 4.
+        dim: Channels of the feature map, a multiple of 4.
     """
 
     def __init__(self, dim: int):
@@ -62,32 +62,32 @@ class FeaturePyramid(nn.Module):
 
 
 class Backbone(nn.Module):
-    """A classifier's stages as a feature pyramid.
+    """Stages of a classifier as a feature pyramid.
 
-    A net whose feature maps are all of one stride (ViT, ConViT) gives its last map, from which
-    :class:`FeaturePyramid` makes four levels; images are padded at the right and bottom to whole
-    patches.
+    If all feature maps of the model have one stride (ViT, ConViT), :class:`FeaturePyramid` makes
+    four levels of the last one, and images are padded at the right and bottom to whole patches.
 
     Args:
-        net: A model with timm's ``forward_intermediates`` and ``feature_info``. Its classifier
-            and what no output needs are removed.
-        out_indices: Levels to return, counted as in ``net.feature_info`` (or in the pyramid);
-            the last four if not given.
-        frozen_stages: Parameters that do not learn, and layers that stay in evaluation mode:
-            -1 none, 0 those of the stem, k also those of the first k stages.
-        norm_eval: Keep the net's BatchNorm in evaluation mode.
+        net: Model with timm's ``forward_intermediates`` and ``feature_info``. Its classifier and
+            all layers that no output needs are removed.
+        out_indices: Levels to return, indices into ``net.feature_info`` (or into the pyramid);
+            default: the last four.
+        frozen_stages: Number of stages to freeze: -1 for none, 0 for the stem alone, k for the
+            stem and the first k stages. Frozen parameters get no gradient, and frozen layers
+            stay in evaluation mode.
+        norm_eval: Keep the BatchNorm layers of ``net`` in evaluation mode.
         with_cp: Recompute blocks in the backward pass instead of keeping their activations.
         level_norm: Norm of every output level, ``"BN"``, ``"LN"`` or ``"none"``.
-        init_cfg: ``{"type": "Pretrained", "checkpoint": FILE}`` to load by :meth:`init_weights`;
-            ``"ema": True`` takes the moving average. A ``"prefix"``, as mmengine has it, is found
-            without being named.
+        init_cfg: ``{"type": "Pretrained", "checkpoint": FILE}``, the weights that
+            :meth:`init_weights` loads; ``"ema": True`` selects the moving average. A prefix of
+            the keys, mmengine's ``"prefix"``, is detected.
 
     Attributes:
         num_features: Channels of the outputs.
         strides: Strides of the outputs.
 
     Raises:
-        ModelError: An argument is out of range, or the net cannot do what is asked.
+        ModelError: An argument is out of range, or the model does not support it.
     """
 
     def __init__(
@@ -105,7 +105,10 @@ class Backbone(nn.Module):
         self.frozen_stages, self.norm_eval = frozen_stages, norm_eval
         info = list(getattr(net, "feature_info", ()))
         if not info or not hasattr(net, "forward_intermediates"):
-            raise ModelError(f"{type(net).__name__} gives no feature maps")
+            raise ModelError(
+                f"{type(net).__name__} does not return feature maps: a backbone needs timm's "
+                f"feature_info and forward_intermediates"
+            )
         reductions = [level["reduction"] for level in info]
         plain = _is_plain(net)
         if plain:
@@ -130,16 +133,18 @@ class Backbone(nn.Module):
             try:
                 net.set_grad_checkpointing(True)
             except (AttributeError, AssertionError) as error:
-                raise ModelError(f"{type(net).__name__} cannot recompute blocks: {error}") from None
+                raise ModelError(
+                    f"{type(net).__name__} does not support with_cp=True: {error}"
+                ) from None
         if level_norm not in NORMS:
-            raise ModelError(f"level_norm {level_norm!r} is none of {', '.join(NORMS)}")
+            raise ModelError(f"level_norm {level_norm!r} must be one of {', '.join(NORMS)}")
         for index, dim in zip(self.out_indices, self.num_features, strict=True):
             norm = NORMS[level_norm]
             self.add_module(f"norm{index}", norm() if norm is nn.Identity else norm(dim))
         set_recompute_activations(net, True)
         if getattr(net, "channels_last", False):
             self.to(memory_format=torch.channels_last)
-        self.resting = self._freeze(frozen_stages)
+        self.frozen = self._freeze(frozen_stages)
         self.register_load_state_dict_pre_hook(_adopt_names)
 
     @property
@@ -152,42 +157,44 @@ class Backbone(nn.Module):
         self.net.qk_scale_factor = exponent
 
     def _freeze(self, stages: int) -> list[str]:
-        """Stop the learning of the stem and the first ``stages``; returns the modules that rest."""
+        """Freeze the stem and the first ``stages``; return the names of the frozen modules."""
         if stages < 0:
             return []
         freeze_stages(self.net, stages)
         return [name for name, module in self.net.named_modules() if name and is_frozen(module)]
 
     def train(self, mode: bool = True) -> "Backbone":
-        """Set the mode; frozen stages, and with ``norm_eval`` all BatchNorm of the net, rest."""
+        """Set the mode, but keep frozen stages, and with ``norm_eval`` BatchNorm, in evaluation."""
         super().train(mode)
         if mode:
             for name, module in self.net.named_modules():
-                normalises = self.norm_eval and isinstance(module, _BatchNorm)
-                if normalises or name in self.resting:
+                fixed_norm = self.norm_eval and isinstance(module, _BatchNorm)
+                if fixed_norm or name in self.frozen:
                     module.eval()
         return self
 
     def init_weights(self) -> LoadReport | None:
-        """Load the checkpoint of ``init_cfg``, if there is one; see :func:`load_backbone`."""
+        """Load the checkpoint of ``init_cfg``, if given; see :func:`load_backbone`."""
         if self.init_cfg is None:
             return None
         return load_backbone(self, self.init_cfg["checkpoint"], ema=self.init_cfg.get("ema", False))
 
     def fuse(self) -> "Backbone":
-        """A copy for inference of the same function; see :class:`models.layers.fuse.Fusible`.
+        """Return a fused copy for inference; see :class:`models.layers.fuse.Fusible`.
 
         Raises:
-            ModelError: The net has no such form.
+            ModelError: The model cannot be fused.
         """
         if not hasattr(self.net, "fuse"):
-            raise ModelError(f"{type(self.net).__name__} has no inference form")
+            raise ModelError(
+                f"{type(self.net).__name__} cannot be fused: only models of this repository can"
+            )
         fused = copy.deepcopy(self).eval()
         fused.net = fused.net.fuse()
         return fused
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Image ``B 3 H W`` to the maps of ``out_indices``, ``B C H/s W/s`` each."""
+        """Image ``B 3 H W`` to the feature maps of ``out_indices``, ``B C H/s W/s`` each."""
         height, width = x.shape[-2:]
         if height % self.patch or width % self.patch:
             x = F.pad(x, (0, -width % self.patch, 0, -height % self.patch))
@@ -206,7 +213,7 @@ class Backbone(nn.Module):
 
 
 def _is_plain(net: nn.Module) -> bool:
-    """Whether all feature maps of a net are of one stride."""
+    """Return True if a model has several feature maps, all of one stride."""
     reductions = [level["reduction"] for level in net.feature_info]
     return len(reductions) > 1 and len(set(reductions)) == 1
 
@@ -216,9 +223,11 @@ def _checked_indices(out_indices: Sequence[int] | None, count: int) -> tuple[int
         return tuple(range(max(count - 4, 0), count))
     indices = tuple(out_indices)
     if not indices or any(index not in range(count) for index in indices):
-        raise ModelError(f"out_indices {indices} must be some of {tuple(range(count))}")
+        raise ModelError(f"out_indices {indices} must be a selection of {tuple(range(count))}")
     if list(indices) != sorted(set(indices)):
-        raise ModelError(f"out_indices {indices} must ascend")
+        raise ModelError(
+            f"out_indices {indices} must be in ascending order: {tuple(sorted(set(indices)))}"
+        )
     return indices
 
 
@@ -233,8 +242,8 @@ def _checked_init_cfg(init_cfg: Mapping[str, Any] | None) -> dict[str, Any] | No
         or set(init_cfg) - known
     ):
         raise ModelError(
-            f"init_cfg {init_cfg} must be dict(type='Pretrained', checkpoint=FILE), with ema=True "
-            f"for the moving average"
+            f"init_cfg {init_cfg} must be dict(type='Pretrained', checkpoint=FILE), optionally "
+            f"with ema=True for the moving average"
         )
     return init_cfg
 
@@ -242,7 +251,7 @@ def _checked_init_cfg(init_cfg: Mapping[str, Any] | None) -> dict[str, Any] | No
 def _adopt_names(
     backbone: Backbone, state_dict: dict[str, torch.Tensor], prefix: str, *_: object
 ) -> None:
-    """Let ``load_state_dict`` of the whole detector take the original's names as well."""
+    """Convert the original's names when the state_dict of a whole detector is loaded."""
     state = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
     own = {key.removeprefix(prefix): value for key, value in state.items()}
     if own and not any(key.startswith("net.") for key in own):
@@ -255,10 +264,10 @@ def _adopt_names(
 def checkpoint_filter_fn(
     state_dict: dict[str, torch.Tensor], backbone: Backbone
 ) -> dict[str, torch.Tensor]:
-    """Weights of a classifier or of a detector, in any known layout -> those of ``backbone``.
+    """Convert weights of a classifier or a detector, in any known layout, to ``backbone``'s.
 
-    A detector's backbone has the prefix ``backbone.``; the rest of it keeps its names. In the
-    original's, norms of levels (``norm0.bn.weight``) lie beside those of the net.
+    Keys of a detector's backbone have the prefix ``backbone.``; its other keys are not changed.
+    In the original, norms of levels (``norm0.bn.weight``) are at the same level as the stages.
     """
     others = {}
     if any(key.startswith("backbone.") for key in state_dict):
@@ -283,23 +292,23 @@ def checkpoint_filter_fn(
 def load_backbone(backbone: Backbone, path: str, ema: bool = False) -> LoadReport:
     """Load the weights of a classifier or of a detector into a backbone.
 
-    Of a classifier, what a backbone has not (head, last norm, position embeddings if they are
-    left out) is dropped; norms of levels, and biases of windows that take the place of global
-    attention, keep their initial values. All of that is reported.
+    Weights of a classifier that the backbone does not have (head, final norm, position
+    embeddings) are ignored. Norms of levels, and relative position biases of windows that
+    replace global attention, keep their initial values. The report lists both.
 
     Args:
         backbone: Receives the weights.
-        path: File or address, in any form that :func:`models.read_checkpoint` takes.
-        ema: Take the moving average instead of the raw weights.
+        path: File or URL, in any form that :func:`models.read_checkpoint` accepts.
+        ema: Load the moving average instead of the raw weights.
 
     Raises:
-        CheckpointError: The file cannot be read, or the backbone's weights are not in it.
+        CheckpointError: The file cannot be read, or does not have the backbone's weights.
     """
 
     def allow_unexpected(key: str) -> bool:
         name = key.removeprefix("net.")
         if name == key:
-            return True  # of a detector's other parts, or of levels that are not returned
+            return True  # other parts of a detector, or norms of levels that are not returned
         return name in backbone.pruned or name.startswith("pos_embed")
 
     def allow_missing(key: str) -> bool:
@@ -317,23 +326,23 @@ def load_backbone(backbone: Backbone, path: str, ema: bool = False) -> LoadRepor
 
 
 class VisionBackbone(Backbone):
-    """Any model that timm knows, as a backbone.
+    """Any model that timm can build, as a backbone.
 
-    Global attention of Visformer, too dear on large maps, is replaced by windows as large as the
-    map of an image of 224 pixels, and its position embeddings are left out, as in the original
-    detector. Those of other nets are resampled in every forward.
+    Visformer's global attention is too expensive on large feature maps. Windows replace it, each
+    as large as the feature map of an image of 224 pixels, and position embeddings are left out,
+    as in the original detector. Other models resample theirs in every forward.
 
     Args:
         model: Registered name.
         out_indices, frozen_stages, norm_eval, with_cp, init_cfg: See :class:`Backbone`.
         drop_path_rate: Stochastic depth.
-        level_norm: See :class:`Backbone`; if not given, ``"LN"`` for nets of one stride,
-            ``"BN"`` for this repository's other nets, and none for the rest.
-        model_kwargs: Further arguments of the model, such as ``{"use_pos_embed": True}``, by
-            which Visformer keeps its position embeddings.
+        level_norm: See :class:`Backbone`; default: ``"LN"`` for models of one stride, ``"BN"``
+            for other models of this repository, ``"none"`` for the rest.
+        model_kwargs: Further arguments of the model, such as ``{"use_pos_embed": True}`` to
+            keep Visformer's position embeddings.
 
     Raises:
-        ModelError: The name is unknown, or an argument is.
+        ModelError: The name or an argument is unknown.
     """
 
     def __init__(
@@ -359,7 +368,7 @@ class VisionBackbone(Backbone):
 
 
 def _detection_options(model: str) -> dict[str, Any]:
-    """Keyword arguments that make a detection backbone of a classifier, if it knows them."""
+    """Return the keyword arguments of a classifier for detection, used where it has them."""
     if not timm.is_model(model) or timm.model_entrypoint(model).__module__ != Visformer.__module__:
         return ANY_SIZE
     with torch.device("meta"):
@@ -374,29 +383,28 @@ def _detection_options(model: str) -> dict[str, Any]:
 
 
 class SwinVisformer(Backbone):
-    """Visformer with windows, by the keyword names of the original's detector.
+    """Visformer with windows, with the keyword names of the original detector.
 
-    Danczs/Visformer, ObjectDetection. Windows cover 56, 28, 14 and 7 positions a side and shift
-    in every second block. Where stages 0 and 1 attend (``attn_stage="1111"``), shifted windows
-    are masked there too, which the original left out.
+    Danczs/Visformer, ObjectDetection. Windows have sides of 56, 28, 14 and 7 positions and shift
+    in every second block. If stages 0 and 1 have attention (``attn_stage="1111"``), their shifted
+    windows are masked too, unlike in the original.
 
     Args:
         init_channels: Channels of the stem.
-        num_classes, pool: Without effect, as there is no classifier.
+        num_classes, pool: Ignored: a backbone does not have a classifier.
         embed_dim: Channels of stage 2; the stages have 1/4, 1/2, 1 and 2 times as many.
         depth: Blocks of the four stages.
-        num_heads: Heads of the four stages, or of each.
-        mlp_ratio: Hidden channels in multiples of the stage's, where the feed-forward part has
-            no 3x3 convolution; otherwise 2, or 5/6 if ``group`` is 1.
+        num_heads: Heads of each of the four stages, or one number for all.
+        mlp_ratio: Hidden channels, in multiples of the stage's, of feed-forward parts without a
+            3x3 convolution; those with one have 2, or 5/6 if ``group`` is 1.
         qkv_bias: Learn a bias for queries, keys and values.
         qk_scale: Exponent of the query/key pre-scale, -0.25 if ``None``.
-        drop_rate, attn_drop_rate, drop_path_rate: Dropout of projections, of attention weights,
-            stochastic depth.
+        drop_rate, attn_drop_rate, drop_path_rate: Dropout of projections and of attention
+            weights, and stochastic depth.
         norm_layer: ``"BN"`` or ``"LN"``, in blocks and at the levels.
-        attn_stage, spatial_conv: One digit per stage: 1 where it attends, or has a 3x3
-            convolution.
-        group: Groups of that convolution.
-        conv_init: He initialisation of convolutions; otherwise normal of deviation 0.02.
+        attn_stage, spatial_conv: One digit per stage: 1 for attention, or for a 3x3 convolution.
+        group: Groups of the 3x3 convolutions.
+        conv_init: He initialisation of convolutions; otherwise normal of std 0.02.
         out_indices, frozen_stages, norm_eval, init_cfg: See :class:`Backbone`.
         use_checkpoint: Recompute blocks in the backward pass.
 
@@ -432,17 +440,17 @@ class SwinVisformer(Backbone):
         heads = [num_heads] * 4 if isinstance(num_heads, int) else list(num_heads)
         for name, value in (("depth", depth), ("num_heads", heads)):
             if len(value) != 4:
-                raise ModelError(f"{name} {value} must be four numbers, one per stage")
+                raise ModelError(f"{name} {value} must have four numbers, one per stage")
         for name, value in (("attn_stage", attn_stage), ("spatial_conv", spatial_conv)):
             if not re.fullmatch("[01]{4}", value):
-                raise ModelError(f"{name} {value!r} must be four digits, 0 or 1, one per stage")
+                raise ModelError(f"{name} {value!r} must have four digits, 0 or 1, one per stage")
         if norm_layer not in ("BN", "LN"):
-            raise ModelError(f"norm_layer {norm_layer!r} must be 'BN' or 'LN'")
+            raise ModelError(f"norm_layer {norm_layer!r} must be one of 'BN', 'LN'")
         stages = []
         for index in range(4):
             dim = embed_dim * 2**index // 4
             spatial, attends = spatial_conv[index] == "1", attn_stage[index] == "1"
-            share = min(2**index / 4, 1)  # of the width, that the heads have
+            share = min(2**index / 4, 1)  # of the stage's channels, for all heads together
             stages.append(
                 Stage(
                     depth[index],

@@ -1,16 +1,56 @@
-"""Building a model by name, with errors that say what would be right."""
+"""Registration of models with timm, and building by name with helpful errors."""
 
 import difflib
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import timm
 import torch
-from timm.models import PretrainedCfg
+from timm.models import PretrainedCfg, build_model_with_cfg
+from timm.models import register_model as timm_register_model
 from torch import nn
 
 from models.errors import ModelError
+
+
+def register_model(entrypoint: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Register ``entrypoint`` under its name, also where timm has a model of that name.
+
+    timm's warning about the replacement is suppressed.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*in registry", category=UserWarning)
+        return timm_register_model(entrypoint)
+
+
+def build_registered(
+    cls: type[nn.Module],
+    name: str,
+    pretrained: bool,
+    filter_fn: Callable[..., dict],
+    default_indices: int | tuple[int, ...],
+    **kwargs,
+) -> nn.Module:
+    """Build ``cls`` under timm's conventions: pretrained weights, tags, ``features_only``.
+
+    Args:
+        cls: Class of the model; accepts ``kwargs`` except those of timm.
+        name: Registered name.
+        pretrained: Load the pretrained weights of the name's tag.
+        filter_fn: ``checkpoint_filter_fn`` of the model's file.
+        default_indices: Default feature maps of ``features_only=True``.
+    """
+    out_indices = kwargs.pop("out_indices", default_indices)
+    return build_model_with_cfg(
+        cls,
+        name,
+        pretrained,
+        pretrained_filter_fn=filter_fn,
+        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        **kwargs,
+    )
 
 
 def _check_name(name: str) -> None:
@@ -21,10 +61,10 @@ def _check_name(name: str) -> None:
 
 
 def pretrained_config(name: str) -> PretrainedCfg | None:
-    """What timm says of the weights of a model's name, with a tag or without, if anything.
+    """Return timm's description of the weights of ``name``, with or without a tag, if any.
 
     Raises:
-        ModelError: There is no such model (the nearest are named), or it has no such tag.
+        ModelError: The model (the nearest names are given) or the tag is unknown.
     """
     _check_name(name)
     try:
@@ -36,18 +76,18 @@ def pretrained_config(name: str) -> PretrainedCfg | None:
 def build_model(
     name: str, required: Mapping[str, Any], optional: Mapping[str, Any]
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Build the model that timm has under ``name``.
+    """Build a model registered with timm.
 
     Args:
         name: Any name of ``timm.list_models()``.
-        required: Keyword arguments that the model must take.
-        optional: Keyword arguments that are left out if the model does not know them.
+        required: Keyword arguments that the model must accept.
+        optional: Keyword arguments that are left out if the model does not accept them.
 
     Returns:
         The model, and the keyword arguments that it was built with.
 
     Raises:
-        ModelError: The name is unknown (the nearest are named), or an argument is refused.
+        ModelError: The name is unknown (the nearest are given), or an argument is not accepted.
     """
     _check_name(name)
     optional = dict(optional)
@@ -61,7 +101,7 @@ def build_model(
             if not refused:
                 raise ModelError(f"cannot build {name} with {kwargs}: {error}") from error
             if wanted := sorted(refused & required.keys()):
-                raise ModelError(f"model {name} takes no {', '.join(wanted)}") from error
+                raise ModelError(f"model {name} does not accept {', '.join(wanted)}") from error
             optional = {key: value for key, value in optional.items() if key not in refused}
         except (ValueError, AssertionError, ArithmeticError) as error:
             raise ModelError(f"cannot build {name} with {kwargs}: {error}") from error
@@ -75,7 +115,7 @@ def build_model(
 def check_input_size(
     model: nn.Module, name: str, size: int | tuple[int, int], in_chans: int = 3
 ) -> None:
-    """Raise ModelError if ``model`` cannot take images of ``size``, a side or height and width."""
+    """Raise ModelError if ``model`` does not accept images of ``size`` (side, or height, width)."""
     training = model.training
     height, width = (size, size) if isinstance(size, int) else size
     device = next(model.parameters()).device
@@ -84,6 +124,6 @@ def check_input_size(
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         text = size if isinstance(size, int) else f"{height}x{width}"
-        raise ModelError(f"{name} cannot take --input-size {text}: {reason}") from error
+        raise ModelError(f"{name} does not accept --input-size {text}: {reason}") from error
     finally:
         model.train(training)

@@ -1,7 +1,7 @@
 """FastViT, "A Fast Hybrid Vision Transformer" (arXiv 2303.14189).
 
-Convolutions mix tokens on the large maps, attention may on the smallest. For training, the
-convolutions have several branches; :meth:`FastViT.reparameterize` folds them into one each.
+Convolutions mix tokens on the large feature maps, convolutions or attention on the smallest. For
+training, a convolution has several branches; :meth:`FastViT.reparameterize` folds them into one.
 Weights use timm's key layout; the original's (``network.0.0.token_mixer.mixer.rbr_skip.weight``)
 converts by :func:`checkpoint_filter_fn`.
 """
@@ -13,15 +13,15 @@ from itertools import chain
 
 import torch
 from einops import rearrange
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, trunc_normal_
 from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices as take_indices
 from torch import nn
 
-from models.layers import checkpoint_blocks, drop_path_rates
+from models.base import StagedModel
+from models.factory import build_registered, register_model
+from models.layers import SelfAttention, checkpoint_blocks, drop_path_rates
 from models.layers.fuse import (
-    Fusible,
     fold_after,
     fold_before,
     is_foldable,
@@ -29,7 +29,6 @@ from models.layers.fuse import (
     pack_mlp,
     scale_outputs,
 )
-from models.layers.gpsa import SelfAttention
 from models.layers.reparam import (
     LargeKernelConv,
     LayerScale2d,
@@ -40,7 +39,6 @@ from models.layers.reparam import (
     layer_scale,
     reparameterize,
 )
-from models.registry import build_registered, register_model
 
 __all__ = ["FastViT", "Stage"]
 
@@ -50,14 +48,14 @@ MIXERS = ("repmixer", "attention")
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage; all but the first begin with a patch embedding of stride 2.
+    """One stage; all but the first start with a patch embedding of stride 2.
 
     Attributes:
         depth: Number of blocks.
         dim: Channels, a multiple of those of the stage before.
         mlp_ratio: Hidden channels of the feed-forward part, in multiples of ``dim``.
         mixer: Token mixer of the blocks, "repmixer" or "attention".
-        position_encoding: Have a conditional position encoding before the blocks.
+        position_encoding: Add a conditional position encoding before the blocks.
     """
 
     depth: int
@@ -68,11 +66,11 @@ class Stage:
 
 
 class ConvFfn(nn.Module):
-    """Feed-forward part behind a 7x7 depthwise convolution (section 3.3).
+    """Feed-forward part after a 7x7 depthwise convolution (section 3.3).
 
     Args:
-        dim, hidden_dim: Channels of the ends and in between.
-        drop: Dropout after either projection.
+        dim, hidden_dim: Channels of the input and output, and of the hidden layer.
+        drop: Dropout after each projection.
     """
 
     def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0):
@@ -89,7 +87,7 @@ class ConvFfn(nn.Module):
         return self.drop(self.fc2(x))
 
     def fuse_(self) -> None:
-        """Fold the norm behind the depthwise convolution (see :class:`Fusible`)."""
+        """Fold the norm after the depthwise convolution (see :class:`Fusible`)."""
         if isinstance(self.conv, nn.Sequential):
             fold_after(self.conv.conv, self.conv.bn)
             self.conv = pack(self.conv.conv)
@@ -97,7 +95,7 @@ class ConvFfn(nn.Module):
 
 
 class MapAttention(SelfAttention):
-    """Global self-attention among the positions of a map."""
+    """Global self-attention over the positions of a feature map."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``B C H W -> B C H W``."""
@@ -106,7 +104,7 @@ class MapAttention(SelfAttention):
         return rearrange(x, "b (y x) c -> b c y x", y=height)
 
     def attention_maps(self, x: torch.Tensor) -> torch.Tensor:
-        """The attention weights of a map ``B C H W``, ``B h N N``, N = H * W in row order."""
+        """Attention weights of a map ``B C H W``, ``B h N N``, N = H * W in row order."""
         return super().attention_maps(x.flatten(2).transpose(1, 2))
 
 
@@ -115,7 +113,7 @@ def _drop_path(rate: float) -> nn.Module:
 
 
 def _fold_layer_scale(layer: nn.Conv2d | nn.Linear, scale: nn.Module) -> nn.Module:
-    """Let ``layer`` scale its output itself; returns what is left of the layer scale, nothing."""
+    """Fold a layer scale into the ``layer`` before it; return the identity in its place."""
     if isinstance(scale, LayerScale2d):
         scale_outputs(layer, scale.gamma.flatten())
     return nn.Identity()
@@ -127,8 +125,8 @@ class RepMixerBlock(nn.Module):
     Args:
         dim: Channels.
         mlp_ratio: Hidden channels of the feed-forward part, in multiples of ``dim``.
-        proj_drop, drop_path: Dropout in the feed-forward part, and of the whole of it.
-        layer_scale_init_value: Initial scale of either branch, 0 or ``None`` for none.
+        proj_drop, drop_path: Dropout of the feed-forward part, and stochastic depth.
+        layer_scale_init_value: Initial scale of both branches, 0 or ``None`` for none.
         inference_mode: Build the reparameterised form.
     """
 
@@ -162,15 +160,15 @@ class RepMixerBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Attention behind BatchNorm, then the feed-forward part (section 3.3).
+    """Attention after BatchNorm, then the feed-forward part (section 3.3).
 
     Args:
         dim: Channels, a multiple of 32.
         mlp_ratio: Hidden channels of the feed-forward part, in multiples of ``dim``.
         qk_scale_factor: Exponent of the query/key pre-scale.
-        attn_drop, proj_drop, drop_path: Dropout of attention weights, after projections, and
-            of whole branches.
-        layer_scale_init_value: Initial scale of either branch, 0 or ``None`` for none.
+        attn_drop, proj_drop, drop_path: Dropout of attention weights and after projections,
+            and stochastic depth.
+        layer_scale_init_value: Initial scale of both branches, 0 or ``None`` for none.
     """
 
     def __init__(
@@ -283,37 +281,27 @@ class FastViTStage(nn.Module):
         return self.blocks(x)
 
 
-def _init_layer(module: nn.Module) -> None:
-    if isinstance(module, ConvFfn):
-        layers = [module.conv.conv, module.fc1, module.fc2]
-    else:
-        layers = [module] if isinstance(module, nn.Linear) else []
-    for layer in layers:
-        trunc_normal_(layer.weight, std=0.02)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
-
-
 def _check_stages(stages: Sequence[Stage], cls_ratio: float) -> None:
     for index, stage in enumerate(stages):
         if stage.mixer not in MIXERS:
-            raise ValueError(f"mixer {stage.mixer!r} of stage {index} is none of {MIXERS}")
+            raise ValueError(f"mixer {stage.mixer!r} of stage {index} must be one of {MIXERS}")
         before = stages[max(index - 1, 0)].dim
         if stage.dim % before:
             raise ValueError(
-                f"dim {stage.dim} of stage {index} is not a multiple of the one before, {before}"
+                f"dim {stage.dim} of stage {index} must be a multiple of the previous dim {before}"
             )
     if int(stages[-1].dim * cls_ratio) % stages[-1].dim or cls_ratio <= 0:
         raise ValueError(f"cls_ratio {cls_ratio} must be a positive whole number")
 
 
-class FastViT(Fusible):
+class FastViT(StagedModel):
     """FastViT classifier and backbone, for images of any size.
 
     Args:
         stages: Description of the stages.
         in_chans: Channels of the image.
-        num_classes: Classes; 0 leaves the classifier out, and the pooled features come back.
+        num_classes: Number of classes; 0 for no classifier, the output is then the pooled
+            features.
         global_pool: timm's name of the pooling before the classifier.
         cls_ratio: Channels of the last convolution, in multiples of the last stage's.
         qk_scale_factor: Exponent of the query/key pre-scale (see
@@ -324,14 +312,12 @@ class FastViT(Fusible):
             projections, of attention weights.
         drop_path_rate: Stochastic depth of the last block, growing linearly from 0.
         inference_mode: Build the reparameterised form, for weights that are reparameterised.
-        overparameterize: Off leaves stem, patch embeddings and last convolution one branch each
-            in training (the ablation of section 3.2.2).
+        overparameterize: If False, stem, patch embeddings and final convolution have one branch
+            each in training (the ablation of section 3.2.2).
 
     Raises:
-        ValueError: Widths do not fit each other, or a mixer is unknown.
+        ValueError: The channels of stages do not fit, or a mixer is unknown.
     """
-
-    channels_last = True  # the layout in which it runs best
 
     def __init__(
         self,
@@ -381,13 +367,25 @@ class FastViT(Fusible):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Normal of deviation 0.02 in linear and feed-forward layers; PyTorch's in the rest."""
-        self.apply(_init_layer)
+        """Normal of std 0.02 in linear and feed-forward layers; PyTorch's in the rest."""
+        self.apply(self.init_layer)
+
+    @staticmethod
+    def init_layer(module: nn.Module) -> None:
+        """Normal of std 0.02 of linear and feed-forward layers."""
+        if isinstance(module, ConvFfn):
+            layers = [module.conv.conv, module.fc1, module.fc2]
+        else:
+            layers = [module] if isinstance(module, nn.Linear) else []
+        for layer in layers:
+            trunc_normal_(layer.weight, std=0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
     def reparameterize(self) -> "FastViT":
-        """Fold the train-time branches into one convolution each, in place; returns the model.
+        """Fold the train-time branches into one convolution each, in place; return the model.
 
-        In evaluation the function stays the same. A second call does nothing.
+        The function in evaluation does not change. A second call does nothing.
         """
         reparameterize(self)
         return self
@@ -426,57 +424,25 @@ class FastViT(Fusible):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a new classifier (none if ``num_classes`` is 0) in place of the present one."""
+        """Replace the classifier by a new one (by none if ``num_classes`` is 0)."""
         self.num_classes = num_classes
         if global_pool is None:
             global_pool = self.head.global_pool.pool_type
         head = ClassifierHead(self.num_features, num_classes, global_pool, self.head.drop.p)
-        head.apply(_init_layer)
-        reference = next(self.parameters())
-        self.head = head.to(reference.device, reference.dtype).train(self.training)
+        self.head = self.initialised(head)
         self.head_hidden_size = self.num_features * head.global_pool.feat_mult()
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Image ``B 3 H W`` to the last map ``B num_features H/32 W/32``."""
-        return self.final_conv(self.stages(self.stem(x)))
+    def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
+        """Image ``B 3 H W`` to ``B C H/4 W/4``."""
+        return self.stem(x)
 
-    def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Maps after the stages, at strides 4, 8, 16 and 32.
+    def forward_stage(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        """``B C H W -> B D H/2 W/2`` (``B C H W`` for the first stage)."""
+        return self.stages[index](x)
 
-        Args:
-            x: Image, ``B 3 H W``.
-            indices: Stages to return: the last n, those of a sequence, or all.
-            norm: Without effect: the net has no norm after its stages.
-            stop_early: Leave out stages after the last one asked for.
-            output_fmt: Only ``NCHW``.
-            intermediates_only: Return the list alone.
-
-        Returns:
-            The maps, or the final features and the maps.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt {output_fmt!r} is not supported, only 'NCHW'")
-        wanted, last = take_indices(len(self.stages), indices)
-        stages = self.stages[: last + 1] if stop_early else self.stages
-        x = self.stem(x)
-        maps = []
-        for index, stage in enumerate(stages):
-            x = stage(x)
-            if index in wanted:
-                maps.append(x)
-        if intermediates_only:
-            return maps
-        if len(stages) == len(self.stages):
-            x = self.final_conv(x)
-        return x, maps
+    def forward_last(self, x: torch.Tensor) -> torch.Tensor:
+        """The last stage's feature map ``B C H W`` to ``B num_features H W``."""
+        return self.final_conv(x)
 
     def prune_intermediate_layers(
         self,
@@ -484,9 +450,10 @@ class FastViT(Fusible):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Remove what the given intermediates do not need; returns their positive indices.
+        """Remove all layers that the given feature maps do not need; return their indices.
 
-        The last convolution goes with the head or with a stage: it belongs to the classifier.
+        The final convolution is removed with the head or the last stage: it is a part of the
+        classifier.
         """
         wanted, last = take_indices(len(self.stages), indices)
         if prune_norm or prune_head or last + 1 < len(self.stages):
@@ -497,12 +464,8 @@ class FastViT(Fusible):
         return wanted
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Last map ``B D H W`` to logits ``B num_classes``, or to pooled features ``B D``."""
+        """Feature map ``B D H W`` to logits ``B num_classes``, or to pooled features ``B D``."""
         return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Image ``B 3 H W`` to logits ``B num_classes``."""
-        return self.forward_head(self.forward_features(x))
 
 
 RENAMED = (
@@ -525,10 +488,10 @@ RENAMED = (
 def checkpoint_filter_fn(
     state_dict: dict[str, torch.Tensor], model: FastViT
 ) -> dict[str, torch.Tensor]:
-    """Weights in the original's or timm's layout -> weights in the layout of ``model``.
+    """Convert weights in the layout of the original or of timm to the layout of ``model``.
 
     The original numbers patch embeddings, position encodings and the blocks of each stage in one
-    sequence, ``network``. Reparameterised weights stay so, and fit a model that is.
+    sequence, ``network``. Reparameterised weights fit only a reparameterised model.
     """
     places = []
     for index, stage in enumerate(model.stages):
@@ -557,13 +520,9 @@ def _create_fastvit(name: str, pretrained: bool, **kwargs) -> FastViT:
 
 def _cfg(**kwargs) -> dict:
     return {
-        "num_classes": 1000,
         "input_size": (3, 256, 256),
         "pool_size": (8, 8),
         "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
         "first_conv": ("stem.0.conv_kxk.0.conv", "stem.0.conv_scale.conv"),
         "classifier": "head.fc",
         "license": "fastvit-license",
@@ -582,9 +541,9 @@ default_cfgs = generate_default_cfgs(
 
 
 def _net(depths: Sequence[int], dim: int, mlp_ratio: float = 4.0, attention: bool = False) -> dict:
-    """The net whose first stage has ``dim`` channels, each further one twice as many.
+    """Stages of ``dim`` channels, doubled from stage to stage.
 
-    With ``attention``, the last stage has that behind a position encoding.
+    With ``attention``, the last stage has a position encoding and attention.
     """
     stages = [Stage(depth, dim * 2**i, mlp_ratio) for i, depth in enumerate(depths)]
     if attention:
@@ -613,26 +572,26 @@ def fastvit_s12(pretrained: bool = False, **kwargs) -> FastViT:
 @register_model
 def fastvit_sa12(pretrained: bool = False, **kwargs) -> FastViT:
     """FastViT-SA12: 11.6 M parameters (10.9 in the paper), 1.9 GMACs, 80.6 % on ImageNet."""
-    net = _net((2, 2, 6, 2), 64, attention=True)
-    return _create_fastvit("fastvit_sa12", pretrained, **net | kwargs)
+    defaults = _net((2, 2, 6, 2), 64, attention=True)
+    return _create_fastvit("fastvit_sa12", pretrained, **defaults | kwargs)
 
 
 @register_model
 def fastvit_sa24(pretrained: bool = False, **kwargs) -> FastViT:
     """FastViT-SA24: 21.6 M parameters (20.6 in the paper), 3.8 GMACs, 82.6 % on ImageNet."""
-    net = _net((4, 4, 12, 4), 64, attention=True)
-    return _create_fastvit("fastvit_sa24", pretrained, **net | kwargs)
+    defaults = _net((4, 4, 12, 4), 64, attention=True)
+    return _create_fastvit("fastvit_sa24", pretrained, **defaults | kwargs)
 
 
 @register_model
 def fastvit_sa36(pretrained: bool = False, **kwargs) -> FastViT:
     """FastViT-SA36: 31.5 M parameters (30.4 in the paper), 5.6 GMACs, 83.6 % on ImageNet."""
-    net = _net((6, 6, 18, 6), 64, attention=True)
-    return _create_fastvit("fastvit_sa36", pretrained, **net | kwargs)
+    defaults = _net((6, 6, 18, 6), 64, attention=True)
+    return _create_fastvit("fastvit_sa36", pretrained, **defaults | kwargs)
 
 
 @register_model
 def fastvit_ma36(pretrained: bool = False, **kwargs) -> FastViT:
     """FastViT-MA36: 44.1 M parameters (42.7 in the paper), 7.9 GMACs, 83.9 % on ImageNet."""
-    net = _net((6, 6, 18, 6), 76, attention=True)
-    return _create_fastvit("fastvit_ma36", pretrained, **net | kwargs)
+    defaults = _net((6, 6, 18, 6), 76, attention=True)
+    return _create_fastvit("fastvit_ma36", pretrained, **defaults | kwargs)

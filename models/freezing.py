@@ -1,4 +1,4 @@
-"""Parts of a model that do not learn: the first stages, or all but the classifier."""
+"""Freezing: the first stages of a model, or everything but its classifier."""
 
 from timm.models._manipulate import group_with_matcher
 from torch import nn
@@ -7,26 +7,26 @@ from models.errors import ModelError
 
 
 def freeze_stages(model: nn.Module, stages: int) -> None:
-    """Stop the learning of the first parts of a model; its classifier is none of them.
+    """Freeze the parameters of the first stages of a model, never its classifier.
 
     Args:
-        model: With timm's ``group_matcher``.
-        stages: 0 for the stem alone, k for the first k stages as well (blocks, where the model
-            has no stages; the final norm is of the last one, or a part of its own).
+        model: Model with timm's ``group_matcher``.
+        stages: 0 for the stem alone, k for the stem and the first k stages (blocks, if the model
+            does not have stages; the final norm belongs to the last, or is a part of its own).
 
     Raises:
-        ModelError: The model does not say what its stages are, or has fewer.
+        ModelError: The model does not have ``group_matcher``, or has fewer stages.
     """
     name = type(model).__name__
     if not hasattr(model, "group_matcher"):
-        raise ModelError(f"{name} does not say what its stages are, so that none can be frozen")
+        raise ModelError(f"cannot freeze stages of {name}: it does not have a group_matcher")
     heads = set(map(id, _classifier_parameters(model)))
     body = [(key, value) for key, value in model.named_parameters() if id(value) not in heads]
     groups = group_with_matcher(iter(body), model.group_matcher(coarse=True), reverse=True)
     last = max(groups.values())
     if stages > last:
         raise ModelError(
-            f"{stages} frozen stages are more than the {last} parts of {name} after its stem"
+            f"cannot freeze {stages} stages of {name}: it has {last} parts after its stem"
         )
     for key, parameter in body:
         if groups[key] <= stages:
@@ -34,27 +34,27 @@ def freeze_stages(model: nn.Module, stages: int) -> None:
 
 
 def freeze_all_but_classifier(model: nn.Module) -> None:
-    """Let nothing learn but what ``model.get_classifier()`` gives.
+    """Freeze all parameters except those of ``model.get_classifier()``.
 
     Raises:
-        ModelError: There is no such thing.
+        ModelError: The model does not have a classifier with parameters.
     """
     parameters = _classifier_parameters(model)
     if not parameters:
-        raise ModelError(f"{type(model).__name__} has no classifier to train alone")
+        raise ModelError(f"{type(model).__name__} does not have a classifier to train")
     model.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_(True)
 
 
 def _classifier_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Those of the linear classifier, or of several; none where there is none."""
+    """Return the parameters of the linear classifiers; empty if there are none."""
     heads = model.get_classifier() if hasattr(model, "get_classifier") else ()
     heads = heads if isinstance(heads, tuple) else (heads,)
     return [parameter for head in heads for parameter in head.parameters()]
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """Whether a module has parameters, and none of them learns."""
+    """Return True if a module has parameters and all of them are frozen."""
     parameters = list(module.parameters())
     return bool(parameters) and not any(p.requires_grad for p in parameters)

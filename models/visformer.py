@@ -1,7 +1,7 @@
 """Visformer, "The Vision-friendly Transformer" (arXiv 2104.12533), version 1 and 2.
 
-Convolutional bottlenecks on the large maps, self-attention on the small ones, BatchNorm
-throughout. Version 2 has a fourth stage in front, and attends within the windows of Swin
+Convolutional bottlenecks on the large feature maps, self-attention on the small ones, BatchNorm
+throughout. Version 2 adds a stage in front, and has attention within the windows of Swin
 Transformer (arXiv 2103.14030). Weights use timm's key layout; the original's
 (``stage1.0.norm2.bn.weight``) converts by :func:`checkpoint_filter_fn`.
 """
@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm2d, PatchEmbed, create_classifier, to_2tuple, trunc_normal_
 from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices as take_indices
 from torch import nn
 
+from models.base import StagedModel
+from models.factory import build_registered, register_model
 from models.layers import (
     Attention2d,
     Block2d,
@@ -28,8 +29,7 @@ from models.layers import (
     resample_bias_table,
     resample_position_map,
 )
-from models.layers.fuse import Affine2d, Fusible, fold_after, is_foldable, pack
-from models.registry import build_registered, register_model
+from models.layers.fuse import Affine2d, fold_after, is_foldable, pack
 
 __all__ = ["Stage", "Visformer"]
 
@@ -41,13 +41,13 @@ class Stage:
     Attributes:
         depth: Number of blocks.
         dim: Channels.
-        patch_size: Kernel and stride of the embedding before the blocks.
+        patch_size: Kernel size and stride of the patch embedding.
         num_heads: Attention heads, ``None`` for blocks without attention.
         mlp_ratio: Hidden channels of the feed-forward part, in multiples of ``dim``.
         spatial_groups: Groups of its 3x3 convolution, ``None`` for none.
         head_dim: Channels per head, ``dim // num_heads`` if not given.
         window: Side of the attention's windows; ``None`` for global attention. A window
-            larger than the map that the net is built for shrinks to it.
+            larger than the feature map at ``img_size`` shrinks to it.
     """
 
     depth: int
@@ -60,44 +60,33 @@ class Stage:
     window: int | None = None
 
 
-def _init_layer(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    elif isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
-
-
-class Visformer(Fusible):
+class Visformer(StagedModel):
     """Visformer classifier and backbone.
 
     Args:
         stages: Description of the stages; the last is named ``stage3``.
         init_channels: Channels of the 7x7 stride-2 stem; ``None`` for no stem.
-        img_size: Height and width for which position embeddings are built. Other sizes
-            resample them in every forward.
+        img_size: Height and width of the position embeddings; images of other sizes resample
+            them in every forward.
         in_chans: Channels of the image.
-        num_classes: Classes; 0 leaves the head out, and the pooled features come back.
+        num_classes: Number of classes; 0 for no head, the output is then the pooled features.
         global_pool: timm's name of the pooling before the head.
         use_pos_embed: Learn a position embedding for every stage.
         embed_norm: Normalise after patch embeddings.
         qk_scale_factor: Exponent of the query/key pre-scale (see :class:`Attention2d`).
         qkv_bias: Learn a bias for queries, keys and values.
-        clamp_shift: Do not shift windows where one covers the map's shorter side, as the
-            original classifier does; the original detection backbone shifts regardless.
-        strict_img_size: Raise for sizes that are no multiple of the total stride; otherwise
+        clamp_shift: Do not shift windows if one covers the shorter side of the feature map, as
+            in the original classifier; the original detection backbone always shifts.
+        strict_img_size: Raise for sizes that are not multiples of the total stride; otherwise
             patch embeddings leave out the remainder at the right and bottom.
         drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate: Dropout before the head,
             after position embeddings, after projections, of attention weights.
         drop_path_rate: Stochastic depth of the last block, growing linearly from 0.
-        norm_layer: Normalisation over the channels of a map.
+        norm_layer: Norm of the channels of a feature map.
 
     Raises:
-        ValueError: ``img_size``, or in the forward the input's size, does not fit the strides.
+        ValueError: ``img_size``, or in the forward the size of the image, does not fit the strides.
     """
-
-    channels_last = True  # the layout in which it runs best
 
     def __init__(
         self,
@@ -127,7 +116,6 @@ class Visformer(Fusible):
         self.num_features = self.head_hidden_size = stages[-1].dim
         self.qk_scale_factor = qk_scale_factor
         self.strict_img_size = strict_img_size
-        self.grad_checkpointing = False
         self.total_stride = (2 if init_channels else 1) * math.prod(s.patch_size for s in stages)
         self.check_size(*to_2tuple(img_size))
 
@@ -145,7 +133,13 @@ class Visformer(Fusible):
         self.stage_numbers = tuple(range(4 - len(stages), 4))
         self.feature_info = []
         rates = drop_path_rates(drop_path_rate, [stage.depth for stage in stages])
-        dim, index = init_channels or in_chans, 0  # index of a block among all
+        options = {
+            "qk_scale_factor": qk_scale_factor,
+            "qkv_bias": qkv_bias,
+            "attn_drop": attn_drop_rate,
+            "proj_drop": proj_drop_rate,
+        }
+        dim, index = init_channels or in_chans, 0  # index of a block in the model
         for number, stage, stage_rates in zip(self.stage_numbers, stages, rates, strict=True):
             embed = PatchEmbed(
                 img_size=None,
@@ -156,28 +150,19 @@ class Visformer(Fusible):
                 flatten=False,
             )
             size = [s // stage.patch_size for s in size]
-            options = {
-                "head_dim": stage.head_dim,
-                "qk_scale_factor": qk_scale_factor,
-                "qkv_bias": qkv_bias,
-                "attn_drop": attn_drop_rate,
-                "proj_drop": proj_drop_rate,
-            }
-            blocks = []
-            for rate in stage_rates:
-                attn = _attention(stage, index, min(size), clamp_shift, options)
-                blocks.append(
-                    Block2d(
-                        stage.dim,
-                        attn,
-                        stage.mlp_ratio,
-                        stage.spatial_groups,
-                        proj_drop=proj_drop_rate,
-                        drop_path=rate,
-                        norm_layer=norm_layer,
-                    )
+            blocks = [
+                Block2d(
+                    stage.dim,
+                    _attention(stage, index + i, min(size), clamp_shift, options),
+                    stage.mlp_ratio,
+                    stage.spatial_groups,
+                    proj_drop=proj_drop_rate,
+                    drop_path=rate,
+                    norm_layer=norm_layer,
                 )
-                index += 1
+                for i, rate in enumerate(stage_rates)
+            ]
+            index += stage.depth
             position = nn.Parameter(torch.empty(1, stage.dim, *size)) if use_pos_embed else None
             self.add_module(f"patch_embed{number}", embed)
             self.register_parameter(f"pos_embed{number}", position)
@@ -194,22 +179,21 @@ class Visformer(Fusible):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """He initialisation of convolutions, normal of deviation 0.02 for the rest."""
+        """He initialisation of convolutions, normal of std 0.02 for the rest."""
         for name, parameter in self.named_parameters():
             if name.startswith("pos_embed"):
                 trunc_normal_(parameter, std=0.02)
-        self.apply(_init_layer)
+        self.apply(self.init_layer)
 
-    def check_size(self, height: int, width: int) -> None:
-        """Raise ValueError if an image of this size does not fit the strides."""
-        stride = self.total_stride
-        remainder = (height % stride or width % stride) and self.strict_img_size
-        if remainder or height < stride or width < stride:
-            near = "x".join(str(max(round(s / stride), 1) * stride) for s in (height, width))
-            raise ValueError(
-                f"image size {height}x{width} does not fit: height and width must be multiples "
-                f"of {stride}, such as {near}"
-            )
+    @staticmethod
+    def init_layer(module: nn.Module) -> None:
+        """He initialisation of convolutions, normal of std 0.02 of linear layers."""
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.Linear):
+            trunc_normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -237,29 +221,17 @@ class Visformer(Fusible):
             ],
         }
 
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in the backward pass instead of keeping their activations."""
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The linear classifier."""
-        return self.head
-
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a new classifier (none if ``num_classes`` is 0) in place of the present one."""
+        """Replace the classifier by a new one (by none if ``num_classes`` is 0)."""
         self.num_classes = num_classes
         if global_pool is None:
             global_pool = self.global_pool.pool_type
         pool, head = create_classifier(self.num_features, num_classes, pool_type=global_pool)
-        head.apply(_init_layer)
-        reference = next(self.parameters())
-        self.global_pool, self.head = pool, head.to(reference.device, reference.dtype)
+        self.global_pool, self.head = pool, self.initialised(head)
         self.head_hidden_size = self.num_features * pool.feat_mult()
 
     def fuse_(self) -> None:
-        """Fold the norms of stem, embeddings and last map (see :class:`Fusible`)."""
+        """Fold the norms of stem, patch embeddings and final feature map (see :class:`Fusible`)."""
         if isinstance(self.stem, nn.Sequential):
             conv, norm, act = self.stem
             fold_after(conv, norm)
@@ -273,8 +245,14 @@ class Visformer(Fusible):
         if is_foldable(self.norm):
             self.norm = Affine2d(self.norm)
 
-    def forward_stage(self, x: torch.Tensor, number: int) -> torch.Tensor:
+    def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
+        """Image ``B 3 H W`` to ``B C H/2 W/2``."""
+        self.check_size(*x.shape[-2:])
+        return self.stem(x)
+
+    def forward_stage(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """Patch embedding, position embedding and blocks: ``B C H W -> B D H/p W/p``."""
+        number = self.stage_numbers[index]
         x = getattr(self, f"patch_embed{number}")(x)
         position = getattr(self, f"pos_embed{number}")
         if position is not None:
@@ -284,53 +262,9 @@ class Visformer(Fusible):
             return checkpoint_blocks(blocks, x)
         return blocks(x)
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Image ``B 3 H W`` to the normalised last map ``B D H/32 W/32``."""
-        self.check_size(*x.shape[-2:])
-        x = self.stem(x)
-        for number in self.stage_numbers:
-            x = self.forward_stage(x, number)
+    def forward_last(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise the last stage's feature map, ``B D H W -> B D H W``."""
         return self.norm(x)
-
-    def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Maps after the stages.
-
-        Args:
-            x: Image, ``B 3 H W``.
-            indices: Stages to return: the last n, those of a sequence, or all.
-            norm: Apply the final norm to the last stage's map (the others have none).
-            stop_early: Leave out stages after the last one asked for.
-            output_fmt: Only ``NCHW``.
-            intermediates_only: Return the list alone.
-
-        Returns:
-            The maps, or the final features and the maps.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt {output_fmt!r} is not supported, only 'NCHW'")
-        wanted, last = take_indices(len(self.stage_numbers), indices)
-        self.check_size(*x.shape[-2:])
-        x = self.stem(x)
-        numbers = self.stage_numbers[: last + 1] if stop_early else self.stage_numbers
-        maps = []
-        for index, number in enumerate(numbers):
-            x = self.forward_stage(x, number)
-            if index in wanted:
-                final = norm and number == self.stage_numbers[-1]
-                maps.append(self.norm(x) if final else x)
-        if intermediates_only:
-            return maps
-        if len(numbers) == len(self.stage_numbers):
-            x = self.norm(x)
-        return x, maps
 
     def prune_intermediate_layers(
         self,
@@ -338,12 +272,13 @@ class Visformer(Fusible):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Remove what the given intermediates do not need; returns their positive indices."""
-        wanted, last = take_indices(len(self.stage_numbers), indices)
+        """Remove all layers that the given feature maps do not need; return their indices."""
+        wanted, last = take_indices(len(self.stages), indices)
         for number in self.stage_numbers[last + 1 :]:
             for name in ("patch_embed", "pos_embed", "stage"):
                 delattr(self, f"{name}{number}")
         self.stage_numbers = self.stage_numbers[: last + 1]
+        self.stages = self.stages[: last + 1]
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
@@ -351,41 +286,43 @@ class Visformer(Fusible):
         return wanted
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Last map ``B D H W`` to logits ``B num_classes``, or to pooled features ``B D``."""
+        """Feature map ``B D H W`` to logits ``B num_classes``, or to pooled features ``B D``."""
         x = self.head_drop(self.global_pool(x))
         return x if pre_logits else self.head(x)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Image ``B 3 H W`` to logits ``B num_classes``."""
-        return self.forward_head(self.forward_features(x))
 
 
 def _attention(
     stage: Stage, index: int, side: int, clamp_shift: bool, options: dict
 ) -> nn.Module | None:
-    """Attention of the block that is number ``index`` in the net, for maps of ``side``."""
+    """Attention of block ``index`` of the model; ``side``: shorter side of the feature map."""
     if stage.num_heads is None:
         return None
     if stage.window is None:
-        return Attention2d(stage.dim, stage.num_heads, **options)
+        return Attention2d(stage.dim, stage.num_heads, stage.head_dim, **options)
     window = min(stage.window, side) if clamp_shift else stage.window
     shift = window // 2 if index % 2 else 0
     return WindowAttention2d(
-        stage.dim, stage.num_heads, window, shift, clamp_shift=clamp_shift, **options
+        stage.dim,
+        stage.num_heads,
+        window,
+        shift,
+        clamp_shift,
+        head_dim=stage.head_dim,
+        **options,
     )
 
 
 def checkpoint_filter_fn(
     state_dict: dict[str, torch.Tensor], model: Visformer
 ) -> dict[str, torch.Tensor]:
-    """Weights in the original's or timm's layout -> weights in the layout of ``model``.
+    """Convert weights in the layout of the original or of timm to the layout of ``model``.
 
     The original wraps norms (``norm1.bn.weight``), gives those over channels the shape ``C 1 1``,
     and calls the only stage of net1 ``stage2``, its embeddings ``patch_embed1``. Position
     embeddings and relative position biases of another size are resampled.
     """
     own = model.state_dict()
-    single = len(model.stages) == 1
+    single = model.stage_numbers == (3,)
     converted = {}
     for key, value in state_dict.items():
         key = key.replace(".bn.", ".").replace(".ln.", ".")
@@ -409,14 +346,9 @@ def _create_visformer(name: str, pretrained: bool, **kwargs) -> Visformer:
 
 def _cfg(**kwargs) -> dict:
     return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
         "pool_size": (7, 7),
         "crop_pct": 0.9,
-        "interpolation": "bicubic",
         "fixed_input_size": True,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
         "first_conv": "stem.0",
         "classifier": "head",
         "license": "apache-2.0",
@@ -452,7 +384,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _v1(dim: int, num_heads: int, init_channels: int) -> dict:
-    """Version 1; ``dim`` is the width of the middle stage."""
+    """Version 1; ``dim``: channels of the middle stage."""
     stages = (
         Stage(depth=7, dim=dim // 2, patch_size=4, mlp_ratio=2.0, spatial_groups=8),
         Stage(depth=4, dim=dim, num_heads=num_heads),
@@ -467,7 +399,7 @@ def _v2(
     num_heads: Sequence[int] = (8, 16),
     init_channels: int = 32,
 ) -> dict:
-    """Version 2; ``dim`` is the width of the third stage, heads are those of the last two."""
+    """Version 2; ``dim``: channels of the third stage; ``num_heads``: of the last two stages."""
     convolution = {"mlp_ratio": 2.0, "spatial_groups": 8}
     stages = (
         Stage(depths[0], dim // 4, **convolution),
@@ -510,22 +442,27 @@ def visformer_small(pretrained: bool = False, **kwargs) -> Visformer:
 def visformer_net1(pretrained: bool = False, **kwargs) -> Visformer:
     """Step 1 of section 3.2: DeiT-S with global average pooling, 16x16 patches."""
     stages = (Stage(12, 384, patch_size=16, num_heads=6),)
-    net = {"stages": stages, "init_channels": None, "embed_norm": False, "norm_layer": LayerNorm}
-    return _create_visformer("visformer_net1", pretrained, **net | kwargs)
+    defaults = {
+        "stages": stages,
+        "init_channels": None,
+        "embed_norm": False,
+        "norm_layer": LayerNorm,
+    }
+    return _create_visformer("visformer_net1", pretrained, **defaults | kwargs)
 
 
 @register_model
 def visformer_net2(pretrained: bool = False, **kwargs) -> Visformer:
     """Step 2: patch embedding in steps."""
-    net = _net((0, 12, 0), norm_layer=LayerNorm)
-    return _create_visformer("visformer_net2", pretrained, **net | kwargs)
+    defaults = _net((0, 12, 0), norm_layer=LayerNorm)
+    return _create_visformer("visformer_net2", pretrained, **defaults | kwargs)
 
 
 @register_model
 def visformer_net3(pretrained: bool = False, **kwargs) -> Visformer:
     """Step 3: blocks in three stages."""
-    net = _net((4, 4, 4), norm_layer=LayerNorm)
-    return _create_visformer("visformer_net3", pretrained, **net | kwargs)
+    defaults = _net((4, 4, 4), norm_layer=LayerNorm)
+    return _create_visformer("visformer_net3", pretrained, **defaults | kwargs)
 
 
 @register_model
@@ -543,68 +480,68 @@ def visformer_net5(pretrained: bool = False, **kwargs) -> Visformer:
 @register_model
 def visformer_net6(pretrained: bool = False, **kwargs) -> Visformer:
     """Step 6: no position embeddings."""
-    net = _net((4, 4, 4), spatial=True, use_pos_embed=False)
-    return _create_visformer("visformer_net6", pretrained, **net | kwargs)
+    defaults = _net((4, 4, 4), spatial=True, use_pos_embed=False)
+    return _create_visformer("visformer_net6", pretrained, **defaults | kwargs)
 
 
 @register_model
 def visformer_net7(pretrained: bool = False, **kwargs) -> Visformer:
     """Step 7: no attention, a residual network."""
-    net = _net((6, 7, 7), num_heads=None, spatial=True, use_pos_embed=False)
-    return _create_visformer("visformer_net7", pretrained, **net | kwargs)
+    defaults = _net((6, 7, 7), num_heads=None, spatial=True, use_pos_embed=False)
+    return _create_visformer("visformer_net7", pretrained, **defaults | kwargs)
 
 
 @register_model
 def swin_visformer_tiny_v2(pretrained: bool = False, **kwargs) -> Visformer:
     """VisformerV2-Ti: 9.4 M parameters, 1.3 GMACs, 79.6 % on ImageNet."""
-    net = _v2((1, 4, 6, 3), 192, (6, 12), init_channels=24)
-    return _create_visformer("swin_visformer_tiny_v2", pretrained, **net | kwargs)
+    defaults = _v2((1, 4, 6, 3), 192, (6, 12), init_channels=24)
+    return _create_visformer("swin_visformer_tiny_v2", pretrained, **defaults | kwargs)
 
 
 @register_model
 def swin_visformer_small_v2(pretrained: bool = False, **kwargs) -> Visformer:
     """VisformerV2-S: 23.6 M parameters, 4.3 GMACs, 83.0 % on ImageNet."""
-    net = _v2((1, 10, 14, 3))
-    return _create_visformer("swin_visformer_small_v2", pretrained, **net | kwargs)
+    defaults = _v2((1, 10, 14, 3))
+    return _create_visformer("swin_visformer_small_v2", pretrained, **defaults | kwargs)
 
 
 @register_model
 def swin_visformer_medium_v2(pretrained: bool = False, **kwargs) -> Visformer:
     """VisformerV2-M."""
-    net = _v2((1, 8, 14, 2), dim=384)
-    return _create_visformer("swin_visformer_medium_v2", pretrained, **net | kwargs)
+    defaults = _v2((1, 8, 14, 2), dim=384)
+    return _create_visformer("swin_visformer_medium_v2", pretrained, **defaults | kwargs)
 
 
 @register_model
 def swin_visformer_small(pretrained: bool = False, **kwargs) -> Visformer:
     """Visformer-S with windows and an empty first stage."""
-    net = _v2((0, 7, 4, 4), 384, (6, 6))
-    return _create_visformer("swin_visformer_small", pretrained, **net | kwargs)
+    defaults = _v2((0, 7, 4, 4), 384, (6, 6))
+    return _create_visformer("swin_visformer_small", pretrained, **defaults | kwargs)
 
 
 @register_model
 def swin_visformer_small_161010(pretrained: bool = False, **kwargs) -> Visformer:
     """Ablation of VisformerV2-S with depths 1, 6, 10, 10."""
-    net = _v2((1, 6, 10, 10))
-    return _create_visformer("swin_visformer_small_161010", pretrained, **net | kwargs)
+    defaults = _v2((1, 6, 10, 10))
+    return _create_visformer("swin_visformer_small_161010", pretrained, **defaults | kwargs)
 
 
 @register_model
 def swin_visformer_small_16163(pretrained: bool = False, **kwargs) -> Visformer:
     """Ablation of VisformerV2-S with depths 1, 6, 16, 3."""
-    net = _v2((1, 6, 16, 3))
-    return _create_visformer("swin_visformer_small_16163", pretrained, **net | kwargs)
+    defaults = _v2((1, 6, 16, 3))
+    return _create_visformer("swin_visformer_small_16163", pretrained, **defaults | kwargs)
 
 
 @register_model
 def swin_visformer_small_13183(pretrained: bool = False, **kwargs) -> Visformer:
     """Ablation of VisformerV2-S with depths 1, 3, 18, 3."""
-    net = _v2((1, 3, 18, 3))
-    return _create_visformer("swin_visformer_small_13183", pretrained, **net | kwargs)
+    defaults = _v2((1, 3, 18, 3))
+    return _create_visformer("swin_visformer_small_13183", pretrained, **defaults | kwargs)
 
 
 @register_model
 def swin_visformer_small_131111(pretrained: bool = False, **kwargs) -> Visformer:
     """Ablation of VisformerV2-S with depths 1, 3, 11, 11."""
-    net = _v2((1, 3, 11, 11))
-    return _create_visformer("swin_visformer_small_131111", pretrained, **net | kwargs)
+    defaults = _v2((1, 3, 11, 11))
+    return _create_visformer("swin_visformer_small_131111", pretrained, **defaults | kwargs)

@@ -1,27 +1,26 @@
 """Vision Transformer (arXiv 2010.11929): timm's, with a query/key pre-scale and any image size.
 
-Everything but the attention's scale is timm's ``VisionTransformer``, so that its weights, tags
-and tools fit. Entrypoints have MindCV's names and timm's.
+Only the scale of attention differs from timm's ``VisionTransformer``: its weights, tags and tools
+fit. Entrypoints have the names of MindCV and of timm.
 """
 
 import torch
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Attention as TimmAttention
 from timm.models import generate_default_cfgs
 from timm.models import vision_transformer as timm_vit
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import nn
 
+from models.factory import build_registered, register_model
 from models.layers import attention
 from models.layers.attention import fold_scale, split_heads
 from models.layers.fuse import Fusible, pack, pack_mlp
-from models.registry import build_registered, register_model
 
 __all__ = ["Attention", "ViT"]
 
 
 class Attention(TimmAttention):
-    """timm's attention on tokens, queries and keys scaled before their product.
+    """timm's attention on tokens, with queries and keys scaled before their product.
 
     Both are multiplied by ``head_dim ** qk_scale_factor``: the default -0.25 gives the usual
     ``head_dim ** -0.5`` overall (see :class:`models.layers.Attention2d`).
@@ -53,8 +52,8 @@ class Attention(TimmAttention):
 
         Args:
             x: Tokens.
-            attn_mask: Broadcasts to ``B h N N``: boolean, true where a query may attend, or
-                added to the scores.
+            attn_mask: Broadcasts to ``B h N N``; boolean, True for pairs that take part, or an
+                additive term of the scores.
             is_causal: Not supported.
 
         Raises:
@@ -76,7 +75,7 @@ class Attention(TimmAttention):
     def fuse_(self) -> None:
         """Fold the pre-scale into the projection (see :class:`models.layers.fuse.Fusible`)."""
         if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
-            fold_scale(self.qkv, self.scale, 3)
+            fold_scale(self.qkv, self.scale, 2 * self.num_heads * self.head_dim)
             self.scale, self.prescaled = 1.0, False
         self.qkv, self.proj = pack(self.qkv), pack(self.proj)
 
@@ -85,15 +84,15 @@ class ViT(VisionTransformer, Fusible):
     """timm's Vision Transformer with :class:`Attention`.
 
     Args:
-        args, kwargs: Those of ``timm.models.VisionTransformer``, without ``block_fn`` and
+        args, kwargs: Arguments of ``timm.models.VisionTransformer`` except ``block_fn`` and
             ``attn_layer``.
         qk_scale_factor: Exponent of the query/key pre-scale.
-        dynamic_img_size: Take images of any size that the patch divides, resampling position
-            embeddings in every forward; otherwise only of ``img_size``.
+        dynamic_img_size: Accept images of any multiple of the patch size, resampling position
+            embeddings in every forward; otherwise only images of ``img_size``.
 
     Raises:
         TypeError: An argument is unknown.
-        AssertionError: In the forward, the image's size does not fit.
+        AssertionError: In the forward, the image size does not fit.
     """
 
     def __init__(
@@ -111,7 +110,7 @@ class ViT(VisionTransformer, Fusible):
             block.attn.scale = block.attn.head_dim**qk_scale_factor
 
     def fuse_(self) -> None:
-        """See :class:`Fusible`."""
+        """Pack patch embedding and feed-forward parts (see :class:`Fusible`)."""
         self.patch_embed.proj = pack(self.patch_embed.proj)
         for block in self.blocks:
             pack_mlp(block.mlp)
@@ -122,16 +121,11 @@ def _create_vit(name: str, pretrained: bool, **kwargs) -> ViT:
 
 
 def _cfg(size: int) -> dict:
-    """MindCV's evaluation."""
+    """Settings of MindCV's evaluation."""
     return {
-        "num_classes": 1000,
         "input_size": (3, size, size),
-        "pool_size": None,
         "crop_pct": 0.875,
-        "interpolation": "bicubic",
         "fixed_input_size": True,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
         "first_conv": "patch_embed.proj",
         "classifier": "head",
         "license": "apache-2.0",

@@ -2,6 +2,7 @@
 
 from models.layers.attention import (
     Attention2d,
+    SelfAttention,
     attention,
     attention_weights,
     set_fused_attention,
@@ -19,6 +20,7 @@ __all__ = [
     "Attention2d",
     "Block2d",
     "Mlp2d",
+    "SelfAttention",
     "WindowAttention2d",
     "attention",
     "attention_weights",

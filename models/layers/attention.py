@@ -1,4 +1,4 @@
-"""Attention as one function on tokens, and the module that applies it to maps."""
+"""Attention as one function on tokens, and the layers that apply it."""
 
 from typing import NamedTuple
 
@@ -12,14 +12,14 @@ from models.layers.fuse import fold_before, pack, scale_outputs
 
 
 class AttentionParts(NamedTuple):
-    """Attention weights of a layer, and what its scores of content and of position give alone.
+    """Attention weights of a layer, and those of content and of position alone.
 
     Every row of each sums to one.
 
     Attributes:
-        full: What the layer applies to the values, ``... h N M``.
+        full: Weights that the layer applies to the values, ``... h N M``.
         content: Softmax of queries times keys.
-        position: Softmax of what depends on positions alone.
+        position: Softmax of the scores that depend on positions alone.
     """
 
     full: torch.Tensor
@@ -35,7 +35,7 @@ def attention_weights(
     Args:
         q: Queries, ``B h N d``.
         k: Keys, ``B h M d``.
-        scale: What queries *and* keys are multiplied by, s.
+        scale: Factor s of queries *and* of keys.
         bias: Additive term that broadcasts to ``B h N M``.
 
     Returns:
@@ -58,24 +58,24 @@ def attention(
 ) -> torch.Tensor:
     """Scaled dot-product attention, queries and keys scaled before their product.
 
-    That keeps float16 from overflowing (Visformer, arXiv 2104.12533, and its V2 recipes). The
-    fused kernels get the scale as it is, without a pass over queries and keys: they add up
-    scores in float32, and where PyTorch has no such kernel, it scales both factors as well.
+    That keeps float16 from overflowing (Visformer, arXiv 2104.12533, and its V2 recipes). Fused
+    kernels get the scale as an argument: they add up scores in float32, and PyTorch's fallback
+    scales both factors as well.
 
     Args:
         q, k: Queries ``B h N d`` and keys ``B h M d``.
         v: Values, ``B h M d``.
         bias: Additive term that broadcasts to ``B h N M``.
-        scale: What queries and keys are each multiplied by.
-        dropout_p: Probability of dropping an attention weight (0 in evaluation).
-        fused: Use PyTorch's fused kernels; otherwise the product is written out.
+        scale: Factor of queries and of keys, each.
+        dropout_p: Dropout probability of the attention weights (0 in evaluation).
+        fused: Use PyTorch's fused kernels; otherwise write the product out.
 
     Returns:
         ``B h N d``.
     """
     learns_bias = bias is not None and bias.requires_grad and torch.is_grad_enabled()
     if learns_bias and q.device.type == "cpu":
-        fused = False  # no fused kernel there has the bias's gradient
+        fused = False  # no fused kernel on the CPU computes the gradient of the bias
     if fused:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale * scale
@@ -87,12 +87,12 @@ def attention(
 
 
 class BiasedAttention(torch.autograd.Function):
-    """Attention whose bias learns, written out, for where no fused kernel has its gradient.
+    """Attention with a learned bias, for devices without a fused kernel for its gradient.
 
-    The backward pass makes the attention weights again, so that neither they nor the output are
-    kept: with P the weights and dO the output's gradient, dV = P^T dO, dP = dO V^T,
-    dS = P (dP - rowsum(P dP)), dQ = s^2 dS K, dK = s^2 dS^T Q, and the bias has the gradient dS
-    summed over what shares it (FlashAttention, arXiv 2205.14135, appendix B.2).
+    The backward pass recomputes the attention weights, so that neither they nor the output are
+    saved: with P the weights and dO the output's gradient, dV = P^T dO, dP = dO V^T,
+    dS = P (dP - rowsum(P dP)), dQ = s^2 dS K, dK = s^2 dS^T Q, and the gradient of the bias is dS
+    summed over its broadcast dimensions (FlashAttention, arXiv 2205.14135, appendix B.2).
     """
 
     @staticmethod
@@ -124,8 +124,8 @@ class BiasedAttention(torch.autograd.Function):
 
         Args:
             q, k, v: Queries, keys, values.
-            bias, mask: Additive terms that broadcast to ``... N M``, the bias with a gradient.
-            scale: What queries and keys are each multiplied by.
+            bias, mask: Additive terms that broadcast to ``... N M``; only the bias has a gradient.
+            scale: Factor of queries and of keys, each.
         """
         ctx.save_for_backward(q, k, v, bias, mask)
         ctx.scale = scale
@@ -148,36 +148,123 @@ class BiasedAttention(torch.autograd.Function):
 
 
 def split_heads(tokens: torch.Tensor, parts: int, num_heads: int) -> tuple[torch.Tensor, ...]:
-    """Projected tokens ``B N (parts h d)`` as views ``B h N d``, read in place by the kernels."""
+    """Split projected tokens ``B N (parts h d)`` into views ``B h N d``, without a copy."""
     return tokens.unflatten(-1, (parts, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def fold_scale(layer: nn.Module, scale: float, parts: int) -> None:
-    """Multiply the first two of ``parts`` groups of outputs, queries and keys, by ``scale``."""
-    weight = layer.weight
-    factor = weight.new_full((parts, len(weight) // parts), scale, dtype=torch.float64)
-    factor[2:] = 1.0
-    scale_outputs(layer, factor.flatten())
+def fold_scale(layer: nn.Module, scale: float, count: int) -> None:
+    """Multiply the first ``count`` outputs of a projection, its queries and keys, by ``scale``."""
+    factor = layer.weight.new_ones(len(layer.weight), dtype=torch.float64)
+    factor[:count] = scale
+    scale_outputs(layer, factor)
 
 
-class Attention2d(nn.Module):
-    """Global multi-head self-attention over a map, with 1x1 convolutions as projections.
+class MultiHeadAttention(nn.Module):
+    """Base of attention layers: heads, the query/key pre-scale, dropout of weights.
 
     Queries and keys are each multiplied by ``head_dim ** qk_scale_factor`` before their
     product, so that the softmax sees ``head_dim ** (2 * qk_scale_factor)`` overall: the
     default -0.25 gives the usual ``head_dim ** -0.5``.
 
     Args:
+        num_heads: Heads.
+        head_dim: Channels per head.
+        qk_scale_factor: Exponent of the pre-scale.
+        attn_drop: Dropout probability of the attention weights.
+    """
+
+    projections = ("qkv", "proj")  # queries and keys are the first outputs of the first
+    prescaled = True  # queries and keys carry ``scale = head_dim ** exponent``, each
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        qk_scale_factor: float = -0.25,
+        attn_drop: float = 0.0,
+    ):
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.scale = head_dim**qk_scale_factor
+        self.attn_drop = attn_drop
+        self.fused_attn = use_fused_attn()
+
+    @property
+    def dropout_p(self) -> float:
+        """Dropout probability of the attention weights in the present mode."""
+        return self.attn_drop if self.training else 0.0
+
+    def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values, each ``B h N d``."""
+        raise NotImplementedError
+
+    def attend(self, x: torch.Tensor) -> torch.Tensor:
+        """Outputs of the heads, ``B h N d``."""
+        return attention(*self.heads(x), None, self.scale, self.dropout_p, self.fused_attn)
+
+    def attention_maps(self, x: torch.Tensor) -> torch.Tensor:
+        """Attention weights of the input of the layer, ``B h N N``, positions in row order."""
+        q, k, _ = self.heads(x)
+        return attention_weights(q, k, self.scale)
+
+    def fuse_(self) -> None:
+        """Fold the pre-scale into the projection (see :class:`models.layers.fuse.Fusible`)."""
+        first = getattr(self, self.projections[0])
+        fold_scale(first, self.scale, 2 * self.num_heads * self.head_dim)
+        self.scale, self.prescaled = 1.0, False
+        for name in self.projections:
+            setattr(self, name, pack(getattr(self, name)))
+
+
+class SelfAttention(MultiHeadAttention):
+    """Multi-head self-attention on tokens, the class token included.
+
+    Args:
+        dim: Channels of the input and the output.
+        num_heads: Heads.
+        qkv_bias: Learn a bias for queries, keys and values.
+        qk_scale_factor: Exponent of the pre-scale (see :class:`MultiHeadAttention`).
+        attn_drop, proj_drop: Dropout probabilities of the attention weights and of the output.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool = False,
+        qk_scale_factor: float = -0.25,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ):
+        super().__init__(num_heads, dim // num_heads, qk_scale_factor, attn_drop)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values of tokens ``B N C``, each ``B h N d``."""
+        return split_heads(self.qkv(x), 3, self.num_heads)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``B N C -> B N C``."""
+        return self.proj_drop(self.proj(self.attend(x).transpose(1, 2).flatten(2)))
+
+
+class Attention2d(MultiHeadAttention):
+    """Global multi-head self-attention over a feature map, projections by 1x1 convolutions.
+
+    Args:
         dim: Channels of the input and the output.
         num_heads: Heads.
         head_dim: Channels per head; ``dim // num_heads`` if not given.
-        qk_scale_factor: Exponent of the pre-scale.
+        qk_scale_factor: Exponent of the pre-scale (see :class:`MultiHeadAttention`).
         qkv_bias: Learn a bias for queries, keys and values.
-        attn_drop: Dropout probability of the attention weights.
-        proj_drop: Dropout probability of the output.
-    """
+        attn_drop, proj_drop: Dropout probabilities of the attention weights and of the output.
 
-    prescaled = True  # queries and keys carry ``scale = head_dim ** exponent``, each
+    Raises:
+        ValueError: ``num_heads`` does not divide ``dim`` and ``head_dim`` is not given.
+    """
 
     def __init__(
         self,
@@ -189,16 +276,11 @@ class Attention2d(nn.Module):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
     ):
-        super().__init__()
         if head_dim is None:
             if dim % num_heads:
                 raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")
             head_dim = dim // num_heads
-        self.num_heads = num_heads
-        self.head_dim = head_dim
-        self.scale = head_dim**qk_scale_factor
-        self.attn_drop = attn_drop
-        self.fused_attn = use_fused_attn()
+        super().__init__(num_heads, head_dim, qk_scale_factor, attn_drop)
         self.qkv = nn.Conv2d(dim, 3 * num_heads * head_dim, 1, bias=qkv_bias)
         self.proj = nn.Conv2d(num_heads * head_dim, dim, 1, bias=False)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -206,43 +288,29 @@ class Attention2d(nn.Module):
     def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values of a map ``B C H W``, each ``B h N d``.
 
-        A map in channels_last is tokens already; otherwise they are copied once.
+        In channels_last, a map is already laid out as tokens; otherwise it is copied once.
         """
         tokens = self.qkv(x).flatten(2).transpose(1, 2).contiguous()  # B N 3hd
         return split_heads(tokens, 3, self.num_heads)
 
     def merge(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Heads' outputs ``B h N d`` as a map ``B hd H W``, in channels_last."""
+        """Outputs of the heads ``B h N d`` as a map ``B hd H W``, in channels_last."""
         tokens = x.transpose(1, 2).flatten(2)  # B N hd
         return tokens.transpose(1, 2).unflatten(2, (height, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``B C H W -> B C H W``."""
-        q, k, v = self.heads(x)
-        dropout_p = self.attn_drop if self.training else 0.0
-        out = attention(q, k, v, None, self.scale, dropout_p, self.fused_attn)
-        return self.proj_drop(self.proj(self.merge(out, *x.shape[-2:])))
-
-    def attention_maps(self, x: torch.Tensor) -> torch.Tensor:
-        """The attention weights of a map ``B C H W`` as ``B h N N``, N = H * W in row order."""
-        q, k, _ = self.heads(x)
-        return attention_weights(q, k, self.scale)
+        return self.proj_drop(self.proj(self.merge(self.attend(x), *x.shape[-2:])))
 
     def fold_norm_(self, norm: nn.BatchNorm2d) -> None:
-        """Let the projection do what BatchNorm before it does as well."""
+        """Fold the BatchNorm before this layer into its first projection."""
         fold_before(norm, self.qkv)
-
-    def fuse_(self) -> None:
-        """Fold the pre-scale into the projection (see :class:`models.layers.fuse.Fusible`)."""
-        fold_scale(self.qkv, self.scale, 3)
-        self.scale, self.prescaled = 1.0, False
-        self.qkv, self.proj = pack(self.qkv), pack(self.proj)
 
 
 def set_fused_attention(model: nn.Module, fused: bool) -> None:
-    """Switch every attention layer of ``model`` between fused kernels and the written-out product.
+    """Switch all attention layers of ``model`` between fused kernels and the explicit product.
 
-    The two are the same function; the written-out one is for export and inspection.
+    Both compute the same function; the explicit product is for export and inspection.
     """
     for module in model.modules():
         if hasattr(module, "fused_attn"):
@@ -250,9 +318,9 @@ def set_fused_attention(model: nn.Module, fused: bool) -> None:
 
 
 def set_qk_scale_factor(model: nn.Module, exponent: float) -> None:
-    """Give every attention layer of ``model`` another exponent of the query/key pre-scale.
+    """Set the exponent of the query/key pre-scale in all attention layers of ``model``.
 
-    Weights are trained for one exponent, and another changes what they compute.
+    Weights are trained for one exponent; another changes the function of the model.
     """
     for module in model.modules():
         if getattr(module, "prescaled", False):
@@ -261,7 +329,7 @@ def set_qk_scale_factor(model: nn.Module, exponent: float) -> None:
 
 
 def set_gelu(model: nn.Module, approximate: str) -> None:
-    """Switch every GELU of ``model`` to its exact form, ``"none"``, or to its ``"tanh"`` one."""
+    """Set all GELUs of ``model`` to the exact form, ``"none"``, or to the ``"tanh"`` one."""
     for module in model.modules():
         if isinstance(module, nn.GELU):
             module.approximate = approximate

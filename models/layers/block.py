@@ -1,10 +1,10 @@
-"""The residual block on maps."""
+"""Residual block on feature maps."""
 
 import torch
 from timm.layers import DropPath
 from torch import nn
 
-from models.layers.checkpointing import made_again
+from models.layers.checkpointing import recomputed
 from models.layers.fuse import fold_before, is_foldable
 from models.layers.mlp import Mlp2d
 
@@ -14,11 +14,11 @@ class Block2d(nn.Module):
 
     Args:
         dim: Channels.
-        attn: Attention ``B C H W -> B C H W``; ``None`` makes a block without.
+        attn: Attention ``B C H W -> B C H W``, or ``None`` for none.
         mlp_ratio: Hidden channels of the feed-forward part, in multiples of ``dim``.
-        spatial_groups: Groups of its 3x3 convolution; ``None`` leaves that out.
-        proj_drop, drop_path: Dropout of the feed-forward part, and of whole branches.
-        norm_layer: Normalisation over the channels of a map.
+        spatial_groups: Groups of its 3x3 convolution, or ``None`` for none.
+        proj_drop, drop_path: Dropout of the feed-forward part, and stochastic depth.
+        norm_layer: Norm of the channels of a feature map.
     """
 
     recompute_activations = False  # see set_recompute_activations
@@ -45,9 +45,9 @@ class Block2d(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``B C H W -> B C H W``."""
         if self.attn is not None:
-            with made_again(self.norm1, x, self.recompute_activations) as y:
+            with recomputed(self.norm1, x, self.recompute_activations) as y:
                 x = x + self.drop_path1(self.attn(y))
-        with made_again(self.norm2, x, self.recompute_activations) as y:
+        with recomputed(self.norm2, x, self.recompute_activations) as y:
             return x + self.drop_path2(self.mlp(y))
 
     def fuse_(self) -> None:

@@ -1,4 +1,4 @@
-"""What follows from parameters and sizes alone, kept while a model is only evaluated."""
+"""Cache, in evaluation, of values that depend only on parameters and sizes."""
 
 from collections.abc import Callable, Hashable
 from typing import TypeVar
@@ -15,11 +15,11 @@ def _fingerprint(tensor: torch.Tensor) -> tuple:
 
 
 class EvalCache:
-    """The last result of a computation, while its sources stay as they are.
+    """The last result of a computation, valid while its source tensors are unchanged.
 
-    Nothing is kept in training, while gradients are recorded, or while a graph is captured.
-    Every optimizer and ``load_state_dict`` marks the tensors that it changes; writing through
-    ``.data`` does not, which is why modules also :meth:`clear` it when their mode is set.
+    Nothing is cached in training, while gradients are recorded, or while a graph is captured.
+    Optimizers and ``load_state_dict`` change the version of a tensor; writing through ``.data``
+    does not, so modules also :meth:`clear` the cache when their mode is set.
     """
 
     def __init__(self) -> None:
@@ -33,12 +33,12 @@ class EvalCache:
         key: Hashable,
         make: Callable[[], T],
     ) -> T:
-        """``make()``, or what it returned last for the same ``key`` and ``sources``.
+        """Return ``make()``, or its last result for the same ``key`` and ``sources``.
 
         Args:
-            module: Nothing is kept while it is training.
+            module: Owner of the cache; nothing is cached while it is training.
             sources: Tensors that ``make`` reads.
-            key: All else that the result depends on.
+            key: Everything else that the result depends on.
             make: Computes the result.
         """
         if (
@@ -55,7 +55,7 @@ class EvalCache:
         return self._value
 
     def clear(self) -> None:
-        """Forget."""
+        """Empty the cache."""
         self._key = self._value = None
 
     def __deepcopy__(self, memo: dict) -> "EvalCache":

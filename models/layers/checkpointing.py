@@ -1,4 +1,4 @@
-"""Less memory in training: whole blocks, or only norms and activations, made a second time."""
+"""Recomputation in the backward pass: of whole blocks, or of norms and activations only."""
 
 import contextlib
 import contextvars
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 @contextlib.contextmanager
 def _frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Normalise by the batch's statistics without counting them a second time."""
+    """Normalise by the batch's statistics without updating the running ones again."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     saved = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
@@ -26,11 +26,11 @@ def _frozen_statistics(module: nn.Module) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = momentum, batches
 
 
-_in_block = contextvars.ContextVar("in_block", default=False)  # that is made again as a whole
+_in_block = contextvars.ContextVar("in_block", default=False)  # a whole block is recomputed
 
 
 @contextlib.contextmanager
-def _as_a_whole() -> Iterator[None]:
+def _whole_block() -> Iterator[None]:
     token = _in_block.set(True)
     try:
         yield
@@ -39,20 +39,20 @@ def _as_a_whole() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _second_time(module: nn.Module) -> Iterator[None]:
-    with _as_a_whole(), _frozen_statistics(module):
+def _second_pass(module: nn.Module) -> Iterator[None]:
+    with _whole_block(), _frozen_statistics(module):
         yield
 
 
 def _contexts(module: nn.Module) -> tuple:
-    return _as_a_whole(), _second_time(module)
+    return _whole_block(), _second_pass(module)
 
 
-def _again(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """What computes a layer's output once more, without a trace; None if nothing does."""
+def _without_trace(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """Return a function that recomputes a layer's output without side effects, if there is one."""
     if isinstance(layer, _BatchNorm) and layer.training:
         if type(layer) is not nn.BatchNorm2d:
-            return None  # its statistics are those of other processes, too
+            return None  # SyncBatchNorm: the statistics of other processes take part
         return partial(
             F.batch_norm,
             running_mean=None,
@@ -66,25 +66,26 @@ def _again(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
 
 
 @contextlib.contextmanager
-def made_again(layer: nn.Module, x: torch.Tensor, enabled: bool = True) -> Iterator[torch.Tensor]:
-    """Yields ``layer(x)``; what uses it within the block does not keep it for the backward pass.
+def recomputed(layer: nn.Module, x: torch.Tensor, enabled: bool = True) -> Iterator[torch.Tensor]:
+    """Yield ``layer(x)``, which operations within the context do not save for the backward pass.
 
-    There it is made again from ``x``, which ``layer`` keeps for its own gradient anyway: for norms
-    and activations, whose outputs take memory and hardly time. Within a block that is made again as
-    a whole, or where tensors are not to be replaced, it is kept as usual.
+    The backward pass recomputes it from ``x``, which ``layer`` saves for its own gradient anyway.
+    That pays for norms and activations: their outputs need much memory and little time. Within a
+    block that is recomputed as a whole, or where saved tensors cannot be replaced, the output is
+    saved as usual.
 
     Args:
-        layer: A norm or an activation.
-        x: Its input.
-        enabled: Keep it as usual if not.
+        layer: Norm or activation.
+        x: Input of ``layer``.
+        enabled: Recompute; otherwise save the output as usual.
     """
     y = layer(x)
-    again = _again(layer)
+    compute = _without_trace(layer)
     usual = (
         torch.compiler.is_compiling()
         or not enabled
         or not y.requires_grad
-        or again is None
+        or compute is None
         or _in_block.get()
         or torch._C._are_functorch_transforms_active()
     )
@@ -101,16 +102,16 @@ def made_again(layer: nn.Module, x: torch.Tensor, enabled: bool = True) -> Itera
         if kept is not None:
             return kept
         with torch.no_grad():
-            return again(source)
+            return compute(source)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield y
 
 
 def set_recompute_activations(model: nn.Module, enable: bool) -> None:
-    """Let the blocks of ``model`` that can (Visformer's) make norms and activations again.
+    """Recompute norms and activations in the blocks of ``model`` that support it (Visformer's).
 
-    Their outputs are about a third of what a training step keeps, and take hardly any of its time.
+    Their outputs are about a third of the memory of a training step, and little of its time.
     """
     for module in model.modules():
         if hasattr(module, "recompute_activations"):
@@ -120,9 +121,8 @@ def set_recompute_activations(model: nn.Module, enable: bool) -> None:
 def checkpoint_blocks(blocks: Iterable[nn.Module], x: torch.Tensor) -> torch.Tensor:
     """Apply ``blocks`` in turn, recomputing each in the backward pass.
 
-    Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174. The second forward pass
-    does not update running statistics again (under torch.compile, which cannot trace that, it
-    does).
+    Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174. The second forward pass does
+    not update running statistics again, except under torch.compile, which cannot trace that.
     """
     for block in blocks:
         if torch.compiler.is_compiling():

@@ -1,4 +1,4 @@
-"""Folding for inference: normalisation into neighbouring layers, once its statistics are fixed."""
+"""Folding for inference: BatchNorm with fixed statistics into neighbouring layers."""
 
 import copy
 
@@ -9,12 +9,12 @@ from models.layers.packed import PackedConv2d, PackedLinear
 
 
 def is_foldable(norm: nn.Module) -> bool:
-    """Whether a layer multiplies and adds constants: BatchNorm with running statistics."""
+    """Return True for BatchNorm with running statistics: constant factors and offsets."""
     return isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None
 
 
 def norm_constants(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
-    """What BatchNorm multiplies by and adds in evaluation, in float64, each ``C``.
+    """Factor and offset of BatchNorm in evaluation, in float64, each ``C``.
 
     Factor ``t = gamma / sqrt(var + eps)`` and offset ``beta - t mean`` (arXiv 1502.03167,
     algorithm 2).
@@ -28,7 +28,7 @@ def norm_constants(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def set_affine(layer: nn.Conv2d | nn.Linear, weight: torch.Tensor, bias: torch.Tensor) -> None:
-    """Give ``layer`` another weight and bias, in its own dtype."""
+    """Replace weight and bias of ``layer``, keeping its dtype."""
     dtype = layer.weight.dtype
     layer.weight = nn.Parameter(weight.to(dtype))
     layer.bias = nn.Parameter(bias.to(dtype))
@@ -36,19 +36,19 @@ def set_affine(layer: nn.Conv2d | nn.Linear, weight: torch.Tensor, bias: torch.T
 
 @torch.no_grad()
 def fold_before(norm: nn.BatchNorm2d, layer: nn.Conv2d | nn.Linear) -> None:
-    """Let ``layer`` do what BatchNorm before it does as well, in place.
+    """Fold BatchNorm into the ``layer`` after it, in place.
 
     Args:
         norm: Normalises the input of ``layer``.
         layer: Linear layer, or convolution without padding and groups.
 
     Raises:
-        ValueError: The convolution pads with zeros, which stand for other values before BatchNorm.
+        ValueError: The convolution has groups, or pads with zeros, which BatchNorm would shift.
     """
     factor, offset = norm_constants(norm)
     weight = layer.weight.double()
     if isinstance(layer, nn.Conv2d) and (layer.groups > 1 or any(layer.padding)):
-        raise ValueError(f"cannot fold BatchNorm into {layer}: it pads, or has groups")
+        raise ValueError(f"cannot fold BatchNorm into {layer}: padding or groups are not supported")
     shape = (1, -1, *[1] * (weight.ndim - 2))
     bias = (weight * offset.view(shape)).flatten(1).sum(1)
     if layer.bias is not None:
@@ -60,7 +60,7 @@ def fold_before(norm: nn.BatchNorm2d, layer: nn.Conv2d | nn.Linear) -> None:
 def scale_outputs(
     layer: nn.Conv2d | nn.Linear, factor: torch.Tensor, offset: torch.Tensor | float = 0.0
 ) -> None:
-    """Let ``layer`` multiply its outputs by ``factor`` and add ``offset``, each ``O``, in place."""
+    """Scale the outputs of ``layer`` by ``factor`` and add ``offset``, each ``O``, in place."""
     weight, factor = layer.weight.double(), factor.double()
     bias = offset + (0.0 if layer.bias is None else layer.bias.double() * factor)
     shape = (-1, *[1] * (weight.ndim - 1))
@@ -68,12 +68,12 @@ def scale_outputs(
 
 
 def fold_after(layer: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    """Let ``layer`` do what BatchNorm after it does as well, in place."""
+    """Fold BatchNorm into the ``layer`` before it, in place."""
     scale_outputs(layer, *norm_constants(norm))
 
 
 class Affine2d(nn.Module):
-    """Factor and offset of every channel of a map: what BatchNorm is in evaluation."""
+    """Factor and offset of every channel of a feature map: BatchNorm in evaluation."""
 
     def __init__(self, norm: nn.BatchNorm2d):
         super().__init__()
@@ -88,36 +88,36 @@ class Affine2d(nn.Module):
 
 
 def pack(layer: nn.Module, act: nn.Module | None = None) -> nn.Module:
-    """``layer`` with its activation; anything but a convolution or projection stays itself."""
+    """Join ``layer`` and its activation; return other layers than Conv2d and Linear unchanged."""
     if type(layer) is nn.Conv2d:
         return PackedConv2d.of(layer, act)
     return PackedLinear.of(layer, act) if type(layer) is nn.Linear else layer
 
 
 def pack_mlp(mlp: nn.Module) -> None:
-    """Join the first layer and the activation of an ``Mlp`` of timm's, in place."""
+    """Join the first layer and the activation of timm's ``Mlp``, in place."""
     mlp.fc1, mlp.act = pack(mlp.fc1, mlp.act), nn.Identity()
     mlp.fc2 = pack(mlp.fc2)
 
 
 class Fusible(nn.Module):
-    """Model with an inference net of the same function."""
+    """Model that can be fused for inference."""
 
     def fuse(self) -> "Fusible":
-        """An inference net of the same function, in evaluation mode; this one stays as it is.
+        """Return a copy for inference that computes the same function, in evaluation mode.
 
         BatchNorm and layer scales are folded into neighbouring convolutions, query/key scales
-        into their projection, train-time branches into one convolution; tables of positions are
-        computed. The net cannot be trained. Fusing it again copies it.
+        into their projection, train-time branches into one convolution. The copy cannot be
+        trained. Fusing it again copies it.
         """
-        net = copy.deepcopy(self).eval()
+        fused = copy.deepcopy(self).eval()
         with torch.no_grad():
-            _fuse(net)
-        return net.requires_grad_(False)
+            _fuse(fused)
+        return fused.requires_grad_(False)
 
 
 def _fuse(module: nn.Module) -> None:
-    """Call ``fuse_`` of ``module`` and of what is within, the parents first."""
+    """Call ``fuse_`` of ``module`` and of all its submodules, parents first."""
     if hasattr(module, "fuse_"):
         module.fuse_()
     for child in module.children():

@@ -1,7 +1,4 @@
-"""Gated positional self-attention (ConViT, arXiv 2103.10697), and its blocks.
-
-Gated layers see the patches as a grid ``B H W C``, plain ones as tokens ``B N C``.
-"""
+"""Gated positional self-attention (ConViT, arXiv 2103.10697), and the blocks of ConViT."""
 
 import math
 from contextlib import nullcontext
@@ -9,19 +6,19 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import DropPath, Mlp, use_fused_attn
+from timm.layers import DropPath, Mlp
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from models.layers.attention import (
     AttentionParts,
+    MultiHeadAttention,
     attention,
     attention_weights,
-    fold_scale,
     split_heads,
 )
 from models.layers.cache import EvalCache
-from models.layers.fuse import pack, pack_mlp
+from models.layers.fuse import pack_mlp
 
 
 def _offsets(size: int, like: torch.Tensor) -> torch.Tensor:
@@ -60,9 +57,9 @@ def positional_tables(
 def positional_attention(
     weight: torch.Tensor, bias: torch.Tensor, height: int, width: int
 ) -> torch.Tensor:
-    """Positional attention of a grid written out, for the explicit path.
+    """Explicit positional attention of a grid.
 
-    Takes the arguments of :func:`positional_tables`.
+    The arguments are those of :func:`positional_tables`.
 
     Returns:
         ``h N N`` with N = H * W in row order, in float32 at least; every row sums to one.
@@ -74,7 +71,7 @@ def positional_attention(
     dy = _offsets(height, weight)[:, None, :, None].expand(shape)
     features = torch.stack([dx, dy, dx**2 + dy**2], dim=-1)  # H W H W 3
     device = weight.device.type
-    # asked first: exported graphs stay plain, and the meta device has no autocast
+    # only where autocast is on: exported graphs stay plain, the meta device does not support it
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         scores = F.linear(features, weight, bias)
@@ -91,7 +88,7 @@ def mix(
     """``(1 - gate) content + gate (rows (x) columns) v``, the product applied factor by factor.
 
     Args:
-        content: What content attention gives, ``B h N d``.
+        content: Output of content attention, ``B h N d``.
         v: Values on the grid, ``B h H W d``.
         rows, columns: See :func:`positional_tables`.
         gate: Share of position, ``h 1 1``.
@@ -105,9 +102,9 @@ def mix(
 
 
 def head_offsets(num_heads: int) -> torch.Tensor:
-    """Offsets (Dx, Dy) that heads attend to at first, ``h 2`` (section 3).
+    """Initial offsets (Dx, Dy) of the heads' attention, ``h 2`` (section 3).
 
-    A centred grid as square as the number allows, like the taps of a convolution's kernel.
+    A centred grid, as square as the number of heads allows, like the taps of a kernel.
     """
     columns = math.ceil(math.sqrt(num_heads))
     rows = math.ceil(num_heads / columns)
@@ -115,63 +112,7 @@ def head_offsets(num_heads: int) -> torch.Tensor:
     return torch.stack([n % columns - (columns - 1) / 2, n // columns - (rows - 1) / 2], dim=1)
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention on tokens, the class token among them.
-
-    Args:
-        dim: Channels.
-        num_heads: Heads.
-        qkv_bias: Learn a bias for queries, keys and values.
-        qk_scale_factor: Exponent of the pre-scale of queries and of keys (see
-            :class:`models.layers.Attention2d`).
-        attn_drop, proj_drop: Dropout of attention weights and of the output.
-    """
-
-    prescaled = True
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        qkv_bias: bool = False,
-        qk_scale_factor: float = -0.25,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-    ):
-        super().__init__()
-        self.num_heads = num_heads
-        self.head_dim = dim // num_heads
-        self.scale = self.head_dim**qk_scale_factor
-        self.attn_drop = attn_drop
-        self.fused_attn = use_fused_attn()
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
-
-    def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values of tokens ``B N C``, each ``B h N d``."""
-        return split_heads(self.qkv(x), 3, self.num_heads)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``B N C -> B N C``."""
-        q, k, v = self.heads(x)
-        dropout_p = self.attn_drop if self.training else 0.0
-        x = attention(q, k, v, None, self.scale, dropout_p, self.fused_attn)
-        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
-
-    def attention_maps(self, x: torch.Tensor) -> torch.Tensor:
-        """The attention weights of tokens ``B N C``, ``B h N N``."""
-        q, k, _ = self.heads(x)
-        return attention_weights(q, k, self.scale)
-
-    def fuse_(self) -> None:
-        """Fold the pre-scale into the projection (see :class:`models.layers.fuse.Fusible`)."""
-        fold_scale(self.qkv, self.scale, 3)
-        self.scale, self.prescaled = 1.0, False
-        self.qkv, self.proj = pack(self.qkv), pack(self.proj)
-
-
-class GPSA(nn.Module):
+class GPSA(MultiHeadAttention):
     """Gated positional self-attention on a grid of patches (section 3).
 
     Every head mixes content and position by a gate of its own, g = sigmoid(gating_param):
@@ -182,14 +123,14 @@ class GPSA(nn.Module):
         dim: Channels.
         num_heads: Heads.
         qkv_bias: Learn a bias for queries, keys and values.
-        qk_scale_factor: Exponent of the pre-scale of queries and of keys (see
-            :class:`models.layers.Attention2d`).
-        locality_strength: How narrowly heads attend to their offsets at first: Gaussians of
+        qk_scale_factor: Exponent of the pre-scale (see
+            :class:`models.layers.attention.MultiHeadAttention`).
+        locality_strength: Initial concentration of the heads on their offsets: Gaussians of
             variance ``1 / (2 locality_strength)``.
-        attn_drop, proj_drop: Dropout of attention weights and of the output.
+        attn_drop, proj_drop: Dropout probabilities of the attention weights and of the output.
     """
 
-    prescaled = True
+    projections = ("qk", "v", "proj")
 
     def __init__(
         self,
@@ -201,13 +142,8 @@ class GPSA(nn.Module):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
     ):
-        super().__init__()
-        self.num_heads = num_heads
-        self.head_dim = dim // num_heads
-        self.scale = self.head_dim**qk_scale_factor
+        super().__init__(num_heads, dim // num_heads, qk_scale_factor, attn_drop)
         self.locality_strength = locality_strength
-        self.attn_drop = attn_drop
-        self.fused_attn = use_fused_attn()
         self.qk = nn.Linear(dim, 2 * dim, bias=qkv_bias)
         self.v = nn.Linear(dim, dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
@@ -219,7 +155,7 @@ class GPSA(nn.Module):
 
     @torch.no_grad()
     def init_locality(self) -> None:
-        """Start as a convolution: each head looks at one offset, values pass unchanged.
+        """Initialise as a convolution: each head attends to one offset, values pass unchanged.
 
         ``-s |r - D|^2`` is, but for a constant, ``2 s D . r - s |r|^2``.
         """
@@ -230,7 +166,7 @@ class GPSA(nn.Module):
         self.pos_proj.weight[:, 2] = -self.locality_strength
 
     def train(self, mode: bool = True) -> "GPSA":
-        """Set the mode, and forget what was kept for evaluation."""
+        """Set the mode and empty the cache of evaluation."""
         self._kept.clear()
         return super().train(mode)
 
@@ -259,34 +195,33 @@ class GPSA(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``B H W C -> B H W C``."""
         height, width = x.shape[1:3]
-        dropout_p = self.attn_drop if self.training else 0.0
-        if self.fused_attn and dropout_p == 0.0:
+        if self.fused_attn and self.dropout_p == 0.0:
             out = self.separable(x)
         else:
             v = split_heads(self.v(x).flatten(1, 2), 1, self.num_heads)[0]
-            out = F.dropout(self.attention_maps(x), dropout_p) @ v
+            out = F.dropout(self.attention_maps(x), self.dropout_p) @ v
         out = out.transpose(1, 2).flatten(2).unflatten(1, (height, width))  # B H W C
         return self.proj_drop(self.proj(out))
 
     def separable(self, x: torch.Tensor) -> torch.Tensor:
-        """Heads' outputs ``B h N d`` from a grid ``B H W C``, forming no matrix ``N N``."""
+        """Outputs of the heads ``B h N d`` of a grid ``B H W C``, without a matrix ``N N``."""
         height, width = x.shape[1:3]
         v = self.v(x)
         tables = self.tables(height, width, v.dtype)
         v = v.unflatten(-1, (self.num_heads, -1)).permute(0, 3, 1, 2, 4)  # B h H W d
         content = attention(*self.queries_and_keys(x), v.flatten(2, 3), None, self.scale)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # all that goes in is kept anyway; what is made of it is cheaper to make again
+            # its inputs are saved anyway; its intermediate results are cheap to recompute
             options = {"use_reentrant": False, "preserve_rng_state": False}
             return checkpoint(mix, content, v, *tables, **options)
         return mix(content, v, *tables)
 
     def attention_maps(self, x: torch.Tensor) -> torch.Tensor:
-        """The attention weights of a grid ``B H W C`` as ``B h N N``, N = H * W in row order."""
+        """Attention weights of a grid ``B H W C`` as ``B h N N``, N = H * W in row order."""
         return self.attention_parts(x).full
 
     def attention_parts(self, x: torch.Tensor) -> AttentionParts:
-        """:meth:`attention_maps`, and the two that the gate mixes: ``B h N N`` each."""
+        """:meth:`attention_maps` and the two terms that the gate mixes: ``B h N N`` each."""
         content = attention_weights(*self.queries_and_keys(x), self.scale)
         position = self.pos_proj
         positional = positional_attention(position.weight, position.bias, *x.shape[1:3])
@@ -294,21 +229,15 @@ class GPSA(nn.Module):
         full = content.lerp(positional, self.gate().to(content.dtype))
         return AttentionParts(full, content, positional.expand_as(full))
 
-    def fuse_(self) -> None:
-        """Fold the pre-scale into the projection (see :class:`models.layers.fuse.Fusible`)."""
-        fold_scale(self.qk, self.scale, 2)
-        self.scale, self.prescaled = 1.0, False
-        self.qk, self.v, self.proj = pack(self.qk), pack(self.v), pack(self.proj)
-
 
 class Block(nn.Module):
-    """Pre-norm residual block around either attention.
+    """Pre-norm residual block with either attention.
 
     Args:
         dim: Channels.
-        attn: The attention.
+        attn: Attention, ``B H W C -> B H W C`` or ``B N C -> B N C``.
         mlp_ratio: Hidden channels of the feed-forward part, in multiples of ``dim``.
-        proj_drop, drop_path: Dropout within the feed-forward part, and of branches.
+        proj_drop, drop_path: Dropout of the feed-forward part, and stochastic depth.
     """
 
     def __init__(
@@ -333,5 +262,5 @@ class Block(nn.Module):
         return x
 
     def fuse_(self) -> None:
-        """Apply the activation as the projection does (see :class:`models.layers.fuse.Fusible`)."""
+        """Join projection and activation (see :class:`models.layers.fuse.Fusible`)."""
         pack_mlp(self.mlp)

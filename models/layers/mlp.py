@@ -1,22 +1,22 @@
-"""The feed-forward part of a block, on maps."""
+"""Feed-forward part of a block, on feature maps."""
 
 import torch
 from torch import nn
 
-from models.layers.checkpointing import made_again
+from models.layers.checkpointing import recomputed
 from models.layers.fuse import pack
 
 
 class Mlp2d(nn.Module):
     """1x1 convolution, an optional 3x3 group convolution, 1x1 convolution; no biases.
 
-    With ``spatial_groups`` this is Visformer's bottleneck of early stages (arXiv
-    2104.12533, section 3.3), without it the transformer's MLP.
+    With ``spatial_groups`` this is Visformer's bottleneck of early stages (arXiv 2104.12533,
+    section 3.3), otherwise the transformer's MLP.
 
     Args:
         dim: Channels of the input and the output.
         hidden_dim: Channels in between.
-        spatial_groups: Groups of the 3x3 convolution; ``None`` leaves it out.
+        spatial_groups: Groups of the 3x3 convolution, or ``None`` for none.
         drop: Dropout probability after the activation and at the output.
         act_layer: Activation.
     """
@@ -47,17 +47,17 @@ class Mlp2d(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``B C H W -> B C H W``."""
-        again = self.recompute_activations and not self.drop1.p
-        with made_again(self.act1, self.conv1(x), again) as x:
+        enabled = self.recompute_activations and not self.drop1.p
+        with recomputed(self.act1, self.conv1(x), enabled) as x:
             x = self.drop1(x)
             x = self.conv3(x) if self.conv2 is None else self.conv2(x)
         if self.conv2 is not None:
-            with made_again(self.act2, x, self.recompute_activations) as x:
+            with recomputed(self.act2, x, self.recompute_activations) as x:
                 x = self.conv3(x)
         return self.drop3(x)
 
     def fuse_(self) -> None:
-        """Apply activations as convolutions do (see :class:`models.layers.fuse.Fusible`)."""
+        """Join convolutions and activations (see :class:`models.layers.fuse.Fusible`)."""
         self.conv1, self.act1 = pack(self.conv1, self.act1), nn.Identity()
         if self.conv2 is not None:
             self.conv2, self.act2 = pack(self.conv2, self.act2), nn.Identity()

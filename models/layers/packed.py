@@ -1,8 +1,8 @@
-"""Layers of inference nets: a convolution or projection with its activation in one pass.
+"""Layers of fused models: a convolution or projection and its activation in one pass.
 
-On the CPU in float32 they call oneDNN as torch.compile does, with weights that are reordered once
-instead of in every forward, and with the activation applied to results still in the cache.
-Elsewhere, and while a graph is captured, they are the plain layer followed by its activation.
+On the CPU in float32 they call oneDNN as torch.compile does: weights are reordered once instead
+of in every forward, and the activation is applied to results still in the cache. Elsewhere, and
+while a graph is captured, they run the plain layer followed by its activation.
 """
 
 import torch
@@ -18,11 +18,11 @@ def _onednn() -> bool:
 
 
 class _Packed:
-    """What both layers share: the activation, and the reordered weight of the first forward."""
+    """Base of both layers: the activation, and the weight reordered in the first forward."""
 
     @classmethod
     def of(cls, layer: nn.Module, act: nn.Module | None = None) -> nn.Module:
-        """Take over the parameters of ``layer``, to be followed by ``act``."""
+        """Return a layer with the parameters of ``layer``, followed by ``act``."""
         packed = cls.__new__(cls)
         packed.__dict__ = dict(layer.__dict__)
         packed._modules = {}

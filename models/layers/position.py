@@ -1,4 +1,4 @@
-"""Position embeddings kept as maps."""
+"""Resampling of position embeddings and relative position biases."""
 
 import math
 
@@ -7,9 +7,9 @@ import torch.nn.functional as F
 
 
 def resample_position_map(embedding: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Resample a position embedding to another map size.
+    """Resample a position embedding to another size.
 
-    Bicubic with antialiasing, computed in float32 at least; the embedding itself where the
+    Bicubic with antialiasing, computed in float32 at least. Returns the embedding itself if its
     size is already right.
 
     Args:
@@ -31,8 +31,8 @@ def resample_bias_table(table: torch.Tensor, rows: int) -> torch.Tensor:
     """Resample a table of relative position biases to another window.
 
     Args:
-        table: ``(2 w - 1) ** 2`` rows of one column per head.
-        rows: Wanted number of rows.
+        table: ``(2 w - 1) ** 2`` rows, one column per head.
+        rows: Target number of rows.
     """
     side, target = math.isqrt(table.shape[0]), math.isqrt(rows)
     grid = table.T.reshape(1, -1, side, side)

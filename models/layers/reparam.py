@@ -1,8 +1,8 @@
 """Structural reparameterisation: branches for training, one convolution for inference.
 
-A convolution followed by BatchNorm is linear at inference, and so is a sum of such branches:
-one kernel replaces them (RepVGG, arXiv 2101.03697; MobileOne, arXiv 2206.04040). The blocks here
-are those of FastViT (arXiv 2303.14189, section 3).
+A convolution followed by BatchNorm is linear at inference, and so is a sum of such branches: one
+kernel replaces them (RepVGG, arXiv 2101.03697; MobileOne, arXiv 2206.04040). The layers are those
+of FastViT (arXiv 2303.14189, section 3).
 """
 
 from collections import OrderedDict
@@ -11,21 +11,7 @@ import torch
 from timm.layers import SEModule
 from torch import nn
 
-from models.layers.fuse import pack
-
-__all__ = [
-    "LargeKernelConv",
-    "LayerScale2d",
-    "RepConditionalPosEnc",
-    "RepMixer",
-    "ReparamConv",
-    "ReparamModule",
-    "conv_norm",
-    "fuse_norm",
-    "identity_kernel",
-    "layer_scale",
-    "reparameterize",
-]
+from models.layers.fuse import norm_constants, pack
 
 
 def conv_norm(
@@ -39,7 +25,7 @@ def conv_norm(
 
 
 def identity_kernel(channels: int, groups: int, size: int, like: torch.Tensor) -> torch.Tensor:
-    """Kernel of the convolution that returns its input, ``C C/groups size size``."""
+    """Kernel of the identity as a convolution, ``C C/groups size size``."""
     width = channels // groups
     kernel = torch.zeros(channels, width, size, size, dtype=like.dtype, device=like.device)
     index = torch.arange(channels, device=like.device)
@@ -50,22 +36,20 @@ def identity_kernel(channels: int, groups: int, size: int, like: torch.Tensor) -
 def fuse_norm(
     weight: torch.Tensor, norm: nn.BatchNorm2d, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A convolution without bias and the BatchNorm after it, as one convolution.
-
-    BatchNorm multiplies by ``t = gamma / sqrt(var + eps)`` and adds ``beta - t mean``.
+    """Fold BatchNorm into the convolution without bias before it.
 
     Args:
         weight: Kernel of odd sides, ``O I k k``.
         norm: Normalises with its running statistics.
-        size: Side of the fused kernel, k at least; zeros go around a smaller one.
+        size: Side of the fused kernel, at least k; a smaller kernel is padded with zeros.
 
     Returns:
         Kernel ``O I size size`` and bias ``O``.
     """
-    factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    factor, offset = norm_constants(norm)
     margin = (size - weight.shape[-1]) // 2
-    weight = nn.functional.pad(weight * factor[:, None, None, None], [margin] * 4)
-    return weight, norm.bias - norm.running_mean * factor
+    fused = nn.functional.pad(weight * factor[:, None, None, None], [margin] * 4)
+    return fused.to(weight.dtype), offset.to(weight.dtype)
 
 
 class ReparamModule(nn.Module):
@@ -77,7 +61,7 @@ class ReparamModule(nn.Module):
         in_chans, out_chans: Channels of the input and the output.
         kernel_size: Side of the largest kernel, odd.
         stride, groups: Of all convolutions.
-        inference_mode: Have the one convolution from the start, and no branches.
+        inference_mode: Build the one convolution instead of the branches.
     """
 
     branches: tuple[str, ...] = ()
@@ -105,11 +89,11 @@ class ReparamModule(nn.Module):
             setattr(self, name, None)
 
     def forward_branches(self, x: torch.Tensor) -> torch.Tensor:
-        """What the branches compute, ``B C H W -> B D H/stride W/stride``."""
+        """Output of the branches, ``B C H W -> B D H/stride W/stride``."""
         raise NotImplementedError
 
     def kernel(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Kernel ``D C/groups k k`` and bias ``D`` of what the branches compute."""
+        """Kernel ``D C/groups k k`` and bias ``D`` of the sum of the branches."""
         weights, biases = zip(*self.branch_kernels().values(), strict=True)
         return sum(weights[1:], weights[0]), sum(biases[1:], biases[0])
 
@@ -123,10 +107,10 @@ class ReparamModule(nn.Module):
 
     @torch.no_grad()
     def reparameterize(self) -> None:
-        """Put the one convolution in the branches' place; the second call does nothing.
+        """Replace the branches by one convolution; a second call does nothing.
 
-        The convolution computes what the branches do in evaluation: it has absorbed running
-        statistics, which it no longer updates in training.
+        The convolution computes the function of the branches in evaluation. It includes their
+        running statistics, which training no longer updates.
         """
         if self.reparam_conv is not None:
             return
@@ -145,14 +129,14 @@ class ReparamModule(nn.Module):
 class ReparamConv(ReparamModule):
     """MobileOne block: sum of convolutions, a 1x1 one and BatchNorm alone; SE; GELU.
 
-    MobileOne, arXiv 2206.04040, section 3.2. BatchNorm alone is a branch where input and output
-    have the same shape, the 1x1 convolution where ``kernel_size`` is larger than 1.
+    MobileOne, arXiv 2206.04040, section 3.2. BatchNorm alone is a branch if input and output have
+    the same shape, the 1x1 convolution if ``kernel_size`` is larger than 1.
 
     Args:
         in_chans, out_chans, kernel_size, stride, groups, inference_mode: See
             :class:`ReparamModule`.
         num_convs: Number of branches with the full kernel.
-        use_scale: Have the 1x1 branch.
+        use_scale: Add the 1x1 branch.
         use_se: Squeeze and excitation (arXiv 1709.01507) of the sum, with channels / 16.
         use_act: GELU at the end.
     """
@@ -186,7 +170,7 @@ class ReparamConv(ReparamModule):
             self.identity = nn.BatchNorm2d(in_chans)
 
     def drop_extra_branches_(self) -> None:
-        """Leave one convolution with the full kernel alone, before training."""
+        """Keep only one convolution with the full kernel; call before training."""
         self.conv_kxk = self.conv_kxk[:1]
         self.conv_scale = self.identity = None
 
@@ -224,10 +208,10 @@ class ReparamConv(ReparamModule):
 
 
 class LargeKernelConv(ReparamModule):
-    """Large-kernel convolution with a 3x3 one beside it (section 3.3; RepLKNet, 2203.06717).
+    """Large-kernel convolution plus a 3x3 one (section 3.3; RepLKNet, arXiv 2203.06717).
 
     No activation follows: the released code computes one and discards it, and the released
-    weights were trained so.
+    weights were trained that way.
     """
 
     branches = ("large_conv", "small_conv")
@@ -247,7 +231,7 @@ class LargeKernelConv(ReparamModule):
             self.small_conv = conv_norm(in_chans, out_chans, 3, stride, groups)
 
     def drop_extra_branches_(self) -> None:
-        """Leave the large convolution alone, before training."""
+        """Keep only the large convolution; call before training."""
         self.small_conv = None
 
     def forward_branches(self, x: torch.Tensor) -> torch.Tensor:
@@ -265,7 +249,7 @@ class LargeKernelConv(ReparamModule):
 
 
 class LayerScale2d(nn.Module):
-    """Learned factor of every channel of a map (CaiT, arXiv 2103.17239), ``gamma`` of ``C 1 1``."""
+    """Learned factor per channel (CaiT, arXiv 2103.17239), ``gamma`` of ``C 1 1``."""
 
     def __init__(self, dim: int, init_value: float):
         super().__init__()
@@ -277,14 +261,14 @@ class LayerScale2d(nn.Module):
 
 
 def layer_scale(dim: int, init_value: float | None) -> nn.Module:
-    """Layer scale, or nothing for 0 and ``None``."""
+    """Return a layer scale, or the identity for 0 and ``None``."""
     return LayerScale2d(dim, init_value) if init_value else nn.Identity()
 
 
 class RepMixer(ReparamModule):
     """Token mixer without attention: ``x + scale (mixer(x) - norm(x))`` (section 3.1).
 
-    ``mixer`` is depthwise and without activation, so that the whole, skip connection included,
+    ``mixer`` is depthwise and has no activation, so that all of it, the skip connection included,
     is one depthwise convolution at inference.
 
     Args:
@@ -326,15 +310,6 @@ class RepMixer(ReparamModule):
             }
         return {"skip": (identity_kernel(dim, dim, size, weight), torch.zeros_like(bias)), **parts}
 
-    def kernel(self) -> tuple[torch.Tensor, torch.Tensor]:
-        (mixer, mixer_bias), (norm, norm_bias) = self.mixer.kernel(), self.norm.kernel()
-        weight, bias = mixer - norm, mixer_bias - norm_bias
-        if isinstance(self.layer_scale, LayerScale2d):
-            gamma = self.layer_scale.gamma.flatten()
-            weight, bias = weight * gamma[:, None, None, None], bias * gamma
-        dim, size = self.geometry["in_channels"], self.geometry["kernel_size"]
-        return identity_kernel(dim, dim, size, weight) + weight, bias
-
 
 class RepConditionalPosEnc(ReparamModule):
     """Conditional position encoding (arXiv 2102.10882): ``x`` plus a depthwise convolution of it.
@@ -359,11 +334,6 @@ class RepConditionalPosEnc(ReparamModule):
         weight, bias = self.pos_enc.weight, self.pos_enc.bias
         eye = identity_kernel(weight.shape[0], weight.shape[0], weight.shape[-1], weight)
         return {"skip": (eye, torch.zeros_like(bias)), "pos_enc": (weight, bias)}
-
-    def kernel(self) -> tuple[torch.Tensor, torch.Tensor]:
-        weight = self.pos_enc.weight
-        eye = identity_kernel(weight.shape[0], weight.shape[0], weight.shape[-1], weight)
-        return eye + weight, self.pos_enc.bias.clone()
 
 
 def reparameterize(module: nn.Module) -> None:

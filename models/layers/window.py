@@ -1,4 +1,4 @@
-"""Attention within shifted windows of a map, with relative position bias (Swin Transformer)."""
+"""Attention within shifted windows of a feature map, with relative position bias (Swin)."""
 
 from functools import lru_cache
 from typing import NamedTuple
@@ -20,11 +20,11 @@ from models.layers.attention import (
 )
 from models.layers.cache import EvalCache
 
-MASKED = -100.0  # added to the score of a pair of different regions, as Swin has it
+MASKED = -100.0  # added to the scores between different regions, as in Swin
 
 
 def relative_position_index(window: int) -> torch.Tensor:
-    """Row of the bias table for every pair of positions within a window.
+    """Index into the bias table for every pair of positions within a window.
 
     Swin Transformer, arXiv 2103.14030, section 3.2: rows run over the offsets
     (dy + window - 1) * (2 * window - 1) + dx + window - 1, query minus key.
@@ -41,15 +41,15 @@ def relative_position_index(window: int) -> torch.Tensor:
 def shift_mask(
     height: int, width: int, window: int, shift: int, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """What keeps apart the regions that a cyclic shift brings together in one window.
+    """Mask between regions that a cyclic shift brings together in one window.
 
     Args:
         height, width: Size of the map, multiples of ``window``.
         window, shift: Side of a window and step of the shift, in positions.
-        dtype, device: Of the result.
+        dtype, device: Those of the result.
 
     Returns:
-        ``W N N``, 0 within a region and -100 across, for W windows in row order.
+        ``W N N`` for W windows in row order, 0 within a region and -100 between regions.
     """
 
     def regions(size: int) -> torch.Tensor:
@@ -63,12 +63,12 @@ def shift_mask(
 
 
 class Windows(NamedTuple):
-    """Where the positions of a map are in its windows: T positions, P = W N of the windows.
+    """Index maps between the T positions of a feature map and the P = W N of its windows.
 
     Attributes:
-        source: ``P``, the position of the map that is at a position of the windows, 0 for padding.
-        target: ``T``, where a position of the map is in the windows.
-        padding: The positions of the windows that are padding.
+        source: ``P``, the position in the map of every position of the windows, 0 for padding.
+        target: ``T``, the position in the windows of every position of the map.
+        padding: Positions of the windows that are padding.
     """
 
     source: torch.Tensor
@@ -82,14 +82,14 @@ def _windows(height: int, width: int, window: int, shift: int, device: torch.dev
     position = F.pad(position, (0, -width % window, 0, -height % window), value=-1)
     position = torch.roll(position, (-shift, -shift), dims=(2, 3))
     position = rearrange(position, "1 1 (ny wy) (nx wx) -> (ny nx wy wx)", wy=window, wx=window)
-    # sorted, padding comes first, in any order, then the positions of the map in theirs
+    # sorted, padding (-1) comes first, then the positions of the map in row order
     padding, target = position.argsort().tensor_split([len(position) - count])
     return Windows(position.clamp(min=0), target, padding)
 
 
 @lru_cache(maxsize=64)
 def _kept_windows(*geometry) -> Windows:
-    with torch.inference_mode(False):  # they are kept for backward passes, too
+    with torch.inference_mode(False):  # cached for backward passes too
         return _windows(*geometry)
 
 
@@ -100,17 +100,17 @@ def _kept_shift_mask(*geometry) -> torch.Tensor:
 
 
 def _may_keep(x: torch.Tensor) -> bool:
-    """Whether tensors made for ``x`` are real ones, that the next call may use as well."""
+    """Return True if tensors made for ``x`` may be cached: real ones, in no captured graph."""
     return type(x) in (torch.Tensor, nn.Parameter) and not (
         torch.compiler.is_compiling() or torch.jit.is_tracing()
     )
 
 
 class Arrange(torch.autograd.Function):
-    """Rows in another order, with ``fill`` in those that come from nowhere.
+    """Permute rows, with ``fill`` in rows that have no source.
 
-    What every row comes from, and where it goes, is known: so is its gradient, by another
-    selection instead of a sum.
+    Both directions of the permutation are given, so that the gradient is a selection, too,
+    instead of a scatter.
     """
 
     @staticmethod
@@ -128,9 +128,9 @@ class Arrange(torch.autograd.Function):
         Args:
             x: Rows.
             fill: ``C``, or ``None`` for zeros.
-            index: ``S``, the row of ``x`` in each of the result's.
-            holes: Those of the result that get ``fill``.
-            back_index, back_holes: The same of the way back, where holes have no gradient.
+            index: ``S``, the row of ``x`` for every row of the result.
+            holes: Rows of the result that get ``fill``.
+            back_index, back_holes: The same for the inverse; holes have no gradient.
         """
         ctx.save_for_backward(holes, back_index, back_holes)
         out = x.index_select(1, index)
@@ -155,24 +155,24 @@ class Arrange(torch.autograd.Function):
 
 
 def aligned(bias: torch.Tensor) -> torch.Tensor:
-    """``... N N`` in rows of a multiple of 8 numbers, as the kernels on GPUs want to read them."""
+    """Return ``... N N`` with rows padded in memory to a multiple of 8, for kernels on GPUs."""
     count = bias.shape[-1]
     return F.pad(bias, (0, -count % 8))[..., :count]
 
 
 class WindowAttention2d(Attention2d):
-    """Multi-head self-attention within windows of a map.
+    """Multi-head self-attention within windows of a feature map.
 
-    The map is padded with zeros at the right and bottom to a multiple of the window (padding
-    is not masked), shifted cyclically, cut into windows, attended, and put together again.
+    The map is padded with zeros at the right and bottom to a multiple of the window (padding is
+    not masked), shifted cyclically and cut into windows; after attention, all is undone.
 
     Args:
         dim, num_heads, head_dim, qk_scale_factor, qkv_bias, attn_drop, proj_drop: See
             :class:`Attention2d`.
         window: Side of a window.
         shift: Step of the cyclic shift; 0 for none.
-        clamp_shift: Do not shift where one window covers the map's shorter side, as
-            classifiers do; detection backbones shift regardless.
+        clamp_shift: Do not shift if one window covers the shorter side of the map, as in
+            classifiers; detection backbones always shift.
     """
 
     def __init__(
@@ -195,24 +195,24 @@ class WindowAttention2d(Attention2d):
         self._kept = EvalCache()
 
     def train(self, mode: bool = True) -> "WindowAttention2d":
-        """Set the mode, and forget what was kept for evaluation."""
+        """Set the mode and empty the cache of evaluation."""
         self._kept.clear()
         return super().train(mode)
 
     def table(self) -> torch.Tensor:
-        """Bias of every pair within a window, ``h N N``."""
+        """Bias of every pair of positions within a window, ``h N N``."""
         table, index = self.relative_position_bias_table, self.relative_position_index
         bias = table.T.index_select(1, index.flatten())  # h NN
         return bias.unflatten(1, index.shape)
 
     def geometry(self, height: int, width: int) -> tuple[int, int, int]:
-        """Height and width of a map after padding, and the step of its shift."""
+        """Return height and width of a map after padding, and the step of its shift."""
         covered = self.clamp_shift and min(height, width) <= self.window
         padded = (size + -size % self.window for size in (height, width))
         return *padded, 0 if covered else self.shift
 
     def mask(self, height: int, width: int, like: torch.Tensor) -> torch.Tensor | None:
-        """What a shift keeps apart in a map of this size, ``W 1 N N``; None without a shift."""
+        """Mask of a shifted map of this size, ``W 1 N N``; None without a shift."""
         height, width, shift = self.geometry(height, width)
         if not shift:
             return None
@@ -231,7 +231,7 @@ class WindowAttention2d(Attention2d):
         return self._kept.get(self, (self.relative_position_bias_table,), (size, dtype), make)
 
     def windows(self, height: int, width: int, like: torch.Tensor) -> Windows | None:
-        """Where a map's positions are in its windows; None where one window is the map."""
+        """Index maps of a feature map of this size; None if one window is the whole map."""
         shift = self.geometry(height, width)[-1]
         if not shift and height == width == self.window:
             return None
@@ -241,7 +241,7 @@ class WindowAttention2d(Attention2d):
     def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values of a map ``B C H W``, each ``B W h N d``.
 
-        Padding is projected to the bias alone, whatever is folded into the projection.
+        Padding is projected to the bias of the unfused projection.
         """
         tokens = self.qkv(x).flatten(2).transpose(1, 2)  # B HW 3hd
         windows = self.windows(*x.shape[-2:], tokens)
@@ -256,7 +256,7 @@ class WindowAttention2d(Attention2d):
         return tuple(part.unflatten(0, (x.shape[0], -1)) for part in heads)
 
     def merge(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Heads' outputs ``B W h N d`` as a map ``B hd H W`` of this size, in channels_last."""
+        """Outputs of the heads ``B W h N d`` as a map ``B hd H W``, in channels_last."""
         tokens = x.transpose(2, 3).flatten(3).flatten(1, 2)  # B WN hd
         windows = self.windows(height, width, tokens)
         if windows is not None:
@@ -264,11 +264,11 @@ class WindowAttention2d(Attention2d):
             tokens = Arrange.apply(tokens, None, target, None, source, padding)  # B HW hd
         return tokens.transpose(1, 2).unflatten(2, (height, width))
 
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, height: int, width: int
-    ) -> torch.Tensor:
-        """Attention within the windows of a map of this size: ``B W h N d`` each and altogether."""
-        dropout_p = self.attn_drop if self.training else 0.0
+    def attend(self, x: torch.Tensor) -> torch.Tensor:
+        """Outputs of the heads within the windows of a map ``B C H W``, ``B W h N d``."""
+        q, k, v = self.heads(x)
+        height, width = x.shape[-2:]
+        dropout_p = self.dropout_p
         learns = torch.is_grad_enabled() and self.relative_position_bias_table.requires_grad
         if learns and self.fused_attn and not dropout_p and q.device.type == "cpu":
             bias = self.table().to(q.dtype)
@@ -280,17 +280,11 @@ class WindowAttention2d(Attention2d):
         if len(bias) == 1 or single:
             out = attention(*(part.flatten(0, 1) for part in (q, k, v)), bias, *options)
             return out.unflatten(0, (images, -1))
-        # windows differ in what they mask: beside the heads, they share it over the images
+        # windows have different masks, the same for all images: join windows and heads
         out = attention(
             *(part.flatten(1, 2) for part in (q, k, v)), bias.flatten(0, 1)[None], *options
         )
         return out.unflatten(1, (-1, self.num_heads))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``B C H W -> B C H W``."""
-        size = x.shape[-2:]
-        out = self.attend(*self.heads(x), *size)
-        return self.proj_drop(self.proj(self.merge(out, *size)))
 
     def attention_maps(self, x: torch.Tensor) -> torch.Tensor:
         """Attention weights within every window of a map ``B C H W``, as ``B W h N N``."""
@@ -300,7 +294,7 @@ class WindowAttention2d(Attention2d):
     def attention_parts(self, x: torch.Tensor) -> AttentionParts:
         """:meth:`attention_maps`, and those of content and of bias alone: ``B W h N N`` each.
 
-        What a shift keeps apart is kept apart in all three.
+        All three are masked where the map is shifted.
         """
         q, k, _ = self.heads(x)
         size = x.shape[-2:]
@@ -312,15 +306,15 @@ class WindowAttention2d(Attention2d):
     def weights_of_query(
         self, weights: torch.Tensor, query: int, height: int, width: int
     ) -> torch.Tensor:
-        """What one position of a map attends to, the windows back in their places.
+        """Attention weights of one position, as a map.
 
         Args:
             weights: Attention weights of all windows, ``B W h N N``.
-            query: The position, in row order.
-            height, width: Of the map.
+            query: Position in the map, in row order.
+            height, width: Size of the map.
 
         Returns:
-            ``B h H W``, 0 outside of the position's window; what padding gets is left out.
+            ``B h H W``, 0 outside of the position's window; weights of padding are left out.
         """
         windows = self.windows(height, width, weights)
         if windows is None:
@@ -332,7 +326,7 @@ class WindowAttention2d(Attention2d):
         return tokens.index_select(-1, windows.target).unflatten(-1, (height, width))
 
     def fold_norm_(self, norm: nn.BatchNorm2d) -> None:
-        """Let the projection do what BatchNorm before it does as well; padding comes after it."""
+        """Fold the BatchNorm before this layer; padding comes after it and stays zero."""
         bias = self.qkv.bias
         self.outside = (
             self.qkv.weight.new_zeros(len(self.qkv.weight)) if bias is None else bias.detach()
@@ -340,7 +334,7 @@ class WindowAttention2d(Attention2d):
         super().fold_norm_(norm)
 
     def fuse_(self) -> None:
-        """Fold the pre-scale into the projection, and into what padding is projected to."""
+        """Fold the pre-scale into the projection, and into the projection of padding."""
         if self.outside is not None:
             queries_keys, values = self.outside.tensor_split([len(self.outside) // 3 * 2])
             self.outside = torch.cat([queries_keys * self.scale, values])

@@ -1,5 +1,7 @@
 """Every model equals its original: logits, parameters, operations, and key layout."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -31,6 +33,18 @@ GOLDENS = {
 }
 
 
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def gmacs(model, x):
+    set_fused_attention(model, False)  # the counter does not know every fused kernel
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x[:1])
+    return counter.get_total_flops() / 2e9
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GOLDENS)
 def test_equals_the_original(golden, tmp_path, name):
     description, weights, x = golden(name)
@@ -43,20 +57,30 @@ def test_equals_the_original(golden, tmp_path, name):
     report = load_checkpoint(model, path)
     assert len(report.ignored) == len(indices)
     assert len(report.loaded) == len(description["keys"]) - len(indices)
-    assert sum(p.numel() for p in model.parameters()) == description["n_params"]
+    assert count(model) == description["n_params"]
+    assert gmacs(model, x) == pytest.approx(description["gmacs"], rel=1e-5)
     reference = torch.tensor(description["logits_f64"], dtype=torch.float64)
     std = description["stats"]["logits_std"]
-    set_fused_attention(model, False)  # the counter does not know every fused kernel
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(x[:1])
-    assert counter.get_total_flops() / 2e9 == pytest.approx(description["gmacs"], rel=1e-5)
-    for fused in (True, False):
-        set_fused_attention(model, fused)
+
+    def check(model):
+        double = copy.deepcopy(model).double()
+        for fused in (True, False):
+            for one, dtype, tolerance in (
+                (model, torch.float32, 1e-5),
+                (double, torch.float64, 1e-6),
+            ):
+                set_fused_attention(one, fused)
+                with torch.no_grad():
+                    assert (one(x.to(dtype)) - reference).abs().max() < tolerance * std
+
+    check(model)
+    if fused := description.get("reparam"):
+        check(model.reparameterize())
+        assert count(model) == fused["n_params_after_all"]
+        assert gmacs(model, x) == pytest.approx(fused["gmacs_after"], rel=1e-5)
+        row = torch.tensor(fused["logits_fused_first32_row0"])  # float32
         with torch.no_grad():
-            single = model.float()(x)
-            double = model.double()(x.double())
-        assert (single - reference).abs().max() < 1e-5 * std
-        assert (double - reference).abs().max() < 1e-6 * std
+            assert (model(x)[0, :32] - row).abs().max() < 1e-5 * std
 
 
 def test_every_golden_is_looked_at(shared):

@@ -274,9 +274,9 @@ def test_locality_of_convit(trained, main):
         (["--finetune", "x", "--linear-probe", "--layer-decay", 0.5], "leave --layer-decay out"),
         (["--finetune", "x", "--linear-probe", "--freeze-stages", 0], "leave --freeze-stages out"),
         (["--finetune", "x", "--freeze-stages", -2], "--freeze-stages -2 must be 0 or more"),
-        (["--finetune", "x", "--freeze-stages", 7], "7 frozen stages are more than the 4"),
-        (["--locality-strength", 1], "visformer_tiny takes no locality_strength"),
-        (["--local-up-to-layer", 2], "visformer_tiny takes no local_up_to_layer"),
+        (["--finetune", "x", "--freeze-stages", 7], "7 stages of"),
+        (["--locality-strength", 1], "visformer_tiny does not accept locality_strength"),
+        (["--local-up-to-layer", 2], "visformer_tiny does not accept local_up_to_layer"),
         (
             ["--model", "convit_tiny", "--local-up-to-layer", 12],
             "local_up_to_layer 12 must be from 0 to 11",

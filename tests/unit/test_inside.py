@@ -11,8 +11,8 @@ from visualizing import TINY, randomize
 
 from models import vit
 from models.fastvit import MapAttention
-from models.layers import Attention2d, WindowAttention2d
-from models.layers.gpsa import GPSA, SelfAttention, head_offsets
+from models.layers import Attention2d, SelfAttention, WindowAttention2d
+from models.layers.gpsa import GPSA, head_offsets
 from models.layers.reparam import (
     LargeKernelConv,
     LayerScale2d,

@@ -12,9 +12,9 @@ from timm.layers import Attention as TimmAttention
 from torch import nn
 
 from models import vit
-from models.layers import Attention2d, WindowAttention2d, attention_weights
+from models.layers import Attention2d, SelfAttention, WindowAttention2d, attention_weights
 from models.layers.attention import AttentionParts, split_heads
-from models.layers.gpsa import GPSA, SelfAttention
+from models.layers.gpsa import GPSA
 from utils import UserError
 
 KINDS = (GPSA, SelfAttention, Attention2d, TimmAttention)
