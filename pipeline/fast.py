@@ -120,9 +120,7 @@ class FastDataset(LabelledImages):
     """Batches of cropped and resized images, with the operations that are left to do.
 
     Args:
-        source: The images.
-        augmentation: The augmentation.
-        is_train, seed, skip_corrupt: See :class:`LabelledImages`.
+        source, augmentation, is_train, seed, skip_corrupt: See :class:`LabelledImages`.
         augment: Apply the policy's operations here instead of on the device.
         resident: Keep the images on the device, if they are decoded and small, and if the
             device can apply the whole augmentation.
@@ -145,8 +143,8 @@ class FastDataset(LabelledImages):
         resident: bool = False,
         decode: bool = True,
     ):
-        super().__init__(source, is_train, seed, skip_corrupt)
-        self.augmentation, self.size = augmentation, augmentation.size
+        super().__init__(source, augmentation, is_train, seed, skip_corrupt)
+        self.size = augmentation.size
         self._stages = stages = augmentation.stages()
         self.policy = _record(stages.color, self.size)
         self._pil_steps = stages.color if self.policy is None else []

@@ -41,6 +41,7 @@ class LabelledImages(Dataset):
 
     Args:
         source: The images.
+        augmentation: Their augmentation.
         is_train: The images are for training.
         seed: Seed of the run. With it, a :class:`SampleIndex` seeds the random numbers of its
             sample.
@@ -48,8 +49,15 @@ class LabelledImages(Dataset):
             one of its class, and skip a corrupt evaluation image; both are reported.
     """
 
-    def __init__(self, source: Source, is_train: bool, seed: int = 0, skip_corrupt: bool = False):
-        self.source = source
+    def __init__(
+        self,
+        source: Source,
+        augmentation: Augmentation,
+        is_train: bool,
+        seed: int = 0,
+        skip_corrupt: bool = False,
+    ):
+        self.source, self.augmentation = source, augmentation
         self.is_train = is_train
         self.seed = seed
         self.skip_corrupt = skip_corrupt
@@ -98,12 +106,7 @@ class LabelledImages(Dataset):
 
 
 class AugmentedDataset(LabelledImages):
-    """Images under the reference transform, one by one.
-
-    Args:
-        source, is_train, seed, skip_corrupt: See :class:`LabelledImages`.
-        augmentation: The augmentation.
-    """
+    """Images under the reference transform, one by one; see :class:`LabelledImages`."""
 
     def __init__(
         self,
@@ -113,7 +116,7 @@ class AugmentedDataset(LabelledImages):
         seed: int = 0,
         skip_corrupt: bool = False,
     ):
-        super().__init__(source, is_train, seed, skip_corrupt)
+        super().__init__(source, augmentation, is_train, seed, skip_corrupt)
         self.transform = augmentation.compose()
 
     def __getitem__(self, index: int) -> Sample:

@@ -226,6 +226,14 @@ def test_augmentation_depends_on_the_draw_alone(image_folder, loader):
     assert len({image.numpy().tobytes() for image in first}) == 16  # copies differ too
 
 
+@pytest.mark.parametrize(("words", "distinct"), [((), 6), (("--no-repeated-aug",), 16)])
+def test_an_epoch_repeats_images_unless_told_not_to(image_folder, words, distinct):
+    args = folder_args(image_folder, "--batch-size", 4, *words)
+    dataset, _ = datasets.build_dataset(True, args)
+    samples = list(train_feed(dataset, args).sampler)
+    assert (len(samples), len(set(samples))) == (16, distinct)
+
+
 @LOADERS
 def test_loading_leaves_the_process_s_random_numbers_alone(image_folder, loader):
     dataset, _ = datasets.build_dataset(True, folder_args(image_folder, "--loader", loader))

@@ -11,68 +11,59 @@ from unittest import mock
 
 import torch
 from torch.utils.data import DataLoader
-from torchvision import transforms
 
 import datasets
 from engine import build_mixup
 from pipeline import augment_host, fast, prefetch, reference
-from pipeline.augment_ops import ErasingRecorder, PolicyRecorder
 from pipeline.sources.base import Encoded
 from samplers import SampleIndex
 
 CLASSES = 1000  # of mixup's targets
 REPEATS = 4  # epochs of a measurement with workers, without a pause between them
-STAGES = {  # product functions by stage, of both pipelines
+STAGES = {  # functions of our pipeline, by stage of the augmentation and before and after it
     "decode": [(fast, "decode_crop"), (Encoded, "decode")],
-    "crop, resize": [(fast, "resize")],
+    "crop": [(fast, "resize")],
     "flip": [(fast, "flip")],
-    "RandAugment": [(PolicyRecorder, "sample"), (augment_host, "apply")],
-    "normalise": [(prefetch.BatchFinalizer, "normalized")],
-    "erase": [(ErasingRecorder, "sample"), (prefetch, "erase")],
+    "color": [(augment_host, "apply")],
+    "normalize": [(prefetch.BatchFinalizer, "normalized")],
+    "erase": [(prefetch, "erase")],
     "collate": [(fast.FastDataset, "collate"), (reference, "default_collate")],
 }
-REFERENCE_STAGES = {  # stages of the reference's transform
-    "resize": "crop, resize",
-    "crop": "crop, resize",
-    "flip": "flip",
-    "color": "RandAugment",
-    "normalize": "normalise",
-    "erase": "erase",
-}
 
 
-class Stopwatch:
-    """Sums up the time spent in functions.
+def functions_of(dataset: reference.LabelledImages) -> dict[str, list[tuple[Any, str]]]:
+    """Return the functions of each stage as (module or class, name), transforms included."""
+    functions = {"read": [(type(dataset.source), "read")]} | STAGES
+    for name, steps in dataset.augmentation.stages()._asdict().items():
+        stage = "crop" if name == "resize" else name
+        functions[stage] = functions[stage] + [(type(step), "__call__") for step in steps]
+    return functions
 
-    Attributes:
-        seconds: Seconds by stage.
+
+@contextlib.contextmanager
+def timed(functions: dict[str, list[tuple[Any, str]]]) -> Iterator[dict[str, float]]:
+    """Time functions in the block.
+
+    Returns:
+        Seconds by stage so far.
     """
+    seconds = dict.fromkeys(functions, 0.0)
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    def timed(self, stage: str, function: Callable) -> Callable:
-        """Return ``function``, timed as part of a stage."""
-        self.seconds.setdefault(stage, 0.0)
-
+    def wrapped(stage: str, function: Callable) -> Callable:
         def run(*args: Any) -> Any:
             started = time.perf_counter()
             result = function(*args)
-            self.seconds[stage] += time.perf_counter() - started
+            seconds[stage] += time.perf_counter() - started
             return result
 
         return run
 
-    @contextlib.contextmanager
-    def patched(self, source: Encoded) -> Iterator[None]:
-        """Time the functions of ``STAGES``, and the reading of a source, in the block."""
-        stages = {"read": [(type(source), "read")]} | STAGES
-        with contextlib.ExitStack() as stack:
-            for stage, places in stages.items():
-                for owner, name in places:
-                    function = self.timed(stage, getattr(owner, name))
-                    stack.enter_context(mock.patch.object(owner, name, function))
-            yield
+    with contextlib.ExitStack() as stack:
+        for stage, places in functions.items():
+            for owner, name in places:
+                function = wrapped(stage, getattr(owner, name))
+                stack.enter_context(mock.patch.object(owner, name, function))
+        yield seconds
 
 
 @dataclass(frozen=True)
@@ -96,45 +87,26 @@ class Pipeline:
 
         Mixup is measured as well, but not part of ``total``.
         """
-        count = len(self.dataset)
-        clock, mixup = Stopwatch(), build_mixup(self.flags, CLASSES)
+        count, step = len(self.dataset), self.flags.batch_size
         indices = [SampleIndex(index) for index in range(count)]
-        targets = torch.zeros(self.flags.batch_size, dtype=torch.long)
-        total = 0.0
-        with clock.patched(self.dataset.source), self._timed_transform(clock):
-            for start in range(0, count, self.flags.batch_size):
+        mixup, targets = build_mixup(self.flags, CLASSES), torch.zeros(step, dtype=torch.long)
+        total = mixing = 0.0
+        with timed(functions_of(self.dataset)) as seconds:
+            for start in range(0, count, step):
                 started = time.perf_counter()
-                batch = self.dataset.__getitems__(indices[start : start + self.flags.batch_size])
-                batch = self.finalize(batch)
+                batch = self.finalize(self.dataset.__getitems__(indices[start : start + step]))
                 total += time.perf_counter() - started
                 if isinstance(batch, reference.Batch):
                     images = batch.images[: len(batch.images) // 2 * 2].clone()
-                    clock.timed("mixup", mixup)(images, targets[: len(images)])
-        seconds = clock.seconds
-        parts = sum(seconds.values()) - seconds.get("mixup", 0)
-        found = seconds | {"other": total - parts, "total": total}
-        return {stage: value / count for stage, value in found.items()}
-
-    @contextlib.contextmanager
-    def _timed_transform(self, clock: Stopwatch) -> Iterator[None]:
-        if not isinstance(self.dataset, reference.AugmentedDataset):
-            yield
-            return
-        stages = datasets.build_augmentation(True, self.flags).stages()._asdict()
-        steps = [
-            clock.timed(REFERENCE_STAGES[name], step) for name in stages for step in stages[name]
-        ]
-        with mock.patch.object(self.dataset, "transform", transforms.Compose(steps)):
-            yield
+                    started = time.perf_counter()
+                    mixup(images, targets[: len(images)])
+                    mixing += time.perf_counter() - started
+        found = {"other": total - sum(seconds.values()), "total": total, "mixup": mixing}
+        return {stage: value / count for stage, value in (seconds | found).items()}
 
 
 def pipelines(sources: dict[str, Encoded], flags: Namespace) -> list[Pipeline]:
-    """Return the reference, ours, and ours with the device's share left out.
-
-    Args:
-        sources: Images by name.
-        flags: main.py's flags.
-    """
+    """Return the reference, ours, and ours without the device's share, for sources by name."""
     found = []
     for name, source in sources.items():
         for side, words in (
