@@ -1,6 +1,5 @@
 """Shared data and helpers of the tests."""
 
-import functools
 import importlib.util
 import json
 import os
@@ -232,27 +231,22 @@ def vit(tmp_path):
 
 
 @pytest.fixture
-def program(capsys, monkeypatch):
-    """``program(main, *flags) -> (status, output, errors)``: a program's ``main`` in this process.
+def main(capsys, monkeypatch):
+    """``main(*flags) -> (status, output, errors)``: main.py in this process.
 
     With one thread, as :func:`run_python` has: sums depend on the number of threads.
     """
+    import main as module
+
     for key in set(os.environ) - set(clean_env()):
         monkeypatch.delenv(key)
 
-    def call(function, *flags):
+    def call(*flags):
         capsys.readouterr()
         torch.set_num_threads(1)
-        status = function([str(flag) for flag in flags])
+        status = module.main([str(flag) for flag in flags])
         torch.set_num_threads(THREADS)
-        return status, *capsys.readouterr()
+        output, errors = capsys.readouterr()
+        return status, output, errors
 
     return call
-
-
-@pytest.fixture
-def main(program):
-    """``main(*flags) -> (status, output, errors)``: main.py in this process."""
-    import main as module
-
-    return functools.partial(program, module.main)
