@@ -236,12 +236,11 @@ def select_device(name: str | None, place: DistInfo | None = None) -> torch.devi
     count = torch.cuda.device_count()
     if count == 0:
         raise UserError(f"--device {name}: no CUDA device here; use --device cpu")
-    if place is not None and place.world_size > 1:
-        index, what = place.local_rank, f"local rank {place.local_rank}"
-    else:
-        index, what = device.index or 0, f"--device {name}"
+    ranks = place is not None and place.world_size > 1
+    index = place.local_rank if ranks else device.index or 0
     if index >= count:
-        raise UserError(f"{what} has no GPU: {count} here; start at most {count} processes")
+        what = f"local rank {index}" if ranks else f"--device {name}"
+        raise UserError(f"{what} has no GPU: {count} here; each process needs one")
     return torch.device("cuda", index)
 
 
