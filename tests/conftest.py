@@ -290,10 +290,11 @@ class Printed(io.StringIO):
         return len(text)
 
 
-def run_main(*flags, line=None, act=None):
-    """Run main.py in this process, as with one thread: sums depend on the number of threads.
+def call(main, *flags, line=None, act=None):
+    """Run a program's ``main`` in this process, with one thread: sums depend on their number.
 
     Args:
+        main: Function of the flags, as a list.
         flags: Flags of the command line.
         line, act: When a line of the output starts with ``line``, call ``act``; a signal number
             is raised.
@@ -301,8 +302,6 @@ def run_main(*flags, line=None, act=None):
     Returns:
         Exit status, output and errors.
     """
-    import main
-
     if isinstance(act, int):
         act = partial(signal.raise_signal, act)
     output, errors = Printed(line, act), io.StringIO()
@@ -313,11 +312,18 @@ def run_main(*flags, line=None, act=None):
             contextlib.redirect_stdout(output),
             contextlib.redirect_stderr(errors),
         ):
-            status = main.main([str(flag) for flag in flags])
+            status = main([str(flag) for flag in flags])
     finally:
         torch.set_num_threads(THREADS)
     assert output.line is None, f"no line {line!r} in {output.getvalue()}{errors.getvalue()}"
     return status, output.getvalue(), errors.getvalue()
+
+
+def run_main(*flags, **options):
+    """Run main.py in this process; see :func:`call`."""
+    import main
+
+    return call(main.main, *flags, **options)
 
 
 def succeed(*flags, **options):
@@ -331,22 +337,3 @@ def succeed(*flags, **options):
 def main():
     """:func:`run_main`."""
     return run_main
-
-
-@pytest.fixture
-def program(capsys, monkeypatch):
-    """``program(main, *flags) -> (status, output, errors)``: a program's ``main`` in this process.
-
-    With one thread, as :func:`run_python` has: sums depend on the number of threads.
-    """
-    for key in set(os.environ) - set(clean_env()):
-        monkeypatch.delenv(key)
-
-    def call(function, *flags):
-        capsys.readouterr()
-        torch.set_num_threads(1)
-        status = function([str(flag) for flag in flags])
-        torch.set_num_threads(THREADS)
-        return status, *capsys.readouterr()
-
-    return call

@@ -239,12 +239,11 @@ def select_device(name: str | None, info: DistInfo | None = None) -> torch.devic
     count = torch.cuda.device_count()
     if count == 0:
         raise UserError(f"--device {name}: no CUDA device found; use --device cpu")
-    if info is not None and info.world_size > 1:
-        index, what = info.local_rank, f"local rank {info.local_rank}"
-    else:
-        index, what = device.index or 0, f"--device {name}"
+    ranked = info is not None and info.world_size > 1
+    index = info.local_rank if ranked else device.index or 0
     if index >= count:
-        raise UserError(f"{what} has no GPU: {count} found; start at most {count} processes")
+        what = f"local rank {index}" if ranked else f"--device {name}"
+        raise UserError(f"{what} has no GPU: {count} found; each process needs one")
     return torch.device("cuda", index)
 
 

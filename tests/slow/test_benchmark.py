@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
-from conftest import run_python
+from conftest import call, run_python
 
 import models
 from tools.benchmark import __main__ as command
@@ -52,10 +52,10 @@ def original(tmp_path):
 
 
 @pytest.fixture
-def benchmark(monkeypatch, program):
+def benchmark(monkeypatch):
     """``benchmark(*flags) -> (status, output, errors)`` on the CPU, with a small matrix product."""
     monkeypatch.setitem(command.MATRIX, "cpu", 64)
-    return lambda *flags: program(command.main, *flags, "--device", "cpu", *QUICK)
+    return lambda *flags: call(command.main, *flags, "--device", "cpu", *QUICK)
 
 
 @pytest.fixture
@@ -184,22 +184,22 @@ def test_a_process_that_fails_names_its_case():
         command.peak(case)
 
 
-def test_backbones_with_the_originals_attention(program, forked):
+def test_backbones_with_the_originals_attention(forked):
     words = ["--device", "cpu", "--input-size", 64, 96, "--rounds", 1, "--min-time", 0.01]
-    status, output, errors = program(backbone.main, "swin_visformer_tiny_v2", *words)
+    status, output, errors = call(backbone.main, "swin_visformer_tiny_v2", *words)
     assert status == 0, errors
     assert float(re.search(r"outputs differ by (\S+)", output)[1]) < 1e-9
     for kind in (*backbone.KINDS, "memory"):
         assert f"\n{kind} swin_visformer_tiny_v2 ours/original " in output
-    status, _, errors = program(backbone.main, "convit_tiny", "--device", "cpu")
+    status, _, errors = call(backbone.main, "convit_tiny", "--device", "cpu")
     assert status == 1 and "convit_tiny" in errors
 
 
-def test_the_cost_of_saving(tmp_path, program, monkeypatch):
+def test_the_cost_of_saving(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     flags = ["--steps", 2, "--save-every-steps", 1, "--rounds", 1, "--device", "cpu"]
     words = ["test_vit", *flags, "--batch-size", 2, "--input-size", 32]
-    status, output, errors = program(saving.main, *words)
+    status, output, errors = call(saving.main, *words)
     assert status == 0, errors
     first, last = output.splitlines()
     assert re.match(

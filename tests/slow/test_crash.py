@@ -3,17 +3,20 @@
 import contextlib
 import functools
 import json
+import multiprocessing
+import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
 from argparse import Namespace
+from multiprocessing.connection import Connection
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import clean_env
-from forking import Forked
+from conftest import ROOT, call
 
 from tests.crash import job
 from tests.crash.__main__ import main as crash
@@ -26,12 +29,43 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 KILL, TERM = (parts_of(1, name)[0] for name in ("KILL", "TERM"))
 
 
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["main"])
+
+
+def run_main(words, env, text):
+    """What ``python WORDS`` does, printing into ``text``."""
+    os.dup2(text.fileno(), 1)
+    os.dup2(1, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", 1)
+    multiprocessing.set_start_method("fork", force=True)  # for loader processes, as usual
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
+class Forked:
+    """The parts of ``subprocess.Popen`` that Job uses, in a process that need not import torch."""
+
+    def __init__(self, command, stdout, env, **_):
+        with Connection(os.dup(stdout.fileno())) as text:
+            words = [str(ROOT / command[1]), *command[2:]]
+            self._process = SERVER.Process(target=run_main, args=(words, env, text))
+            self._process.start()
+        self.pid, self.kill, self.wait = self._process.pid, self._process.kill, self._process.join
+
+    def poll(self):
+        return self._process.exitcode
+
+    returncode = property(poll)
+
+
 @pytest.fixture
-def run(program, monkeypatch, tmp_path):
+def run(monkeypatch, tmp_path):
     """``run(*flags) -> (status, output, errors)`` of a crash test of one rank, into tmp_path."""
     monkeypatch.setattr(job, "Popen", Forked)
-    monkeypatch.setattr(job.os, "environ", clean_env())
-    return functools.partial(program, crash, "--ranks", 1, "--output_dir", tmp_path)
+    return functools.partial(call, crash, "--ranks", 1, "--output_dir", tmp_path)
 
 
 def test_kills_leave_no_trace(run, tmp_path):

@@ -8,6 +8,7 @@ import sys
 import types
 from typing import NamedTuple
 
+import calling
 import numpy as np
 import pytest
 import torch
@@ -55,17 +56,12 @@ class Done(NamedTuple):
     error: str
 
 
-@pytest.fixture
-def call(program):
-    """``call(command, *flags)``: a command in this process."""
-
-    def run(command, *flags):
-        status, output, errors = program(command.main, *flags)
-        lines = [line for line in errors.splitlines() if line.startswith("error")]
-        assert len(lines) == (status != 0)
-        return Done(status, output, "".join(lines))
-
-    return run
+def call(command, *flags):
+    """Run a command in this process."""
+    status, output, errors = calling.call(command.main, *flags)
+    lines = [line for line in errors.splitlines() if line.startswith("error")]
+    assert len(lines) == (status != 0)
+    return Done(status, output, "".join(lines))
 
 
 @pytest.fixture
@@ -101,7 +97,7 @@ def dataset(tmp_path):
 
 
 @pytest.fixture
-def training(call, tmp_path):
+def training(tmp_path):
     """``training(folder, *options) -> (status, output, error)`` of one step."""
 
     def run(root, *options):
@@ -111,7 +107,7 @@ def training(call, tmp_path):
     return run
 
 
-def test_train_resume_test_infer(call, dataset, tmp_path):
+def test_train_resume_test_infer(dataset, tmp_path):
     """The commands one after the other."""
     data, run = dataset(), tmp_path / "run"
     options = [*OPTIONS, "default_hooks.checkpoint.save_last=True"]
@@ -156,7 +152,7 @@ def test_two_processes_train(dataset, tmp_path):
     assert output.count("Iter(train) [1/1]") == 1
 
 
-def test_cascade_runs_and_is_measured(call):
+def test_cascade_runs_and_is_measured():
     options = ["model.test_cfg.rpn.max_per_img=20", "model.train_cfg.rpn_proposal.max_per_img=20"]
     options += [f"model.train_cfg.rcnn.{stage}.sampler.num=8" for stage in range(3)]
     words = ["--size", 64, 64, "--steps", 1, "--device", "cpu", "--cfg-options", *options]
@@ -166,7 +162,7 @@ def test_cascade_runs_and_is_measured(call):
     assert len(speeds) == 3 and speeds[0] > speeds[2] > 0
 
 
-def test_flops_prints_every_part(call):
+def test_flops_prints_every_part():
     status, output, _ = call(flops, CONFIG, "--size", 1270, 790)
     lines = output.splitlines()
     assert status == 0 and lines[0].startswith("image of 1280x800")  # whole strides
@@ -189,20 +185,26 @@ def test_images_without_objects_and_degenerate_boxes_are_trained_through(dataset
     assert status == 0 and "Iter(train) [3/3]" in output
 
 
+HEADS = [f"model.roi_head.{kind}_head.num_classes=3" for kind in ("bbox", "mask")]
+TRAIN = r"instances_train\.json"
+
+
 @pytest.mark.parametrize(
-    ("edit", "expected"),
+    ("given", "options", "names"),
     [
-        (lambda content: content.pop("categories"), "categories"),
-        (lambda content: content["images"].clear(), "classes"),
-        (lambda content: content["annotations"].clear(), "classes"),
-        (lambda content: content["categories"][0].update(name="dog"), "classes"),
-        (lambda content: content["annotations"][0].pop("bbox"), "bbox"),
+        ({"edit": lambda content: content.pop("categories")}, [], f"{TRAIN}.*categories"),
+        ({"edit": lambda content: content["images"].clear()}, [], f"{TRAIN}.*classes"),
+        ({"edit": lambda content: content["annotations"].clear()}, [], f"{TRAIN}.*classes"),
+        ({"edit": lambda content: content["categories"][0].update(name="dog")}, [], TRAIN),
+        ({"edit": lambda content: content["annotations"][0].pop("bbox")}, [], f"{TRAIN}.*bbox"),
+        ({"masks": False}, [], "annotation .*mask"),
+        ({}, HEADS, r"\b1 classes.*\b3\b"),
+        ({}, ["optim_wrapper.optimizer.momentum=0.9"], "'momentum'"),
     ],
 )
-def test_unusable_annotations(dataset, training, edit, expected):
-    status, _, error = training(dataset(edit=edit))
-    assert status == 1
-    assert "instances_train.json" in error and expected in error
+def test_unusable_annotations_and_settings(dataset, training, given, options, names):
+    status, _, error = training(dataset(**given), *options)
+    assert status == 1 and re.search(names, error), error
 
 
 def test_unusable_files(dataset, training):
@@ -219,17 +221,6 @@ def test_unusable_files(dataset, training):
     assert status == 1 and "instances_train.json" in error
     status, _, error = training(root / "nowhere")
     assert status == 1 and str(root / "nowhere") in error
-
-
-def test_objects_without_masks(dataset, training):
-    status, _, error = training(dataset(masks=False))
-    assert status == 1 and "annotation" in error and "mask" in error
-
-
-def test_heads_of_other_classes(dataset, training):
-    heads = [f"model.roi_head.{kind}_head.num_classes=3" for kind in ("bbox", "mask")]
-    status, _, error = training(dataset(), *heads)
-    assert status == 1 and re.search(r"\b1 classes.*\b3\b", error)
 
 
 # --- configs
@@ -250,7 +241,7 @@ def test_heads_of_other_classes(dataset, training):
         ("train_dataloader.dataset.pipeline.9.scale=1", CONFIG.name),
     ],
 )
-def test_unusable_options(call, option, expected):
+def test_unusable_options(option, expected):
     status, output, error = call(flops, CONFIG, "--cfg-options", option)
     assert (status, output) == (1, "") and expected in error
 
@@ -264,31 +255,22 @@ def test_unusable_options(call, option, expected):
         ("model = dict(type='RetinaNet')", "config.py: .*backbone"),
     ],
 )
-def test_unusable_configs(call, tmp_path, text, expected):
+def test_unusable_configs(tmp_path, text, expected):
     (tmp_path / "config.py").write_text(text)
     status, _, error = call(flops, tmp_path / "config.py")
     assert status == 1 and re.search(expected, error)
 
 
-def test_unusable_optimizer(dataset, training):
-    status, _, error = training(dataset(), "optim_wrapper.optimizer.momentum=0.9")
-    assert status == 1 and "'momentum'" in error
-
-
-def test_missing_config_and_device(call):
+def test_unusable_flags():
     assert "nowhere.py" in call(train, "nowhere.py").error
     assert "--device 'tpu9'" in call(benchmark, CONFIG, "--device", "tpu9").error
-
-
-def test_launcher_without_processes(call):
-    words = [CONFIG, "--launcher", "pytorch"]
-    assert "torchrun" in call(train, *words).error
+    assert "torchrun" in call(train, CONFIG, "--launcher", "pytorch").error
 
 
 # --- checkpoints
 
 
-def test_unusable_checkpoints(call, dataset, tmp_path):
+def test_unusable_checkpoints(dataset, tmp_path):
     root = dataset()
     image, options = root / "images" / "0.png", ["--cfg-options", *OPTIONS]
     words = ["--data-root", root, "--work-dir", tmp_path / "run", *options]
@@ -313,14 +295,14 @@ def test_unusable_checkpoints(call, dataset, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mmengine", "mmcv", "mmdet"])
-def test_a_missing_package_is_named_with_its_remedy(call, monkeypatch, name):
+def test_a_missing_package_is_named_with_its_remedy(monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
     status, _, error = call(flops, CONFIG)
     assert status == 1
     assert error.startswith(f"error: {name} ") and runtime.INSTALL in error
 
 
-def test_an_old_mmdet_is_named_with_its_remedy(call, monkeypatch):
+def test_an_old_mmdet_is_named_with_its_remedy(monkeypatch):
     old = types.ModuleType("mmdet")
     old.__version__, old.__spec__ = "2.28.0", importlib.machinery.ModuleSpec("mmdet", None)
     monkeypatch.setitem(sys.modules, "mmdet", old)

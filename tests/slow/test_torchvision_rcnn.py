@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ranks, read_log, run_python, together
+from conftest import call, ranks, read_log, run_python, together
 from PIL import Image
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops.poolers import _setup_scales
@@ -18,6 +18,7 @@ from torchvision.ops.poolers import _setup_scales
 import models
 from datasets import DataError
 from samplers import RASampler, SampleIndex
+from tests.crash.compare import compare
 
 masks = pytest.importorskip("pycocotools.mask")
 
@@ -183,6 +184,12 @@ def few(pennfudan, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def truth(few):
+    """Annotations of the training images of ``few``."""
+    return read_annotations(few / "annotations" / "instances_train.json")
+
+
 def tampered(few, tmp_path, change):
     """A training file of ``few`` after ``change(content)``."""
     content = json.loads((few / "annotations" / "instances_train.json").read_text())
@@ -195,15 +202,14 @@ def tampered(few, tmp_path, change):
 def test_polygons_and_both_forms_of_rle_are_the_same_masks(pennfudan):
     files = [pennfudan / "annotations" / f"instances_val{form}.json" for form in ("", "_rle")]
     polygons, compressed = map(read_annotations, files)
-    plain = {}
-    for key, entries in compressed.objects.items():
-        plain[key] = []
-        for entry in entries:
-            runs = np.flatnonzero(np.diff(masks.decode(entry["segmentation"]).T.ravel(), prepend=0))
-            total = np.prod(entry["segmentation"]["size"])
-            counts = np.diff([0, *runs, total]).tolist()
-            rle = {"size": entry["segmentation"]["size"], "counts": counts}
-            plain[key].append({**entry, "segmentation": rle})
+
+    def uncompressed(entry):
+        rle = entry["segmentation"]
+        runs = np.flatnonzero(np.diff(masks.decode(rle).T.ravel(), prepend=0))
+        counts = np.diff([0, *runs, np.prod(rle["size"])]).tolist()
+        return entry | {"segmentation": rle | {"counts": counts}}
+
+    plain = {key: list(map(uncompressed, found)) for key, found in compressed.objects.items()}
     forms = [polygons, compressed, replace(compressed, objects=plain)]
     datasets = [CocoDataset(form, pennfudan / "images", {1: 1}, True) for form in forms]
     for index in range(5):
@@ -222,8 +228,8 @@ def test_polygons_and_both_forms_of_rle_are_the_same_masks(pennfudan):
 
 def test_what_is_left_out_of_training(few, tmp_path):
     def change(content):
-        first = [a for a in content["annotations"] if a["image_id"] == content["images"][0]["id"]]
-        one, other = first
+        first, second = (image["id"] for image in content["images"][:2])
+        one, other = (a for a in content["annotations"] if a["image_id"] == first)
         size = [content["images"][0][key] for key in ("height", "width")]
         pixels = size[0] * size[1]
         del one["area"], one["iscrowd"]  # optional
@@ -241,16 +247,12 @@ def test_what_is_left_out_of_training(few, tmp_path):
                 {"segmentation": [[3, 3, 3, 3, 3, 3]]},
             )
         ]
-        content["annotations"] = [
-            a for a in content["annotations"] if a["image_id"] != content["images"][1]["id"]
-        ]
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] != second]
 
     annotations = read_annotations(tampered(few, tmp_path, change))
     dataset = CocoDataset(annotations, few / "images", {1: 1}, True)
     assert len(dataset[0][1]["boxes"]) == len(dataset[0][1]["masks"]) == 2
-    assert {key: len(value) for key, value in dataset[1][1].items()} == dict.fromkeys(
-        ("boxes", "labels", "masks"), 0
-    )
+    assert [len(dataset[1][1][key]) for key in ("boxes", "labels", "masks")] == [0, 0, 0]
     # all of them stay in the evaluation, boxes also where the mask is empty
     results = truth_as_results(annotations, few)
     stats = score(annotations, results)
@@ -260,15 +262,14 @@ def test_what_is_left_out_of_training(few, tmp_path):
     assert score(replace(annotations, objects=objects), results)["segm_AP"] == pytest.approx(1)
 
 
-def test_half_of_the_images_are_mirrored_the_same_in_every_run(few):
-    annotations = read_annotations(few / "annotations" / "instances_train.json")
-    dataset = CocoDataset(annotations, few / "images", {1: 1}, True, seed=1)
+def test_half_of_the_images_are_mirrored_the_same_in_every_run(few, truth):
+    dataset = CocoDataset(truth, few / "images", {1: 1}, True, seed=1)
     plain, target = dataset[0]
-    flips = [not torch.equal(dataset[SampleIndex(0, epoch)][0], plain) for epoch in range(20)]
-    assert 5 < sum(flips) < 15
-    assert flips == [
-        not torch.equal(dataset[SampleIndex(0, epoch)][0], plain) for epoch in range(20)
-    ]
+    flips, again = (
+        [not torch.equal(dataset[SampleIndex(0, epoch)][0], plain) for epoch in range(20)]
+        for _ in range(2)
+    )
+    assert 5 < sum(flips) < 15 and flips == again
     image, flipped = mirrored(plain, target)
     assert torch.equal(image, plain.flip(2))
     for box, mask in zip(flipped["boxes"], flipped["masks"], strict=True):
@@ -279,7 +280,7 @@ def test_half_of_the_images_are_mirrored_the_same_in_every_run(few):
 # --- evaluation -----------------------------------------------------------------------------
 
 
-def truth_as_results(annotations, folder, ids=(1,)):
+def truth_as_results(annotations, folder):
     """The objects of a file as if a detector had found them."""
     labels = {key: label for label, key in enumerate(annotations.categories, start=1)}
     dataset = CocoDataset(annotations, folder / "images", labels, True)
@@ -319,25 +320,25 @@ def test_the_truth_scores_one_and_nothing_scores_zero(few, tmp_path):
     assert score(annotations, results) == score(annotations, results[::-1])
 
 
-def test_a_detection_in_a_crowd_is_no_error(few, tmp_path):
+def test_a_detection_in_a_crowd_is_no_error(few, truth, tmp_path):
+    image = truth.images[0]
+    height, width = image["height"], image["width"]
+
     def change(content):
-        image = content["images"][0]
-        height, width = image["height"], image["width"]
         crowd = {"size": [height, width], "counts": [0, height * 60, height * (width - 60)]}
         entry = {"id": 10**6, "image_id": image["id"], "category_id": 1, "iscrowd": 1}
         entry |= {"area": 60 * height, "bbox": [0, 0, 60, height], "segmentation": crowd}
         content["annotations"].append(entry)
 
     crowded = read_annotations(tampered(few, tmp_path, change))
-    alone = read_annotations(few / "annotations" / "instances_train.json")
-    results = truth_as_results(alone, few)
-    pixels = np.zeros((crowded.images[0]["height"], crowded.images[0]["width"]), np.uint8, "F")
+    results = truth_as_results(truth, few)
+    pixels = np.zeros((height, width), np.uint8, "F")
     pixels[100:200, 10:40] = 1
-    false = {"image_id": crowded.images[0]["id"], "category_id": 1, "score": 2.0}
+    false = {"image_id": image["id"], "category_id": 1, "score": 2.0}
     false |= {"bbox": [10, 100, 30, 100], "segmentation": masks.encode(pixels)}
     for kind in ("bbox", "segm"):
         assert score(crowded, [false, *results])[f"{kind}_AP"] == pytest.approx(1)
-        assert score(alone, [false, *results])[f"{kind}_AP"] < 0.95
+        assert score(truth, [false, *results])[f"{kind}_AP"] < 0.95
 
 
 SCORE = """
@@ -360,14 +361,13 @@ with launch.process_group(args) as (place, _):
 """
 
 
-def test_results_of_several_processes_are_one_evaluation(few, tmp_path):
-    annotations = read_annotations(few / "annotations" / "instances_train.json")
-    results = truth_as_results(annotations, few)
+def test_results_of_several_processes_are_one_evaluation(few, truth, tmp_path):
+    results = truth_as_results(truth, few)
     for number, result in enumerate(results):
         result["bbox"][2] *= 1 + 0.1 * (number % 4)
         result["segmentation"]["counts"] = result["segmentation"]["counts"].decode()
     del results[3]
-    expected = score(annotations, results)
+    expected = score(truth, results)
     assert 0.1 < expected["bbox_AP"] < 0.9
     (tmp_path / "results.json").write_text(json.dumps(results))
     (tmp_path / "score.py").write_text(SCORE)
@@ -381,10 +381,7 @@ def test_results_of_several_processes_are_one_evaluation(few, tmp_path):
 # --- runs -----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def detect(program):
-    """``detect(*flags) -> (status, output, errors)``: the program in this process."""
-    return functools.partial(program, torchvision_rcnn.main)
+detect = functools.partial(call, torchvision_rcnn.main)
 
 
 def figures(output):
@@ -403,23 +400,7 @@ def whole(few, tmp_path_factory):
     return flags, folder, done.stdout
 
 
-def same_run(first, second):
-    """Assert that two folders tell of the same run, speed apart."""
-    logs = [read_log(folder) for folder in (first, second)]
-    for log in logs:
-        for line in log:
-            del line["train_images_per_second"]
-    assert logs[0] == logs[1]
-    one, two = (torch.load(f / "checkpoint.pth", weights_only=True) for f in (first, second))
-    assert all(torch.equal(value, two["model"][name]) for name, value in one["model"].items())
-    for number, state in one["optimizer"]["state"].items():
-        for key, value in state.items():
-            assert torch.equal(value, two["optimizer"]["state"][number][key])
-    for key in ("epoch", "best_ap", "scaler", "categories", "min_size", "channels"):
-        assert one[key] == two[key]
-
-
-def test_stopped_and_resumed_is_the_same_run(whole, tmp_path, detect, monkeypatch):
+def test_stopped_and_resumed_is_the_same_run(whole, tmp_path, monkeypatch):
     flags, folder, output = whole
     assert len(figures(output)) == 2
     log = read_log(folder)
@@ -441,12 +422,12 @@ def test_stopped_and_resumed_is_the_same_run(whole, tmp_path, detect, monkeypatc
     status, output, errors = detect(*flags, "--output_dir", tmp_path, "--resume", "auto")
     assert status == 0, errors
     assert drawn == [1]
-    same_run(folder, tmp_path)
+    assert compare(folder, tmp_path) == 0  # bits
     status, output, _ = detect(*flags, "--output_dir", tmp_path, "--resume", "auto")
     assert status == 0 and "2 of 2" in output
 
 
-def test_the_checkpoint_evaluates_to_the_same_figures(whole, few, detect):
+def test_the_checkpoint_evaluates_to_the_same_figures(whole, few):
     _, folder, output = whole
     last = read_log(folder)[-1]
     assert last["test_bbox_AP50"] > 1e-3
@@ -463,7 +444,7 @@ def test_the_checkpoint_evaluates_to_the_same_figures(whole, few, detect):
     assert figures(found) == figures(output)[-1:]
 
 
-def test_two_processes_train(few, tmp_path, detect):
+def test_two_processes_train(few, tmp_path):
     flags = [*RUN, "--data-path", few, "--epochs", 1, "--frozen-stages", 0]
     codes, trained, errors = together(2, [*flags, "--output_dir", tmp_path], program=["-m", MODULE])
     assert codes == [0, 0], errors
@@ -479,7 +460,7 @@ def test_two_processes_train(few, tmp_path, detect):
     assert figures(output) == figures(trained)
 
 
-def test_fine_tuning_keeps_what_the_classifier_says_of_its_function(few, tmp_path, detect):
+def test_fine_tuning_keeps_what_the_classifier_says_of_its_function(few, tmp_path):
     classifier, kwargs = models.build_model("visformer_tiny", {"qk_scale_factor": -0.5}, {})
     weights = {"model": classifier.state_dict(), "model_kwargs": kwargs, "gelu": "tanh"}
     torch.save(weights, tmp_path / "classifier.pth")
@@ -500,7 +481,7 @@ def test_fine_tuning_keeps_what_the_classifier_says_of_its_function(few, tmp_pat
     assert figures(found) == figures(output)
 
 
-def test_cocos_own_layout(few, tmp_path, detect):
+def test_cocos_own_layout(few, tmp_path):
     (tmp_path / "annotations").mkdir()
     for split in ("train", "val"):
         old, new = f"instances_{split}.json", f"instances_{split}2017.json"
@@ -511,7 +492,7 @@ def test_cocos_own_layout(few, tmp_path, detect):
     assert len(figures(output)) == 1
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(few, detect):
+def test_a_loss_that_is_not_finite_ends_the_run(few):
     status, _, errors = detect(*RUN, "--data-path", few, "--lr", 1e30, "--warmup-iters", 0)
     assert status == 1
     assert "epoch 0, step 1" in errors
@@ -585,7 +566,7 @@ BAD = [  # flags, a change of the annotations, and what the message must name
 
 
 @pytest.mark.parametrize(("flags", "change", "names"), BAD)
-def test_bad_input_is_one_line(few, tmp_path, detect, flags, change, names):
+def test_bad_input_is_one_line(few, tmp_path, flags, change, names):
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "empty.pth").write_bytes(b"")
     torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "other.pth")
@@ -598,7 +579,7 @@ def test_bad_input_is_one_line(few, tmp_path, detect, flags, change, names):
     assert re.search(names, errors), errors
 
 
-def test_a_checkpoint_of_another_detector(whole, few, tmp_path, detect):
+def test_a_checkpoint_of_another_detector(whole, few, tmp_path):
     _, folder, _ = whole
     checkpoint = ["--data-path", few, "--resume", folder / "checkpoint.pth", "--device", "cpu"]
     status, _, errors = detect(*checkpoint, "--eval", "--model", "resnet18", "--num_workers", 0)
@@ -613,14 +594,14 @@ def test_a_checkpoint_of_another_detector(whole, few, tmp_path, detect):
     assert "tampered.json" in errors and "1 'dog'" in errors
 
 
-def test_without_pycocotools(few, detect, monkeypatch):
+def test_without_pycocotools(few, monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     status, _, errors = detect(*RUN, "--data-path", few)
     assert status == 1
     assert "pip install pycocotools" in errors
 
 
-def test_an_image_that_is_no_image(few, tmp_path, detect):
+def test_an_image_that_is_no_image(few, tmp_path):
     annotations = read_annotations(few / "annotations" / "instances_train.json")
     for image in annotations.images:
         Image.new("RGB", (image["width"], image["height"])).save(tmp_path / image["file_name"])
