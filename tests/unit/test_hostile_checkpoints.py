@@ -254,8 +254,11 @@ def archives():
     yield "zip with no record", damaged(b"PK\3\4" + bytes(80) + b"PK\5\6" + bytes(18))
     yield "zip of anything", damaged(archive(b"N", records={"data.pkl": b"hello"}))
     yield "comment", damaged(good[:-2] + b"\5\0hello")
-    end64 = struct.pack("<4sQ28xQQ", b"PK\6\6", 44, 60, 0) + struct.pack("<4s4xQ4x", b"PK\6\7", 9)
-    yield "another 64-bit end", damaged(good[:-22] + end64 + good[-22:])
+    extent = good[-10:-6], bytes(4), good[-6:-2], bytes(4)  # bytes and offset of the directory
+    end64 = struct.pack("<4sQ28x", b"PK\6\6", 44) + b"".join(extent)
+    for place, outcome in ((len(good) - 22, loads(b"")), (9, damaged(b"", "its end"))):
+        ends = end64 + struct.pack("<4s4xQ4x", b"PK\6\7", place) + good[-22:]
+        yield f"64-bit end at {place}", (good[:-22] + ends, *outcome[1:])
 
 
 def tensors():
@@ -277,11 +280,12 @@ def tensors():
         {"size": (1 << 62, 1 << 62), "strides": (1 << 62, 1)},
         {"size": (0, 1 << 61), "strides": (1, 1)},
     ):
-        yield f"{shape}", damaged(archive(mapping(weight=tensor(**shape))))
+        asked = "storage 0" if "count" in shape else ""
+        yield f"{shape}", damaged(archive(mapping(weight=tensor(**shape))), asked)
     kind, location = named("torch.FloatStorage"), text("cpu")
     for form in (  # references to storages as torch.save does not write them
         several(text("module"), kind, text("0"), location, number(8)),
-        several(text("storage"), kind, text("0"), location, call("builtins.complex", number(8))),
+        several(text("storage"), kind, text("0"), location, b"G" + struct.pack(">d", 8)),
         several(text("storage"), kind, text("0"), location, number(8), several()),
         number(1),
         text("storage") + kind + text("0") + location + number(8) + b"(t",
