@@ -243,7 +243,7 @@ def archives():
     for name in ("DATA.pkl", "dat\u0430.pkl"):
         upper = archive(mapping(**WEIGHTS), records={name: program(b"N")})
         yield f"record {name}", unsafe(upper, "archive/da")
-    yield "two archives", damaged(weights_and(b"N") + good)
+    yield "two archives", damaged(2 * weights_and(b"N"))
     yield "bytes in front", damaged(bytes(9) + good)
     directory = good.rindex(b"PK\x01\x02")
     lying = good[: directory + 42] + bytes(4) + good[directory + 46 :]
@@ -254,11 +254,10 @@ def archives():
     yield "zip with no record", damaged(b"PK\3\4" + bytes(80) + b"PK\5\6" + bytes(18))
     yield "zip of anything", damaged(archive(b"N", records={"data.pkl": b"hello"}))
     yield "comment", damaged(good[:-2] + b"\5\0hello")
-    extent = good[-10:-6], bytes(4), good[-6:-2], bytes(4)  # bytes and offset of the directory
-    end64 = struct.pack("<4sQ28x", b"PK\6\6", 44) + b"".join(extent)
-    for place, outcome in ((len(good) - 22, loads(b"")), (9, damaged(b"", "its end"))):
-        ends = end64 + struct.pack("<4s4xQ4x", b"PK\6\7", place) + good[-22:]
-        yield f"64-bit end at {place}", (good[:-22] + ends, *outcome[1:])
+    place = struct.pack("<Q", 9)  # torch looks for the 64-bit end record there
+    yield "another 64-bit end", damaged(good[:-34] + place + good[-26:], "its end")
+    huge = good + b"PK\5\6" + bytes(8) + struct.pack("<L", 1 << 30) + bytes(6)
+    yield "huge directory", unsafe(huge, f"{1 << 30}")
 
 
 def tensors():
