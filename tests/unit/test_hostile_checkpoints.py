@@ -282,14 +282,15 @@ def tensors():
         asked = "storage 0" if "count" in shape else ""
         yield f"{shape}", damaged(archive(mapping(weight=tensor(**shape))), asked)
     kind, location = named("torch.FloatStorage"), text("cpu")
-    for form in (  # references to storages as torch.save does not write them
+    forms = (  # references to storages as torch.save does not write them
         several(text("module"), kind, text("0"), location, number(8)),
         several(text("storage"), kind, text("0"), location, b"G" + struct.pack(">d", 8)),
         several(text("storage"), kind, text("0"), location, number(8), several()),
         number(1),
         text("storage") + kind + text("0") + location + number(8) + b"(t",
-    ):
-        yield f"reference {form[:60]}", unsafe(archive(mapping(weight=form + b"Q")))
+    )
+    for i, form in enumerate(forms):
+        yield f"reference {i}", unsafe(archive(mapping(weight=form + b"Q")))
     legacy_huge = legacy(mapping(weight=tensor((10**9,), (1,), count=10**9, view=b"N")))
     yield "legacy huge storage", damaged(legacy_huge)
     yield "legacy beyond", damaged(legacy(mapping(weight=tensor((10**9,), (1,), view=b"N"))))
@@ -350,7 +351,9 @@ def contents():
     yield "text", damaged(b"hello " * 100)
 
 
-CORPUS = dict([*programs(), *bombs(), *archives(), *tensors(), *contents()])
+FILES = [*programs(), *bombs(), *archives(), *tensors(), *contents()]
+CORPUS = dict(FILES)
+assert len(CORPUS) == len(FILES)
 
 
 def memory(key):
