@@ -243,7 +243,7 @@ def archives():
     for name in ("DATA.pkl", "dat\u0430.pkl"):
         upper = archive(mapping(**WEIGHTS), records={name: program(b"N")})
         yield f"record {name}", unsafe(upper, "archive/da")
-    yield "two archives", damaged(weights_and(b"N") + good)
+    yield "two archives", damaged(2 * weights_and(b"N"))
     yield "bytes in front", damaged(bytes(9) + good)
     directory = good.rindex(b"PK\x01\x02")
     lying = good[: directory + 42] + bytes(4) + good[directory + 46 :]
@@ -254,8 +254,10 @@ def archives():
     yield "zip with no record", damaged(b"PK\3\4" + bytes(80) + b"PK\5\6" + bytes(18))
     yield "zip of anything", damaged(archive(b"N", records={"data.pkl": b"hello"}))
     yield "comment", damaged(good[:-2] + b"\5\0hello")
-    end64 = struct.pack("<4sQ28xQQ", b"PK\6\6", 44, 60, 0) + struct.pack("<4s4xQ4x", b"PK\6\7", 9)
-    yield "another 64-bit end", damaged(good[:-22] + end64 + good[-22:])
+    place = struct.pack("<Q", 9)  # torch looks for the 64-bit end record there
+    yield "another 64-bit end", damaged(good[:-34] + place + good[-26:], "its end")
+    huge = good + b"PK\5\6" + bytes(8) + struct.pack("<L", 1 << 30) + bytes(6)
+    yield "huge directory", unsafe(huge, f"{1 << 30}")
 
 
 def tensors():
@@ -277,16 +279,18 @@ def tensors():
         {"size": (1 << 62, 1 << 62), "strides": (1 << 62, 1)},
         {"size": (0, 1 << 61), "strides": (1, 1)},
     ):
-        yield f"{shape}", damaged(archive(mapping(weight=tensor(**shape))))
+        asked = "storage 0" if "count" in shape else ""
+        yield f"{shape}", damaged(archive(mapping(weight=tensor(**shape))), asked)
     kind, location = named("torch.FloatStorage"), text("cpu")
-    for form in (  # references to storages as torch.save does not write them
+    forms = (  # references to storages as torch.save does not write them
         several(text("module"), kind, text("0"), location, number(8)),
-        several(text("storage"), kind, text("0"), location, call("builtins.complex", number(8))),
+        several(text("storage"), kind, text("0"), location, b"G" + struct.pack(">d", 8)),
         several(text("storage"), kind, text("0"), location, number(8), several()),
         number(1),
         text("storage") + kind + text("0") + location + number(8) + b"(t",
-    ):
-        yield f"reference {form[:60]}", unsafe(archive(mapping(weight=form + b"Q")))
+    )
+    for i, form in enumerate(forms):
+        yield f"reference {i}", unsafe(archive(mapping(weight=form + b"Q")))
     legacy_huge = legacy(mapping(weight=tensor((10**9,), (1,), count=10**9, view=b"N")))
     yield "legacy huge storage", damaged(legacy_huge)
     yield "legacy beyond", damaged(legacy(mapping(weight=tensor((10**9,), (1,), view=b"N"))))
@@ -347,7 +351,9 @@ def contents():
     yield "text", damaged(b"hello " * 100)
 
 
-CORPUS = dict([*programs(), *bombs(), *archives(), *tensors(), *contents()])
+FILES = [*programs(), *bombs(), *archives(), *tensors(), *contents()]
+CORPUS = dict(FILES)
+assert len(CORPUS) == len(FILES)
 
 
 def memory(key):
