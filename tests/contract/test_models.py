@@ -122,6 +122,9 @@ def test_feature_maps(name):
     assert not features.load_state_dict(state, strict=False).missing_keys
     assert features.feature_info.channels() == [info[i]["num_chs"] for i in {0, last}]
     assert features.feature_info.reduction() == [info[i]["reduction"] for i in {0, last}]
+    if len(info) > 2 or name == "visformer_net1":  # by default, at least the last three
+        default = small(name, features_only=True)
+        assert default.feature_info.channels() == [level["num_chs"] for level in info]
     outputs = features(x)
     torch.testing.assert_close(outputs, [maps[i] for i in sorted({0, last})])
     sum(y.square().mean() for y in outputs).backward()
@@ -288,17 +291,19 @@ def test_exports_and_compiles(name, fused):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("saving", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    ("name", "saving"),
+    [(name, False) for name in KINDS] + [("visformer_tiny", True), ("convit_tiny", True)],
+)
 def test_trains_compiled(name, saving):
-    plain = small(name).double().train()
+    plain = small(name).train()
     compiled = copy.deepcopy(plain)
     compiled.set_grad_checkpointing(saving)
-    x = images().double()
+    x = images()
     plain(x).square().mean().backward()
     torch.compile(compiled, fullgraph=True, backend="aot_eager")(x).square().mean().backward()
     for (key, ours), theirs in zip(compiled.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, msg=key)
+        assert (ours.grad - theirs.grad).norm() <= 1e-4 * theirs.grad.norm() + 1e-6, key
 
 
 @pytest.fixture(scope="module")
