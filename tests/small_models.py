@@ -62,6 +62,7 @@ def stir(model):
         if isinstance(module, nn.BatchNorm2d | nn.LayerNorm) and module.weight is not None:
             nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
             nn.init.normal_(module.bias, 0, 0.3, generator=generator)
+            module.weight.data[::4] *= -1
         if hasattr(module, "gamma"):
             nn.init.uniform_(module.gamma, 0.1, 0.9, generator=generator)
     return model.eval()

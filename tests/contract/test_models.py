@@ -70,7 +70,7 @@ def test_native_shapes(name):
     assert model.get_parameter(weight).shape[0] == 1000
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", KINDS)
 def test_heads(name):
     model, x = small(name, num_classes=0), images()
     assert model(x).shape == (2, model.num_features)
@@ -122,6 +122,9 @@ def test_feature_maps(name):
     assert not features.load_state_dict(state, strict=False).missing_keys
     assert features.feature_info.channels() == [info[i]["num_chs"] for i in {0, last}]
     assert features.feature_info.reduction() == [info[i]["reduction"] for i in {0, last}]
+    if len(info) > 2 or name == "visformer_net1":  # by default, at least the last three
+        default = small(name, features_only=True)
+        assert default.feature_info.channels() == [level["num_chs"] for level in info]
     outputs = features(x)
     torch.testing.assert_close(outputs, [maps[i] for i in sorted({0, last})])
     sum(y.square().mean() for y in outputs).backward()
@@ -153,11 +156,8 @@ def test_parameter_groups(name):
             assert (group["weight_decay"] > 0) == (p.ndim > 1 and key not in special), key
     in_order = [scales[key] for key in parameters if "." in key]
     assert in_order == sorted(in_order)
-    blocks = [
-        next(k for k, p in parameters.items() if p is next(b.parameters()))
-        for b in blocks_of(model)
-    ]
-    ascending = [in_order[0], *(scales[key] for key in blocks), in_order[-1]]
+    first_of_blocks = (next(block.parameters()) for block in blocks_of(model))
+    ascending = [in_order[0], *(scales[names[id(p)]] for p in first_of_blocks), in_order[-1]]
     assert ascending == sorted(set(ascending))
     for key in parameters:
         if "." not in key:  # embeddings learn as fast as what is before the blocks of a stage
@@ -166,7 +166,7 @@ def test_parameter_groups(name):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_rates(name):
+def test_drop_rates(name):
     model = small(name, drop_path_rate=0.3)
     rates = [
         {m.drop_prob for m in block.modules() if isinstance(m, DropPath)} or {0.0}
@@ -200,13 +200,12 @@ def test_copies_and_precisions(name):
         )
         twin.load_state_dict(model.state_dict())
         assert torch.equal(twin(x), expected)
-        for fused in (True, False):
+        for fused, dtype in ((True, torch.float16), (False, torch.bfloat16)):
             set_fused_attention(twin, fused)
-            for dtype in (torch.float16, torch.bfloat16):
-                with torch.autocast("cpu", dtype):
-                    low = twin(x)
-                assert low.dtype == dtype
-                assert relative(low, expected) < 0.1
+            with torch.autocast("cpu", dtype):
+                low = twin(x)
+            assert low.dtype == dtype
+            assert relative(low, expected) < 0.1
         assert relative(twin(x), expected) < 1e-5
 
 
@@ -292,17 +291,19 @@ def test_exports_and_compiles(name, fused):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("saving", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    ("name", "saving"),
+    [(name, False) for name in KINDS] + [("visformer_tiny", True), ("convit_tiny", True)],
+)
 def test_trains_compiled(name, saving):
-    plain = small(name).double().train()
+    plain = small(name).train()
     compiled = copy.deepcopy(plain)
     compiled.set_grad_checkpointing(saving)
-    x = images().double()
+    x = images()
     plain(x).square().mean().backward()
     torch.compile(compiled, fullgraph=True, backend="aot_eager")(x).square().mean().backward()
     for (key, ours), theirs in zip(compiled.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, msg=key)
+        assert (ours.grad - theirs.grad).norm() <= 1e-4 * theirs.grad.norm() + 1e-6, key
 
 
 @pytest.fixture(scope="module")

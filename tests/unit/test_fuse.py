@@ -10,6 +10,7 @@ from small_models import relative, small, stir
 from torch import nn
 
 from models.layers import Block2d, Mlp2d, WindowAttention2d
+from models.layers.cache import EvalCache
 from models.layers.fuse import fold_before, pack
 from models.layers.gpsa import GPSA
 from models.layers.packed import PackedConv2d, PackedLinear
@@ -86,39 +87,53 @@ def test_packed_layers_notice_other_weights():
         torch.testing.assert_close(packed(x), 2 * x)
 
 
-def windows():
-    return WindowAttention2d(8, 2, 4, 2), torch.randn(1, 8, 8, 8), "relative_position_bias_table"
+def test_cache():
+    module, cache, made = nn.Linear(2, 2).eval(), EvalCache(), []
+    weight = module.weight
+
+    def get(cache=cache, key="key"):
+        return cache.get(module, (weight,), key, lambda: made.append(1) or len(made))
+
+    with torch.no_grad():
+        assert [get(), get()] == [1, 1]
+        assert [get(key="other"), get(key="other")] == [2, 2]
+        weight.mul_(2)
+        assert [get(), get()] == [3, 3]
+        for twin in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+            assert get(twin) > 3
+        cache.clear()
+        assert get() == get() == 6
+        module.train()
+        assert [get(), get()] == [7, 8]
+        module.eval()
+    assert [get(), get()] == [9, 10]  # gradients are recorded
 
 
-def grid():
-    return GPSA(8, 2), torch.randn(1, 3, 4, 8), "pos_proj.weight"
-
-
-@pytest.mark.parametrize("case", [windows, grid])
-def test_what_is_kept_in_evaluation_follows_the_weights(case):
+@pytest.mark.parametrize(
+    ("make", "shape", "name"),
+    [
+        (lambda: WindowAttention2d(8, 2, 4, 2), (1, 8, 8, 8), "relative_position_bias_table"),
+        (lambda: GPSA(8, 2), (1, 3, 4, 8), "pos_proj.weight"),
+    ],
+    ids=["windows", "gpsa"],
+)
+def test_what_is_kept_in_evaluation_follows_the_weights(make, shape, name):
     torch.manual_seed(0)
-    module, x, name = case()
-    module.eval()
+    module, x = make().eval(), torch.randn(shape)
 
     def fresh():
-        other = copy.deepcopy(module)
-        assert other._kept._value is None
-        return other(x)
+        return copy.deepcopy(module)(x)
 
     with torch.no_grad():
         first = module(x)
-        kept = module._kept._value
-        assert kept is not None
-        module(x)
-        assert module._kept._value is kept
+        assert torch.equal(module(x), first)
         module.get_parameter(name).mul_(3)
         assert not torch.equal(module(x), first)
         assert torch.equal(module(x), fresh())
-        module.get_parameter(name).data.mul_(3)  # this, the mode must tell
+        module.get_parameter(name).data.mul_(3)  # does not change the version
         module.eval()
         assert torch.equal(module(x), fresh())
-        state = {k: v + 0.5 * torch.ones_like(v) for k, v in module.state_dict().items()}
-        module.load_state_dict(state)
+        module.load_state_dict({k: v + 0.5 for k, v in module.state_dict().items()})
         assert torch.equal(module(x), fresh())
         wide = F.pad(x, (0, 0, 0, 4) if isinstance(module, GPSA) else (0, 4))
         assert module(wide).shape == wide.shape
@@ -126,7 +141,6 @@ def test_what_is_kept_in_evaluation_follows_the_weights(case):
     # frozen statistics, trained weights: the gradient is that of these weights
     module(x).sum().backward()
     assert module.get_parameter(name).grad.abs().sum() > 0
-    assert pickle.loads(pickle.dumps(module))._kept._value is None
     module.double()
     with torch.no_grad():
         assert module(x.double()).dtype == torch.float64
