@@ -146,7 +146,7 @@ CORNER = Converted(SIZE, NOISE.getpixel((0, 0)))
 
 CORPUS = [
     # no image at all
-    ("empty.jpg", b"", REFUSED),
+    ("empty.jpg", b"", Error("empty")),
     ("one_byte.jpg", b"\xff", REFUSED),
     ("zeros.png", bytes(4096), REFUSED),
     ("text.jpg", b"not an image\n" * 99, REFUSED),
@@ -155,6 +155,7 @@ CORPUS = [
     ("gzip.png", gzip.compress(PNG), REFUSED),
     ("hdf5.jpg", b"\x89HDF\r\n\x1a\n" + bytes(99), REFUSED),
     ("postscript.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 6\n%%EOF\n", REFUSED),
+    ("pcx.png", encode(NOISE, "PCX"), REFUSED),  # Pillow reads it, but not among our formats
     # truncated
     ("jpeg_10.jpg", cut(JPEG, 0.1), REFUSED),
     ("jpeg_50.jpg", cut(JPEG, 0.5), REFUSED),
