@@ -172,7 +172,7 @@ class Split:
         for path in self.partial.iterdir():
             if path.name != "lock" and (not same or path.suffix == ".tmp"):
                 path.unlink()
-        known = {record["shard"]["name"] for record in found} if same else set()
+        known = {record["shard"]["name"] for record in found}
         others = {path.name for path in self.output.glob(f"{self.name}-*.tar")} - known
         if others:
             raise OutputError(

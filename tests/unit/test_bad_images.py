@@ -146,7 +146,7 @@ CORNER = Converted(SIZE, NOISE.getpixel((0, 0)))
 
 CORPUS = [
     # no image at all
-    ("empty.jpg", b"", Error("empty")),
+    ("nothing.jpg", b"", Error("empty")),
     ("one_byte.jpg", b"\xff", REFUSED),
     ("zeros.png", bytes(4096), REFUSED),
     ("text.jpg", b"not an image\n" * 99, REFUSED),
