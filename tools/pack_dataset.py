@@ -172,7 +172,7 @@ class Split:
         for path in self.partial.iterdir():
             if path.name != "lock" and (not same or path.suffix == ".tmp"):
                 path.unlink()
-        known = {record["shard"]["name"] for record in found} if same else set()
+        known = {record["shard"]["name"] for record in found}
         others = {path.name for path in self.output.glob(f"{self.name}-*.tar")} - known
         if others:
             raise OutputError(
@@ -298,7 +298,7 @@ def index_shards(args: argparse.Namespace) -> None:
     paths = expand_pattern(args.index)
     folders = {split_path(path)[0] for path in paths}
     if len(folders) > 1 or args.index.startswith(PIPE):
-        raise DataError(f"{args.index}: an index lies next to its shards, in one folder")
+        raise DataError(f"{args.index}: an index needs all shards in one folder, next to it")
     remote = args.index.startswith(REMOTE)
     if remote and args.output is None:
         raise DataError(f"{args.index} is remote: name a folder for its index (--output)")

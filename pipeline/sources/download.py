@@ -273,7 +273,7 @@ class _Transfer:
             raise _TransferError(str(error) or type(error).__name__) from error
 
     def _run_command(self, file: BinaryIO) -> None:
-        """Write what the command of a ``pipe:`` prints.
+        """Write the output of the command of a ``pipe:``.
 
         Raises:
             DataError: Its exit status is not 0; quotes the end of its errors.

@@ -67,7 +67,7 @@ def list_classes(folder: str | Path, *, hidden: bool = False) -> list[str]:
 
 
 def _walk(folder: str | Path, recursive: bool, hidden: bool) -> Iterator[tuple[str, list, list]]:
-    """Yield what ``os.walk`` does, of one folder or of all within it."""
+    """Yield the rows of ``os.walk`` for one folder, or also for all within it."""
 
     def refuse(error: OSError) -> None:
         raise DataError(f"cannot read folder {error.filename}: {error.strerror}") from error

@@ -192,7 +192,7 @@ def index_name(pattern: str) -> str:
 
 
 def sha256_of(file: BinaryIO) -> str:
-    """Return the SHA-256 of a whole file."""
+    """Return the SHA-256 of a file, from its start."""
     digest = hashlib.sha256()
     file.seek(0)
     while chunk := file.read(CHUNK):

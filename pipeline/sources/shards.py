@@ -206,7 +206,7 @@ def open_shards(
 
 
 def _advice(folder: str, location: str) -> str:
-    """Return the message for a folder without an index, with what to do instead."""
+    """Return the message for a folder without an index, with the right command."""
     split = Path(location).stem
     if os.path.isdir(os.path.join(folder, split)):
         return (
@@ -280,7 +280,7 @@ def scan_shards(
 
 
 def _index_of(pattern: str) -> str:
-    """Return where the index of a pattern of shards lies."""
+    """Return the path or URL of the index of a pattern of shards."""
     return sibling(expand_pattern(pattern)[0], f"{index_name(pattern)}.json")
 
 

@@ -17,7 +17,7 @@ from pipeline.sources.folder import (
 )
 
 NAMES = ("b.jpg", "a.PNG", ".hidden.jpg", "notes.txt", "d-e/f.jpg", "d/e/g.webp", "d/x.jpg")
-NAMES += (".copies/h.jpg", "d/.copies/i.jpg")
+NAMES += (".copies/h.jpg", "d/.copies/i.jpg", "d/e-f/j.jpg", "d/e/k/l.jpg")
 
 
 @pytest.fixture
@@ -34,6 +34,7 @@ def test_images_of_a_folder(folder):
         return [os.path.relpath(path, folder) for path in list_images(folder, **options)]
 
     visible = ["a.PNG", "b.jpg", "d/x.jpg", "d-e/f.jpg", "d/e/g.webp", "link/g.webp"]
+    visible += ["d/e-f/j.jpg", "d/e/k/l.jpg", "link/k/l.jpg"]
     hidden = [".hidden.jpg", ".copies/h.jpg", "d/.copies/i.jpg"]
     assert sorted(names()) == sorted(visible)
     assert names(recursive=False) == ["a.PNG", "b.jpg"]
@@ -57,7 +58,7 @@ def test_folders_that_cannot_be_used_are_named(folder):
     for place in (folder / "none", folder / "b.jpg"):
         for call in (list_images, list_folders, open_folder_of_classes):
             refused(partial(call, place), place)
-    refused(partial(open_folder_of_classes, folder / "d" / "e"), folder / "d" / "e")
+    refused(partial(open_folder_of_classes, folder / "d-e"), folder / "d-e")
     (folder / "lynx").mkdir()
     refused(partial(open_folder_of_classes, folder), folder, "lynx", ".jpg")
 

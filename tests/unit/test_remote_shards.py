@@ -229,10 +229,11 @@ def test_shards_that_cannot_be_had_are_named(packed, truth, server, cache, chang
     assert content(shards) == truth[0]
 
 
+@pytest.mark.parametrize("size", [10, 100_000])
 @pytest.mark.filterwarnings("ignore:.*of 6")
-def test_versions_of_a_file_are_not_mixed(server, cache):
+def test_versions_of_a_file_are_not_mixed(server, cache, size):
     def change(handler):
-        fill(server.folder / FIRST)
+        (server.folder / FIRST).write_bytes(b"x" * size)
         handler.connection.close()
 
     server.faults[FIRST] = [change]
