@@ -72,14 +72,18 @@ def build_model(
 
 
 @torch.no_grad()
-def check_input_size(model: nn.Module, name: str, size: int, in_chans: int = 3) -> None:
-    """Raise ModelError if ``model`` cannot take square images of ``size`` pixels."""
+def check_input_size(
+    model: nn.Module, name: str, size: int | tuple[int, int], in_chans: int = 3
+) -> None:
+    """Raise ModelError if ``model`` cannot take images of ``size``, a side or height and width."""
     training = model.training
+    height, width = (size, size) if isinstance(size, int) else size
     device = next(model.parameters()).device
     try:
-        model.eval()(torch.zeros(1, in_chans, size, size, device=device))
+        model.eval()(torch.zeros(1, in_chans, height, width, device=device))
     except (RuntimeError, ValueError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"{name} cannot take --input-size {size}: {reason}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        text = size if isinstance(size, int) else f"{height}x{width}"
+        raise ModelError(f"{name} cannot take --input-size {text}: {reason}") from error
     finally:
         model.train(training)

@@ -1,4 +1,4 @@
-"""What tests of programs for deployment share."""
+"""Models, checkpoints and helpers for tests of tools.export."""
 
 import re
 
@@ -9,7 +9,7 @@ from conftest import ROOT
 from torch import nn
 
 from tools.export.__main__ import main
-from tools.export.source import Source
+from tools.export.source import ExportSource
 
 PAGE = (ROOT / "docs" / "DEPLOYMENT.md").read_text()
 CLASSES = ["ant", "bee", "cat", "dog", "elk", "fox"]
@@ -60,9 +60,9 @@ def close(found, expected):
 def source_of(model, size=(32, 32), **options):
     """A source without a checkpoint."""
     model = model.eval().requires_grad_(False)
-    fields = {"eager": model, "net": model, "name": "model", "size": size, "classes": ()}
-    fields |= {"mean": (0.5,) * 3, "std": (0.5,) * 3, "short_side": 0}
-    return Source(**fields | {"preprocessing": False, "notes": ()} | options)
+    fields = {"eager": model, "exported": model, "name": "model", "size": size, "classes": ()}
+    fields |= {"mean": (0.5,) * 3, "std": (0.5,) * 3, "short_side": 0, "preprocessing": False}
+    return ExportSource(**fields | options)
 
 
 def python_block(heading):

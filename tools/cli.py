@@ -11,7 +11,7 @@ import torch
 
 from training import launch
 from training.files import OutputError
-from training.flags import get_args_parser
+from training.flags import get_args_parser, positive
 from utils import UserError
 
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -115,3 +115,24 @@ def _check(args: Namespace, given: set[str]) -> None:
     if backend is not None and backend not in torch.compiler.list_backends(None):
         backends = ", ".join(torch.compiler.list_backends())
         raise UserError(f"unknown backend --compile {backend}; choose one of {backends}")
+
+
+class _ImageSize(argparse.Action):
+    """Store one or two numbers as height and width."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if len(values) > 2:
+            parser.error(f"{option_string} takes one or two numbers, not {len(values)}")
+        setattr(namespace, self.dest, (values[0], values[-1]))
+
+
+def add_input_size(parser: argparse.ArgumentParser) -> None:
+    """Add ``--input-size``: a side, or height and width; a tuple or None."""
+    parser.add_argument(
+        "--input-size",
+        type=positive,
+        nargs="+",
+        action=_ImageSize,
+        metavar=("H", "W"),
+        help="height and width in pixels, or the side; the checkpoint's or model's if not given",
+    )

@@ -11,6 +11,7 @@ import models
 from models.checkpoint.contents import num_classes_of, state_dict_of
 
 WEIGHTS = ("model", "ema")
+CROP_RATIO = 0.875  # default of --eval-crop-ratio
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,19 @@ class ModelSource:
         """Mean and standard deviation of the images that the weights were trained on."""
         return models.normalization_of(self.checkpoint, model.pretrained_cfg)
 
+    def image_size(self, size: tuple[int, int] | None = None) -> tuple[int, int] | None:
+        """Return height and width: those given, else of the training, else of timm's weights."""
+        if size or (self.checkpoint and self.input_size):
+            return size or (self.input_size, self.input_size)
+        config = models.pretrained_config(self.name)
+        return tuple(config.input_size[-2:]) if config else None
+
+    @property
+    def crop_ratio(self) -> float:
+        """Fraction of the resized image that the centre crop of evaluation keeps."""
+        flags = models.flags_of_run(self.checkpoint) or {}
+        return flags.get("eval_crop_ratio") or CROP_RATIO
+
 
 def from_checkpoint(
     path: str, name: str | None = None, exponent: float | None = None
@@ -116,7 +130,7 @@ def from_checkpoint(
     if not isinstance(name, str):
         raise models.ModelError(f"{path} does not contain the model name: give --model NAME")
     saved = checkpoint.get("model_kwargs")
-    saved = dict(saved) if isinstance(saved, Mapping) and name == named else {}
+    saved = dict(saved) if isinstance(saved, Mapping) and named in (None, name) else {}
     num_classes = saved.get("num_classes")
     if not num_classes:
         num_classes = num_classes_of(next(iter(_states(checkpoint, path).values())), name)

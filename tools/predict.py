@@ -23,6 +23,7 @@ import datasets
 from pipeline.images import CorruptImageError, DataError, load_image
 from tools import cli, files
 from tools.cli import shortened, shown
+from tools.plots import new_figure, plain_text
 from tools.tables import aligned, write_csv
 from tools.validate import pictures
 from tools.validate.classes import (
@@ -199,18 +200,18 @@ def figure_of(
     if asked is not None:
         bars.setdefault(asked, found.asked)
     height = max(3.0, 0.45 * len(bars) + 1)
-    figure = pictures.new_figure(9, height, "--output")
+    figure = new_figure(9, height)
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.2])
     image = image.copy()
     image.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
     left.imshow(image)
     left.set_axis_off()
-    left.set_title(pictures.plain_text(shortened(shown(found.path.name), TITLE_WIDTH)))
+    left.set_title(plain_text(shortened(shown(found.path.name), TITLE_WIDTH)))
     colours = ["tab:orange" if index == asked else "tab:blue" for index in bars]
     drawn = right.barh(range(len(bars)), [100 * value for value in bars.values()], color=colours)
     right.bar_label(drawn, fmt="%.1f%%", padding=3)
     texts = [labels[index] + MARK * (index == asked) for index in bars]
-    right.set_yticks(range(len(bars)), [pictures.plain_text(text) for text in texts])
+    right.set_yticks(range(len(bars)), [plain_text(text) for text in texts])
     right.invert_yaxis()
     right.set_xlim(0, 118)  # room for the number at a full bar
     right.set_xticks(range(0, 101, 25))
@@ -300,7 +301,6 @@ def start(argv: list[str]) -> int:
         files.check_writable("--csv", args.csv)
     folder = contextlib.nullcontext()
     if args.output:
-        pictures.new_figure(1, 1, "--output")  # fails early without matplotlib
         if args.output in places:
             files.check_writable("--output", args.output)
         else:

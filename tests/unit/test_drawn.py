@@ -1,52 +1,34 @@
-"""What is drawn in the pictures of tools.visualize are the numbers that belong there."""
+"""tools.visualize draws the numbers that belong in each place of its figures."""
 
 import json
 
 import numpy as np
 import pytest
-import timm
 import torch
-from conftest import write_images
 from matplotlib.colors import to_rgb
 from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from visualizing import TINY, randomize
+from torchvision.transforms import Normalize
+from visualizing import gate, in_folder, model_of, picture_of, write_files
 
 from tools.visualize import __main__ as visualize
-from tools.visualize import distances
-from tools.visualize.branches import Kernels
+from tools.visualize.heads import mean_nonlocality
+from tools.visualize.kernels import Kernels
 from tools.visualize.kernels import draw as draw_kernels
-from tools.visualize.loading import Subject, find_images, load_pictures, load_subject
-from tools.visualize.measures import cosine_similarities, gates, position_embeddings
+from tools.visualize.loading import EvalModel, find_images, load_images
+from tools.visualize.measures import cosine_similarities, position_embeddings
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Images, and checkpoints of two epochs of a small ConViT."""
-    folder = tmp_path_factory.mktemp("drawn")
-    write_images(folder / "images", train=3, val=1, size=40)
-    kwargs = {"num_classes": 3, "img_size": 16, **TINY}
-    for epoch in (3, 8):
-        torch.manual_seed(epoch)
-        model = randomize(timm.create_model("convit_tiny", **kwargs), 0.3)
-        with torch.no_grad():
-            model.blocks[0].attn.gating_param.copy_(torch.randn(4))
-        state = {"model": model.state_dict(), "model_name": "convit_tiny", "epoch": epoch}
-        state |= {"model_kwargs": kwargs, "input_size": 16, "args": {"eval_crop_ratio": 0.5}}
-        torch.save(state, folder / f"{epoch}.pth")
-    return folder
+    """Images, and checkpoints of a small ConViT."""
+    return write_files(tmp_path_factory.mktemp("drawn"))
 
 
 @pytest.fixture
 def draw(root):
     """``draw(*words) -> Picture``, not written; @ stands for the folder of the files."""
-
-    def make(*words):
-        words = [str(root / word[1:]) if word.startswith("@") else word for word in words]
-        args = visualize.get_parser().parse_args(words)
-        return visualize.KINDS[args.kind].make(args)
-
-    return make
+    return lambda *words: picture_of(*in_folder(root, words))
 
 
 def panels(picture):
@@ -70,7 +52,7 @@ def as_map(rows, value, **chosen):
 
 
 def test_attention_panels(draw):
-    words = ["attention", "--checkpoint", "@3.pth", "--image", "@images/val", "--part", "all"]
+    words = ["attention", "--checkpoint", "@1.pth", "--image", "@images/val", "--part", "all"]
     picture = draw(*words, "--layers", "0", "--heads", "1", "3", "--query", "13,6")
     found = panels(picture)
     assert sorted(found) == [(0, column) for column in range(7)]
@@ -90,7 +72,7 @@ def test_attention_panels(draw):
 
 
 def test_bias_panels(draw):
-    picture = draw("bias", "swin_visformer_tiny_v2", "--input-size", "64", "--layers", "0", "8")
+    picture = draw("bias", "drawn_visformer")
     for (row, head), ax in panels(picture).items():
         layer = picture.rows[-1 if row else 0]["layer"]
         bias = as_map(picture.rows, "bias", layer=layer, head=head)
@@ -98,14 +80,7 @@ def test_bias_panels(draw):
         np.testing.assert_array_equal(shown.get_array(), bias.astype(np.float32))
         reach = len(bias) / 2
         assert shown.get_extent() == [-reach, reach, reach, -reach]
-    layer = (
-        load_subject(
-            "swin_visformer_tiny_v2",
-            visualize.get_parser().parse_args(["gates", "x", "--input-size", "64"]),
-        )
-        .model.stage2[0]
-        .attn
-    )
+    layer = model_of("drawn_visformer").module.stage2[0].attn
     with torch.no_grad():  # the key is one column to the right of its query: dx = -1, dy = 0
         bias = layer.relative_position_bias_table[layer.relative_position_index[0, 1], 2].item()
     (row,) = (
@@ -117,7 +92,7 @@ def test_bias_panels(draw):
 
 
 def test_positional_panels(draw):
-    picture = draw("bias", "@3.pth")
+    picture = draw("bias", "@1.pth")
     for (row, head), ax in panels(picture).items():
         weights = as_map(picture.rows, "weight", layer=f"blocks.{row}.attn", head=head)
         np.testing.assert_array_equal(ax.images[0].get_array(), weights.astype(np.float32))
@@ -126,9 +101,8 @@ def test_positional_panels(draw):
 
 
 def test_tiles_of_embeddings(draw, root):
-    picture = draw("bias", "@3.pth", "--show", "embedding")
-    args = visualize.get_parser().parse_args(["gates", "x"])
-    ((_, embedding),) = position_embeddings(load_subject(str(root / "3.pth"), args).model).items()
+    picture = draw("bias", "@1.pth", "--show", "embedding")
+    ((_, embedding),) = position_embeddings(model_of(root / "1.pth").module).items()
     similar = cosine_similarities(embedding).numpy()
     (ax,) = panels(picture).values()
     tiles = ax.images[0].get_array()
@@ -138,26 +112,23 @@ def test_tiles_of_embeddings(draw, root):
             np.testing.assert_allclose(tiles[y : y + 4, x : x + 4], similar[row, column])
 
 
-def test_points_and_means_of_gates(draw, root):
-    args = visualize.get_parser().parse_args(["gates", "x"])
-    by_epoch = {
-        epoch: gates(load_subject(str(root / f"{epoch}.pth"), args).model) for epoch in (3, 8)
-    }
-    (ax,) = draw("gates", "@3.pth").figure.axes
+def test_points_and_means_of_gates(draw):
+    wanted = torch.tensor([[gate(epoch, head) for head in range(4)] for epoch in range(3)])
+    wanted = wanted.sigmoid().numpy()  # E h, of both layers
+    (ax,) = draw("gates", "@1.pth").figure.axes
     *heads, mean = ax.lines
-    wanted = torch.stack([*by_epoch[3].values()]).numpy()  # L h
-    np.testing.assert_allclose(mean.get_ydata(), wanted.mean(1), rtol=1e-6)
+    np.testing.assert_allclose(mean.get_ydata(), [wanted[1].mean()] * 2, rtol=1e-6)
     for head, points in enumerate(heads):
-        np.testing.assert_allclose(points.get_ydata(), wanted[:, head], rtol=1e-6)
+        np.testing.assert_allclose(points.get_ydata(), [wanted[1, head]] * 2, rtol=1e-6)
         np.testing.assert_allclose(np.round(points.get_xdata()), [0, 1])
-    several = panels(draw("gates", "@8.pth", "@3.pth"))
-    for index, name in enumerate(by_epoch[3]):
-        mean, *heads = several[0, index].lines
-        values = np.stack([by_epoch[epoch][name].numpy() for epoch in (3, 8)])
-        np.testing.assert_allclose(mean.get_ydata(), values.mean(1), rtol=1e-6)
+    several = panels(draw("gates", "@2.pth", "@0.pth"))
+    assert sorted(several) == [(0, 0), (0, 1)]
+    for ax in several.values():
+        mean, *heads = ax.lines
+        np.testing.assert_allclose(mean.get_ydata(), wanted[[0, 2]].mean(1), rtol=1e-6)
         for head, points in enumerate(heads):
-            assert list(points.get_xdata()) == [3, 8]
-            np.testing.assert_allclose(points.get_ydata(), values[:, head], rtol=1e-6)
+            assert list(points.get_xdata()) == [0, 2]
+            np.testing.assert_allclose(points.get_ydata(), wanted[[0, 2], head], rtol=1e-6)
 
 
 def test_curves(draw, tmp_path):
@@ -196,7 +167,7 @@ def test_curves(draw, tmp_path):
 
 
 def test_feature_panels(draw, root):
-    picture = draw("features", "@3.pth", "--image", "@images/val", "--pick", "variance")
+    picture = draw("features", "@1.pth", "--image", "@images/val", "--pick", "variance")
     for (row, column), ax in panels(picture).items():
         pixels = ax.images[0].get_array()
         if column == 0:
@@ -229,15 +200,8 @@ def test_kernel_panels(by_panel):
 
 
 def test_columns_of_kernels(draw):
-    picture = draw("kernels", "fastvit_t8", "--input-size", "32", "--channels", "2")
-    layer = (
-        load_subject(
-            "fastvit_t8", visualize.get_parser().parse_args(["gates", "x", "--input-size", "32"])
-        )
-        .model.stages[0]
-        .blocks[0]
-        .token_mixer
-    )
+    picture = draw("kernels", "drawn_fastvit", "--channels", "2")
+    layer = model_of("drawn_fastvit").module.stages[0].blocks[0].token_mixer
     layer.reparameterize()
     fused = layer.reparam_conv.weight[1, 0].detach().numpy()
     rows = [row for row in picture.rows if row["channel"] == 1]
@@ -252,46 +216,42 @@ def test_tensorboard_has_the_picture(root, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     out, events = tmp_path / "out.png", tmp_path / "events"
-    words = ["gates", str(root / "8.pth"), "--output", str(out), "--tensorboard", str(events)]
+    words = ["gates", str(root / "2.pth"), "--output", str(out), "--tensorboard", str(events)]
     assert visualize.main(words) == 0
     (event,) = EventAccumulator(str(events)).Reload().Images("visualize/gates")
     (tmp_path / "event.png").write_bytes(event.encoded_image_string)
     one, other = (np.asarray(Image.open(p).convert("RGB")) for p in (out, tmp_path / "event.png"))
     np.testing.assert_array_equal(one, other)
-    assert event.step == 8
+    assert event.step == 2
 
 
 def test_images_are_those_of_evaluation(root, tmp_path):
-    args = visualize.get_parser().parse_args(["gates", "x"])
-    subject = load_subject(str(root / "3.pth"), args)
-    assert (subject.size, subject.crop_ratio, subject.epoch) == (16, 0.5, 3)
+    model = model_of(root / "1.pth")
+    assert (model.size, model.crop_ratio, model.epoch) == (16, 0.5, 1)
     # the crop of 80 % of the side: of 40 pixels, the middle 32
     pixels = np.zeros((40, 40, 3), np.uint8)
     pixels[4:36, 4:36] = 200
     Image.fromarray(pixels).save(tmp_path / "frame.png")
-    subject = Subject(subject.model, "convit_tiny", "", None, 40, 0.8)
-    (picture,) = load_pictures(subject, [tmp_path / "frame.png"])
+    normalize = Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    model = EvalModel(model.module, "convit_tiny", "", None, 40, 0.8, normalize)
+    (picture,) = load_images(model, [tmp_path / "frame.png"])
     assert picture.shape == (3, 40, 40) and picture[:, 3:-3, 3:-3].min() > 0.75
     assert (picture[:, 0] < 0.75).any(), "of a smaller crop, nothing of the frame would be there"
     wanted = (picture[0] - IMAGENET_DEFAULT_MEAN[0]) / IMAGENET_DEFAULT_STD[0]
-    assert torch.allclose(subject.normalized(picture[None])[0, 0], wanted)
-    larger = visualize.get_parser().parse_args(["gates", "x", "--input-size", "24"])
-    assert load_subject(str(root / "3.pth"), larger).size == 24
+    assert torch.allclose(model.normalized(picture[None])[0, 0], wanted)
+    assert model_of(root / "1.pth", "--input-size", "24").size == 24
 
 
 def test_images_of_a_folder_are_spread(root):
-    every = find_images(root / "images", 8)
-    assert every == sorted(every) and len(set(every)) == 8
-    assert find_images(root / "images", 2) == [every[0], every[4]]
+    every = find_images(root / "images", 6)
+    assert every == sorted(every) and len(set(every)) == 6
+    assert find_images(root / "images", 2) == [every[0], every[3]]
 
 
-def test_nonlocality_is_the_mean_over_images(root, monkeypatch):
-    args = visualize.get_parser().parse_args(["gates", "x"])
-    subject = load_subject(str(root / "3.pth"), args)
-    paths = find_images(root / "images", 3)
-    monkeypatch.setattr(distances, "BATCH", 2)
-    together = distances.measure(subject, paths)
-    single = [distances.measure(subject, [path]) for path in paths]
+def test_nonlocality_is_the_mean_over_images(root):
+    model, paths = model_of(root / "1.pth"), find_images(root / "images", 3)
+    together = mean_nonlocality(model, paths, batch=2)
+    single = [mean_nonlocality(model, [path]) for path in paths]
     for name, values in together.items():
         mean = torch.stack([one[name] for one in single]).mean(0)
         torch.testing.assert_close(values, mean)

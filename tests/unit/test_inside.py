@@ -20,9 +20,10 @@ from models.layers.reparam import (
     RepConditionalPosEnc,
     RepMixer,
 )
+from models.visformer import Stage
 from tools.visualize import measures
-from tools.visualize.branches import kernels_of, own_slices
 from tools.visualize.capture import attention_layers, attention_parts, capture
+from tools.visualize.kernels import kernels_of, own_slices
 
 
 def heads_to_output(layer, out, x):
@@ -215,9 +216,12 @@ def loop_nonlocality(weights, height, width):
     return total / (height * width)
 
 
+SMALL = (Stage(1, 16, 4, spatial_groups=8), Stage(1, 12, num_heads=3))
+
+
 @pytest.mark.parametrize(
     ("name", "kwargs", "size"),
-    [("convit_tiny", TINY, 16), ("test_vit", {}, 64), ("visformer_tiny", {}, 64)],
+    [("convit_tiny", TINY, 16), ("test_vit", {}, 64), ("visformer_tiny", {"stages": SMALL}, 32)],
 )
 def test_nonlocality_is_the_sum_over_pairs(name, kwargs, size):
     torch.manual_seed(0)

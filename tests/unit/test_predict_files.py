@@ -1,7 +1,6 @@
 """tools.predict: its input images, its errors, and its output files."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -206,9 +205,3 @@ def test_an_output_that_nobody_reads_to_its_end(images, call, tmp_path, monkeypa
         monkeypatch.undo()
     assert (status, errors) == (1, "")
     assert len(read(tmp_path / "p.csv")) == 3  # of the image whose output failed
-
-
-def test_pictures_need_matplotlib(images, call, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    refuses(call(images, "--output", tmp_path / "out"), "--output", "pip install matplotlib")
-    assert not (tmp_path / "out").exists()

@@ -1,12 +1,10 @@
 """tools.validate: its pictures."""
 
-import sys
 import warnings
 
 import numpy as np
 import pytest
 from PIL import Image
-from validating import caller, refuses, trained
 
 from tools.validate import metrics, pictures, rows
 from tools.validate.classes import ClassMap
@@ -19,13 +17,6 @@ def pixels_of(figure, folder):
     pictures.save(figure, folder / "figure.png")
     with Image.open(folder / "figure.png") as picture:
         return np.asarray(picture.convert("RGB"))
-
-
-def test_pictures_need_matplotlib(capsys, monkeypatch, tmp_path):
-    checkpoint, images, *_ = trained(tmp_path, CLASSES, 1)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    flags = (checkpoint, "--data-path", images, "--confusion", tmp_path / "c.png")
-    refuses(caller(capsys)(*flags), "--confusion", "pip install matplotlib")
 
 
 def test_picture_of_a_few_classes():

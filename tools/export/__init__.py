@@ -1,1 +1,1 @@
-"""Programs for deployment, made of models: ONNX, ``torch.export``, AOTInductor."""
+"""Export of models for deployment: ONNX, ``torch.export``, AOTInductor."""

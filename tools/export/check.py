@@ -1,4 +1,4 @@
-"""Whether a program computes what the model does, and how fast."""
+"""Comparison of a program with its model, and its speed."""
 
 import copy
 import math
@@ -9,7 +9,7 @@ import torch
 
 from tools.benchmark.measure import alternate, ratio
 from tools.export.formats import Program
-from tools.export.source import Source
+from tools.export.source import ExportSource
 from utils import UserError
 
 TOLERANCE = 1e-4  # of the largest logit
@@ -19,13 +19,13 @@ ROUNDS, MIN_TIME = 5, 0.2
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far a program is from the model, in parts of the largest logit.
+    """Difference of a program from the model, relative to the largest logit.
 
     Attributes:
-        difference: The largest from the model in float32.
-        rounding: How far the model in float32 is from itself in float64, where that is the larger
-            measure: weights that amplify rounding, as random ones do; else None.
-        batches: Numbers of images that were compared.
+        difference: Largest difference from the model in float32.
+        rounding: Largest difference of the model in float32 from float64, if the tolerance had to
+            be that of rounding, which random weights amplify; else None.
+        batches: Batch sizes that were compared.
     """
 
     difference: float
@@ -46,12 +46,12 @@ def _relative(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def compare(program: Program, source: Source, batch: int | None) -> Agreement:
-    """Compare on random images, at batch 1 and 3, or at the only one.
+def compare(program: Program, source: ExportSource, batch: int | None) -> Agreement:
+    """Compare a program with its model on random images, at batch 1 and 3 or at ``batch``.
 
     Raises:
-        UserError: The difference is larger than 1e-4 of the largest logit, and than what
-            rounding explains.
+        UserError: The difference is larger than 1e-4 of the largest logit and than rounding
+            explains.
     """
     batches = (batch,) if batch else (1, 3)
     difference = rounding = 0.0
@@ -79,12 +79,12 @@ def compare(program: Program, source: Source, batch: int | None) -> Agreement:
     )
 
 
-def speed(program: Program, runtime: str, source: Source, batch: int | None) -> str:
-    """Images per second of a program beside the model's in PyTorch, in turn, by as many threads."""
+def speed(program: Program, runtime: str, source: ExportSource, batch: int | None) -> str:
+    """Return images per second of a program and of the model in PyTorch, measured in turn."""
     images = source.images(batch or 1)
     steps = {runtime: lambda: program(images), "torch eager": lambda: source.eager(images)}
-    if source.net is not source.eager:
-        steps["torch fused"] = lambda: source.net(images)
+    if source.exported is not source.eager:
+        steps["torch fused"] = lambda: source.exported(images)
     with torch.inference_mode():
         times = alternate(steps, source.device.type, ROUNDS, MIN_TIME)
     rates = {label: len(images) / statistics.median(values) for label, values in times.items()}

@@ -1,30 +1,27 @@
-"""What is exported: a model with its weights, and what a program must know beside them."""
+"""A model to export: its weights, size and preprocessing."""
 
 import argparse
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 import models
-from models.checkpoint.contents import num_classes_of, state_dict_of
+from datasets import SMALL_SIZE
 from models.layers.fuse import Fusible
+from tools import networks
 from utils import UserError
 
 PROJECT = "visformer"
-SMALL = 32  # up to this size, evaluation resizes whole images, without a crop
-CROP_RATIO = 0.875
 
 
 class Preprocessed(nn.Module):
-    """A model for images as they are decoded: pixels to its scale and layout, then the model.
+    """A model that normalizes decoded images itself.
 
     Args:
-        model: Takes ``B 3 H W``, normalised.
-        mean, std: Of the normalisation, for values from 0 to 1.
+        model: Takes normalized images ``B 3 H W``.
+        mean, std: Normalization of values in 0..1.
     """
 
     def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
@@ -40,24 +37,24 @@ class Preprocessed(nn.Module):
 
 
 @dataclass(frozen=True)
-class Source:
-    """A net to export, in evaluation mode.
+class ExportSource:
+    """A model to export, in evaluation mode.
 
     Attributes:
-        eager: The model as it was trained, without gradients.
-        net: What is exported, its inference net if there is one.
+        eager: Model as trained, without gradients.
+        exported: Model to export; the fused one if there is one.
         name: Registered name of the model.
         size: Height and width of the images.
-        classes: Names of the classes, empty if not known.
-        mean, std: Of the normalisation, for values from 0 to 1.
-        short_side: What evaluation resizes the short side of an image to, before it crops the
-            centre; 0 where it resizes images whole.
-        preprocessing: Whether ``eager`` and ``net`` take pixels.
-        notes: What the user should know.
+        classes: Class names, empty if unknown.
+        mean, std: Normalization of values in 0..1.
+        short_side: Size of an image's short side before the centre crop of evaluation; 0 if images
+            are resized whole.
+        preprocessing: ``eager`` and ``exported`` take pixels.
+        notes: Lines to print.
     """
 
     eager: nn.Module
-    net: nn.Module
+    exported: nn.Module
     name: str
     size: tuple[int, int]
     classes: tuple[str, ...]
@@ -65,21 +62,21 @@ class Source:
     std: tuple[float, ...]
     short_side: int
     preprocessing: bool
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
-        """Where the nets are."""
+        """Device of the models."""
         return next(self.eager.parameters()).device
 
     @property
     def input_name(self) -> str:
-        """Name of the program's input: ``pixels``, or a normalised ``image``."""
+        """Name of the program's input: ``pixels``, or a normalized ``image``."""
         return "pixels" if self.preprocessing else "image"
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What a program must know to be used, as texts; lists are JSON."""
+        """Metadata of the program as strings; lists are JSON."""
         return {
             "project": PROJECT,
             "model": self.name,
@@ -102,101 +99,62 @@ class Source:
         return images.to(self.device)
 
 
-def _check_flags(args: argparse.Namespace, checkpoint: Mapping[str, Any]) -> str:
-    """The model's name, where the flags go together."""
-    saved = checkpoint.get("model_name")
-    name = args.model or saved
-    if saved not in (None, name):
-        raise UserError(f"--model {name}, but {args.checkpoint} is of {saved}: leave it out")
-    if not args.checkpoint and args.weights == "ema":
-        raise UserError("--weights ema needs --checkpoint")
-    if name is None:
-        what = f"{args.checkpoint} does not say which model it is: " if args.checkpoint else ""
-        raise UserError(f"{what}give --model NAME")
-    return name
+def _model_source(args: argparse.Namespace) -> networks.ModelSource:
+    """Return the model that the flags name, if they agree."""
+    if not args.checkpoint:
+        if args.weights == "ema":
+            raise UserError("--weights ema needs --checkpoint")
+        if args.model is None:
+            raise UserError("give --model NAME or --checkpoint FILE")
+        return networks.from_name(args.model)
+    source = networks.from_checkpoint(args.checkpoint, args.model)
+    saved, number = source.checkpoint.get("model_name"), source.required["num_classes"]
+    if saved not in (None, source.name):
+        raise UserError(f"--model {args.model}, but {args.checkpoint} is of {saved}: leave it out")
+    if args.num_classes is not None and number not in (None, args.num_classes):
+        raise UserError(
+            f"--num-classes {args.num_classes}, but {args.checkpoint} has {number}: leave it out"
+        )
+    return source
 
 
-def _kwargs(args: argparse.Namespace, checkpoint: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Keyword arguments that the model must be built with."""
-    kwargs = dict(checkpoint.get("model_kwargs") or {})
-    if checkpoint and "num_classes" not in kwargs:
-        state, _ = state_dict_of(checkpoint, args.checkpoint, args.weights == "ema")
-        kwargs["num_classes"] = num_classes_of(state, name)
-    if args.num_classes is not None:
-        if kwargs.get("num_classes") not in (None, args.num_classes):
-            raise UserError(
-                f"--num-classes {args.num_classes}, but {args.checkpoint} has "
-                f"{kwargs['num_classes']}: leave it out"
-            )
-        kwargs["num_classes"] = args.num_classes
-    return kwargs
-
-
-def _short_side(size: tuple[int, int], flags: object) -> int:
-    """The short side that evaluation resizes to, by the flags of the training."""
-    if max(size) <= SMALL:
-        return 0
-    ratio = (flags if isinstance(flags, Mapping) else {}).get("eval_crop_ratio") or CROP_RATIO
-    return int(max(size) / ratio)
-
-
-def load_source(args: argparse.Namespace, device: torch.device) -> Source:
-    """Build what the flags ask for, on a device.
+def load_source(args: argparse.Namespace, device: torch.device) -> ExportSource:
+    """Build the model that the flags name, on a device.
 
     Raises:
         UserError, ModelError, CheckpointError: Flags contradict each other, the model is
             unknown or does not take the size, or the checkpoint is unreadable or of another model.
     """
-    checkpoint = models.read_checkpoint(args.checkpoint) if args.checkpoint else {}
-    name = _check_flags(args, checkpoint)
-    required = _kwargs(args, checkpoint, name)
-    saved = checkpoint.get("input_size")
-    size = args.input_size or (saved and (saved, saved))
-    config = models.pretrained_config(name)
-    native = config and tuple(config.input_size[-2:])
-    size = tuple(size) if size else native
-    if args.input_size:
-        required.pop("img_size", None)
-    # programs are of one size: position embeddings are made for it, not resampled in every run
-    optional = {"img_size": None if size == native else size, "dynamic_img_size": False}
-    model, _ = models.build_model(name, required, optional)
-    if args.checkpoint:
-        report = models.load_weights(model, checkpoint, args.checkpoint, args.weights == "ema")
-        notes = [str(report)]
-    else:
-        notes = [f"no --checkpoint: {name} has random weights"]
+    source = _model_source(args)
+    size = source.image_size(args.input_size)
+    # a program has one size: position embeddings are resampled once, not in every run
+    source = replace(source, optional={**source.optional, "dynamic_img_size": False})
+    classes = {} if args.num_classes is None else {"num_classes": args.num_classes}
+    model = source.build(size, **classes)
+    report = source.load(model, args.weights)
+    notes = [str(report) if report else f"no --checkpoint: {source.label}"]
     model = model.to(device).eval().requires_grad_(False)
-    _check_size(model, name, size)
-    mean, std = models.normalization_of(checkpoint, model.pretrained_cfg)
-    net = model
+    channels = getattr(model, "in_chans", 3)
+    if channels != 3:
+        raise UserError(f"{source.name} takes images of {channels} channels, not of 3")
+    models.check_input_size(model, source.name, size)
+    mean, std = source.normalization(model)
+    exported = model
     if args.fuse and isinstance(model, Fusible):
-        net = model.fuse()
+        exported = model.fuse()
     elif args.fuse:
-        notes.append(f"{name} has no fuse(): exported as it is")
+        notes.append(f"{source.name} has no fuse(): exported as it is")
     if args.with_preprocessing:
-        net, model = (Preprocessed(part, mean, std).to(device) for part in (net, model))
-    return Source(
+        exported, model = (Preprocessed(m, mean, std).to(device) for m in (exported, model))
+    return ExportSource(
         eager=model,
-        net=net,
-        name=name,
+        exported=exported,
+        name=source.name,
         size=size,
-        classes=tuple(models.class_names(checkpoint, str(args.checkpoint))),
+        classes=source.classes or (),
         mean=mean,
         std=std,
-        short_side=_short_side(size, models.flags_of_run(checkpoint) or {}),
+        short_side=0 if max(size) <= SMALL_SIZE else int(max(size) / source.crop_ratio),
         preprocessing=args.with_preprocessing,
         notes=tuple(notes),
     )
-
-
-@torch.no_grad()
-def _check_size(model: nn.Module, name: str, size: tuple[int, int]) -> None:
-    channels = getattr(model, "in_chans", 3)
-    if channels != 3:
-        raise UserError(f"{name} takes images of {channels} channels; exported are those of 3")
-    try:
-        model(torch.zeros(1, channels, *size, device=next(model.parameters()).device))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        text = "x".join(map(str, size))
-        raise models.ModelError(f"{name} cannot take --input-size {text}: {reason}") from error

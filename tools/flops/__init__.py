@@ -1,4 +1,4 @@
-"""Parameters, multiply-accumulates and activations of models, whole and by stage."""
+"""Parameters, multiply-accumulates and activations of models, in total and by stage."""
 
 from tools.flops.counting import Cost, count, our_models, size_options
 

@@ -1,33 +1,33 @@
 """Cost of models: ``python -m tools.flops [NAME ...]``.
 
-Without names, the table of this repository's models beside the figures that their papers print;
-with names (any of timm's), theirs; with --stages, a table by stage for each. Models are not
-allocated where they can run on PyTorch's meta device.
+Without names, a table of this repository's models next to the figures of their papers; with names
+(any of timm's), a table of these; with --stages, a table by stage for each. Models are not
+allocated if they can run on PyTorch's meta device.
 
-Counted is the forward pass as it runs: attention in PyTorch's fused kernels, which are two products
-of matrices, and ConViT's positional attention as its two small products, one over rows and one over
-columns. --no-fused-attention counts all attention written out, ConViT's scores of positions, too.
+The forward pass is counted as it runs: attention in PyTorch's fused kernels as two matrix products,
+and ConViT's positional attention as two small products, over rows and over columns.
+--no-fused-attention counts all attention written out, and ConViT's positional scores.
 
 - parameters: elements of the parameters, in millions.
-- GMACs: billions of multiply-accumulates in convolutions, linear layers and products of matrices.
-- activations: elements of the outputs of convolutions and linear layers, in millions, attention's
-  products left out (as timm's tables count them with fused attention; arXiv 2003.13678, section 2,
+- GMACs: billions of multiply-accumulates in convolutions, linear layers and matrix products.
+- activations: elements of the outputs of convolutions and linear layers, in millions, without
+  attention's products (as in timm's tables with fused attention; arXiv 2003.13678, section 2,
   counts convolutions).
 
-GMACs and activations are of one image, or of the images of --batch.
+GMACs and activations are of one image, or of a batch of --batch images.
 """
 
 import argparse
-import csv
-import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import models
-from tools.flops.counting import Request, Row, our_models, run, total
+from tools.cli import add_input_size
+from tools.flops.counting import PartCost, Request, our_models, run, total
 from tools.flops.stages import by_stage
-from training import files, launch
+from tools.tables import markdown, write_csv
+from training import launch
 from training.flags import positive
 
 # name: (parameters in M, GMACs, ImageNet top-1 in %) as printed in the paper
@@ -61,17 +61,12 @@ EXPLICIT = """\
 Attention is counted written out, ConViT's positional attention as scores and weights."""
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    ruled = ["|---" * len(line) + "|" if line[0] == "---" else None for line in lines]
-    return "\n".join(
-        rule or "| " + " | ".join(line) + " |" for line, rule in zip(lines, ruled, strict=True)
-    )
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
 
 
-def table(rows: dict[str, Row]) -> str:
-    """Whole models, by name, beside the papers' figures."""
+def table(rows: dict[str, PartCost]) -> str:
+    """Return the table of whole models, by name, with the papers' figures."""
     head = ["name", "parameters (M)", "paper", "GMACs", "paper", "activations (M)"]
     body = []
     for name, row in rows.items():
@@ -82,46 +77,35 @@ def table(rows: dict[str, Row]) -> str:
     return markdown([*head, "ImageNet top-1 of the paper"], body)
 
 
-def stage_table(rows: Sequence[Row]) -> str:
-    """The parts of one model, and the whole."""
+def stage_table(rows: Sequence[PartCost]) -> str:
+    """Return the table of the parts of one model, and the whole."""
     head = ["part", "parameters (M)", "GMACs", "activations (M)", "output"]
     body = []
     for row in rows:
         cost = row.cost
         figures = [f"{cost.parameters:.3f}", f"{cost.gmacs:.4f}", f"{cost.activations:.3f}"]
-        body.append([row.name, *figures, "x".join(map(str, row.shape))])
+        body.append([row.name, *figures, _shape(row.shape)])
     return markdown(head, body)
 
 
-def write_csv(path: Path, rows: Sequence[tuple[str, Row]]) -> None:
-    """Exact counts: a line for every model, or for every part of every model."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["model", "part", "parameters", "macs", "activations", "output"])
-    for name, row in rows:
-        shape = "x".join(map(str, row.shape))
-        writer.writerow([name, row.name, row.parameters, row.macs, row.activations, shape])
-    data = text.getvalue().encode()
-    files.write_atomically(path, lambda file: file.write(data))
-
-
 def requests(args: argparse.Namespace) -> list[Request]:
-    """One for every model asked for."""
+    """Return a request for every model that the flags name."""
     names = args.names
     if args.checkpoint:
         saved = models.read_checkpoint(args.checkpoint).get("model_name")
         names = names or [name for name in [saved] if name]
         if len(names) != 1:
-            raise models.ModelError(f"--checkpoint {args.checkpoint}: give one NAME, of its model")
+            raise models.ModelError(
+                f"--checkpoint {args.checkpoint}: give one NAME, that of its model"
+            )
         if saved not in (None, names[0]):
             raise models.ModelError(f"{args.checkpoint} is of {saved}, not of {names[0]}")
-    size = args.input_size and (args.input_size[0], args.input_size[-1])
-    options = (size, args.batch, args.fuse, args.fused_attention, args.checkpoint)
+    options = (args.input_size, args.batch, args.fuse, args.fused_attention, args.checkpoint)
     return [Request(name, *options) for name in names or our_models()]
 
 
 def report(args: argparse.Namespace) -> None:
-    """Count, print, write."""
+    """Count, print and write."""
     wholes, exact = {}, []
     for request in requests(args):
         model, counter = run(request)
@@ -129,54 +113,49 @@ def report(args: argparse.Namespace) -> None:
         wholes[request.name] = whole
         if args.stages or args.blocks:
             rows = [*by_stage(model, counter, args.blocks), whole]
-            image = "x".join(map(str, counter.image))
-            print(f"{request.name}, images {image}", stage_table(rows), "", sep="\n\n")
-            exact += [(request.name, row) for row in rows]
+            print(
+                f"{request.name}, images {_shape(counter.image)}", stage_table(rows), "", sep="\n\n"
+            )
         else:
-            exact.append((request.name, whole))
+            rows = [whole]
+        for row in rows:
+            counts = (row.parameters, row.macs, row.activations)
+            exact.append((request.name, row.name, *counts, _shape(row.shape)))
     if not (args.stages or args.blocks):
         print(table(wholes), end="\n\n")
     print(FUSED if args.fused_attention else EXPLICIT)
     if not args.names and not args.checkpoint:
         print(NOTES)
     if args.csv:
-        write_csv(args.csv, exact)
+        heads = ["model", "part", "parameters", "macs", "activations", "output"]
+        write_csv(args.csv, heads, exact)
         print(f"written to {args.csv}")
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Return the parser of the flags."""
     parser = argparse.ArgumentParser("tools.flops", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("names", nargs="*", metavar="NAME", help="models, any of timm's; all of ours if none")
-    add(
-        "--input-size",
-        type=positive,
-        nargs="+",
-        metavar=("H", "W"),
-        help="height and width of the images in pixels, or the side; the native ones if not given",
-    )
-    add("--batch", type=positive, default=1, help="images that go through together")
+    add("names", nargs="*", metavar="NAME", help="models, any of timm's; ours if none")
+    add_input_size(parser)
+    add("--batch", type=positive, default=1, help="batch size (1)")
     add("--stages", action="store_true", help="a table by stage for each model")
-    add("--blocks", action="store_true", help="the same, and plain transformers by block")
-    add("--fuse", action="store_true", help="count the inference nets, made by model.fuse()")
+    add("--blocks", action="store_true", help="the same, with plain transformers by block")
+    add("--fuse", action="store_true", help="count the models after fuse()")
     add(
         "--no-fused-attention",
         dest="fused_attention",
         action="store_false",
         help="count attention written out",
     )
-    add("--checkpoint", help="file or address that says the model, its classes and input size")
-    add("--csv", type=Path, help="file for the exact counts")
+    add("--checkpoint", help="file or URL that contains the model, its classes and input size")
+    add("--csv", type=Path, help="file for exact counts")
     return parser
 
 
 def main(argv: list[str]) -> int:
-    """Print the cost of the models that ``argv`` names; returns the exit status."""
-    parser = get_parser()
-    args = parser.parse_args(argv)
-    if args.input_size and len(args.input_size) > 2:
-        parser.error("--input-size takes one or two numbers")
+    """Run the command line ``argv``; return the exit status."""
+    args = get_parser().parse_args(argv)
     return launch.run_program(lambda: report(args))
 
 

@@ -1,4 +1,4 @@
-"""What runs in a forward pass, counted: multiply-accumulates, activations, by module."""
+"""Multiply-accumulates and activations of a forward pass, counted as it runs, by module."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,9 +13,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
-from models.checkpoint.contents import num_classes_of, state_dict_of
 from models.layers import set_fused_attention
 from models.layers.fuse import Fusible
+from tools import networks
 
 LAYERS = {
     F.linear,
@@ -33,13 +33,13 @@ class Cost(NamedTuple):
 
 
 @dataclass
-class Row:
-    """What a part of a model costs.
+class PartCost:
+    """Cost of a part of a model.
 
     Attributes:
-        name: Of the part.
+        name: Name of the part.
         parameters, macs, activations: Exact counts.
-        shape: Of its last module's output, empty if there is none.
+        shape: Output shape of its last module, empty if there is none.
     """
 
     name: str
@@ -50,13 +50,13 @@ class Row:
 
     @property
     def cost(self) -> Cost:
-        """The counts in millions and billions."""
+        """Return the counts in millions and billions."""
         return Cost(self.parameters / 1e6, self.macs / 1e9, self.activations / 1e6)
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: multiply-accumulates and activations within, and the output's shape."""
+    """Calls of a module: multiply-accumulates, activations, and the shape of the output."""
 
     macs: int
     activations: int
@@ -64,7 +64,7 @@ class Call:
 
 
 def our_models() -> list[str]:
-    """Names that are registered by this repository, family by family."""
+    """Return the models registered by this repository, family by family."""
 
     def module(name: str) -> str:
         return timm.models.model_entrypoint(name).__module__
@@ -73,7 +73,7 @@ def our_models() -> list[str]:
 
 
 def size_options(name: str, size: int | tuple[int, int] | None) -> dict[str, int | tuple]:
-    """Keyword arguments of a model of ours, or timm's of that name, for images of a size."""
+    """Return the keyword arguments of our or timm's model of a name, for an image size."""
     native = timm.get_pretrained_cfg(name).input_size[-1]
     if size in (None, native, (native, native)) or name.startswith("fastvit"):
         return {}
@@ -83,18 +83,18 @@ def size_options(name: str, size: int | tuple[int, int] | None) -> dict[str, int
 def attention_flops(
     query: Sequence[int], key: Sequence[int], value: Sequence[int], *args, **kwargs
 ) -> int:
-    """FLOPs of a fused kernel on ``... N d``, ``... M d``, ``... M e``: ``2 N M (d + e)`` each."""
+    """Return the FLOPs of fused attention on ``... N d``, ``... M d``, ``... M e``: 2NM(d + e)."""
     return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
-class Counter(TorchFunctionMode):
-    """Counts what runs within, whole and by module.
+class ForwardCounter(TorchFunctionMode):
+    """Count the operations inside a context, in total and by module.
 
     Attributes:
-        calls: What ran in every module that was called, by its name.
-        within: Names of the modules in whose calls a module was called, by its name.
+        calls: Cost of every module that was called, by its name.
+        within: Modules in whose calls a module was called, by its name.
         activations: Elements of the outputs of convolutions and linear layers.
-        image: Shape of the images that were given.
+        image: Shape of the images.
     """
 
     def __init__(self, model: nn.Module):
@@ -106,13 +106,13 @@ class Counter(TorchFunctionMode):
             getattr(torch.ops.mkldnn, "_linear_pointwise", None): self._packed,
             getattr(torch.ops.mkldnn, "_convolution_pointwise", None): self._packed,
         }
-        formulas.pop(None, None)  # what this version of PyTorch has not
+        formulas.pop(None, None)  # not in this version of PyTorch
         self.flops = FlopCounterMode(display=False, custom_mapping=formulas)
         self.activations = 0
         self.image: tuple[int, ...] = ()
         self.calls: dict[str, Call] = {}
         self.within: dict[str, set[str]] = {}
-        self._begun: list[tuple[str, int, int]] = []
+        self._running: list[tuple[str, int, int]] = []
         self._model = model
         self._hooks = []
 
@@ -121,7 +121,7 @@ class Counter(TorchFunctionMode):
         """Multiply-accumulates so far."""
         return self.flops.get_total_flops() // 2
 
-    def __enter__(self) -> "Counter":
+    def __enter__(self) -> "ForwardCounter":
         for name, module in self._model.named_modules():
             self._hooks.append(module.register_forward_pre_hook(self._begin(name)))
             self._hooks.append(module.register_forward_hook(self._end(name)))
@@ -143,7 +143,7 @@ class Counter(TorchFunctionMode):
     def _packed(
         self, x: Sequence[int], weight: Sequence[int], *args, out_shape: Sequence[int], **kwargs
     ) -> int:
-        """FLOPs of a layer of an inference net on the CPU, which no function of PyTorch's runs."""
+        """Return the FLOPs of a packed layer of a fused model, which no torch function runs."""
         count = math.prod(out_shape)
         self.activations += count
         linear = len(weight) == 2
@@ -151,14 +151,14 @@ class Counter(TorchFunctionMode):
 
     def _begin(self, name: str) -> Callable[..., None]:
         def begin(module: nn.Module, inputs: tuple) -> None:
-            self.within.setdefault(name, set()).update(outer for outer, *_ in self._begun)
-            self._begun.append((name, self.macs, self.activations))
+            self.within.setdefault(name, set()).update(outer for outer, *_ in self._running)
+            self._running.append((name, self.macs, self.activations))
 
         return begin
 
     def _end(self, name: str) -> Callable[..., None]:
         def end(module: nn.Module, inputs: tuple, out: Any) -> None:
-            _, macs, activations = self._begun.pop()
+            _, macs, activations = self._running.pop()
             while isinstance(out, list | tuple) and out:
                 out = out[0]
             shape = tuple(out.shape) if torch.is_tensor(out) else ()
@@ -172,13 +172,17 @@ class Counter(TorchFunctionMode):
         return end
 
 
+def channels_of(model: nn.Module) -> int:
+    """Return the number of channels of a model's images."""
+    return getattr(model, "in_chans", model.pretrained_cfg["input_size"][0])
+
+
 @torch.no_grad()
-def trace(model: nn.Module, size: tuple[int, int], batch: int = 1) -> Counter:
-    """Run ``model`` on ``batch`` images of a height and width, where it is, and count."""
+def trace(model: nn.Module, size: tuple[int, int], batch: int = 1) -> ForwardCounter:
+    """Run ``model`` on ``batch`` images of a height and width, and count."""
     device = next(model.parameters()).device
-    channels = getattr(model, "in_chans", model.pretrained_cfg["input_size"][0])
-    image = torch.zeros(batch, channels, *size, device=device)
-    with Counter(model) as counter:
+    image = torch.zeros(batch, channels_of(model), *size, device=device)
+    with ForwardCounter(model) as counter:
         model(image)
     counter.image = tuple(image.shape)
     return counter
@@ -186,15 +190,15 @@ def trace(model: nn.Module, size: tuple[int, int], batch: int = 1) -> Counter:
 
 @dataclass(frozen=True)
 class Request:
-    """What to count.
+    """A model to count.
 
     Attributes:
-        name: Any name of timm's.
-        size: Height and width of the images, the native ones if not given.
-        batch: Images.
-        fuse: Count the inference net.
+        name: Model name.
+        size: Height and width of the images; by default the checkpoint's or the native ones.
+        batch: Batch size.
+        fuse: Count the fused model.
         fused_attention: Count attention as it runs, instead of written out.
-        checkpoint: File that the model is built for.
+        checkpoint: File with the weights.
     """
 
     name: str
@@ -205,35 +209,27 @@ class Request:
     checkpoint: str | None = None
 
     def build(self, device: str) -> tuple[nn.Module, tuple[int, int]]:
-        """The model on a device, and the size of its images."""
-        required, size = {}, self.size
-        content = models.read_checkpoint(self.checkpoint) if self.checkpoint else {}
-        if content:
-            required = dict(content.get("model_kwargs") or {})
-            state, _ = state_dict_of(content, self.checkpoint)
-            required.setdefault("num_classes", num_classes_of(state, self.name))
-            side = content.get("input_size")
-            size = size or (side and (side, side))
-        native = models.pretrained_config(self.name)
-        native = tuple(native.input_size[-2:]) if native else None
-        optional = {} if size in (None, native) else {"img_size": size}
-        if self.size is not None:
-            required.pop("img_size", None)
-        with torch.device("cpu" if content else device):
-            model, _ = models.build_model(self.name, required, optional)
-        if content:
-            models.load_weights(model, content, self.checkpoint)
+        """Build the model on a device; also return the image size."""
+        if self.checkpoint:
+            source, device_of_build = networks.from_checkpoint(self.checkpoint, self.name), "cpu"
+        else:
+            source, device_of_build = networks.from_name(self.name), device
+        size = source.image_size(self.size)
+        is_native = size == source.image_size() and not self.checkpoint
+        with torch.device(device_of_build):
+            model = source.build(None if is_native else size)
+        source.load(model)
         model = model.to(device).eval().requires_grad_(False)
         set_fused_attention(model, self.fused_attention)
         if self.fuse:
             if not isinstance(model, Fusible):
                 raise models.ModelError(f"--fuse: {self.name} has no fuse(); leave it out")
             model = model.fuse()
-        return model, size or native
+        return model, size
 
 
-def run(request: Request) -> tuple[nn.Module, Counter]:
-    """Build and run a model, on the meta device where it can be, else on the CPU.
+def run(request: Request) -> tuple[nn.Module, ForwardCounter]:
+    """Build and run a model, on the meta device if it can be, else on the CPU.
 
     Raises:
         ModelError: The name is unknown, or the model does not take the size.
@@ -243,30 +239,26 @@ def run(request: Request) -> tuple[nn.Module, Counter]:
         model, size = request.build("meta")
         return model, trace(model, size, request.batch)
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
-        if isinstance(error, models.ModelError | models.CheckpointError):
+        if isinstance(error, models.ModelError):
             raise
     model, size = request.build("cpu")
-    try:
-        return model, trace(model, size, request.batch)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        text = "x".join(map(str, size))
-        raise models.ModelError(f"{request.name} cannot take images of {text}: {reason}") from error
+    models.check_input_size(model, request.name, size, channels_of(model))
+    return model, trace(model, size, request.batch)
 
 
 def count(name: str, size: int | None = None, fused_attention: bool = True) -> Cost:
-    """What the model costs for an image.
+    """Return the cost of a model for one image.
 
     Args:
-        name: Registered name.
-        size: Height and width of the image, the native ones if not given.
+        name: Model name.
+        size: Height and width of the image; by default the native ones.
         fused_attention: Count attention as it runs, instead of written out.
     """
     request = Request(name, size and (size, size), fused_attention=fused_attention)
     return total(*run(request)).cost
 
 
-def total(model: nn.Module, counter: Counter) -> Row:
-    """The whole model."""
+def total(model: nn.Module, counter: ForwardCounter) -> PartCost:
+    """Return the cost of the whole model."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Row("total", parameters, counter.macs, counter.activations, counter.calls[""].shape)
+    return PartCost("total", parameters, counter.macs, counter.activations, counter.calls[""].shape)

@@ -1,18 +1,18 @@
-"""A model's cost divided among its stages, as the tree of its modules has them."""
+"""Cost of a model by stage, from the tree of its modules."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
-from tools.flops.counting import Counter, Row, total
+from tools.flops.counting import ForwardCounter, PartCost, total
 
 
-def parts(model: nn.Module, counter: Counter, stages: Sequence[str]) -> list[str]:
-    """Names of modules that divide the model, in the order in which they ran.
+def parts(model: nn.Module, counter: ForwardCounter, stages: Sequence[str]) -> list[str]:
+    """Return names of modules that divide the model, in the order in which they ran.
 
-    Its children; in place of containers of stages, and of what is not called itself, theirs. A
-    child that other children call, as those that blocks share, belongs to these.
+    They are its children, or the children of those that contain stages or are not called. A child
+    that other children call, such as one that blocks share, belongs to them.
     """
 
     def walk(name: str, module: nn.Module) -> Iterator[str]:
@@ -30,12 +30,12 @@ def parts(model: nn.Module, counter: Counter, stages: Sequence[str]) -> list[str
 
 
 def groups(
-    names: Sequence[str], stages: Sequence[str], counter: Counter, plain: bool
+    names: Sequence[str], stages: Sequence[str], counter: ForwardCounter, plain: bool
 ) -> Iterator[tuple[str, list[str]]]:
-    """Rows and their parts: what is before the first stage, stages, what follows, one by one.
+    """Yield rows and their parts: modules before the first stage, stages, modules after the last.
 
-    A stage has also what comes between it and the one before. Before the first, all up to the
-    first layer with products is the stem; all there is, in a plain transformer, the embedding.
+    A stage includes the modules between it and the one before. The modules up to the first one with
+    products are the stem; in a plain transformer, all before the first block are the embedding.
     """
     places = [index for index, name in enumerate(names) if name in stages]
     first, last = (places[0], places[-1]) if places else (0, -1)
@@ -59,7 +59,7 @@ def groups(
 def join_blocks(
     rows: Sequence[tuple[str, list[str]]], stages: Sequence[str]
 ) -> Iterator[tuple[str, list[str]]]:
-    """The rows, all those of blocks as one."""
+    """Yield the rows, with all blocks as one."""
     blocks = [name for name, _ in rows if name in stages]
     if not blocks:
         yield from rows
@@ -72,19 +72,21 @@ def join_blocks(
             yield name, members
 
 
-def _part_of(name: str, owner: Mapping[str, Row]) -> str:
-    """The part that a parameter's name lies in, empty if it is in none."""
+def _part_of(name: str, owner: Mapping[str, PartCost]) -> str:
+    """Return the part that contains a parameter, empty if none does."""
     part = name
     while part and part not in owner:
         part = part.rpartition(".")[0]
     return part
 
 
-def share_parameters(model: nn.Module, rows: Sequence[Row], owner: dict[str, Row]) -> None:
+def share_parameters(
+    model: nn.Module, rows: Sequence[PartCost], owner: dict[str, PartCost]
+) -> None:
     """Add every parameter to the row of its part.
 
-    Those of the model itself go to the row of their number (``pos_embed2`` to ``stage2``), those
-    without one to the first row; what is in no part stays out.
+    Parameters of the model itself go to the row of their number (``pos_embed2`` to ``stage2``),
+    without a number to the first row; those of no part are left out.
     """
     numbers = {re.search(r"\d*$", row.name)[0]: row for row in reversed(rows)}
     names: dict[nn.Parameter, list[str]] = {}
@@ -101,11 +103,11 @@ def share_parameters(model: nn.Module, rows: Sequence[Row], owner: dict[str, Row
             row.parameters += parameter.numel()
 
 
-def by_stage(model: nn.Module, counter: Counter, blocks: bool = False) -> list[Row]:
-    """Rows that add up to the whole: stem, stages, what follows; ``rest``, if there is any.
+def by_stage(model: nn.Module, counter: ForwardCounter, blocks: bool = False) -> list[PartCost]:
+    """Return rows that add up to the whole: stem, stages, later modules, and any ``rest``.
 
-    Stages end where the model's ``feature_info`` says. A plain transformer, whose maps are all of
-    one size, has its embedding, its blocks (in one row unless ``blocks``), and what follows.
+    Stages end at the modules of ``feature_info``. A plain transformer, whose maps all have one
+    size, has its embedding, its blocks (in one row unless ``blocks``), and later modules.
     """
     infos = [info for info in getattr(model, "feature_info", None) or [] if "module" in info]
     stages = [info["module"] for info in infos]
@@ -113,17 +115,17 @@ def by_stage(model: nn.Module, counter: Counter, blocks: bool = False) -> list[R
     found = list(groups(parts(model, counter, stages), stages, counter, plain))
     if plain and not blocks:
         found = list(join_blocks(found, stages))
-    rows: list[Row] = []
-    owner: dict[str, Row] = {}
+    rows: list[PartCost] = []
+    owner: dict[str, PartCost] = {}
     for name, members in found:
         calls = [counter.calls[member] for member in members]
         macs, activations = sum(c.macs for c in calls), sum(c.activations for c in calls)
-        rows.append(Row(name, 0, macs, activations, calls[-1].shape))
+        rows.append(PartCost(name, 0, macs, activations, calls[-1].shape))
         owner |= dict.fromkeys(members, rows[-1])
     share_parameters(model, rows, owner)
     rows = [row for row in rows if row.parameters or row.macs]
     whole = total(model, counter)
-    rest = Row(
+    rest = PartCost(
         "rest",
         whole.parameters - sum(row.parameters for row in rows),
         whole.macs - sum(row.macs for row in rows),

@@ -1,16 +1,15 @@
 """Pictures of a confusion matrix, and reliability diagrams."""
 
-import io
 import math
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tools.plots import as_png, new_figure, plain_text
 from tools.validate.metrics import NUM_BINS, Bins, most_confused
-from training.files import OutputError, write_atomically
+from training.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,39 +23,14 @@ CELLS = 500  # in a row of that, at most
 LIGHT_BLUE, DARK_RED = "#9ecae1", "#a50f15"
 
 
-def new_figure(
-    width: float, height: float, flag: str, layout: str | None = "constrained"
-) -> "Figure":
-    """Return an empty figure, in inches.
-
-    Raises:
-        OutputError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure  # optional: only pictures need it
-    except ImportError as error:
-        raise OutputError(f"{flag} needs matplotlib: pip install matplotlib") from error
-    return Figure(figsize=(width, height), layout=layout)
-
-
 def save(figure: "Figure", path: Path) -> None:
     """Write a figure as a PNG file atomically.
 
     Raises:
         OutputError: The file cannot be written.
     """
-    data = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # drawn as a box
-        # what is laid out by the pixel must not be shifted by parts of one
-        margins = "tight" if figure.get_layout_engine() else None
-        figure.savefig(data, format="png", dpi=DPI, bbox_inches=margins)
-    write_atomically(path, lambda file: file.write(data.getvalue()))
-
-
-def plain_text(text: str) -> str:
-    """Escape ``text`` for matplotlib: dollar signs do not start a formula."""
-    return text.replace("$", r"\$")
+    data = as_png(figure, DPI)
+    write_atomically(path, lambda file: file.write(data))
 
 
 def confusion_figure(confusion: np.ndarray, names: Sequence[str], title: str) -> "Figure":
@@ -77,7 +51,7 @@ def _few_classes(
     confusion: np.ndarray, shares: np.ndarray, names: Sequence[str], title: str
 ) -> "Figure":
     side = max(6, 0.55 * len(names) + 2)
-    figure = new_figure(side, side, "--confusion", "compressed")
+    figure = new_figure(side, side, "compressed")
     axes = figure.subplots()
     _draw_shares(axes, shares, title)
     figure.colorbar(axes.get_images()[0], ax=axes)
@@ -104,7 +78,7 @@ def _many_classes(
     left, bottom, gap, pairs = 60, 60, 30, 600
     # half a pixel more, as the size is rounded down
     width, height = 2 * left + side + 5 * gap + pairs + 0.5, side + 2 * bottom + 0.5
-    figure = new_figure(width / DPI, height / DPI, "--confusion", None)
+    figure = new_figure(width / DPI, height / DPI, None)
 
     def add_axes(start: int, pixels: int) -> "Axes":
         return figure.add_axes((start / width, bottom / height, pixels / width, side / height))
@@ -154,7 +128,7 @@ def _list_pairs(axes: "Axes", pairs: Sequence[tuple[int, int, int]], names: Sequ
 
 def reliability_figure(bins: Bins, title: str) -> "Figure":
     """Draw accuracy by confidence above a histogram of confidences, in percent."""
-    figure = new_figure(5.5, 7, "--reliability")
+    figure = new_figure(5.5, 7)
     figure.suptitle(f"{plain_text(title)}\nECE {100 * bins.ece:.2f}%")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     width = 100 / NUM_BINS

@@ -1,1 +1,1 @@
-"""Pictures of what is within a net; see ``python -m tools.visualize --help``."""
+"""Figures of the inside of models and of training; see ``python -m tools.visualize --help``."""

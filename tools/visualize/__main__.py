@@ -1,68 +1,105 @@
-"""Pictures of what is within a net: ``python -m tools.visualize KIND ...``.
+"""Visualize the inside of a model: ``python -m tools.visualize KIND ...``.
 
-Attention, positions, gates, kernels, feature maps, of a checkpoint or of a registered model, and
-the curves of its training. Every kind has its own ``--help``.
+Attention, positions, gates, kernels and feature maps of a checkpoint or a registered model, and
+training curves. Every kind has its own ``--help``.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
-from tools.visualize import attention, curves, distances, features, gates, kernels, positions
-from tools.visualize.saving import check_targets, save
+from tools.visualize import attention, curves, features, heads, kernels, positions
+from tools.visualize.capture import PARTS
+from tools.visualize.figures import check_targets, save
 from training import launch
+from training.flags import positive
 
-KINDS = {
-    "gates": gates,
-    "nonlocality": distances,
-    "attention": attention,
-    "bias": positions,
-    "kernels": kernels,
-    "features": features,
-    "curves": curves,
+NUMBERS = {"type": int, "nargs": "+"}
+IMAGES = {"--image": {"nargs": "+", "metavar": "IMG", "help": "images to average over"}}
+FLAGS: dict[str, dict[str, Any]] = {
+    "source": {"metavar": "CKPT_OR_MODEL", "help": "checkpoint file or model name"},
+    "checkpoints": {"nargs": "+", "metavar": "CKPT", "help": "checkpoint files or model names"},
+    "runs": {"nargs": "+", "metavar": "RUN_OR_LOG", "help": "run folders or log.txt files"},
+    "--checkpoint": {"metavar": "CKPT", "help": "checkpoint file; else --model NAME"},
+    "--image": {"required": True, "metavar": "FILE", "help": "image, or folder for its first one"},
+    "--data-path": {"metavar": "FOLDER", "help": "or images from a folder"},
+    "--count": {"type": positive, "default": 16, "help": "images of the folder (16)"},
+    "--query": {
+        "default": "centre",
+        "metavar": "X,Y",
+        "help": "pixel of the model's input, 0,0 at the upper left; or centre, or class",
+    },
+    "--part": {"choices": [*PARTS, "all"], "default": "full"},
+    "--show": {
+        "choices": list(positions.SHOWN),
+        "help": "bias tables, GPSA's positional attention or position embeddings; the first of "
+        "these that the model has if not given",
+    },
+    "--layers": NUMBERS | {"help": "layers, stages or blocks by number, from 0"},
+    "--heads": NUMBERS | {"help": "heads by number, from 0"},
+    "--layer": {"metavar": "NAME", "help": "layer name; the first RepMixer if not given"},
+    "--channels": {"type": positive, "default": 6, "help": "number of channels (6)"},
+    "--scale": {"choices": ["row", "panel"], "default": "row", "help": "of colours (row)"},
+    "--pick": {
+        "choices": ["first", "variance"],
+        "default": "first",
+        "help": "the first channels, or those of the largest variance over the image",
+    },
+    "--model": {"metavar": "NAME", "help": "model name, for checkpoints that do not contain it"},
+    "--pretrained": {"action": "store_true", "help": "timm's weights instead of random ones"},
+    "--weights": {"choices": ["model", "ema"], "default": "model", "help": "or the EMA weights"},
+    "--input-size": {"type": positive, "help": "pixels; the checkpoint's or model's if not given"},
+    "--seed": {"type": int, "default": 0, "help": "seed of random weights (0)"},
+    "--device": {"choices": ["cpu", "cuda"], "help": "cuda if available, else cpu"},
+    "--output": {"type": Path, "metavar": "FILE.png", "help": "figure to write"},
+    "--tensorboard": {"type": Path, "metavar": "DIR", "help": "folder for the figure as an event"},
+    "--csv": {"type": Path, "metavar": "FILE.csv", "help": "the values in the figure"},
+}
+OF_MODELS = "--model --pretrained --weights --input-size --seed --device"
+TARGETS = "--output --tensorboard --csv"
+KINDS = {  # kind: (function from flags to Picture, flags)
+    "gates": (heads.make_gates, f"checkpoints {OF_MODELS}"),
+    "nonlocality": (
+        heads.make_nonlocality,
+        f"checkpoints --image --data-path --count {OF_MODELS}",
+    ),
+    "attention": (
+        attention.make,
+        f"--checkpoint --image --query --layers --heads --part {OF_MODELS}",
+    ),
+    "bias": (positions.make, f"source --show --layers {OF_MODELS}"),
+    "kernels": (kernels.make, f"source --layer --channels --scale {OF_MODELS}"),
+    "features": (features.make, f"source --image --layers --channels --pick {OF_MODELS}"),
+    "curves": (curves.make, "runs"),
 }
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """The flags of every kind."""
-    first = __doc__.splitlines()[0]
-    parser = argparse.ArgumentParser("tools.visualize", description=first)
+    """Return the parser of all kinds."""
+    parser = argparse.ArgumentParser("tools.visualize", description=__doc__.splitlines()[0])
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
-    for name, module in KINDS.items():
-        what = module.__doc__.splitlines()[0]
+    for name, (make, flags) in KINDS.items():
+        what = make.__doc__.splitlines()[0]
         kind = kinds.add_parser(name, help=what, description=what)
-        module.add_flags(kind)
-        if name != "curves":
-            add_net_flags(kind)
-        add = kind.add_argument
-        add("--output", type=Path, metavar="FILE.png", help="the picture")
-        add("--tensorboard", type=Path, metavar="DIR", help="the picture as TensorBoard's event")
-        add("--csv", type=Path, metavar="FILE.csv", help="the numbers that it shows")
+        options = FLAGS | IMAGES if name == "nonlocality" else FLAGS
+        for flag in f"{flags} {TARGETS}".split():
+            kind.add_argument(flag, **options[flag])
     return parser
 
 
-def add_net_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags that say which net, of what weights and size, and where it runs."""
-    add = parser.add_argument
-    add("--model", metavar="NAME", help="timm's name, unless the checkpoint says it")
-    add("--pretrained", action="store_true", help="a model's published weights, not random ones")
-    add("--weights", choices=["model", "ema"], default="model", help="or the moving average")
-    add("--input-size", type=int, help="pixels; the checkpoint's or the model's own if not given")
-    add("--seed", type=int, default=0, help="of random weights (0)")
-    add("--device", choices=["cpu", "cuda"], help="cuda if present, if not given")
-
-
-def make(args: argparse.Namespace) -> None:
-    """Make and write one picture."""
+def run(args: argparse.Namespace) -> None:
+    """Make and write one figure."""
     check_targets(args)
-    picture = KINDS[args.kind].make(args)
+    make, _ = KINDS[args.kind]
+    picture = make(args)
     print(*picture.notes, *save(picture, args.kind, args), sep="\n")
 
 
 def main(argv: list[str]) -> int:
-    """Make one picture as the flags ``argv`` say; returns the exit status."""
+    """Run the command line ``argv``; return the exit status."""
     args = get_parser().parse_args(argv)
-    return launch.run_program(lambda: make(args))
+    return launch.run_program(lambda: run(args))
 
 
 if __name__ == "__main__":

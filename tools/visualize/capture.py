@@ -1,7 +1,7 @@
-"""What the attention layers of a net compute on images: from real inputs, by real weights.
+"""Attention weights of a model on real images.
 
-Hooks keep what goes into each layer while the net runs in evaluation mode; the attention weights,
-which fused kernels never form, are computed from that by the layer itself.
+Hooks keep the input of each attention layer while the model runs in evaluation mode. The layer
+computes its weights from that input, because fused kernels never form them.
 """
 
 from collections.abc import Iterable, Iterator
@@ -23,10 +23,10 @@ PARTS = ("full", "content", "position")
 
 
 def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The attention layers of ``model`` by name, in the order of depth.
+    """Return the attention layers of ``model`` by name, in order of depth.
 
     Raises:
-        UserError: It has none whose weights are known.
+        UserError: There are none of a known kind.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, KINDS)}
     if not layers:
@@ -35,7 +35,7 @@ def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def choose(kind: str, flag: str, wanted: Iterable[int] | None, count: int) -> list[int]:
-    """``wanted`` indices of ``count`` things, each once, or all.
+    """Return the ``wanted`` of ``count`` indices, each once; all if None.
 
     Raises:
         UserError: One is out of range.
@@ -45,20 +45,20 @@ def choose(kind: str, flag: str, wanted: Iterable[int] | None, count: int) -> li
     wanted = list(wanted)
     for index in wanted:
         if not 0 <= index < count:
-            raise UserError(f"{flag}: there is no {kind} {index}, they are 0..{count - 1}")
+            raise UserError(f"{flag} {index}: no {kind} of this number; choose from 0..{count - 1}")
     return list(dict.fromkeys(wanted))
 
 
 def attention_parts(layer: nn.Module, x: torch.Tensor) -> AttentionParts:
-    """Attention weights of a layer for its input, as they are applied, and their parts.
+    """Return the attention weights that a layer applies to its input, and their parts.
 
     Args:
         layer: One of :func:`attention_layers`.
-        x: Its input, as the layer takes it.
+        x: Input of the layer.
 
     Returns:
-        ``B h N N`` each, of windows ``B W h N N``. Layers that know no positions have content
-        alone.
+        ``B h N N`` each, of windows ``B W h N N``. Layers without a positional part have content
+        only.
     """
     if isinstance(layer, GPSA | WindowAttention2d):
         return layer.attention_parts(x)
@@ -102,10 +102,10 @@ class Captured:
             return attention_parts(self.layer, self.x)
 
     def maps(self, weights: torch.Tensor, query: tuple[int, int] | str) -> torch.Tensor:
-        """What one query attends to, as maps ``B h H W``; what prefix tokens get is left out.
+        """Return the weights of one query as maps ``B h H W``, without those of prefix tokens.
 
         Args:
-            weights: One of :meth:`parts`.
+            weights: One of the :meth:`parts`.
             query: Row and column of a position, or ``"class"``.
         """
         height, width = self.grid
@@ -121,7 +121,7 @@ class Captured:
 def capture(
     model: nn.Module, layers: dict[str, nn.Module], images: torch.Tensor
 ) -> Iterator[Captured]:
-    """Run ``model`` on images ``B 3 H W``; every layer with the input that it got."""
+    """Run ``model`` on images ``B 3 H W``; yield every layer with its input."""
     inputs: dict[str, torch.Tensor] = {}
 
     def keep(name: str):
@@ -145,7 +145,7 @@ def capture(
 def _geometry(
     model: nn.Module, layer: nn.Module, x: torch.Tensor, size: tuple[int, int]
 ) -> tuple[tuple[int, int], int]:
-    """The grid that a layer's input is of, and its tokens before that."""
+    """Return the grid of a layer's input, and the number of tokens before it."""
     if isinstance(layer, GPSA):
         return tuple(x.shape[1:3]), 0
     if x.ndim == 4:
@@ -156,6 +156,4 @@ def _geometry(
         prefix = x.shape[1] - grid[0] * grid[1]
         if prefix in (0, getattr(model, "num_prefix_tokens", 0)):
             return grid, prefix
-    raise UserError(
-        f"{type(model).__name__} does not say how its {x.shape[1]} tokens lie in the image"
-    )
+    raise UserError(f"{type(model).__name__}: the grid of its {x.shape[1]} tokens is unknown")

@@ -1,16 +1,19 @@
-"""The picture of training curves."""
+"""Training curves from the ``log.txt`` of runs."""
 
+import json
 import math
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tools.visualize.logs import NEEDED, OPTIONAL, log_file, read_log, run_name
-from tools.visualize.panels import COLOURS, new_figure, title, whole_ticks
-from tools.visualize.saving import Picture
+from tools.plots import new_figure
+from tools.visualize.figures import COLOURS, Picture, integer_ticks, title
+from training.output import LOG
 from utils import UserError
 
+NEEDED = ("epoch", "train_loss", "test_loss", "test_acc1", "test_acc5", "train_lr")
+OPTIONAL = ("ema_loss", "ema_acc1", "ema_acc5")
 PANELS = {
     "loss": (
         ("train_loss", "training", ":"),
@@ -21,30 +24,81 @@ PANELS = {
     "top-5, %": (("test_acc5", "test", "-"), ("ema_acc5", "EMA", "--")),
     "learning rate": (("train_lr", "", "-"),),
 }
-NEEDED_LOSSES = ("train_loss", "test_loss")
 MARKERS = {":": "v", "-": ".", "--": "x"}
+Log = list[dict[str, float]]
 
 
-def add_flags(parser: ArgumentParser) -> None:
-    """The flags of this kind."""
-    parser.add_argument("runs", nargs="+", metavar="RUN_OR_LOG", help="folders, or log.txt files")
+def log_file(path: str) -> Path:
+    """Return the log that ``path`` is, or that the run folder ``path`` contains.
+
+    Raises:
+        UserError: There is none.
+    """
+    file = Path(path) / LOG if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise UserError(f"no log {file}: give a run folder or its {LOG}")
+    return file
+
+
+def run_name(file: Path) -> str:
+    """Return the name of a log's run: its folder, or the file if it is not ``log.txt``."""
+    return file.resolve().parent.name if file.name == LOG else file.name
+
+
+def read_log(file: Path) -> Log:
+    """Read the lines of a log, by epoch; the last one of an epoch counts, as after a resume.
+
+    Raises:
+        UserError: The log cannot be read or is empty, or a line is invalid; names the line.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"cannot read {file}: {getattr(error, 'strerror', None) or error}"
+        ) from error
+    epochs: dict[int, dict[str, float]] = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            row = _parse(line, f"{file} line {number}")
+            epochs[int(row["epoch"])] = row
+    if not epochs:
+        raise UserError(f"{file} is empty: training writes a line after every epoch")
+    return [epochs[epoch] for epoch in sorted(epochs)]
+
+
+def _parse(line: str, where: str) -> dict[str, float]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where} is not valid JSON: {error}; delete the line") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is a {type(row).__name__}, not an object of numbers")
+    missing = [key for key in NEEDED if key not in row]
+    if missing:
+        raise UserError(f"{where} does not have {', '.join(missing)}")
+    for key in (*NEEDED, *OPTIONAL):
+        value = row.get(key, 0.0)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"{where}: {key} is {value!r}, not a number")
+    if not (math.isfinite(row["epoch"]) and row["epoch"] == int(row["epoch"])):
+        raise UserError(f"{where}: epoch is {row['epoch']}, not an integer")
+    return row
 
 
 def make(args: Namespace) -> Picture:
-    """Curves of one or several runs."""
+    """Loss, accuracy and learning rate of one or several runs."""
     files: dict[Path, str] = {}
     notes = []
     for path in args.runs:
-        file = log_file(path)
-        if file.resolve() in files:
-            notes.append(f"{path} left out: {files[file.resolve()]} is the same log")
+        file = log_file(path).resolve()
+        if file in files:
+            notes.append(f"{path} left out: {files[file]} is the same log")
         else:
-            files[file.resolve()] = path
+            files[file] = path
     if len(files) > len(COLOURS):
-        raise UserError(
-            f"{len(files)} runs are more than there are colours, {len(COLOURS)}: give fewer"
-        )
-    names = Counter(run_name(file) for file in files)
+        raise UserError(f"{len(files)} runs are too many: give at most {len(COLOURS)}")
+    names = Counter(map(run_name, files))
     runs = {
         run_name(file) if names[run_name(file)] == 1 else path: read_log(file)
         for file, path in files.items()
@@ -57,18 +111,18 @@ def make(args: Namespace) -> Picture:
     return Picture(draw(runs), rows, max(int(row["epoch"]) for row in rows), notes)
 
 
-def draw(runs: dict[str, list[dict[str, float]]]) -> Any:
-    """Four panels; a colour for every run, a style for every kind of number."""
+def draw(runs: dict[str, Log]) -> Any:
+    """Draw four panels, with a colour for every run and a line style for every series."""
     from matplotlib.lines import Line2D
 
     figure = new_figure(9.5, 6.2)
     for ax, (what, curves) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
-        for index, lines in enumerate(runs.values()):
+        for lines, colour in zip(runs.values(), COLOURS, strict=False):
             for key, _, style in curves:
                 points = [(line["epoch"], line[key]) for line in lines if key in line]
                 if points:
                     marker = MARKERS[style] if len(points) < 30 else ""
-                    options = {"color": COLOURS[index], "marker": marker, "markersize": 4}
+                    options = {"color": colour, "marker": marker, "markersize": 4}
                     ax.plot(*zip(*points, strict=True), style, **options)
         if what == "loss":
             ax.set_ylim(*_loss_limits(runs))
@@ -76,9 +130,10 @@ def draw(runs: dict[str, list[dict[str, float]]]) -> Any:
         ax.set_xlabel("epoch, from 0")
         ax.set_ylabel(what)
         ax.grid(alpha=0.3)
-        whole_ticks(ax.xaxis)
+        integer_ticks(ax.xaxis)
     handles = [
-        Line2D([], [], color=COLOURS[index], label=title(name)) for index, name in enumerate(runs)
+        Line2D([], [], color=colour, label=title(name))
+        for name, colour in zip(runs, COLOURS, strict=False)
     ]
     handles += [
         Line2D([], [], color="grey", linestyle=style, marker=MARKERS[style], label=name)
@@ -88,14 +143,15 @@ def draw(runs: dict[str, list[dict[str, float]]]) -> Any:
     return figure
 
 
-def _loss_limits(runs: dict[str, list[dict[str, float]]]) -> tuple[float, float]:
-    """Below for all; above for training and test, which a young average would press to a line."""
+def _loss_limits(runs: dict[str, Log]) -> tuple[float, float]:
+    """Limits below all losses, and above all but the EMA's, which is large in the first epochs."""
     every = [line for lines in runs.values() for line in lines]
 
     def finite(*keys: str) -> list[float]:
         found = [line[key] for line in every for key in keys if key in line]
         return [loss for loss in found if math.isfinite(loss)] or [0.0]
 
-    low, high = min(finite(*NEEDED_LOSSES, "ema_loss")), max(finite(*NEEDED_LOSSES))
+    low = min(finite("train_loss", "test_loss", "ema_loss"))
+    high = max(finite("train_loss", "test_loss"))
     margin = 0.05 * (high - low) or 0.1
     return low - margin, high + margin

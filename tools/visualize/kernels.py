@@ -1,74 +1,139 @@
-"""The picture of FastViT's kernels, branch by branch and fused."""
+"""Kernels of FastViT's reparameterisable layers, branch by branch and fused."""
 
-from argparse import ArgumentParser, Namespace
+import copy
+from argparse import Namespace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
-from tools.visualize.branches import Kernels, choose_layer, kernels_of, own_slices, reparam_layers
-from tools.visualize.loading import load_subject
-from tools.visualize.panels import grid_of_axes, symmetric, title
-from tools.visualize.saving import Picture
+from models.layers.reparam import ReparamModule, RepMixer
+from tools.visualize.figures import Picture, add_row_bar, as_rows, grid_of_axes, symmetric, title
+from tools.visualize.loading import load_model
 from utils import UserError
 
 
-def add_flags(parser: ArgumentParser) -> None:
-    """The flags of this kind."""
-    parser.add_argument("subject", metavar="CKPT_OR_MODEL")
-    parser.add_argument("--layer", metavar="NAME", help="the first RepMixer if not given")
-    parser.add_argument("--channels", type=int, default=6, help="how many channels (6)")
-    parser.add_argument("--scale", choices=["row", "panel"], default="row", help="of colours (row)")
+@dataclass(frozen=True)
+class Kernels:
+    """Kernels of a layer before and after reparameterisation, ``C I k k`` each.
+
+    Attributes:
+        branches: Contribution of each branch, norms and scales folded in, by name; in float64.
+        total: Sum of the branches.
+        fused: Kernel after :meth:`ReparamModule.reparameterize`.
+        difference: Largest absolute difference of ``total`` and ``fused``, biases included.
+    """
+
+    branches: dict[str, torch.Tensor]
+    total: torch.Tensor
+    fused: torch.Tensor
+    difference: float
+
+
+def reparam_layers(model: nn.Module) -> dict[str, ReparamModule]:
+    """Return the outermost reparameterisable layers that still have branches, by name.
+
+    Raises:
+        UserError: There are none.
+    """
+    found: dict[str, ReparamModule] = {}
+    for name, module in model.named_modules():
+        inner = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, ReparamModule) and not inner:
+            found[name] = module
+    branched = {name: m for name, m in found.items() if m.reparam_conv is None}
+    if found and not branched:
+        raise UserError(
+            f"{type(model).__name__} is reparameterised and its branches are gone: "
+            f"give a checkpoint of the training"
+        )
+    if not found:
+        raise UserError(f"{type(model).__name__} has no reparameterisable kernels, as FastViT has")
+    return branched
+
+
+def choose_layer(layers: dict[str, ReparamModule], name: str | None) -> str:
+    """Return ``name``, or the first RepMixer, or the first layer.
+
+    Raises:
+        UserError: There is no layer of this name.
+    """
+    if name is None:
+        mixers = (key for key, layer in layers.items() if isinstance(layer, RepMixer))
+        return next(mixers, next(iter(layers)))
+    if name not in layers:
+        raise UserError(f"unknown --layer {name}; choose one of {', '.join(layers)}")
+    return name
+
+
+@torch.no_grad()
+def kernels_of(layer: ReparamModule) -> Kernels:
+    """Return the kernels of a layer with branches, which is not changed."""
+    double = copy.deepcopy(layer).double().eval()
+    branches = double.branch_kernels()
+    total = sum(weight for weight, _ in branches.values())
+    total_bias = sum(bias for _, bias in branches.values())
+    fused = copy.deepcopy(layer).eval()
+    fused.reparameterize()
+    conv = fused.reparam_conv
+    differences = (conv.weight.double() - total, conv.bias.double() - total_bias)
+    return Kernels(
+        branches={name: weight.detach().cpu() for name, (weight, _) in branches.items()},
+        total=total.cpu(),
+        fused=conv.weight.double().cpu(),
+        difference=max(part.abs().max().item() for part in differences),
+    )
+
+
+def own_slices(kernels: torch.Tensor) -> torch.Tensor:
+    """Return of ``C I k k`` the slice for the input channel that belongs to each output, ``C k k``.
+
+    That is the only one of a depthwise convolution; otherwise input ``c mod I`` for output c, which
+    an identity branch passes on.
+    """
+    index = torch.arange(len(kernels))
+    return kernels[index, index % kernels.shape[1]]
 
 
 def make(args: Namespace) -> Picture:
-    """Kernels of the first channels of a layer."""
-    if args.channels < 1:
-        raise UserError(f"--channels {args.channels} must be 1 at least")
-    subject = load_subject(args.subject, args)
-    layers = reparam_layers(subject.model)
+    """FastViT's kernels, branch by branch and reparameterised."""
+    model = load_model(args.source, args)
+    layers = reparam_layers(model.module)
     name = choose_layer(layers, args.layer)
     kernels = kernels_of(layers[name])
     columns = {**kernels.branches, "sum": kernels.total, "fused": kernels.fused}
     slices = {key: own_slices(kernel)[: args.channels] for key, kernel in columns.items()}
-    what = f"{name} ({type(layers[name]).__name__}), {subject.label}"
-    figure = draw(slices, kernels, what, args.scale == "panel")
-    return Picture(figure, _numbers(slices), subject.epoch or 0)
-
-
-def _numbers(slices: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
-    return [
-        {"branch": branch, "channel": channel, "y": y, "x": x, "weight": weight}
-        for branch, kernels in slices.items()
-        for channel, kernel in enumerate(kernels.tolist())
-        for y, line in enumerate(kernel)
-        for x, weight in enumerate(line)
+    what = f"{name} ({type(layers[name]).__name__}), {model.label}"
+    rows = [
+        row
+        for branch, part in slices.items()
+        for row in as_rows(part, "weight", branch=[branch], channel=None, y=None, x=None)
     ]
+    figure = draw(slices, kernels, what, args.scale == "panel")
+    return Picture(figure, rows, model.epoch or 0)
 
 
 def draw(slices: dict[str, torch.Tensor], kernels: Kernels, what: str, by_panel: bool) -> Any:
-    """Rows of channels, columns of branches, their sum and the fused kernel.
+    """Draw rows of channels, columns of branches, their sum and the fused kernel.
 
-    Every row is on a scale of its own, or ``by_panel`` every panel.
+    Every row has its own colour scale, or every panel if ``by_panel``.
     """
     count = len(next(iter(slices.values())))
     figure, axes = grid_of_axes(count, len(slices), 1.2, (1.2, 1.2), "--channels")
     for channel, line in enumerate(axes):
-        options = symmetric(torch.stack([part[channel] for part in slices.values()]))
-        for ax, part in zip(line, slices.values(), strict=True):
-            own = symmetric(part[channel]) if by_panel else options
-            image = ax.imshow(part[channel].numpy(), **own)
-            ax.set_xlabel(f"max |w| {part[channel].abs().max():.2g}", fontsize=7, labelpad=2)
+        largest = [part[channel].abs().max() for part in slices.values()]
+        for ax, part, own in zip(line, slices.values(), largest, strict=True):
+            options = symmetric(own if by_panel else max(largest))
+            image = ax.imshow(part[channel].numpy(), **options)
+            ax.set_xlabel(f"max |w| {own:.2g}", fontsize=7, labelpad=2)
         line[0].set_ylabel(f"channel {channel}", fontsize=8)
-        if by_panel:
-            continue
-        bar = figure.colorbar(image, ax=line, shrink=0.9, aspect=10, pad=0.01)
-        bar.ax.tick_params(labelsize=7)
-        if channel == 0:
-            bar.ax.set_title("weight", fontsize=7)
+        if not by_panel:
+            add_row_bar(figure, image, line, 0.9, "" if channel else "weight")
     for ax, name in zip(axes[0], slices, strict=True):
         ax.set_title(name, fontsize=8)
-    depthwise = kernels.fused.shape[1] == 1
-    which = "" if depthwise else f"\nslices of input (channel mod {kernels.fused.shape[1]})"
+    inputs = kernels.fused.shape[1]
+    which = "" if inputs == 1 else f"\nslices of input (channel mod {inputs})"
     figure.suptitle(
         f"{title(what)}{which}\n"
         f"largest |sum of branches - fused|, biases too: {kernels.difference:.1e}",

@@ -1,138 +1,116 @@
-"""Pictures of what nets know of positions: bias tables, positional attention, embeddings."""
+"""Positions in a model: relative position bias, positional attention, position embeddings."""
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from models.layers import WindowAttention2d
 from models.layers.gpsa import GPSA
+from tools.plots import new_figure
 from tools.visualize.capture import capture, choose
-from tools.visualize.loading import Subject, load_subject
+from tools.visualize.figures import (
+    MAGNITUDE,
+    Picture,
+    add_colour_bar,
+    as_rows,
+    grid_of_axes,
+    name_columns,
+    short_name,
+    symmetric,
+    title,
+)
+from tools.visualize.loading import EvalModel, load_model
 from tools.visualize.measures import (
     bias_pictures,
     centre_positions,
     cosine_similarities,
     position_embeddings,
 )
-from tools.visualize.panels import (
-    MAGNITUDE,
-    SIGNED,
-    grid_of_axes,
-    mosaic,
-    name_columns,
-    new_figure,
-    short,
-    symmetric,
-    title,
-)
-from tools.visualize.saving import Picture
 from utils import UserError
 
-MOST = 7  # positions a side whose similarities are shown
-
-
-def add_flags(parser: ArgumentParser) -> None:
-    """The flags of this kind."""
-    parser.add_argument("subject", metavar="CKPT_OR_MODEL")
-    parser.add_argument(
-        "--show",
-        choices=["table", "gpsa", "embedding"],
-        help="relative position bias tables, GPSA's positional attention, or position "
-        "embeddings; the first of these that the net has, if not given",
-    )
-    parser.add_argument("--layers", type=int, nargs="+", help="numbers of the layers, from 0")
+MOST = 7  # positions per side whose similarities are shown
 
 
 def make(args: Namespace) -> Picture:
-    """One of the three pictures."""
-    subject = load_subject(args.subject, args)
-    modules = dict(subject.model.named_modules())
-    tables = {n: m for n, m in modules.items() if isinstance(m, WindowAttention2d)}
-    gated = {n: m for n, m in modules.items() if isinstance(m, GPSA)}
-    embeddings = position_embeddings(subject.model)
-    has = {"table": tables, "gpsa": gated, "embedding": embeddings}
-    there = [kind for kind, parts in has.items() if parts]
-    if not there:
-        raise UserError(
-            f"{subject.label}: it has no bias table, GPSA or position embedding of a known kind"
-        )
-    show = args.show or there[0]
-    if show not in there:
-        raise UserError(f"--show {show}: {subject.label} has only {', '.join(there)}")
-    names = list(has[show])
+    """Relative position bias, positional attention or position embeddings."""
+    model = load_model(args.source, args)
+    modules = dict(model.module.named_modules())
+    found = {
+        "table": {n: m for n, m in modules.items() if isinstance(m, WindowAttention2d)},
+        "gpsa": {n: m for n, m in modules.items() if isinstance(m, GPSA)},
+        "embedding": position_embeddings(model.module),
+    }
+    found = {kind: parts for kind, parts in found.items() if parts}
+    if not found:
+        raise UserError(f"{model.label}: no bias table, GPSA or position embedding of a known kind")
+    show = args.show or next(iter(found))
+    if show not in found:
+        raise UserError(f"--show {show}: {model.label} has only {', '.join(found)}")
+    names = list(found[show])
     chosen = choose(f"{show} layer", "--layers", args.layers, len(names))
-    parts = {names[index]: has[show][names[index]] for index in chosen}
-    figure, rows = {"table": _tables, "gpsa": _gpsa, "embedding": _embeddings}[show](subject, parts)
-    return Picture(figure, rows, subject.epoch or 0)
+    parts = {names[index]: found[show][names[index]] for index in chosen}
+    what = title(model.label) + (", resampled" if model.resampled else "")
+    figure, rows = SHOWN[show](model, parts, what)
+    return Picture(figure, rows, model.epoch or 0)
 
 
-def _named(subject: Subject) -> str:
-    """What titles call a net whose positions are shown."""
-    return title(subject.label) + (", resampled" if subject.resampled else "")
-
-
-def _numbers(maps: dict[str, torch.Tensor], value: str, first: int = 0) -> list[dict[str, Any]]:
-    """A row for every number of ``h H W`` maps by layer."""
-    return [
-        {"layer": name, "head": head, "y": y + first, "x": x + first, value: number}
-        for name, picture in maps.items()
-        for head, lines in enumerate(picture.tolist())
-        for y, line in enumerate(lines)
-        for x, number in enumerate(line)
-    ]
-
-
-def _tables(subject: Subject, layers: dict[str, WindowAttention2d]) -> tuple:
-    """Bias tables, rows of layers and columns of heads, on one scale."""
+def _tables(model: EvalModel, layers: dict[str, WindowAttention2d], what: str) -> tuple:
+    """Bias tables: rows of layers and columns of heads, on one scale."""
     maps = {name: bias_pictures(layer).cpu() for name, layer in layers.items()}
-    limit = max(picture.abs().max().item() for picture in maps.values()) or 1.0
-    options = {"cmap": SIGNED, "vmin": -limit, "vmax": limit}
     reach = {name: layer.window - 1 for name, layer in layers.items()}
+    options = symmetric(max(part.abs().max() for part in maps.values()))
     figure = _rows_of_heads(maps, options, "bias added to the score", reach)
     figure.suptitle(
-        f"relative position bias, {_named(subject)}\n"
+        f"relative position bias, {what}\n"
         f"query minus key, in positions: dx to the right, dy downwards",
         fontsize=10,
     )
+    steps = {name: range(-r, r + 1) for name, r in reach.items()}
     rows = [
-        row | {"y": row["y"] - reach[row["layer"]], "x": row["x"] - reach[row["layer"]]}
-        for row in _numbers(maps, "bias")
+        row
+        for name, part in maps.items()
+        for row in as_rows(part, "bias", layer=[name], head=None, dy=steps[name], dx=steps[name])
     ]
-    return figure, [
-        {"dy" if k == "y" else "dx" if k == "x" else k: v for k, v in r.items()} for r in rows
-    ]
+    return figure, rows
 
 
-def _gpsa(subject: Subject, layers: dict[str, GPSA]) -> tuple:
-    """Positional attention of the centre patch, rows of layers and columns of heads."""
-    image = torch.zeros(1, 3, subject.size, subject.size)
-    grids = {c.name: c.grid for c in capture(subject.model, layers, subject.normalized(image))}
+def _gpsa(model: EvalModel, layers: dict[str, GPSA], what: str) -> tuple:
+    """Positional attention of the centre patch: rows of layers and columns of heads."""
+    image = torch.zeros(1, 3, model.size, model.size)
+    grids = {c.name: c.grid for c in capture(model.module, layers, model.normalized(image))}
     maps = {n: centre_positions(layer, *grids[n]).cpu() for n, layer in layers.items()}
-    options = {"cmap": MAGNITUDE, "vmin": 0.0}
-    options["vmax"] = max(picture.max().item() for picture in maps.values())
-    figure = _rows_of_heads(maps, options, "weight", None)
+    largest = max(part.max().item() for part in maps.values())
+    figure = _rows_of_heads(maps, {"cmap": MAGNITUDE, "vmin": 0.0, "vmax": largest}, "weight")
     height, width = next(iter(grids.values()))
     figure.suptitle(
         f"positional attention of patch ({height // 2}, {width // 2}), marked, of a grid of "
-        f"{height}x{width}\n{_named(subject)}",
+        f"{height}x{width}\n{what}",
         fontsize=10,
     )
-    return figure, _numbers(maps, "weight")
+    rows = [
+        row
+        for name, part in maps.items()
+        for row in as_rows(part, "weight", layer=[name], head=None, y=None, x=None)
+    ]
+    return figure, rows
 
 
 def _rows_of_heads(
-    maps: dict[str, torch.Tensor], options: dict, what: str, reach: dict[str, int] | None
+    maps: dict[str, torch.Tensor],
+    options: dict[str, Any],
+    what: str,
+    reach: dict[str, int] | None = None,
 ) -> Any:
-    heads = max(len(picture) for picture in maps.values())
+    """Draw ``h H W`` maps by layer, with the centre marked, or with offsets up to ``reach``."""
+    heads = max(len(part) for part in maps.values())
     figure, axes = grid_of_axes(len(maps), heads, 1.1, (1.6, 1.1))
-    image = None
-    for line, (name, picture) in zip(axes, maps.items(), strict=True):
-        for head, ax in enumerate(line):
-            if head >= len(picture):
-                ax.set_axis_off()
-                continue
-            values = picture[head].numpy()
+    for line, (name, part) in zip(axes, maps.items(), strict=True):
+        for ax in line[len(part) :]:
+            ax.set_axis_off()
+        for head, (ax, values) in enumerate(zip(line, part.numpy(), strict=False)):
             if reach is None:
                 image = ax.imshow(values, **options)
                 ax.plot(values.shape[1] // 2, values.shape[0] // 2, "r+", markersize=5)
@@ -142,51 +120,35 @@ def _rows_of_heads(
                 ax.set_xticks([-r, 0, r] if head == 0 else [])
                 ax.set_yticks([-r, 0, r] if head == 0 else [])
                 ax.tick_params(labelsize=6)
-        line[0].set_ylabel(short(name), fontsize=8)
+        line[0].set_ylabel(short_name(name), fontsize=8)
     name_columns(axes, [f"head {head}" for head in range(heads)])
-    bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 3.0 / len(maps)), aspect=15, pad=0.01)
-    bar.set_label(what, fontsize=8)
+    add_colour_bar(figure, image, axes, what)
     return figure
 
 
-def _embeddings(subject: Subject, embeddings: dict[str, torch.Tensor]) -> tuple:
-    """Similarity of each of some positions to all, for every embedding."""
+def _embeddings(model: EvalModel, embeddings: dict[str, torch.Tensor], what: str) -> tuple:
+    """Similarities of some positions to all, for every embedding."""
     figure = new_figure(4.2 * len(embeddings) + 1.8, 5.1)
     axes = figure.subplots(1, len(embeddings), squeeze=False)[0]
-    rows, image = [], None
+    rows = []
     for ax, (name, embedding) in zip(axes, embeddings.items(), strict=True):
         similar = cosine_similarities(embedding.cpu())
-        picked = [_spread(side) for side in similar.shape[:2]]
-        some = similar[picked[0]][:, picked[1]]  # R K H W
         height, width = similar.shape[:2]
+        down, across = _spread(height), _spread(width)
+        some = similar[down][:, across]  # R K H W
         gap = max(1, height // 10)
-        image = ax.imshow(mosaic(some, gap), **symmetric(torch.ones(1)))
+        image = ax.imshow(mosaic(some, gap), **symmetric(1.0))
         ax.set_facecolor("0.6")  # of the gaps: white would be a similarity of 0
         ax.set_title(f"{name}, {height}x{width} positions", fontsize=9)
-        ax.set_xticks(
-            [j * (width + gap) + width / 2 - 0.5 for j in range(len(picked[1]))],
-            picked[1],
-            fontsize=7,
-        )
-        ax.set_yticks(
-            [i * (height + gap) + height / 2 - 0.5 for i in range(len(picked[0]))],
-            picked[0],
-            fontsize=7,
-        )
+        ax.set_xticks(_middles(width, gap, across), across, fontsize=7)
+        ax.set_yticks(_middles(height, gap, down), down, fontsize=7)
         ax.set_xlabel("column of the position", fontsize=8)
         ax.set_ylabel("row of the position", fontsize=8)
-        rows += [
-            {"layer": name, "row": r, "column": c, "y": y, "x": x, "similarity": value}
-            for r, line in zip(picked[0], some.tolist(), strict=True)
-            for c, picture in zip(picked[1], line, strict=True)
-            for y, numbers in enumerate(picture)
-            for x, value in enumerate(numbers)
-        ]
+        rows += as_rows(some, "similarity", layer=[name], row=down, column=across, y=None, x=None)
     bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.01)
     bar.set_label("cosine similarity", fontsize=8)
     figure.suptitle(
-        f"position embeddings, {_named(subject)}\neach tile: one position with all others",
-        fontsize=10,
+        f"position embeddings, {what}\neach tile: one position with all others", fontsize=10
     )
     return figure, rows
 
@@ -195,3 +157,17 @@ def _spread(count: int) -> list[int]:
     """At most :data:`MOST` indices, evenly over ``count``."""
     shown = min(MOST, count)
     return [round(i * (count - 1) / max(shown - 1, 1)) for i in range(shown)]
+
+
+def _middles(size: int, gap: int, tiles: Sequence[int]) -> list[float]:
+    """Centres of tiles of a size in a mosaic."""
+    return [index * (size + gap) + size / 2 - 0.5 for index in range(len(tiles))]
+
+
+def mosaic(tiles: torch.Tensor, gap: int) -> np.ndarray:
+    """Join tiles ``R K H W`` into one map, with a gap of NaN between them."""
+    padded = torch.nn.functional.pad(tiles, (0, gap, 0, gap), value=torch.nan)
+    return padded.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)[:-gap, :-gap].numpy()
+
+
+SHOWN = {"table": _tables, "gpsa": _gpsa, "embedding": _embeddings}  # in the order of preference

@@ -1,0 +1,202 @@
+"""Parts that figures share, and writing them with their values."""
+
+import io
+import itertools
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tools.cli import shown
+from tools.files import check_outputs, check_suffix, check_writable
+from tools.plots import as_png, new_figure, plain_text
+from tools.tables import csv_bytes
+from training.files import OutputError, write_atomically
+from utils import UserError
+
+MAGNITUDE, SIGNED = "viridis", "RdBu_r"  # safe for colour-blind readers; red is positive
+# of Okabe and Ito, distinct for colour-blind readers
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+MAX_PANELS, MAX_COLUMNS = 600, 64
+MIN_WIDTH = 6.0  # inches: titles need them
+MAX_TITLE = 70  # letters
+DPI, PADDING = 110, 0.08
+INPUTS = ("image", "source", "checkpoint", "checkpoints", "runs")  # flags of files that are read
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure and its values.
+
+    Attributes:
+        figure: A ``matplotlib.figure.Figure``.
+        rows: Its values for the CSV file, with the same keys each.
+        step: TensorBoard's step: the epoch of the last weights shown, 0 if unknown.
+        notes: Lines to print.
+    """
+
+    figure: Any
+    rows: Sequence[dict[str, Any]]
+    step: int = 0
+    notes: Sequence[str] = ()
+
+
+def as_rows(values: torch.Tensor, name: str, **axes: Sequence | None) -> list[dict[str, Any]]:
+    """Return a row for every element of a tensor: its coordinates, and its value under ``name``.
+
+    Args:
+        values: Tensor; its dimensions are the last of the axes.
+        name: Column of the values.
+        **axes: Column and labels of every axis, None for indices; single labels come first.
+    """
+    sizes = (1,) * (len(axes) - values.ndim) + values.shape
+    labels = [
+        range(size) if axis is None else axis
+        for axis, size in zip(axes.values(), sizes, strict=True)
+    ]
+    places, numbers = itertools.product(*labels), values.flatten().tolist()
+    return [
+        dict(zip(axes, place, strict=True)) | {name: number}
+        for place, number in zip(places, numbers, strict=True)
+    ]
+
+
+def title(text: str) -> str:
+    """Return a text as a title: without its middle if it is long, and without formulas."""
+    text = shown(text)
+    if len(text) > MAX_TITLE:
+        half = (MAX_TITLE - 1) // 2
+        text = f"{text[:half]}…{text[-half:]}"
+    return plain_text(text)
+
+
+def short_name(layer: str) -> str:
+    """Return a layer's name without the suffix that all layers have."""
+    return layer.removesuffix(".attn").removesuffix(".token_mixer")
+
+
+def grid_of_axes(
+    rows: int,
+    columns: int,
+    side: float,
+    extra: tuple[float, float],
+    flags: str = "--layers and --heads, or one --part",
+) -> tuple:
+    """Return a figure of ``rows x columns`` square panels without ticks, and its axes.
+
+    Args:
+        rows, columns: Number of panels.
+        side: Side of a panel in inches.
+        extra: Width and height next to the panels in inches.
+        flags: Flags that reduce the number of panels, for the error message.
+
+    Raises:
+        UserError: There are too many panels to see anything.
+    """
+    if rows * columns > MAX_PANELS or columns > MAX_COLUMNS:
+        raise UserError(
+            f"{rows} rows of {columns} panels are too many (at most {MAX_COLUMNS} in a row, "
+            f"{MAX_PANELS} in all): choose fewer with {flags}"
+        )
+    figure = new_figure(max(columns * side + extra[0], MIN_WIDTH), rows * side + extra[1])
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.set_xticks([])
+        ax.set_yticks([])
+    return figure, axes
+
+
+def name_columns(axes: Any, names: Sequence[str]) -> None:
+    """Set titles of columns, each above its first visible panel."""
+    for column, name in zip(axes.T, names, strict=True):
+        panels = [ax for ax in column if ax.axison]
+        if panels:
+            panels[0].set_title(name, fontsize=8)
+
+
+def add_colour_bar(figure: Any, image: Any, axes: Any, label: str) -> Any:
+    """Add a colour bar for all panels of a grid; return it."""
+    shrink = min(1.0, 3.0 / len(axes))
+    bar = figure.colorbar(image, ax=axes, shrink=shrink, aspect=15, pad=0.01)
+    bar.set_label(label, fontsize=8)
+    return bar
+
+
+def add_row_bar(figure: Any, image: Any, line: Any, shrink: float, label: str) -> None:
+    """Add a small colour bar for one row of panels."""
+    bar = figure.colorbar(image, ax=line, shrink=shrink, aspect=10, pad=0.01)
+    bar.ax.tick_params(labelsize=7)
+    bar.ax.set_title(label, fontsize=7)
+
+
+def symmetric(limit: float) -> dict[str, Any]:
+    """Return arguments of ``imshow`` for signed values up to a magnitude; 0 is white."""
+    limit = float(limit) or 1.0
+    return {"cmap": SIGNED, "vmin": -limit, "vmax": limit}
+
+
+def integer_ticks(axis: Any) -> None:
+    """Place ticks at integers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def check_targets(args: Namespace) -> None:
+    """Check that the outputs can be written, before anything is computed.
+
+    Raises:
+        UserError: There is no output, or a file name has the wrong suffix.
+        OutputError: A file cannot be written, or is one of the inputs.
+    """
+    if not (args.output or args.csv or args.tensorboard):
+        raise UserError("give --output FILE.png, --tensorboard DIR or --csv FILE")
+    files = {"--output": (args.output, ".png"), "--csv": (args.csv, ".csv")}
+    files = {flag: target for flag, target in files.items() if target[0] is not None}
+    for flag, (path, suffix) in files.items():
+        check_suffix(flag, path, suffix)
+    inputs = [getattr(args, name, None) or [] for name in INPUTS]
+    inputs = [[value] if isinstance(value, str) else value for value in inputs]
+    check_outputs([(flag, path) for flag, (path, _) in files.items()], itertools.chain(*inputs))
+    for flag, (path, _) in files.items():
+        check_writable(flag, path)
+    folder = args.tensorboard
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise UserError(f"--tensorboard {folder} is not a folder")
+
+
+def save(picture: Picture, kind: str, args: Namespace) -> list[str]:
+    """Write the outputs that the flags name; return a line for each.
+
+    TensorBoard gets the figure under ``visualize/KIND``.
+
+    Raises:
+        OutputError: A file cannot be written; a previous file is unchanged.
+    """
+    png = as_png(picture.figure, DPI, PADDING) if args.output or args.tensorboard else b""
+    files = [(args.output, png)] if args.output else []
+    files += [(args.csv, csv_bytes(list(picture.rows[0]), picture.rows))] if args.csv else []
+    for path, content in files:
+        write_atomically(path, lambda file, content=content: file.write(content))
+    lines = [f"written to {path}" for path, _ in files]
+    if args.tensorboard:
+        _to_tensorboard(png, f"visualize/{kind}", picture.step, args.tensorboard)
+        lines.append(f"visualize/{kind} at step {picture.step} in {args.tensorboard}")
+    return lines
+
+
+def _to_tensorboard(png: bytes, tag: str, step: int, folder: Path) -> None:
+    from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+
+    image = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+    try:
+        with SummaryWriter(str(folder)) as writer:
+            writer.add_image(tag, image, step, dataformats="HWC")
+    except (OSError, ValueError) as error:  # ValueError: a step that is too large
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"cannot write to {folder}: {reason}") from error

@@ -1,0 +1,175 @@
+"""One value per head by layer: ConViT's gates, and non-locality."""
+
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tools.plots import new_figure
+from tools.visualize.capture import attention_layers, capture
+from tools.visualize.figures import COLOURS, Picture, as_rows, integer_ticks, short_name, title
+from tools.visualize.loading import EvalModel, find_images, load_images, load_model
+from tools.visualize.measures import gates, nonlocality_of
+from utils import UserError
+
+GATE = r"gate $\sigma(\lambda)$, share of position"
+FAR = "non-locality D, patches"
+BATCH = 8  # images at once: N x N weights of every head are formed
+
+Values = dict[str, torch.Tensor]  # one per head, h, by layer
+
+
+def make_gates(args: Namespace) -> Picture:
+    """ConViT's gates by layer, or over the epochs of several checkpoints."""
+    found = _measure(args, lambda model: gates(model.module))
+    return _picture(found, args, "gate", GATE, (-0.03, 1.03))
+
+
+def make_nonlocality(args: Namespace) -> Picture:
+    """How far the heads of each layer look, in patches."""
+    if bool(args.image) == bool(args.data_path):
+        raise UserError("give either --image IMG ... or --data-path FOLDER")
+    paths = args.image or find_images(args.data_path, args.count)
+    found = _measure(args, lambda model: mean_nonlocality(model, paths))
+    return _picture(found, args, "nonlocality", FAR, None, f"mean over {len(paths)} image(s)")
+
+
+def _measure(
+    args: Namespace, values: Callable[[EvalModel], Values]
+) -> list[tuple[EvalModel, Values]]:
+    models = (load_model(path, args) for path in args.checkpoints)
+    return [(model, values(model)) for model in models]
+
+
+def _picture(
+    found: list[tuple[EvalModel, Values]],
+    args: Namespace,
+    name: str,
+    label: str,
+    limits: tuple[float, float] | None,
+    *more: str,
+) -> Picture:
+    """Draw values of heads; ``limits`` of None are from 0 to just above the largest value."""
+    found, notes = in_order(found, args.checkpoints)
+    last, _ = found[-1]
+    if limits is None:
+        largest = max(value.max().item() for _, values in found for value in values.values())
+        limits = (0.0, 1.05 * largest or 1.0)
+    figure = draw_heads(*found[0], label) if len(found) == 1 else draw_epochs(found, label)
+    for ax in figure.axes:
+        ax.set_ylim(*limits)
+    rows = [
+        row
+        for model, values in found
+        for layer, value in values.items()
+        for row in as_rows(value, name, epoch=[model.epoch], layer=[layer], head=None)
+    ]
+    return Picture(figure, rows, last.epoch or 0, [*notes, *more])
+
+
+def mean_nonlocality(model: EvalModel, paths: Sequence[str | Path], batch: int = BATCH) -> Values:
+    """Return the non-locality of every head, ``h`` by layer, averaged over images."""
+    layers = attention_layers(model.module)
+    sums: Values = {}
+    for start in range(0, len(paths), batch):
+        images = model.normalized(load_images(model, paths[start : start + batch]))
+        for captured in capture(model.module, layers, images):
+            far = nonlocality_of(captured).double().sum(0).cpu()
+            sums[captured.name] = sums.get(captured.name, 0.0) + far
+    return {name: total / len(paths) for name, total in sums.items()}
+
+
+def in_order(
+    found: Sequence[tuple[EvalModel, Values]], paths: Sequence[str]
+) -> tuple[list[tuple[EvalModel, Values]], list[str]]:
+    """Sort by epoch, keeping the first of each; also return notes of those left out.
+
+    Raises:
+        UserError: The epoch of one of several is unknown, or their networks differ.
+    """
+    if len(found) == 1:
+        return list(found), []
+    chosen: dict[int, int] = {}
+    notes = []
+    shapes = [{name: len(value) for name, value in values.items()} for _, values in found]
+    for index, ((model, _), path) in enumerate(zip(found, paths, strict=True)):
+        if model.epoch is None:
+            raise UserError(
+                f"{path} does not contain its epoch, or was saved within one; several checkpoints "
+                f"are sorted by epoch: give it alone"
+            )
+        if (model.network, shapes[index]) != (found[0][0].network, shapes[0]):
+            raise UserError(
+                f"{path} is of another network ({model.network}) than {paths[0]} "
+                f"({found[0][0].network}): give checkpoints of one, with one --input-size"
+            )
+        if model.epoch in chosen:
+            first = paths[chosen[model.epoch]]
+            notes.append(f"{path} left out: epoch {model.epoch} is that of {first}")
+        else:
+            chosen[model.epoch] = index
+    return [found[chosen[epoch]] for epoch in sorted(chosen)], notes
+
+
+def _style(head: int) -> dict[str, Any]:
+    """Colour, marker and label of a head, distinct for 32 heads."""
+    marker = "osD^"[head // len(COLOURS) % 4]
+    return {"color": COLOURS[head % len(COLOURS)], "marker": marker, "label": f"head {head}"}
+
+
+def draw_heads(model: EvalModel, values: Values, what: str) -> Any:
+    """Draw heads as points, and their mean as a line, over the layers of one model."""
+    names = list(values)
+    heads = max(map(len, values.values()))
+    figure = new_figure(2.8 + 0.55 * len(names) + 0.9 * (heads > 8), 4.2)
+    ax = figure.add_subplot()
+    for head in range(heads):
+        shift = 0.7 * (head - (heads - 1) / 2) / heads  # equal heads stay apart
+        points = [
+            (index + shift, value[head].item())
+            for index, value in enumerate(values.values())
+            if head < len(value)
+        ]
+        ax.plot(*zip(*points, strict=True), **_style(head), linestyle="", markersize=5)
+    means = [value.mean().item() for value in values.values()]
+    ax.plot(range(len(names)), means, color="black", linewidth=1.5, label="mean")
+    ax.set_xticks(range(len(names)), map(short_name, names), rotation=60, ha="right")
+    ax.set_xlabel("layer")
+    ax.set_ylabel(what)
+    ax.grid(axis="y", alpha=0.3)
+    epoch = "" if model.epoch is None else f", epoch {model.epoch}"
+    ax.set_title(title(f"{model.label}{epoch}"), fontsize=10)
+    figure.legend(loc="outside right upper", fontsize=8, ncols=1 if heads <= 8 else 2)
+    return figure
+
+
+def draw_epochs(found: Sequence[tuple[EvalModel, Values]], what: str) -> Any:
+    """Draw a panel per layer: heads as thin lines over the epochs, their mean as a thick one."""
+    first, values_of_first = found[0]
+    names = list(values_of_first)
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
+    figure = new_figure(2.5 * columns + 1.3, 2.0 * rows + 0.7)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    epochs = [model.epoch for model, _ in found]
+    for ax, name in zip(axes.flat, names, strict=False):
+        value = torch.stack([values[name] for _, values in found])  # E h
+        ax.plot(epochs, value.mean(1), color="black", linewidth=3, label="mean")
+        for head, line in enumerate(value.T):
+            ax.plot(epochs, line, **_style(head), linewidth=1, markersize=3)
+        ax.set_title(short_name(name), fontsize=9)
+        ax.grid(alpha=0.3)
+        integer_ticks(ax.xaxis)
+    for index, ax in enumerate(axes.flat):
+        ax.tick_params(labelbottom=index + columns >= len(names))
+    for ax in axes.flat[len(names) :]:
+        ax.set_axis_off()
+    most = max(range(len(names)), key=lambda index: len(values_of_first[names[index]]))
+    handles, labels = axes.flat[most].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+    figure.supxlabel("epoch, from 0", fontsize=10)
+    figure.supylabel(what, fontsize=10)
+    figure.suptitle(title(first.network), fontsize=10)
+    return figure
