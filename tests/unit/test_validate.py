@@ -137,10 +137,18 @@ def test_calibration_error_of_four_images():
     assert found["confidence"] == pytest.approx(100 * (0.55 + 0.57 + 0.75 + 0.99) / 4)
 
 
-def test_per_class_file_follows_from_the_predictions(run, call, tmp_path):
+def check_picture(path):
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        assert min(picture.size) > 400
+
+
+def test_files_of_classes_follow_from_the_predictions(run, call, tmp_path):
     checkpoint, images, model, _ = run
-    flags = (checkpoint, "--data-path", images, "--weights", "model")
+    flags = [checkpoint, "--data-path", images, "--weights", "model"]
+    flags += ["--confusion", tmp_path / "c.png"]
     assert call(*flags, "--per-class", tmp_path / "classes.csv")[0] == 0
+    check_picture(tmp_path / "c.png")
     logits, targets, _ = logits_of(model, images / "val")
     predicted = logits.argmax(1)
     assert len(set(predicted)) > 3
@@ -172,13 +180,10 @@ def test_class_scores_without_images_or_predictions():
 def test_sizes_files_and_their_names(run, call, tmp_path):
     checkpoint, images, *_ = run
     flags = [checkpoint, "--data-path", images, "--input-size", 32, 48, "--csv", tmp_path / "t.csv"]
-    pictures = ["--confusion", tmp_path / "c.png", "--reliability", tmp_path / "r.png"]
-    assert call(*flags, "--weights", "ema", *pictures)[0] == 0
-    names = [f"{name}-{number}.png" for name in "cr" for number in ("1-ema-32", "2-ema-48")]
+    assert call(*flags, "--weights", "ema", "--reliability", tmp_path / "r.png")[0] == 0
+    names = ["r-1-ema-32.png", "r-2-ema-48.png"]
     for name in names:
-        with Image.open(tmp_path / name) as picture:
-            assert picture.format == "PNG"
-            assert min(picture.size) > 400
+        check_picture(tmp_path / name)
     assert call(*flags, "--per-class", tmp_path / "p.csv")[0] == 0
     names += [f"p-{n}.csv" for n in ("1-model-32", "2-ema-32", "3-model-48", "4-ema-48")]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "t.csv"])
@@ -260,12 +265,13 @@ def test_a_compiled_network_sees_batches_of_one_size(run, call, tmp_path, monkey
         return seen[-1]
 
     monkeypatch.setattr("engine.compiled", compiled)
-    flags = (checkpoint, "--data-path", images, "--weights", "model", "--compile", "eager")
+    flags = [checkpoint, "--data-path", images, "--weights", "model", "--compile", "eager"]
     assert call(*flags, "--batch-size", 33, "--csv", tmp_path / "t.csv")[0] == 0
     assert seen[-1].shapes == [(49, 3, SIZE, SIZE)] * 3  # of 108 images
     agrees(read(tmp_path / "t.csv")[0], formulas(*logits_of(model, images / "val")[:2]))
 
 
+@pytest.mark.slow
 def test_ways_to_run_a_network(call, tmp_path):
     torch.manual_seed(0)
     model, average = (

@@ -15,7 +15,6 @@ from tools.cli import shortened, shown
 
 RULES = ("auto", "position", "wnid", "number")
 NUM_IMAGENET = 1000
-EXAMPLE = "n01440764"
 NAME_WIDTH = 24  # of a class in pictures
 
 
@@ -137,9 +136,35 @@ def match_classes(
     """
     if rule == "auto":
         rule = choose_rule(names, num_outputs, known)
-    find = {"name": _by_name, "wnid": _by_wnid, "number": _by_number, "position": _by_position}
-    outputs = find[rule](names, num_outputs, known, title, source)
-    _check_distinct(names, outputs, title)
+    if rule == "wnid" and num_outputs != NUM_IMAGENET:
+        raise DataError(
+            f"{source} has {num_outputs} classes: wnids need a model of ImageNet's 1000 classes"
+        )
+    if rule == "position":
+        if len(names) != num_outputs:
+            raise DataError(
+                f"{source} has {num_outputs} classes, {title} has {len(names)}, and their names "
+                f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}) match no outputs"
+            )
+        return ClassMap(rule, tuple(range(num_outputs)), tuple(names), num_outputs)
+    if rule == "wnid":
+        known = imagenet_wnids()
+    elif rule == "number":
+        known = [str(index) for index in range(num_outputs)]
+    places = {name: index for index, name in enumerate(known)}
+    outputs: dict[int, str] = {}
+    for name in names:
+        key = name.lstrip("0") or "0" if rule == "number" else name
+        if key not in places:
+            near = difflib.get_close_matches(name, known, n=3) or known[:3]
+            raise DataError(
+                f"{title}: class {name!r} is not one of the {len(known)} of {source}, such as "
+                f"{', '.join(near)} (--classes position takes them in order)"
+            )
+        output = places[key]
+        if output in outputs:
+            raise DataError(f"{title}: {outputs[output]!r} and {name!r} are both class {output}")
+        outputs[output] = name
     return ClassMap(rule, tuple(outputs), tuple(names), num_outputs)
 
 
@@ -161,68 +186,6 @@ def _looks_like_wnid(name: str) -> bool:
 
 def _is_number(name: str) -> bool:
     return name.isascii() and name.isdigit()
-
-
-def _by_name(
-    names: Sequence[str], num_outputs: int, known: Sequence[str], title: str, source: str
-) -> list[int]:
-    places = {name: index for index, name in enumerate(known)}
-    for name in names:
-        if name not in places:
-            near = difflib.get_close_matches(name, known, n=3) or list(known[:3])
-            raise DataError(
-                f"{title}: class {name!r} is not among the {len(known)} of {source}, such as "
-                f"{', '.join(near)} (--classes position takes them in order)"
-            )
-    return [places[name] for name in names]
-
-
-def _by_wnid(
-    names: Sequence[str], num_outputs: int, known: object, title: str, source: str
-) -> list[int]:
-    if num_outputs != NUM_IMAGENET:
-        raise DataError(
-            f"{source} has {num_outputs} classes: wnids need a model of ImageNet's 1000 classes"
-        )
-    places = {wnid: index for index, wnid in enumerate(imagenet_wnids())}
-    for name in names:
-        if name not in places:
-            raise DataError(
-                f"{title}: class {name!r} is not a wnid of ImageNet's 1000 classes, such as "
-                f"{EXAMPLE}"
-            )
-    return [places[name] for name in names]
-
-
-def _by_number(
-    names: Sequence[str], num_outputs: int, known: object, title: str, source: str
-) -> list[int]:
-    for name in names:
-        if not _is_number(name) or int(name) >= num_outputs:
-            raise DataError(
-                f"{title}: class {name!r} must be a number from 0 to {num_outputs - 1}, as the "
-                f"classes of {source}"
-            )
-    return [int(name) for name in names]
-
-
-def _by_position(
-    names: Sequence[str], num_outputs: int, known: object, title: str, source: str
-) -> list[int]:
-    if len(names) != num_outputs:
-        raise DataError(
-            f"{source} has {num_outputs} classes, {title} has {len(names)}, and their names "
-            f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}) match no outputs"
-        )
-    return list(range(num_outputs))
-
-
-def _check_distinct(names: Sequence[str], outputs: Sequence[int], title: str) -> None:
-    seen: dict[int, str] = {}
-    for name, output in zip(names, outputs, strict=True):
-        if output in seen:
-            raise DataError(f"{title}: {seen[output]!r} and {name!r} are the same class {output}")
-        seen[output] = name
 
 
 def read_names(file: Path) -> list[str]:
