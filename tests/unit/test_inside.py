@@ -229,7 +229,7 @@ def test_nonlocality_is_the_sum_over_pairs(name, kwargs, size):
     for captured in capture(model, attention_layers(model), torch.randn(1, 3, size, size)):
         weights = captured.parts().full[0].double()[:, captured.prefix :, captured.prefix :]
         found = measures.nonlocality_of(captured)[0]
-        for head in (0, captured.num_heads - 1):
+        for head in (0, captured.layer.num_heads - 1):
             expected = loop_nonlocality(weights[head], *captured.grid)
             assert found[head].item() == pytest.approx(expected, rel=1e-4)
 
