@@ -558,6 +558,10 @@ def _fill_up(images: torch.Tensor, size: int) -> torch.Tensor:
     return F.pad(images, (0,) * 7 + (max(size - len(images), 0),))
 
 
+def _as_is(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return logits, targets
+
+
 @torch.inference_mode()
 def evaluate(
     data_loader: Iterable,
@@ -566,24 +570,29 @@ def evaluate(
     precision: Precision | None = None,
     shared: bool = True,
     after_batch: Callable[[], bool] = lambda: False,
+    observe: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = _as_is,
+    timer: Callable[[int], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> dict[str, Any]:
-    """Top-1 and top-5 accuracy and cross-entropy.
+    """Measure top-1 and top-5 accuracy and cross-entropy.
 
     Args:
         data_loader: Yields batches of (images ``B 3 H W``, targets ``B``, corrupt files left out).
-        model: Model, not distributed: processes may have different numbers of batches. For a
-            compiled one, smaller batches are filled up with blank images, which do not count.
-        device: Where the model is.
+        model: Model, not distributed: ranks may have different numbers of batches. For a
+            compiled model, smaller batches are padded with blank images, which do not count.
+        device: Device of the model.
         precision: Autocast, if any.
-        shared: The processes have different parts of the set, whose counts are added up.
-        after_batch: True breaks off; the result is then of no use.
+        shared: Ranks have different parts of the dataset; their counts are summed.
+        after_batch: Called after every batch; True stops, and the result is meaningless.
+        observe: Receives the logits ``B K`` in float32 and the targets ``B`` of every batch, on the
+            device; returns those to count.
+        timer: Context of the forward pass of so many images.
 
     Returns:
         ``acc1`` and ``acc5`` in percent, ``loss``, the numbers of ``images`` and of ``corrupt``
-        files left out, and the ``messages`` about those met by this process.
+        files left out, and the ``messages`` about those read by this rank.
 
     Raises:
-        UserError: There was not a single sound image.
+        UserError: No image can be decoded.
     """
     precision = precision or Precision(device)
     model.eval()
@@ -592,7 +601,7 @@ def evaluate(
     messages: list[str] = []
     counts = torch.zeros(2, dtype=torch.int64, device=device)
     losses = []
-    broken_off = False
+    stopped = False
     for images, targets, corrupt in data_loader:
         messages += corrupt
         images_seen += len(images)
@@ -601,25 +610,27 @@ def evaluate(
         images = precision.move(images)
         targets = targets.to(device, non_blocking=True)
         full = max(full, len(images)) if is_compiled else 0
-        with precision.autocast():
-            logits = model(_fill_up(images, full))
-        logits = logits[: len(images)].float()
+        padded = _fill_up(images, full)
+        with timer(len(images)), precision.autocast():
+            logits = model(padded)
+        logits, targets = observe(logits[: len(images)].float(), targets)
         losses.append(F.cross_entropy(logits, targets, reduction="sum"))
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = ranked == targets[:, None]
         counts += torch.stack([hits[:, 0].sum(), hits.sum()])
         if after_batch():
-            broken_off = True
+            stopped = True
             break
-    # float64 makes the sum independent, in practice, of how batches were dealt to processes
+    # in float64 the sum does not depend, in practice, on how batches are assigned to ranks
     loss_sum = torch.stack(losses).cpu().double().sum().item() if losses else 0.0
-    numbers = [*counts.tolist(), images_seen, len(messages), loss_sum, broken_off]
+    numbers = [*counts.tolist(), images_seen, len(messages), loss_sum, stopped]
     totals = torch.tensor(numbers, dtype=torch.float64)
     if shared:
         totals = sum_over_processes(totals, device)
-    hits1, hits5, images_seen, corrupt_seen, loss_sum, broken_off = totals.tolist()
-    if not images_seen and not broken_off:
-        raise UserError(f"nothing to evaluate: {corrupt_seen:.0f} corrupt images, no sound one")
+    hits1, hits5, images_seen, corrupt_seen, loss_sum, stopped = totals.tolist()
+    if not images_seen and not stopped:
+        first = f"; the first: {messages[0]}" if messages else ""
+        raise UserError(f"nothing to evaluate: {corrupt_seen:.0f} corrupt images{first}")
     images_seen = max(images_seen, 1)
     return {
         "acc1": 100 * hits1 / images_seen,

@@ -1,4 +1,4 @@
-"""Tiny networks and sets, and what tools.validate should say of them."""
+"""Tiny models and test sets for tools.validate and tools.predict, and the expected scores."""
 
 import csv
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import THREADS, write_images
+from conftest import write_images
 
 import datasets
 from pipeline.images import load_image
@@ -17,59 +17,81 @@ CLASSES = [f"kind{index:02}" for index in range(12)]
 SIZE = 32
 
 
-def random_vit(num_classes, seed=0):
-    """A tiny network whose predictions differ from image to image."""
+def random_vit(num_classes, seed=0, size=SIZE, finite=True):
+    """Return a tiny model whose predictions differ from image to image, or are all NaN."""
     torch.manual_seed(seed)
-    model = timm.create_model("test_vit", num_classes=num_classes, img_size=SIZE)
+    model = timm.create_model("test_vit", num_classes=num_classes, img_size=size)
     torch.nn.init.normal_(model.head.weight, std=0.3)
+    if not finite:
+        torch.nn.init.constant_(model.head.bias, float("nan"))
     return model.eval()
 
 
-def save(path, model, ema=None, **more):
-    """A checkpoint as training writes it, as far as evaluation reads it."""
-    num_classes = model.num_classes
+def save(path, model, ema=None, size=SIZE, **more):
+    """Write the part of a training checkpoint that evaluation reads."""
     content = {"model": model.state_dict(), "model_ema": ema and ema.state_dict()}
-    content |= {"model_name": "test_vit", "input_size": SIZE, "epoch": 3}
-    content |= {"model_kwargs": {"num_classes": num_classes, "img_size": SIZE}, "args": {}}
+    content |= {"model_name": "test_vit", "input_size": size, "epoch": 3}
+    content |= {"model_kwargs": {"num_classes": model.num_classes, "img_size": size}, "args": {}}
     torch.save(content | more, path)
     return path
 
 
+def plain(path, num_classes=1000):
+    """Write a model's weights alone; return the flags that evaluate them, and the model."""
+    model = random_vit(num_classes)
+    torch.save(model.state_dict(), path)
+    return [path, "--model", "test_vit", "--input-size", SIZE], model
+
+
 def trained(folder, classes, images):
-    """(checkpoint with a moving average, image folder, network, average) of so many a class."""
+    """Return a checkpoint with EMA, an image folder, the model and the EMA model."""
     data = write_images(folder / "images", train=1, val=images, classes=classes)
     model, ema = random_vit(len(classes)), random_vit(len(classes), seed=1)
     checkpoint = save(folder / "checkpoint.pth", model, ema, classes=list(classes))
     return checkpoint, data, model, ema
 
 
-def with_one_thread():
-    """Networks as small as these are slower with several."""
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(THREADS)
-
-
-def caller(capsys):
-    """``call(*flags) -> (status, output, errors)`` of tools.validate."""
+def caller(capsys, program=validate, more=("--num_workers", "0")):
+    """Return ``call(*flags) -> (status, output, errors)`` of tools.validate or ``program``."""
 
     def call(*flags):
         capsys.readouterr()
-        status = validate.main(["--num_workers", "0", *map(str, flags)])
+        status = program.main([*map(str, (*more, *flags))])
         return (status, *capsys.readouterr())
 
+    torch.set_num_threads(1)  # tiny models are slower with more
     return call
 
 
-def read(path):
+def refuses(found, *values, output=""):
+    """Assert that a call failed with one error that names ``values``, and printed nothing else."""
+    status, printed, errors = found
+    assert (status, printed, errors.startswith("error: ")) == (1, output, True)
+    for value in values:
+        assert str(value) in errors
+
+
+def content(folder):
+    """Return the content of every file of a folder."""
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+def no_access(*_, **__):
+    """Raise the error of missing permissions."""
+    raise PermissionError(13, "Permission denied")
+
+
+def read(path, *keys):
+    """Return the rows of a CSV file, or tuples of some of their values."""
     with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    return [tuple(row[key] for key in keys) for row in rows] if keys else rows
 
 
 def logits_of(model, folder, plain=False):
-    """Float64 logits of the images of ``folder/CLASS``, targets in the order of names, paths.
+    """Return float64 logits of the images of ``folder/CLASS``, targets, and paths.
 
-    ``plain`` weights, which say nothing of their training, get images as timm says of test_vit.
+    Images of ``plain`` weights are normalised as timm states for test_vit.
     """
     args = get_args_parser().parse_args(["--input-size", str(SIZE)])
     transform = datasets.build_transform(False, args)
@@ -86,7 +108,7 @@ def logits_of(model, folder, plain=False):
 
 
 def formulas(logits, targets):
-    """The scores by their definitions, in float64 and in loops."""
+    """Return the scores by their definitions, in float64 and in loops."""
     exps = np.exp(logits - logits.max(1, keepdims=True))
     probabilities = exps / exps.sum(1, keepdims=True)
     order = np.argsort(-logits, axis=1)

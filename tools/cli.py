@@ -1,38 +1,53 @@
-"""How tools that print and write results begin and end."""
+"""Command lines of tools: flags shared with ``main.py``, messages and exit statuses."""
 
 import argparse
 import re
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import torch
+
 from training import launch
 from training.files import OutputError
-from training.flags import positive
+from training.flags import get_args_parser, positive
+from utils import UserError
 
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-SURROGATES = re.compile("[\ud800-\udfff]")  # what Python makes of bytes that are not UTF-8
+SURROGATES = re.compile("[\ud800-\udfff]")  # Python's code points for bytes that are not UTF-8
+DATA = "data"  # main.py's group of flags for datasets
+TRAINING_ONLY = ("sampling_ratio", "decode_on_device", "dist_eval")  # flags of that group
 
 
 def shown(value: object) -> str:
-    """A text in one line that can be printed: control characters as spaces, odd bytes as �."""
+    """Return a text as one printable line: control characters as spaces, invalid bytes as �."""
     return SURROGATES.sub("�", CONTROLS.sub(" ", str(value)))
 
 
+def shortened(text: str, width: int) -> str:
+    """Return ``text``, cut to ``width`` characters with an ellipsis if it is longer."""
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
 def warn(messages: Iterable[str], told: set[str]) -> None:
-    """Print messages as warnings, but for those that are in ``told``, and add them to it."""
+    """Print messages as warnings, except those in ``told``, and add them to it."""
     for message in messages:
         if message not in told:
             print(f"warning: {shown(message)}", file=sys.stderr, flush=True)
             told.add(message)
 
 
+def silent(message: str) -> None:
+    """Print nothing."""
+
+
 def finish(files: Sequence[tuple[Path, Callable[[Path], None]]], failed: Sequence[str]) -> int:
-    """Write every file that can be written, then say what could not be done.
+    """Write every file that can be written, then print the errors.
 
     Args:
-        files: And what writes each.
-        failed: What is said of all else that failed.
+        files: Files, and the function that writes each.
+        failed: Other errors.
 
     Returns:
         The exit status, 1 if anything failed.
@@ -49,6 +64,57 @@ def finish(files: Sequence[tuple[Path, Callable[[Path], None]]], failed: Sequenc
     for message in failed:
         launch.fail(shown(message))
     return 1 if failed else 0
+
+
+def add_flags(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    """Add flags of ``main.py`` to ``parser``, by the names of their values."""
+    group = parser.add_argument_group("as in main.py")
+    for action in get_args_parser()._actions:
+        if action.dest in names:
+            group._add_action(action)
+
+
+def data_flags() -> list[str]:
+    """Return the names of ``main.py``'s flags that choose and read an evaluation set."""
+    groups = get_args_parser()._action_groups
+    found = next(group for group in groups if group.title == DATA)
+    return [action.dest for action in found._group_actions if action.dest not in TRAINING_ONLY]
+
+
+def parse(make_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str]) -> Namespace:
+    """Parse the flags of a tool; those of ``main.py`` that it lacks have their defaults.
+
+    Raises:
+        UserError: Flags contradict each other, a number is out of range, or the backend of
+            ``--compile`` is unknown.
+    """
+    args = vars(make_parser().parse_args(argv))
+    silent = make_parser()
+    for action in silent._actions:
+        action.default = argparse.SUPPRESS
+    given = set(vars(silent.parse_args(argv)))
+    full = Namespace(**vars(get_args_parser().parse_args([])) | args)
+    _check(full, given)
+    return full
+
+
+def _check(args: Namespace, given: set[str]) -> None:
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size {args.batch_size} must be positive")
+    if args.num_workers < 0:
+        raise UserError(f"--num_workers {args.num_workers} must be 0 or more")
+    sizes = args.input_size if isinstance(args.input_size, list) else [args.input_size]
+    for size in sizes:
+        if size is not None and size < 1:
+            raise UserError(f"--input-size {size} must be positive")
+    if not 0 < args.eval_crop_ratio <= 1:
+        raise UserError(f"--eval-crop-ratio {args.eval_crop_ratio} must be above 0, at most 1")
+    if "amp_dtype" in given and not args.amp:
+        raise UserError(f"--amp-dtype {args.amp_dtype} has no effect without --amp: give both")
+    backend = args.compile
+    if backend is not None and backend not in torch.compiler.list_backends(None):
+        backends = ", ".join(torch.compiler.list_backends())
+        raise UserError(f"unknown backend --compile {backend}; choose one of {backends}")
 
 
 class _ImageSize(argparse.Action):

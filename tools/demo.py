@@ -1,6 +1,6 @@
-"""Watch a Visformer learn: train, stop, resume, evaluate. ``python -m tools.demo``.
+"""Train a Visformer, stop, resume and evaluate it: ``python -m tools.demo``.
 
-Runs the very commands it prints, each in a process of its own.
+Every command is printed and runs in its own process.
 """
 
 import argparse
@@ -14,7 +14,7 @@ STOP_EPOCH = "8"
 
 
 def run_main(*flags: str) -> list[str]:
-    """Run ``main.py`` with ``flags``, show its output, and return its lines."""
+    """Run ``main.py`` with ``flags``, print its output and return its lines."""
     print("\n$ python main.py", shlex.join(flags), flush=True)
     command = [sys.executable, str(ROOT / "main.py"), *flags]
     lines = []
@@ -28,12 +28,12 @@ def run_main(*flags: str) -> list[str]:
 
 
 def accuracies(lines: list[str]) -> list[str]:
-    """The last lines that report an accuracy: of the raw weights and of their average."""
+    """Return the last lines with the accuracies of the weights and of their moving average."""
     return [line for line in lines if "* Acc@1" in line][-2:]
 
 
 def main() -> int:
-    """Train, stop, resume and evaluate; 1 if the evaluation differs from training's last."""
+    """Run the demo; return 1 if the evaluation differs from the last one of the training."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", default="output/demo")
     output = parser.parse_args().output_dir

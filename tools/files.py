@@ -1,4 +1,4 @@
-"""Files of tools: what is in a folder, and what may be written where."""
+"""Listing folders, and checks of output files before anything is computed."""
 
 import contextlib
 import os
@@ -13,10 +13,10 @@ from utils import UserError
 
 
 def visible(folder: Path) -> list[Path]:
-    """What is in a folder, in the order of names; not what is hidden, as programs leave it.
+    """Return the sorted paths in a folder, without hidden ones.
 
     Raises:
-        DataError: It cannot be read.
+        DataError: The folder cannot be read.
     """
     try:
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
@@ -25,33 +25,29 @@ def visible(folder: Path) -> list[Path]:
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """The folders that are :func:`visible` in a folder.
+    """Return the sorted subfolders of a folder, without hidden ones.
 
     Raises:
-        DataError: It cannot be read.
+        DataError: The folder cannot be read.
     """
     return [path for path in visible(folder) if os.path.isdir(path)]
 
 
 def check_suffix(flag: str, path: Path | None, suffix: str) -> None:
-    """Refuse a file whose name says that it is of another kind.
-
-    Raises:
-        UserError: It does not end in ``suffix``.
-    """
+    """Raise UserError if ``path`` does not end in ``suffix``."""
     if path is not None and path.suffix.lower() != suffix:
         raise UserError(f"{flag} {path} must end in {suffix}")
 
 
 def check_outputs(outputs: Iterable[tuple[str, Path]], inputs: Iterable[str | Path] = ()) -> None:
-    """Refuse files to be written that would take the place of something else.
+    """Check that output files overwrite neither inputs nor each other.
 
     Args:
         outputs: Flags and files.
         inputs: Files that are read.
 
     Raises:
-        OutputError: A file is read, or written for another flag, or is none; names both.
+        OutputError: A file is read, or is the output of another flag, or is not a regular file.
     """
     read = {os.path.realpath(path) for path in inputs}
     flags: dict[str, str] = {}
@@ -63,20 +59,16 @@ def check_outputs(outputs: Iterable[tuple[str, Path]], inputs: Iterable[str | Pa
             raise OutputError(f"{flags[place]} and {flag} would both be written to {path}")
         flags[place] = flag
         if os.path.exists(path) and not os.path.isfile(path):
-            kind = "a folder" if os.path.isdir(path) else "no regular file"
+            kind = "a folder" if os.path.isdir(path) else "not a regular file"
             raise OutputError(f"{flag} {path} is {kind}: give the name of a file")
 
 
 def check_writable(flag: str, path: Path) -> None:
-    """Find out that a file cannot be written, before anything is computed.
-
-    Raises:
-        OutputError: It cannot.
-    """
+    """Raise OutputError if a file cannot be written, before anything is computed."""
     if not os.path.isdir(path.parent):
         raise OutputError(f"{flag} {path}: there is no folder {path.parent}")
     try:
-        # a name as long as that of the file which is written first, in the same folder
+        # as long a name as that of the temporary file of an atomic write
         prefix = f".{path.name}-"
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=prefix, suffix=TEMPORARY):
             pass
@@ -86,10 +78,7 @@ def check_writable(flag: str, path: Path) -> None:
 
 @contextlib.contextmanager
 def folder_beside(path: Path) -> Iterator[Path]:
-    """A hidden folder in which a file is made, on the same disk; gone after the block.
-
-    Also where SIGTERM ends the program, with status 143.
-    """
+    """Create a hidden folder next to ``path`` for the block; SIGTERM removes it, too."""
 
     def end(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
@@ -104,20 +93,20 @@ def folder_beside(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def folder_for(flag: str, folder: Path) -> Iterator[None]:
-    """A folder to be written to during the block; made if need be, and gone if it stays empty.
+    """Create an output folder for the block if it is missing; remove it if it stays empty.
 
     Raises:
-        OutputError: It cannot be made or written.
+        OutputError: The folder cannot be created or written.
     """
     missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     try:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OutputError(f"{flag}: cannot make folder {folder}: {error.strerror}") from error
+            raise OutputError(f"{flag}: cannot create folder {folder}: {error.strerror}") from error
         check_writable(flag, folder / "file")
         yield
     finally:
         for path in missing:
-            with contextlib.suppress(OSError):  # not empty, or never made
+            with contextlib.suppress(OSError):  # not empty, or not created
                 path.rmdir()

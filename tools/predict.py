@@ -1,7 +1,7 @@
-"""What a network sees in images: ``python -m tools.predict IMAGE ... --checkpoint CKPT``.
+"""Classify images: ``python -m tools.predict IMAGE ... --checkpoint CKPT``.
 
-The likeliest classes of every image and their probabilities, printed, and on request as pictures
-and as a CSV file. Images are prepared as for the evaluation of ``main.py``.
+Print the most likely classes of every image and their probabilities, and write them as pictures or
+a CSV file. Images are preprocessed as in the evaluation of ``main.py``.
 """
 
 import argparse
@@ -22,21 +22,22 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 import datasets
 from pipeline.images import CorruptImageError, DataError, load_image
 from tools import cli, files
+from tools.cli import shortened, shown
 from tools.plots import new_figure, plain_text
 from tools.tables import aligned, write_csv
-from tools.validate import flags, pictures
-from tools.validate.cases import Case, cases, check_sources
+from tools.validate import pictures
 from tools.validate.classes import (
     NUM_IMAGENET,
     find_class,
     imagenet_wnids,
+    labels,
     read_names,
     readable,
 )
-from tools.validate.text import labels, shortened, shown
+from tools.validate.eval_models import EvalModel, check_sources, eval_models
 from training import launch
 from training.files import OutputError
-from training.flags import Parser
+from training.flags import Parser, positive
 from training.launch import DistInfo
 from utils import UserError
 
@@ -47,7 +48,7 @@ FLAGS = ("batch_size", "qk_scale_factor", "amp", "amp_dtype", "channels_last", "
 HEADS = ("image", "rank", "class", "name", "probability")  # of the CSV file
 ENDING = "-prediction.png"  # of the pictures in a folder
 DOCUMENTS = (".gif", ".svg", ".pdf", ".ps", ".eps", ".csv", ".txt", ".html")
-FILES = (*IMG_EXTENSIONS, *DOCUMENTS)  # what no folder ends in
+FILES = (*IMG_EXTENSIONS, *DOCUMENTS)  # suffixes of files, not of folders
 MARK = "  (--class)"
 SHOWN_PIXELS = 640  # longest side of an image in a picture
 BARS = 30  # in a picture, at most
@@ -57,13 +58,13 @@ TITLE_WIDTH = 40
 
 @dataclass(frozen=True)
 class Prediction:
-    """The likeliest classes of an image, in descending order.
+    """The most likely classes of an image, in descending order.
 
     Attributes:
-        path: Of the image.
-        classes: Indices.
-        probabilities: Of these classes, within 0..1.
-        asked: Probability of the class that was asked for, if one was.
+        path: Path of the image.
+        classes: Indices of the classes.
+        probabilities: Their probabilities, within 0..1.
+        asked: Probability of ``--class``, if given.
     """
 
     path: Path
@@ -73,7 +74,7 @@ class Prediction:
 
 
 def find_images(places: Sequence[str]) -> list[Path]:
-    """The files named, and those of folders in the order of their names; each file once.
+    """Return files, and the images of folders sorted by name; each file once.
 
     Raises:
         DataError: A folder has no images, or cannot be read.
@@ -86,10 +87,10 @@ def find_images(places: Sequence[str]) -> list[Path]:
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The images of a folder, without those that were made by ``--output``.
+    """Return the images of a folder, without those written by ``--output``.
 
     Raises:
-        DataError: There are none, or it cannot be read.
+        DataError: The folder has no images, or cannot be read.
     """
     found = [
         path
@@ -97,42 +98,44 @@ def images_in(folder: Path) -> list[Path]:
         if path.suffix.lower() in IMG_EXTENSIONS and not path.name.endswith(ENDING)
     ]
     if not found and (inside := files.subfolders(folder)):
-        raise DataError(f"folder {folder} has only folders: give one of them, such as {inside[0]}")
+        raise DataError(
+            f"folder {folder} has only subfolders: give one of them, such as {inside[0]}"
+        )
     if not found:
         raise DataError(f"folder {folder} has no images ({', '.join(IMG_EXTENSIONS)})")
     return found
 
 
-def names_of(case: Case, file: Path | None) -> list[str]:
-    """Names of the network's classes: of a file, the checkpoint, ImageNet, or their numbers.
+def names_of(subject: EvalModel, file: Path | None) -> list[str]:
+    """Return the class names: of a file, the checkpoint, ImageNet, or their numbers.
 
     Raises:
         DataError: The file cannot be read, or has another number of names.
     """
     if file is not None:
         names = read_names(file)
-        if len(names) != case.num_outputs:
+        if len(names) != subject.num_outputs:
             raise DataError(
-                f"--classes {file} has {len(names)} lines, {case.network.label} knows "
-                f"{case.num_outputs} classes"
+                f"--classes {file} has {len(names)} lines; {subject.source.label} has "
+                f"{subject.num_outputs} classes"
             )
         return names
-    if case.network.classes is not None:
-        return list(case.network.classes)
-    if case.num_outputs == NUM_IMAGENET:
+    if subject.source.classes is not None:
+        return list(subject.source.classes)
+    if subject.num_outputs == NUM_IMAGENET:
         return list(imagenet_wnids())
-    return [f"class {index}" for index in range(case.num_outputs)]
+    return [f"class {index}" for index in range(subject.num_outputs)]
 
 
 def read_batches(
     paths: Sequence[Path], args: Namespace, failed: list[str]
 ) -> Iterator[tuple[list[Path], torch.Tensor]]:
-    """Batches of files and of what the network is given, ``B 3 H W``.
+    """Yield batches of files and of model inputs, ``B 3 H W``.
 
     Args:
-        paths: Of the images.
+        paths: Images.
         args: The flags.
-        failed: Receives what is said of images that cannot be decoded.
+        failed: Receives the errors of images that cannot be decoded.
     """
     transform = datasets.build_transform(False, args)
     for start in range(0, len(paths), args.batch_size):
@@ -149,27 +152,27 @@ def read_batches(
 
 @torch.inference_mode()
 def predict(
-    case: Case, paths: Sequence[Path], topk: int, asked: int | None, failed: list[str]
+    subject: EvalModel, paths: Sequence[Path], topk: int, asked: int | None, failed: list[str]
 ) -> Iterator[Prediction]:
-    """Predictions of all images that can be decoded.
+    """Yield the predictions of all images that can be decoded.
 
     Args:
-        case: The network.
-        paths: Of the images.
-        topk: Classes of each, at most.
-        asked: A class whose probability is wanted, too.
-        failed: Receives what is said of the other images, and of outputs that are not finite.
+        subject: The model.
+        paths: Images.
+        topk: Maximum number of classes of each.
+        asked: A class whose probability is included.
+        failed: Receives the errors of the other images, and of non-finite outputs.
     """
-    case.model.eval()
-    for good, images in read_batches(paths, case.args, failed):
-        with case.precision.autocast():
-            logits = case.model(case.precision.move(images))
+    subject.model.eval()
+    for good, images in read_batches(paths, subject.args, failed):
+        with subject.precision.autocast():
+            logits = subject.model(subject.precision.move(images))
         probabilities = logits.float().softmax(1).cpu()
         best = probabilities.topk(min(topk, probabilities.shape[1]), dim=1)
         finite = logits.isfinite().all(1).tolist()
         for row, path in enumerate(good):
             if not finite[row]:
-                failed.append(f"the outputs for {path} are not finite: {case.label}")
+                failed.append(f"the outputs for {path} are not finite: {subject.label}")
                 continue
             classes, values = best.indices[row].tolist(), best.values[row].tolist()
             other = None if asked is None else probabilities[row, asked].item()
@@ -177,7 +180,7 @@ def predict(
 
 
 def text_of(found: Prediction, names: Sequence[str], asked: int | None) -> str:
-    """What is printed of an image."""
+    """Return the text printed for an image."""
     pairs = [*zip(found.classes, found.probabilities, strict=True)]
     if asked is not None:
         pairs.append((asked, found.asked))
@@ -192,7 +195,7 @@ def text_of(found: Prediction, names: Sequence[str], asked: int | None) -> str:
 def figure_of(
     found: Prediction, labels: Sequence[str], asked: int | None, image: Image.Image
 ) -> "Figure":
-    """The image beside bars of the likeliest classes, and of the class that was asked for."""
+    """Draw the image next to bars of the most likely classes and of ``--class``."""
     bars = dict(zip(found.classes[:BARS], found.probabilities, strict=False))
     if asked is not None:
         bars.setdefault(asked, found.asked)
@@ -218,10 +221,10 @@ def figure_of(
 
 
 def is_one_file(output: Path) -> bool:
-    """Whether ``--output`` is a picture, not a folder of pictures.
+    """Return True if ``--output`` is a picture, False if it is a folder of pictures.
 
     Raises:
-        UserError: Its name is that of a file of another kind.
+        UserError: The name has the suffix of another file type.
     """
     suffix = output.suffix.lower()
     if os.path.isdir(output) or suffix not in FILES:
@@ -232,15 +235,17 @@ def is_one_file(output: Path) -> bool:
 
 
 def picture_paths(output: Path, images: Sequence[Path]) -> list[Path]:
-    """Where the picture of each image goes: ``output`` itself, or a file of its own within.
+    """Return the path of each image's picture: ``output`` itself, or a file in it.
 
     Raises:
         UserError: See :func:`is_one_file`.
-        OutputError: One file is named for several images.
+        OutputError: ``output`` is one file for several images.
     """
     if is_one_file(output):
         if len(images) > 1:
-            raise OutputError(f"--output {output} is one file for {len(images)} images: a folder")
+            raise OutputError(
+                f"--output {output} is one file for {len(images)} images: give a folder"
+            )
         return [output]
     found, seen = [], set()
     for image in images:
@@ -253,38 +258,36 @@ def picture_paths(output: Path, images: Sequence[Path]) -> list[Path]:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Return the parser of the flags."""
     parser = Parser("tools.predict", description=__doc__.split("\n\n")[1], allow_abbrev=False)
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE", help="files, or folders of them")
     add("--checkpoint", metavar="CKPT", help="file or address")
-    add("--model", metavar="NAME", help="for a file that does not name its model")
+    add("--model", metavar="NAME", help="for a file that does not contain its model's name")
     add("--pretrained", action="store_true", help="timm's weights of --model instead of a file")
     add("--weights", choices=["model", "ema"], default="model", help="ema: the moving average")
-    add("--input-size", type=int, help="pixels; the checkpoint's, if not given")
-    add("--topk", type=int, default=5, metavar="K", help="classes to tell")
-    add("--classes", type=Path, metavar="FILE", help="names of the classes, one in a line")
-    add("--class", dest="asked", metavar="NAME_OR_INDEX", help="tell its probability, too")
+    add("--input-size", type=int, help="pixels; default: the checkpoint's")
+    add("--topk", type=positive, default=5, metavar="K", help="number of classes to print")
+    add("--classes", type=Path, metavar="FILE", help="class names, one per line")
+    add("--class", dest="asked", metavar="NAME_OR_INDEX", help="also print its probability")
     add("--output", type=Path, metavar="PLACE", help="pictures: FILE.png for one image, or folder")
     add("--csv", type=Path, metavar="FILE")
-    flags.add_flags(parser, (*FLAGS, "device"))
+    cli.add_flags(parser, (*FLAGS, "device"))
     return parser
 
 
-def prepared(args: Namespace) -> Case:
-    """The network of the flags, ready to run."""
+def prepared(args: Namespace) -> EvalModel:
+    """Return the model of the flags, ready to run."""
     device = launch.select_device(args.device, DistInfo())
     sizes = [args.input_size] if args.input_size else None
     others = {"input_size": sizes, "data_set": "IMNET", "fuse": False}
     files = [args.checkpoint] if args.checkpoint else []
-    return next(cases(files, Namespace(**vars(args) | others), device))
+    return next(eval_models(files, Namespace(**vars(args) | others), device))
 
 
 def start(argv: list[str]) -> int:
-    """Run with the flags ``argv``; returns the exit status."""
-    args = flags.parse(get_parser, argv)
-    if args.topk < 1:
-        raise UserError(f"--topk {args.topk} must be positive")
+    """Run with the flags ``argv``; return the exit status."""
+    args = cli.parse(get_parser, argv)
     sources = [args.checkpoint] if args.checkpoint else []
     check_sources(sources, args)
     files.check_suffix("--csv", args.csv, ".csv")
@@ -307,22 +310,22 @@ def start(argv: list[str]) -> int:
 
 
 def run(args: Namespace, paths: Sequence[Path], places: Sequence[Path]) -> int:
-    """Predict images, print and write what is asked for; returns the exit status.
+    """Predict images, print and write the results; return the exit status.
 
     Args:
         args: The flags.
-        paths: Of the images.
-        places: Of their pictures, or none.
+        paths: Images.
+        places: Paths of their pictures, or none.
     """
-    case = prepared(args)
-    names = names_of(case, args.classes)
+    subject = prepared(args)
+    names = names_of(subject, args.classes)
     asked = None if args.asked is None else find_class(args.asked, names)
     short = labels(names, range(len(names)), NAME_WIDTH)
     pictured = dict(zip(paths, places, strict=False))
     failed: list[str] = []
     rows: list[tuple] = []
     try:
-        for found in predict(case, paths, args.topk, asked, failed):
+        for found in predict(subject, paths, args.topk, asked, failed):
             rows += csv_rows(found, names, asked)
             print(text_of(found, names, asked), flush=True)
             if places:
@@ -340,7 +343,7 @@ def run(args: Namespace, paths: Sequence[Path], places: Sequence[Path]) -> int:
 
 
 def csv_rows(found: Prediction, names: Sequence[str], asked: int | None) -> list[tuple]:
-    """The lines of an image; that of the class asked for has no rank."""
+    """Return the CSV rows of an image; the row of ``--class`` has no rank."""
     pairs = [*enumerate(zip(found.classes, found.probabilities, strict=True), start=1)]
     if asked is not None:
         pairs.append(("", (asked, found.asked)))
@@ -350,7 +353,7 @@ def csv_rows(found: Prediction, names: Sequence[str], asked: int | None) -> list
 
 
 def main(argv: list[str]) -> int:
-    """Run with the flags ``argv``; returns the exit status."""
+    """Run with the flags ``argv``; return the exit status."""
     return launch.run_program(lambda: start(argv))
 
 

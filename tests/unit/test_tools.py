@@ -1,5 +1,7 @@
-"""The command-line tools, each as a user runs it."""
+"""tools.convert_checkpoint, and what all tools share: models, tables, flags."""
 
+import argparse
+import csv
 import json
 
 import pytest
@@ -7,22 +9,29 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
+from validating import caller, random_vit, refuses, save
 
 import models
-from tools import convert_checkpoint
+from tools import convert_checkpoint, networks, tables
+from training.files import OutputError
+from training.flags import positive
 
 
-def test_convert_checkpoint(tmp_path, capsys):
-    source = timm.create_model("visformer_tiny", num_classes=3, qk_scale_factor=-0.5)
+@pytest.fixture
+def convert(capsys):
+    """Return ``convert(*flags) -> (status, output, errors)``."""
+    return caller(capsys, convert_checkpoint, more=())
+
+
+def test_convert_checkpoint(tmp_path, convert):
     average = timm.create_model("visformer_tiny", num_classes=3)
     original = {k.replace("norm.", "norm.bn."): v for k, v in average.state_dict().items()}
-    content = {"model": source.state_dict(), "model_ema": original}
-    torch.save(content, tmp_path / "in.pth")
-    run = [str(tmp_path / "in.pth")]
+    content = {"model": {k: torch.zeros_like(v) for k, v in original.items()}}
+    torch.save(content | {"model_ema": original}, tmp_path / "in.pth")
     ours = tmp_path / "ours.safetensors"
     flags = ["--model", "visformer_tiny", "--ema", "--qk-scale-factor", "-0.5"]
-    assert convert_checkpoint.main([*run, str(ours), *flags]) == 0
-    assert "renamed" in capsys.readouterr().out
+    status, output, _ = convert(tmp_path / "in.pth", ours, *flags)
+    assert (status, "renamed" in output, str(ours) in output) == (0, True, True)
     with safetensors.safe_open(ours, "pt") as file:
         metadata = file.metadata()
     assert metadata["model_name"] == "visformer_tiny"
@@ -33,68 +42,119 @@ def test_convert_checkpoint(tmp_path, capsys):
     assert torch.equal(loaded.head.weight, average.head.weight)
 
     plain = tmp_path / "timm.safetensors"
-    assert convert_checkpoint.main([str(ours), str(plain), "--to", "timm"]) == 0
+    assert convert(ours, plain, "--to", "timm")[0] == 0
     assert safetensors.torch.load_file(plain).keys() == average.state_dict().keys()
     theirs = timm.models.visformer.visformer_tiny(num_classes=3)
     theirs.load_state_dict(safetensors.torch.load_file(plain))
     back = tmp_path / "back.pth"
-    assert convert_checkpoint.main([str(plain), str(back), "--model", "visformer_tiny"]) == 0
+    assert convert(plain, back, "--model", "visformer_tiny")[0] == 0
     assert torch.load(back, weights_only=True)["model_name"] == "visformer_tiny"
 
 
-def test_what_a_run_says_of_its_images_is_kept(tmp_path, capsys):
-    source = timm.create_model("visformer_tiny", num_classes=2, img_size=32)
-    content = {"model": source.state_dict(), "model_name": "visformer_tiny"}
-    content |= {"model_kwargs": {"num_classes": 2, "img_size": 32}, "classes": ["cat", "dog"]}
-    content |= {"input_size": 48, "args": {"eval_crop_ratio": 0.9, "lr": 1.0}}
-    torch.save(content, tmp_path / "in.pth")
+def test_preprocessing_of_a_run_is_kept(tmp_path, convert):
+    model = random_vit(2)
+    more = {"input_size": 48, "args": {"eval_crop_ratio": 0.9, "lr": 1.0}}
+    source = save(tmp_path / "in.pth", model, classes=["cat", "dog"], **more)
     for suffix in ("pth", "safetensors"):
         out = tmp_path / f"out.{suffix}"
-        assert convert_checkpoint.main([str(tmp_path / "in.pth"), str(out)]) == 0
+        assert convert(source, out)[0] == 0
         found = models.read_checkpoint(out)
         assert models.class_names(found, str(out)) == ["cat", "dog"]
         assert (found["input_size"], found["args"]) == (48, {"eval_crop_ratio": 0.9})
         assert models.flags_of_run(found) is not None
-    foreign = tmp_path / "foreign.safetensors"  # whose header may say anything
-    safetensors.torch.save_file(source.state_dict(), foreign, metadata={"classes": "cat, dog"})
-    with pytest.raises(models.CheckpointError, match="classes must be a list of names"):
+    foreign = tmp_path / "foreign.safetensors"  # metadata may hold anything
+    safetensors.torch.save_file(model.state_dict(), foreign, metadata={"classes": "cat, dog"})
+    with pytest.raises(models.CheckpointError, match=str(foreign)):
         models.class_names(models.read_checkpoint(foreign), str(foreign))
 
 
-def test_convert_for_detection(tmp_path, capsys):
+def test_convert_for_detection(tmp_path, convert):
     source = timm.create_model("swin_visformer_tiny_v2", num_classes=3, qk_scale_factor=-0.5)
     path = tmp_path / "classifier.pth"
     torch.save({"model": source.state_dict(), "qk_scale_factor": -0.5}, path)
     for name in ("detector.pth", "detector.safetensors"):
-        words = [str(path), str(tmp_path / name), "--model", "swin_visformer_tiny_v2"]
-        assert convert_checkpoint.main([*words, "--to", "detection"]) == 0
-        assert "left at their initial value: norm0, norm1" in capsys.readouterr().out
-        init_cfg = {"type": "Pretrained", "checkpoint": str(tmp_path / name)}
-        backbone = models.VisionBackbone("swin_visformer_tiny_v2", init_cfg=init_cfg)
-        report = backbone.init_weights()
-        assert {key.split(".")[0] for key in report.left} == {"norm0", "norm1", "norm2", "norm3"}
-        assert report.dropped == ()
-        assert backbone.qk_scale_factor == -0.5
-        own = source.state_dict()
-        assert all(
-            torch.equal(value, own[key.removeprefix("net.")])
-            for key, value in backbone.state_dict().items()
-            if key.startswith("net.")
-        )
-    keys = torch.load(tmp_path / "detector.pth", weights_only=True)["state_dict"]
-    assert all(key.startswith("backbone.net.") for key in keys)
+        flags = ["--model", "swin_visformer_tiny_v2", "--to", "detection"]
+        status, output, _ = convert(path, tmp_path / name, *flags)
+        assert (status, "norm0, norm1" in output) == (0, True)
+    init_cfg = {"type": "Pretrained", "checkpoint": str(tmp_path / name)}
+    backbone = models.VisionBackbone("swin_visformer_tiny_v2", init_cfg=init_cfg)
+    report = backbone.init_weights()
+    assert {key.split(".")[0] for key in report.left} == {"norm0", "norm1", "norm2", "norm3"}
+    assert report.dropped == ()
+    assert backbone.qk_scale_factor == -0.5
+    own = source.state_dict()
+    assert all(
+        torch.equal(value, own[key.removeprefix("net.")])
+        for key, value in backbone.state_dict().items()
+        if key.startswith("net.")
+    )
+    first, second = (
+        models.read_checkpoint(tmp_path / f"detector.{s}") for s in ("pth", "safetensors")
+    )
+    assert first["model_name"] == second["model_name"] == "swin_visformer_tiny_v2"
+    assert first["model_kwargs"] == second["model_kwargs"] == {"qk_scale_factor": -0.5}
+    one, other = first["state_dict"], second["state_dict"]
+    assert all(key.startswith("backbone.net.") for key in one)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
 
 
-def test_convert_checkpoint_says_what_is_wrong(tmp_path, capsys):
-    path = tmp_path / "in.pth"
-    torch.save({"model": timm.create_model("test_vit").state_dict()}, path)
-    for words, message in (
-        ([tmp_path / "none.pth", tmp_path / "out.pth"], "cannot read checkpoint"),
-        ([path, tmp_path / "out.pth"], "give --model NAME"),
-        ([path, tmp_path / "out.txt", "--model", "test_vit"], "must end in .safetensors or .pth"),
-        ([path, tmp_path / "out.pth", "--model", "visformer_tiny"], "does not fit the model"),
-        ([path, tmp_path / "out.pth", "--model", "visformer_tinyy"], "the nearest are"),
-    ):
-        assert convert_checkpoint.main([str(word) for word in words]) == 1
-        assert message in capsys.readouterr().err
-    assert not (tmp_path / "out.pth").exists()
+@pytest.mark.parametrize(
+    ("flags", "values"),
+    [
+        ("none.pth out.pth", ["none.pth", "No such file"]),
+        ("in.pth out.pth", ["in.pth", "--model NAME"]),
+        ("in.pth out.txt --model test_vit", ["out.txt", ".safetensors", ".pth"]),
+        ("in.pth out.pth --model convit_tiny", ["in.pth"]),
+        ("in.pth out.pth --model visformer_tinyy", ["'visformer_tinyy'", "visformer_tiny,"]),
+    ],
+)
+def test_convert_checkpoint_names_what_is_wrong(flags, values, tmp_path, convert, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": random_vit(3).state_dict()}, "in.pth")
+    refuses(convert(*flags.split()), *values)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.pth"]
+
+
+def test_sources_of_models(tmp_path):
+    model, average = random_vit(3), random_vit(3, seed=1)
+    path = str(save(tmp_path / "net.pth", model, average, classes=["a", "b", "c"]))
+    source = networks.from_checkpoint(path)
+    assert (source.name, source.input_size, source.classes) == ("test_vit", 32, ("a", "b", "c"))
+    assert source.weights() == ("model", "ema")
+    built, kwargs = source.build_with_kwargs(48)
+    assert kwargs == {"num_classes": 3, "img_size": 48}
+    assert source.load(built, "ema").resampled == ("pos_embed",)
+    assert torch.equal(built.head.weight, average.head.weight)
+    # arguments of one model are not those of another
+    assert networks.from_checkpoint(path, "vit_tiny_patch16_224").optional == {}
+    random = networks.from_name("test_vit")
+    assert (random.checkpoint, random.input_size, random.load(model)) == ({}, 160, None)
+    with pytest.raises(models.CheckpointError, match="test_vit"):
+        random.weights("ema")
+    with pytest.raises(models.ModelError, match="test_vitt"):
+        networks.from_name("test_vitt")
+
+
+def test_tables(tmp_path):
+    path = tmp_path / "t.csv"
+    rows = [("a, b", None), {"second": 0.1 + 0.2, "first": "\udcff", "third": 1}]
+    tables.write_csv(path, ("first", "second"), rows)
+    with open(path, newline="", errors="surrogateescape") as file:
+        assert [*csv.reader(file)] == [
+            ["first", "second"],
+            ["a, b", ""],
+            ["\udcff", "0.30000000000000004"],
+        ]
+    with pytest.raises(OutputError, match=str(tmp_path / "no" / "t.csv")):
+        tables.write_csv(tmp_path / "no" / "t.csv", (), ())
+    text = tables.aligned(["name", "n"], [["a\n", "10.5"], ["long", ""], ["c", "2"]])
+    assert text.splitlines() == ["name     n", "a     10.5", "long", "c        2"]
+    assert tables.markdown("ab", ["12"]) == "| a | b |\n|---|---|\n| 1 | 2 |"
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "x", "", "²"])
+def test_positive(text):
+    assert positive("12") == 12
+    with pytest.raises(argparse.ArgumentTypeError, match=repr(text)):
+        positive(text)

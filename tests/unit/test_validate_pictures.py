@@ -5,21 +5,15 @@ import warnings
 import numpy as np
 import pytest
 from PIL import Image
-from validating import with_one_thread
 
-from tools.validate import counts, pictures, rows
+from tools.validate import metrics, pictures, rows
 from tools.validate.classes import ClassMap
 
 CLASSES = ["ant", "bee", "cat"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    yield from with_one_thread()
-
-
 def pixels_of(figure, folder):
-    """A figure as it is saved, ``H W 3`` of uint8."""
+    """Return a figure as it is saved, ``H W 3`` of uint8."""
     pictures.save(figure, folder / "figure.png")
     with Image.open(folder / "figure.png") as picture:
         return np.asarray(picture.convert("RGB"))
@@ -52,7 +46,7 @@ def test_picture_of_many_classes():
     assert bar.get_ylabel() == "share of the true class"
 
 
-@pytest.mark.parametrize("count", [31, 137, 500])
+@pytest.mark.parametrize("count", [31, 500])
 def test_equal_shares_have_equal_colours(count, tmp_path):
     confusion = np.zeros((count, count), int)
     confusion[:, ::3], confusion[:, 1::3] = 3, 1
@@ -95,7 +89,7 @@ def test_picture_of_the_reliability():
     # of the first, 9 are right; the confidence is 0.3 there, and 0.9 in the other
     hits, confidence = np.zeros(15, np.int64), np.zeros(15)
     hits[[3, 14]], confidence[[3, 14]] = (9, 24), (3.0, 27.0)
-    figure = pictures.reliability_figure(counts.Bins(numbers, hits, confidence), "title")
+    figure = pictures.reliability_figure(metrics.Bins(numbers, hits, confidence), "title")
     upper, lower = figure.axes
     accuracy, gap = ([bar.get_height() for bar in group] for group in upper.containers)
     assert (accuracy[3], accuracy[14], sum(accuracy)) == pytest.approx((90, 80, 170))
@@ -109,7 +103,7 @@ def test_picture_of_the_reliability():
 
 def test_gaps_are_seen_on_bars():
     """Contrast of the hatch of a gap with what is below it, as WCAG 2 defines it."""
-    bins = counts.Bins(np.full(15, 10), np.full(15, 9), np.full(15, 5.0))
+    bins = metrics.Bins(np.full(15, 10), np.full(15, 9), np.full(15, 5.0))
     upper = pictures.reliability_figure(bins, "title").axes[0]
     bar, gap = (group[0] for group in upper.containers)
 
@@ -124,12 +118,12 @@ def test_gaps_are_seen_on_bars():
 
 def test_a_set_without_a_finite_output_has_a_picture(tmp_path):
     none = np.zeros(15, np.int64)
-    figure = pictures.reliability_figure(counts.Bins(none, none, none * 1.0), "title")
+    figure = pictures.reliability_figure(metrics.Bins(none, none, none * 1.0), "title")
     assert "ECE nan%" in figure.get_suptitle()
     assert pixels_of(figure, tmp_path).size
 
 
-def test_letters_that_the_font_lacks_are_no_warning(tmp_path):
+def test_letters_missing_in_the_font_do_not_warn(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pixels_of(pictures.confusion_figure(np.eye(2, dtype=int), ["猫", "犬"], "動物"), tmp_path)

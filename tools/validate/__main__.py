@@ -10,42 +10,48 @@ from argparse import Namespace
 from pathlib import Path
 
 import engine
-from tools import files
-from tools.validate import flags, imagenet_c, rows
-from tools.validate.cases import check_sources
+from tools import cli, files
+from tools.validate import imagenet_c, rows
 from tools.validate.classes import RULES
+from tools.validate.eval_models import check_sources
 from training import launch
 from training.flags import Parser
 from training.launch import DistInfo
 from utils import UserError
 
 ENDINGS = {"csv": ".csv", "per_class": ".csv", "confusion": ".png", "reliability": ".png"}
-OF_SETS = (*rows.PER_ROW, "real_labels", "data_path", "data_set")  # not of --corruptions
+NETWORK = ("batch_size", "qk_scale_factor", "amp", "amp_dtype", "channels_last", "compile")
+OF_SETS = (*rows.PER_ROW, "real_labels", "data_path", "data_set")  # not with --corruptions
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Return the parser of the flags."""
     parser = Parser("tools.validate", description=__doc__.split("\n\n")[1], allow_abbrev=False)
     add = parser.add_argument
     add("checkpoints", nargs="*", metavar="CHECKPOINT", help="files or addresses")
-    add("--model", metavar="NAME", help="for files that do not name their model")
+    add("--model", metavar="NAME", help="for files that do not contain their model's name")
     add("--pretrained", action="store_true", help="timm's weights of --model instead of files")
-    add("--input-size", type=int, nargs="+", help="pixels; the checkpoint's, if not given")
-    add("--weights", choices=["model", "ema", "both"], default="both", help="both, where there are")
-    add("--fuse", action="store_true", help="fold the net for inference first")
-    add("--classes", choices=RULES, default="auto", help="what the names of classes stand for")
-    add("--csv", type=Path, metavar="FILE", help="the table; of --corruptions, errors")
+    add("--input-size", type=int, nargs="+", help="pixels; default: the checkpoint's")
+    add(
+        "--weights",
+        choices=["model", "ema", "both"],
+        default="both",
+        help="default: both, if both exist",
+    )
+    add("--fuse", action="store_true", help="fuse the model for inference first")
+    add("--classes", choices=RULES, default="auto", help="how class names match outputs")
+    add("--csv", type=Path, metavar="FILE", help="the table; with --corruptions, errors")
     add("--per-class", type=Path, metavar="FILE.csv", help="recall, precision and confusion")
     add("--confusion", type=Path, metavar="FILE.png", help="picture of the confusion matrix")
     add("--reliability", type=Path, metavar="FILE.png", help="accuracy by confidence")
     add("--real-labels", metavar="FILE", help="real.json of ImageNet-ReaL; timm: timm's copy")
     add("--corruptions", type=Path, metavar="FOLDER", help="ImageNet-C: CORRUPTION/SEVERITY/CLASS")
-    flags.add_flags(parser, [*flags.NETWORK, *flags.data_flags(), *flags.PLACE])
+    cli.add_flags(parser, [*NETWORK, *cli.data_flags(), "device"])
     return parser
 
 
 def check(args: Namespace) -> None:
-    """What can be known before reading anything.
+    """Check the flags before anything is read.
 
     Raises:
         UserError: Flags contradict each other.
@@ -56,8 +62,8 @@ def check(args: Namespace) -> None:
         for name in OF_SETS:
             if getattr(args, name) is not None:
                 raise UserError(
-                    f"{rows.flag_of(name)} is not for --corruptions, which counts errors alone, "
-                    f"in its own folders"
+                    f"{rows.flag_of(name)} cannot be used with --corruptions, which reads its own "
+                    f"folders and counts errors only"
                 )
     for name, ending in ENDINGS.items():
         files.check_suffix(rows.flag_of(name), getattr(args, name), ending)
@@ -65,8 +71,8 @@ def check(args: Namespace) -> None:
 
 
 def start(argv: list[str]) -> int:
-    """Run with the flags ``argv``; returns the exit status."""
-    args = flags.parse(get_parser, argv)
+    """Run with the flags ``argv``; return the exit status."""
+    args = cli.parse(get_parser, argv)
     check(args)
     device = launch.select_device(args.device, DistInfo())
     engine.set_determinism(False)
@@ -75,7 +81,7 @@ def start(argv: list[str]) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """Run with the flags ``argv``; returns the exit status."""
+    """Run with the flags ``argv``; return the exit status."""
     return launch.run_program(lambda: start(argv))
 
 

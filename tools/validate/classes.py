@@ -1,8 +1,9 @@
-"""Which output of a network each class of a test set stands for."""
+"""Matching the classes of a test set to the outputs of a model, and class names."""
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,21 +11,23 @@ from pathlib import Path
 from timm.data import ImageNetInfo
 
 from pipeline.images import DataError
+from tools.cli import shortened, shown
 
 RULES = ("auto", "position", "wnid", "number")
 NUM_IMAGENET = 1000
 EXAMPLE = "n01440764"
+NAME_WIDTH = 24  # of a class in pictures
 
 
 @dataclass(frozen=True)
 class ClassMap:
-    """Outputs of a network that the classes of a set stand for.
+    """Outputs of a model for the classes of a test set.
 
     Attributes:
         rule: How they were matched: ``name``, ``wnid``, ``number`` or ``position``.
-        outputs: Index of the output of each class of the set, ``C``.
-        names: Of the classes of the set, ``C``.
-        num_outputs: Of the network.
+        outputs: Index of the output of each class of the test set, ``C``.
+        names: Class names of the test set, ``C``.
+        num_outputs: Number of outputs of the model.
     """
 
     rule: str
@@ -34,27 +37,27 @@ class ClassMap:
 
     @property
     def is_subset(self) -> bool:
-        """Whether the network knows classes that the set has not."""
+        """The model has classes that the test set does not have."""
         return len(self.outputs) < self.num_outputs
 
     @property
     def order(self) -> list[int]:
-        """Classes of the set in the order of their outputs."""
+        """Classes of the test set in the order of their outputs."""
         return sorted(range(len(self.outputs)), key=self.outputs.__getitem__)
 
     @property
     def columns(self) -> list[int]:
-        """The outputs that are compared, ascending."""
+        """The outputs of the test set's classes, ascending."""
         return sorted(self.outputs)
 
     @property
     def column_names(self) -> list[str]:
-        """Name of the class of each column."""
+        """Class name of each column."""
         return [self.names[position] for position in self.order]
 
     @property
     def column_of_class(self) -> list[int]:
-        """Column of each class of the set, ``C``."""
+        """Column of each class of the test set, ``C``."""
         places = {output: column for column, output in enumerate(self.columns)}
         return [places[output] for output in self.outputs]
 
@@ -65,13 +68,13 @@ class ClassMap:
 
 @cache
 def imagenet_wnids() -> tuple[str, ...]:
-    """The 1000 wnids of ImageNet's classes in the order of a classifier's outputs."""
+    """Return the 1000 wnids of ImageNet's classes in the order of a classifier's outputs."""
     return tuple(ImageNetInfo("imagenet-1k").label_names())
 
 
 @cache
 def imagenet_names() -> dict[str, str]:
-    """Readable names of ImageNet's 1000 classes by their wnids, in the same order."""
+    """Return the names of ImageNet's 1000 classes by their wnids, in the same order."""
     return dict(
         zip(imagenet_wnids(), ImageNetInfo("imagenet-1k").label_descriptions(), strict=True)
     )
@@ -83,14 +86,29 @@ def _descriptions() -> frozenset[str]:
 
 
 def readable(name: str) -> str:
-    """What a wnid of ImageNet stands for; any other name as it is."""
+    """Return the name of an ImageNet wnid; any other name unchanged."""
     return imagenet_names().get(name, name)
 
 
 def synonyms(name: str) -> list[str]:
-    """The names in one of ImageNet's, which are divided by commas; any other name as it is."""
+    """Return the comma-separated synonyms in an ImageNet name; any other name unchanged."""
     text = readable(name)
     return text.split(", ") if text in _descriptions() else [text]
+
+
+def labels(names: Sequence[str], numbers: Iterable[int], width: int = NAME_WIDTH) -> list[str]:
+    """Return short class names, with their numbers where two would be equal.
+
+    Args:
+        names, numbers: Name and number of each class, ``K``.
+        width: Maximum number of characters of a name.
+    """
+    texts = [shortened(shown(synonyms(name)[0]), width) for name in names]
+    count = Counter(texts)
+    return [
+        text if count[text] == 1 else f"{text} ({number})"
+        for text, number in zip(texts, numbers, strict=True)
+    ]
 
 
 def match_classes(
@@ -98,25 +116,24 @@ def match_classes(
     num_outputs: int,
     known: Sequence[str] | None = None,
     rule: str = "auto",
-    title: str = "the set",
-    source: str = "the network",
+    title: str = "the test set",
+    source: str = "the model",
 ) -> ClassMap:
-    """The output of each class of a set.
+    """Return the output of each class of a test set.
 
-    ``auto`` goes by the names that the network has for its classes. Where it has none, or
-    ImageNet's wnids, names that are ImageNet's wnids or numbers of outputs are taken for such;
-    but numbers that a network other than ImageNet's has as many of as classes, and all else, stand
-    for outputs by position, as in training.
+    ``auto`` matches by the model's class names. If it has none, or ImageNet's wnids, names that are
+    ImageNet's wnids or indices of outputs are taken as such; but as many indices as the outputs of
+    a model other than ImageNet's, and all other names, match by position, as in training.
 
     Args:
-        names: Of the classes of the set, in its own order.
-        num_outputs: Of the network.
-        known: Its names of classes.
+        names: Class names of the test set, in its order.
+        num_outputs: Number of outputs of the model.
+        known: Class names of the model.
         rule: One of ``RULES``.
-        title, source: What messages call the set and the network.
+        title, source: Names of the test set and the model in messages.
 
     Raises:
-        DataError: A class has no output, or two have the same; names it.
+        DataError: A class has no output, or two classes have the same.
     """
     if rule == "auto":
         rule = choose_rule(names, num_outputs, known)
@@ -127,7 +144,7 @@ def match_classes(
 
 
 def choose_rule(names: Sequence[str], num_outputs: int, known: Sequence[str] | None) -> str:
-    """What ``auto`` stands for; see :func:`match_classes`."""
+    """Return the rule of ``auto``; see :func:`match_classes`."""
     if known is not None and (set(names) <= set(known) or tuple(known) != imagenet_wnids()):
         return "name"
     if num_outputs == NUM_IMAGENET and any(_looks_like_wnid(name) for name in names):
@@ -165,13 +182,14 @@ def _by_wnid(
 ) -> list[int]:
     if num_outputs != NUM_IMAGENET:
         raise DataError(
-            f"{source} knows {num_outputs} classes: wnids are matched for ImageNet's 1000 alone"
+            f"{source} has {num_outputs} classes: wnids need a model of ImageNet's 1000 classes"
         )
     places = {wnid: index for index, wnid in enumerate(imagenet_wnids())}
     for name in names:
         if name not in places:
             raise DataError(
-                f"{title}: class {name!r} is no wnid of ImageNet's 1000 classes, such as {EXAMPLE}"
+                f"{title}: class {name!r} is not a wnid of ImageNet's 1000 classes, such as "
+                f"{EXAMPLE}"
             )
     return [places[name] for name in names]
 
@@ -180,11 +198,10 @@ def _by_number(
     names: Sequence[str], num_outputs: int, known: object, title: str, source: str
 ) -> list[int]:
     for name in names:
-        if not _is_number(name):
-            raise DataError(f"{title}: class {name!r} is no number, such as 0 or 17")
-        if int(name) >= num_outputs:
+        if not _is_number(name) or int(name) >= num_outputs:
             raise DataError(
-                f"{title}: there is no class {name} in {source}, which has 0 to {num_outputs - 1}"
+                f"{title}: class {name!r} must be a number from 0 to {num_outputs - 1}, as the "
+                f"classes of {source}"
             )
     return [int(name) for name in names]
 
@@ -194,8 +211,8 @@ def _by_position(
 ) -> list[int]:
     if len(names) != num_outputs:
         raise DataError(
-            f"{source} knows {num_outputs} classes, {title} has {len(names)}, whose names "
-            f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}) do not tell which"
+            f"{source} has {num_outputs} classes, {title} has {len(names)}, and their names "
+            f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}) match no outputs"
         )
     return list(range(num_outputs))
 
@@ -209,27 +226,27 @@ def _check_distinct(names: Sequence[str], outputs: Sequence[int], title: str) ->
 
 
 def read_names(file: Path) -> list[str]:
-    """Names of classes, one in a line of a file.
+    """Read class names, one per line of a file.
 
     Raises:
-        DataError: It cannot be read, or a line has no name.
+        DataError: The file cannot be read, or a line is empty.
     """
     try:
-        text = file.read_text(encoding="utf-8-sig")  # editors on Windows begin files with a mark
+        text = file.read_text(encoding="utf-8-sig")  # editors on Windows write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read --classes {file}: {error}") from error
     names = text.removesuffix("\n").split("\n")
     for number, name in enumerate(names, start=1):
         if not name.strip():
-            raise DataError(f"--classes {file}: line {number} is empty, and should name a class")
+            raise DataError(f"--classes {file}: line {number} is empty; it must be a class name")
     return names
 
 
 def find_class(asked: str, names: Sequence[str]) -> int:
-    """The class of a name, else an index, else a readable name, else one of its synonyms.
+    """Return the class of a name, else an index, else a readable name, else one of its synonyms.
 
     Raises:
-        DataError: There is none, or several; names them, or the range, or the nearest names.
+        DataError: There is no such class, or there are several.
     """
     word, number = asked.lower(), asked.lstrip("0") or asked[-1:]
     passes: tuple[Callable[[int, str], bool], ...] = (
@@ -247,9 +264,9 @@ def find_class(asked: str, names: Sequence[str]) -> int:
         if found:
             return found[0]
     if _is_number(asked):
-        raise DataError(f"--class {asked[:20]} is beyond the classes, 0 to {len(names) - 1}")
+        raise DataError(f"--class {asked[:20]} must be from 0 to {len(names) - 1}")
     known = dict.fromkeys(one.lower() for name in names for one in (name, *synonyms(name)))
     near = difflib.get_close_matches(word, known, n=3, cutoff=0.5) or list(known)[:3]
     raise DataError(
-        f"there is no --class {asked!r}; such as {', '.join(near)}, or 0 to {len(names) - 1}"
+        f"unknown --class {asked!r}; choose from {', '.join(near)}, ... or 0 to {len(names) - 1}"
     )

@@ -1,81 +1,177 @@
-"""The errors of networks on ImageNet-C, see :mod:`tools.validate.corruptions`."""
+"""ImageNet-C: errors under common corruptions (Hendrycks and Dietterich, ICLR 2019)."""
 
+import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tools import cli
-from tools.validate import corruptions, tables
-from tools.validate.cases import Case, again, cases
+from pipeline.images import DataError
+from tools import cli, tables
+from tools.files import subfolders
 from tools.validate.classes import NUM_IMAGENET
-from tools.validate.evaluate import evaluate
+from tools.validate.eval_models import EvalModel, eval_models
+from tools.validate.metrics import evaluate
+from tools.validate.rows import result_table
 from tools.validate.sets import class_names, open_class_folders
-from tools.validate.text import shown
+
+SEVERITIES = (1, 2, 3, 4, 5)
+ALEXNET = {  # AlexNet's top-1 errors in percent, means over the severities
+    "gaussian_noise": 88.6,
+    "shot_noise": 89.4,
+    "impulse_noise": 92.3,
+    "defocus_blur": 82.0,
+    "glass_blur": 82.6,
+    "motion_blur": 78.6,
+    "zoom_blur": 79.8,
+    "snow": 86.7,
+    "frost": 82.7,
+    "fog": 81.9,
+    "brightness": 56.5,
+    "contrast": 85.3,
+    "elastic_transform": 64.6,
+    "pixelate": 71.8,
+    "jpeg_compression": 60.7,
+}
+COLUMNS = {  # of a row: heading, decimals
+    "corruption": ("corruption", 0),
+    **{f"severity_{number}": (str(number), 2) for number in SEVERITIES},
+    "error": ("mean error", 2),
+    "relative": ("of AlexNet's", 1),
+    "corrupt": ("corrupt", 0),
+}
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """Results of a model under a corruption.
+
+    Attributes:
+        name: Name of the corruption.
+        errors: Top-1 errors in percent, by severity from 1.
+        is_imagenet: The errors are over all of ImageNet's 1000 classes.
+        corrupt: Number of files left out.
+        nonfinite: Number of images with non-finite outputs.
+    """
+
+    name: str
+    errors: tuple[float, ...]
+    is_imagenet: bool
+    corrupt: int = 0
+    nonfinite: int = 0
+
+    @property
+    def mean(self) -> float:
+        """Mean error over the severities."""
+        return sum(self.errors) / len(self.errors)
+
+    @property
+    def relative(self) -> float | None:
+        """Corruption error, in percent of AlexNet's; None where AlexNet's is unknown."""
+        is_known = self.is_imagenet and self.name in ALEXNET
+        return 100 * self.mean / ALEXNET[self.name] if is_known else None
+
+
+def find_corruptions(folder: Path) -> dict[str, list[Path]]:
+    """Return the folders of each corruption, severity 1 to 5, the paper's corruptions first.
+
+    Raises:
+        DataError: The folder is missing or empty, or a severity is missing.
+    """
+    if not os.path.isdir(folder):
+        raise DataError(f"--corruptions {folder} is not a folder")
+    names = [path.name for path in subfolders(folder)]
+    if not names:
+        raise DataError(f"--corruptions {folder} has no folders CORRUPTION/SEVERITY/CLASS")
+    names = [name for name in ALEXNET if name in names] + [n for n in names if n not in ALEXNET]
+    found = {name: [folder / name / str(severity) for severity in SEVERITIES] for name in names}
+    for paths in found.values():
+        for path in paths:
+            if not os.path.isdir(path):
+                raise DataError(f"--corruptions needs severities 1 to 5: {path} does not exist")
+    return found
+
+
+def mce(measured: Sequence[Corruption]) -> float | None:
+    """Mean corruption error (section 4 of the paper), in percent; None without all 15."""
+    relative = [one.relative for one in measured if one.relative is not None]
+    return sum(relative) / len(relative) if len(relative) == len(ALEXNET) else None
+
+
+def rows_of(measured: Sequence[Corruption], is_complete: bool) -> list[dict[str, Any]]:
+    """Return a row for each corruption and, if none is missing, one of their means."""
+    rows = [
+        {"corruption": one.name}
+        | {f"severity_{number}": error for number, error in enumerate(one.errors, start=1)}
+        | {"error": one.mean, "relative": one.relative, "corrupt": one.corrupt}
+        for one in measured
+    ]
+    if is_complete:
+        error = sum(one.mean for one in measured) / len(measured)
+        means = {"corruption": "mean", "error": error, "relative": mce(measured)}
+        rows.append(means | {"corrupt": sum(one.corrupt for one in measured)})
+    return rows
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of a model's rows, and its mCE if it is known."""
+    mean = rows[-1]["relative"] if rows[-1]["corruption"] == "mean" else None
+    text = result_table(rows, COLUMNS)
+    return text if mean is None else f"{text}\nmCE {mean:.1f}"
+
+
+def measure(subject: EvalModel, name: str, paths: Sequence[Path], told: set[str]) -> Corruption:
+    """Evaluate a model on the folders of a corruption; ``told`` as for :func:`cli.warn`."""
+    errors, is_imagenet, corrupt, nonfinite = [], True, 0, 0
+    for path in paths:
+        test_set = open_class_folders(path, subject.args)
+        matched = subject.match(test_set.classes, test_set.title)
+        found = evaluate(subject, test_set, matched)
+        cli.warn(found["messages"], told)
+        errors.append(100 - found["top1"])
+        is_imagenet &= matched.num_outputs == NUM_IMAGENET and not matched.is_subset
+        corrupt += found["corrupt"]
+        nonfinite += found["nonfinite"]
+    return Corruption(name, tuple(errors), is_imagenet, corrupt, nonfinite)
 
 
 def validate(args: Namespace, device: torch.device) -> int:
-    """Measure errors under corruptions, print a table for every case and write the CSV file.
+    """Measure errors under corruptions, print a table for every model, write the CSV file.
 
-    If one fails, what was measured before is printed and written all the same.
+    After a failure, the results so far are printed and written.
 
     Returns:
         The exit status.
     """
-    folders = corruptions.find_corruptions(args.corruptions)
+    folders = find_corruptions(args.corruptions)
     args = Namespace(**vars(args) | {"data_set": "IMNET"})  # for its usual size
-    check_classes(args, device, folders)
+    for subject in eval_models(args.checkpoints, args, device):  # errors before hours of work
+        for path in (path for paths in folders.values() for path in paths):
+            subject.match(class_names(path), str(path))
     rows: list[dict[str, Any]] = []
     failed: list[str] = []
     told: set[str] = set()
     try:
-        for case in again(args, device):
-            measured: list[corruptions.Corruption] = []
+        for subject in eval_models(args.checkpoints, args, device, say=cli.silent):
+            measured: list[Corruption] = []
             try:
                 for name, paths in folders.items():
-                    measured.append(measure(case, name, paths, told))
+                    measured.append(measure(subject, name, paths, told))
             finally:
-                failed += case.complaints(sum(one.nonfinite for one in measured))
-                found = tables.corruption_rows(measured, len(measured) == len(folders))
-                head = {"checkpoint": case.network.label, "weights": case.weights}
-                head["size"] = case.args.input_size
+                failed += subject.complaints(sum(one.nonfinite for one in measured))
+                found = rows_of(measured, len(measured) == len(folders))
+                head = {"checkpoint": subject.source.label, "weights": subject.weights}
+                head["size"] = subject.args.input_size
                 rows += [head | row for row in found]
                 if found:
-                    print(shown(f"{case.label} on {args.corruptions}"))
-                    print(tables.corruption_table(found), flush=True)
+                    print(cli.shown(f"{subject.label} on {args.corruptions}"))
+                    print(table(found), flush=True)
     finally:
-        outputs = [(args.csv, partial(tables.write_corruptions, rows=rows))]
-        status = cli.finish(outputs if args.csv and rows else [], failed)
+        heads = ("checkpoint", "weights", "size", *COLUMNS)
+        write = partial(tables.write_csv, heads=heads, rows=rows)
+        status = cli.finish([(args.csv, write)] if args.csv and rows else [], failed)
     return status
-
-
-def check_classes(
-    args: Namespace, device: torch.device, folders: Mapping[str, Sequence[Path]]
-) -> None:
-    """Find out what is wrong with any case, or the classes of any folder, before all else.
-
-    Raises:
-        DataError: A network does not know a class; see :func:`cases` for more.
-    """
-    for case in cases(args.checkpoints, args, device):
-        for paths in folders.values():
-            for path in paths:
-                case.match(class_names(path), str(path))
-
-
-def measure(case: Case, name: str, paths: Sequence[Path], told: set[str]) -> corruptions.Corruption:
-    """Evaluate a network on the folders of a corruption; ``told`` as for :func:`cli.warn`."""
-    errors, is_imagenet, corrupt, nonfinite = [], True, 0, 0
-    for path in paths:
-        test_set = open_class_folders(path, case.args)
-        matched = case.match(test_set.classes, test_set.title)
-        scores = evaluate(case.model, test_set, matched, case.precision, case.args)
-        cli.warn(scores.messages, told)
-        errors.append(100 - scores.top1)
-        is_imagenet &= matched.num_outputs == NUM_IMAGENET and not matched.is_subset
-        corrupt += scores.corrupt
-        nonfinite += scores.nonfinite
-    return corruptions.Corruption(name, tuple(errors), is_imagenet, corrupt, nonfinite)

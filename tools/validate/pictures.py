@@ -1,4 +1,4 @@
-"""Pictures of a confusion matrix and of the reliability of confidences."""
+"""Pictures of a confusion matrix, and reliability diagrams."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tools.plots import as_png, new_figure, plain_text
-from tools.validate.counts import NUM_BINS, Bins, most_confused
+from tools.validate.metrics import NUM_BINS, Bins, most_confused
 from training.files import write_atomically
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LABELLED = 30  # classes, at most, that get names and numbers
-LISTED = 20  # pairs of classes beside the picture of more
+LISTED = 20  # pairs of classes next to the picture of more
 DPI = 120
 SIDE = 1000  # pixels of the picture of more classes, about
 CELLS = 500  # in a row of that, at most
@@ -24,22 +24,22 @@ LIGHT_BLUE, DARK_RED = "#9ecae1", "#a50f15"
 
 
 def save(figure: "Figure", path: Path) -> None:
-    """Write a figure as PNG, whole or not at all.
+    """Write a figure as a PNG file atomically.
 
     Raises:
-        OutputError: It cannot be written.
+        OutputError: The file cannot be written.
     """
     data = as_png(figure, DPI)
     write_atomically(path, lambda file: file.write(data))
 
 
 def confusion_figure(confusion: np.ndarray, names: Sequence[str], title: str) -> "Figure":
-    """Shares of each true class (rows) by prediction; counts in it, or pairs beside it.
+    """Draw the share of predictions of each true class (rows), with counts or a list of pairs.
 
     Args:
         confusion: Images by true class and prediction, ``K K``.
-        names: What the classes are called, ``K``.
-        title: Above the picture.
+        names: Class names, ``K``.
+        title: Title of the picture.
     """
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     names = [plain_text(name) for name in names]
@@ -71,7 +71,7 @@ def _few_classes(
 def _many_classes(
     confusion: np.ndarray, shares: np.ndarray, names: Sequence[str], title: str
 ) -> "Figure":
-    """Every cell is a whole number of pixels, so that equal shares have equal colours."""
+    """Draw cells of a whole number of pixels, so that equal shares have equal colours."""
     block = math.ceil(len(names) / CELLS)
     shares = largest_of_blocks(shares, block)
     side = len(shares) * (SIDE // len(shares))
@@ -99,7 +99,7 @@ def _many_classes(
 
 
 def largest_of_blocks(shares: np.ndarray, block: int) -> np.ndarray:
-    """The largest value of each ``block`` rows and columns: a mean would hide single ones."""
+    """Return the maximum of each ``block`` rows and columns; a mean would hide single values."""
     cells = math.ceil(len(shares) / block)
     whole = np.zeros((cells * block, cells * block))
     whole[: len(shares), : len(shares)] = shares
@@ -127,7 +127,7 @@ def _list_pairs(axes: "Axes", pairs: Sequence[tuple[int, int, int]], names: Sequ
 
 
 def reliability_figure(bins: Bins, title: str) -> "Figure":
-    """Accuracy over confidence above a histogram of confidences, for all in percent."""
+    """Draw accuracy by confidence above a histogram of confidences, in percent."""
     figure = new_figure(5.5, 7)
     figure.suptitle(f"{plain_text(title)}\nECE {100 * bins.ece:.2f}%")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])

@@ -1,0 +1,127 @@
+"""Models to evaluate: every model at every size with each of its weights."""
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import datasets
+import engine
+import models
+from tools.cli import shown
+from tools.networks import ModelSource, from_checkpoint, from_name
+from tools.validate.classes import ClassMap, match_classes
+from training.network import choose_precision, fused, renormalized
+from utils import UserError
+
+
+@dataclass(frozen=True)
+class EvalModel:
+    """A model ready to run.
+
+    Attributes:
+        source: Name, arguments and weights of the model.
+        weights: ``model`` or ``ema``.
+        args: The flags, with its ``input_size``.
+        model: The model with its weights on the device; the next EvalModel may overwrite them.
+        precision: Autocast and memory format.
+    """
+
+    source: ModelSource
+    weights: str
+    args: Namespace
+    model: nn.Module
+    precision: engine.Precision
+
+    @property
+    def num_outputs(self) -> int:
+        """Number of classes of the model."""
+        return engine.unwrap(self.model).num_classes
+
+    @property
+    def label(self) -> str:
+        """Name in messages."""
+        return shown(f"{self.source.label} ({self.weights}, {self.args.input_size} pixels)")
+
+    def complaints(self, nonfinite: int) -> list[str]:
+        """Return the error message for a number of images with non-finite outputs, if any."""
+        if not nonfinite:
+            return []
+        return [f"{self.label}: the outputs of {nonfinite} images are not finite"]
+
+    def match(self, names: Sequence[str], title: str) -> ClassMap:
+        """Return the outputs for the classes of a test set, which messages call ``title``.
+
+        Raises:
+            DataError: The model does not have one of the classes.
+        """
+        known, label = self.source.classes, self.source.label
+        return match_classes(names, self.num_outputs, known, self.args.classes, title, label)
+
+
+def check_sources(files: list[str], args: Namespace) -> None:
+    """Raise UserError if the flags name no model, or contradict each other."""
+    if args.pretrained and files:
+        raise UserError("--pretrained uses timm's weights: leave the checkpoints out")
+    if args.pretrained and not args.model:
+        raise UserError("--pretrained needs --model NAME")
+    if not args.pretrained and not files:
+        raise UserError("give a checkpoint, or --model NAME --pretrained")
+
+
+def eval_models(
+    files: list[str], args: Namespace, device: torch.device, say: Callable[[str], None] = print
+) -> Iterator[EvalModel]:
+    """Yield the models of the flags, one at a time: file by file, size by size, then the weights.
+
+    Args:
+        files: Checkpoints.
+        args: The flags.
+        device: Device of the models.
+        say: Receives warnings.
+
+    Raises:
+        CheckpointError, ModelError: A model cannot be loaded, or does not accept a size.
+    """
+    for source in _sources(files, args, say):
+        weights = source.weights(args.weights)
+        for asked in args.input_size or [None]:
+            size = asked or source.input_size or datasets.input_size_of(args)
+            yield from _at_size(source, size, weights, args, device)
+
+
+def _sources(
+    files: list[str], args: Namespace, say: Callable[[str], None]
+) -> Iterator[ModelSource]:
+    if args.pretrained:
+        yield from_name(args.model, pretrained=True)
+    for path in files:
+        source = from_checkpoint(path, args.model, args.qk_scale_factor)
+        exponent = source.required["qk_scale_factor"]
+        if args.qk_scale_factor not in (None, exponent):
+            say(
+                f"warning: --qk-scale-factor {args.qk_scale_factor} is ignored: {path} was trained "
+                f"with {exponent}"
+            )
+        yield source
+
+
+def _at_size(
+    source: ModelSource,
+    size: int,
+    weights: tuple[str, ...],
+    args: Namespace,
+    device: torch.device,
+) -> Iterator[EvalModel]:
+    model = source.build(size)
+    models.check_input_size(model, source.name, size)
+    precision = choose_precision(args, model, device)
+    precision.place(model)
+    at_size = Namespace(**vars(args) | {"input_size": size})
+    for name in weights:
+        source.load(model, name)
+        net = fused(model, source.name) if args.fuse else model
+        net = renormalized(net, datasets.NORMALIZATION, source.normalization(model))
+        yield EvalModel(source, name, at_size, engine.compiled(net, args.compile), precision)
