@@ -17,7 +17,7 @@ VIT = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32}
 
 
 def warm_up_ddp(model, size):
-    """Statistics as after training: without them, deep nets amplify rounding."""
+    """Statistics as after training: without them, deep models amplify rounding."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = None

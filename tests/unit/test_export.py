@@ -116,20 +116,21 @@ def test_static_batch_and_average(vit, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("extra", "mean", "short_side"),
+    ("extra", "size", "mean", "short_side"),
     [
-        ({}, 0.5, 109),
-        ({"args": {"crop_pct": 1.0}, "arch": "vit_base_patch32_224"}, 0.5, 109),
-        ({"args": {"eval_crop_ratio": 1.0}, "model_name": "vit_base_patch32_224"}, 0.485, 96),
+        ({}, 96, 0.5, 109),
+        ({}, 32, 0.5, 0),
+        ({"args": {"crop_pct": 1.0}, "arch": "vit_base_patch32_224"}, 96, 0.5, 109),
+        ({"args": {"eval_crop_ratio": 1.0}, "model_name": "vit_base_patch32_224"}, 96, 0.485, 96),
     ],
 )
-def test_metadata_follows_the_weights(extra, mean, short_side, tmp_path):
+def test_metadata_follows_the_weights(extra, size, mean, short_side, tmp_path):
     # timm's weights have timm's constants, those trained here have this repository's
     name, path = "vit_base_patch32_224", tmp_path / "timm.pth"
     kwargs = {**VIT, "img_size": 96, "num_classes": 3}
     model = timm.create_model(name, **kwargs)
     torch.save({"model": model.state_dict(), "model_kwargs": kwargs} | extra, path)
-    flags = ["--model", name, "--checkpoint", str(path), "--input-size", "96", "--output", "x"]
+    flags = ["--model", name, "--checkpoint", str(path), "--input-size", str(size), "--output", "x"]
     about = load_source(get_parser().parse_args(flags), torch.device("cpu")).metadata
     assert json.loads(about["mean"])[0] == mean
     assert about["short_side"] == str(short_side)

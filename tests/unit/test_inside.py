@@ -1,4 +1,4 @@
-"""What pictures of the inside of nets show is true: attention, distances, positions, kernels."""
+"""Values that tools.visualize shows: attention, distances, positions, kernels."""
 
 import math
 
@@ -229,7 +229,7 @@ def test_nonlocality_is_the_sum_over_pairs(name, kwargs, size):
     for captured in capture(model, attention_layers(model), torch.randn(1, 3, size, size)):
         weights = captured.parts().full[0].double()[:, captured.prefix :, captured.prefix :]
         found = measures.nonlocality_of(captured)[0]
-        for head in (0, captured.num_heads - 1):
+        for head in (0, captured.layer.num_heads - 1):
             expected = loop_nonlocality(weights[head], *captured.grid)
             assert found[head].item() == pytest.approx(expected, rel=1e-4)
 
@@ -309,20 +309,15 @@ def test_principal_colours():
     assert torch.equal(measures.principal_colours(torch.ones(6, 1, 1)), torch.full((1, 1, 3), 0.5))
 
 
-def impulse_response(function, channels, out, size):
-    """Kernel ``O I k k`` and bias of an affine convolution, from what it makes of impulses."""
-    side = 2 * size + 1
+def impulse_response(function, channels, size):
+    """Kernel ``O I k k`` of an affine convolution, from its response to impulses."""
+    side, half = 2 * size + 1, size // 2
+    x = torch.zeros(channels + 1, channels, side, side, dtype=torch.float64)  # the last is zero
+    x[range(channels), range(channels), size, size] = 1.0
     with torch.no_grad():
-        bias = function(torch.zeros(1, channels, side, side, dtype=torch.float64))[0]
-        kernel = torch.empty(out, channels, size, size, dtype=torch.float64)
-        for c in range(channels):
-            x = torch.zeros(1, channels, side, side, dtype=torch.float64)
-            x[0, c, size, size] = 1.0
-            y = function(x)[0] - bias
-            half = size // 2
-            around = y[:, size - half : size + half + 1, size - half : size + half + 1]
-            kernel[:, c] = around.flip(1, 2)
-    return kernel, bias[:, size, size]
+        y = function(x)
+    middle = slice(size - half, size + half + 1)
+    return (y[:-1] - y[-1:])[:, :, middle, middle].flip(2, 3).transpose(0, 1)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +338,7 @@ def test_branches_add_up_to_what_the_layer_does(layer, count):
     assert len(kernels.branches) == count
     assert kernels.difference < 1e-12
     out, size = len(kernels.total), kernels.total.shape[-1]
-    expected, _ = impulse_response(layer.forward_branches, 4, out, size)
+    expected = impulse_response(layer.forward_branches, 4, size)
     groups = layer.geometry["groups"]
     for o in range(out):
         first = o // (out // groups) * (4 // groups)
@@ -372,6 +367,6 @@ def test_each_branch_of_a_mixer():
     }
     assert parts.keys() == branches.keys()
     for name, branch in branches.items():
-        expected, _ = impulse_response(branch, 3, 3, 3)
+        expected = impulse_response(branch, 3, 3)
         own = expected[torch.arange(3), torch.arange(3)]
         assert torch.allclose(own_slices(parts[name][0]), own, atol=1e-12), name

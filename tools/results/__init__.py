@@ -1,1 +1,1 @@
-"""Claims of the papers at small scale: trains both sides of each, and tabulates the outcome."""
+"""Claims of the papers at small scale: train every arm of each, and tabulate the results."""

@@ -1,8 +1,8 @@
-"""Claims of the papers on a small set: ``python -m tools.results [CLAIM ...]``.
+"""Claims of the papers on a small dataset: ``python -m tools.results [CLAIM ...]``.
 
-Every arm is a run of ``main.py`` with the recipe of ``--config``; runs that are done are not
-repeated, and those that were interrupted go on. Printed is a table in Markdown with the top-1
-accuracy after the last epoch, not the best one: mean and standard deviation over the seeds.
+Every arm is a run of ``main.py`` with the recipe of ``--config``. Finished runs are not repeated,
+and interrupted ones resume. The output is a table in Markdown with the top-1 accuracy after the
+last epoch, not the best one: mean and standard deviation over the seeds.
 """
 
 import argparse
@@ -20,27 +20,28 @@ from pathlib import Path
 import torch
 
 from tools.results.claims import CLAIMS, Arm
+from tools.tables import markdown
 from training.flags import parse_args, usable_cpus
 from training.launch import run_program
+from training.output import LOG
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def folder_of(args: Namespace, arm: Arm, seed: int) -> Path:
-    """Output folder of a run."""
+def folder_of(args: Namespace, arm: Arm, seed: int | str) -> Path:
+    """Return the output folder of a run."""
     return Path(args.output_dir) / f"{arm.name}-{seed}"
 
 
-def flags_of(args: Namespace, arm: Arm, seed: int) -> list[str]:
-    """Command line of a run of ``main.py``."""
+def flags_of(args: Namespace, arm: Arm, seed: int | str) -> list[str]:
+    """Return the command line of a run of ``main.py``; ``seed`` may be a placeholder."""
     flags = ["-c", args.config, *arm.flags, "--data-path", args.data_path]
-    epochs = args.epochs or parse_args(["-c", args.config])[0].epochs
+    recipe, _ = parse_args(["-c", args.config])
     if args.epochs or arm.share < 1:
-        flags += ["--epochs", str(round(epochs / arm.share))]
+        flags += ["--epochs", str(round((args.epochs or recipe.epochs) / arm.share))]
     if arm.share < 1:
-        warmup = parse_args(["-c", args.config])[0].warmup_epochs
-        flags += ["--warmup-epochs", str(round(warmup / arm.share))]
+        flags += ["--warmup-epochs", str(round(recipe.warmup_epochs / arm.share))]
         flags += ["--sampling-ratio", f"{arm.share:g}"]
     if arm.teacher:
         flags += ["--teacher-path", str(folder_of(args, arm.teacher, seed) / "checkpoint.pth")]
@@ -49,17 +50,17 @@ def flags_of(args: Namespace, arm: Arm, seed: int) -> list[str]:
 
 
 def read_epochs(folder: Path) -> list[dict[str, float]]:
-    """The lines of a run's ``log.txt``; none before the first epoch is done."""
-    path = folder / "log.txt"
+    """Return the lines of a run's ``log.txt``, one per finished epoch."""
+    path = folder / LOG
     lines = path.read_text().splitlines() if path.is_file() else []
     return [json.loads(line) for line in lines]
 
 
 def train(args: Namespace, arm: Arm, seed: int) -> None:
-    """Train an arm, or what is left of it, in a process of its own.
+    """Train an arm in its own process, from its last checkpoint if there is one.
 
     Raises:
-        UserError: It failed.
+        UserError: The run failed.
     """
     folder, flags = folder_of(args, arm, seed), flags_of(args, arm, seed)
     wanted = parse_args(flags)[0].epochs
@@ -82,10 +83,10 @@ def train(args: Namespace, arm: Arm, seed: int) -> None:
 def train_all(
     args: Namespace, arms: Sequence[Arm], run: Callable[[Namespace, Arm, int], None] = train
 ) -> None:
-    """Train arms with all seeds, ``--jobs`` at a time, teachers before their students."""
-    teachers = [arm.teacher for arm in arms if arm.teacher]
-    rounds = [arm for arm in dict.fromkeys([*teachers, *arms]) if not arm.teacher]
-    for chosen in (rounds, [arm for arm in dict.fromkeys(arms) if arm.teacher]):
+    """Train arms with all seeds, ``--jobs`` at a time, teachers before students."""
+    students = dict.fromkeys(arm for arm in arms if arm.teacher)
+    others = [*(arm.teacher for arm in students), *(arm for arm in arms if not arm.teacher)]
+    for chosen in (dict.fromkeys(others), students):
         with ThreadPoolExecutor(args.jobs) as pool:
             jobs = [pool.submit(run, args, arm, seed) for seed in args.seeds for arm in chosen]
             try:
@@ -96,57 +97,54 @@ def train_all(
                     job.cancel()
 
 
-def row(args: Namespace, arm: Arm) -> str:
-    """One line of the table, of those seeds whose run is done."""
+def row(args: Namespace, arm: Arm) -> list[str]:
+    """Return one line of the table, over the seeds whose run is finished."""
     accuracies = {}
     for seed in args.seeds:
         log = read_epochs(folder_of(args, arm, seed))
         if len(log) >= parse_args(flags_of(args, arm, seed))[0].epochs:
             accuracies[seed] = log[-1]["test_acc1"]
-    words = flags_of(args, arm, args.seeds[0])
-    words[words.index("--seed") + 1] = "N"
-    command = shlex.join(words).replace(f"-{args.seeds[0]}/checkpoint", "-N/checkpoint")
-    command = command.removesuffix(f"-{args.seeds[0]}") + "-N"
+    command = shlex.join(flags_of(args, arm, "N"))
     values = list(accuracies.values())
     mean = f"{statistics.mean(values):.1f}" if values else "not run"
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     single = ", ".join(f"{seed}: {accuracy:.1f}" for seed, accuracy in accuracies.items())
-    return f"| {arm.name} | {mean}{spread} | {single} | `python main.py {command}` |"
+    return [arm.name, f"{mean}{spread}", single, f"`python main.py {command}`"]
 
 
 def tables(args: Namespace, names: Sequence[str]) -> Iterator[str]:
-    """A table in Markdown for each claim."""
+    """Yield a heading and a table in Markdown for each claim."""
     for name in names:
         claim = CLAIMS[name]
         yield f"## {claim.title}\n\n{claim.paper}.\n"
-        yield "| run | top-1 (%) | by seed | command |\n|---|---|---|---|"
-        yield "\n".join(row(args, arm) for arm in claim.arms) + "\n"
+        heads = ["run", "top-1 (%)", "by seed", "command"]
+        yield markdown(heads, [row(args, arm) for arm in claim.arms]) + "\n"
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """The parser of this tool's flags."""
+    """Return the parser of the flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("claims", nargs="*", metavar="CLAIM", help=f"of {', '.join(CLAIMS)}; all if none")
+    add("claims", nargs="*", metavar="CLAIM", help=f"one of {', '.join(CLAIMS)}; all if none")
     add("--data-path", required=True, help="image folder with train and val")
     add("--output_dir", default="output/results", help="one folder per run")
     add("--config", default="configs/cifar10_claims.yaml", help="recipe of all runs")
-    add("--epochs", type=int, help="of the whole set, instead of the recipe's")
+    add("--epochs", type=int, help="epochs of the whole dataset, instead of the recipe's")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--jobs", type=int, default=1, help="trainings at a time, which share the cores")
-    add("--no-train", action="store_true", help="only tabulate what is done")
-    add("--flags", default="", help="further flags of main.py, as one word")
+    add("--jobs", type=int, default=1, help="runs at a time, which share the cores")
+    add("--no-train", action="store_true", help="only tabulate finished runs")
+    add("--flags", default="", help="further flags of main.py, as one argument")
     return parser
 
 
 def start(argv: list[str]) -> int:
-    """Train what is missing, and print the tables."""
+    """Train what is missing and print the tables."""
     args = get_parser().parse_args(argv)
     unknown = [name for name in args.claims if name not in CLAIMS]
     if unknown:
-        raise UserError(f"{unknown[0]!r} is no claim; there are {', '.join(CLAIMS)}")
+        raise UserError(f"unknown claim {unknown[0]}; choose one of {', '.join(CLAIMS)}")
     if args.jobs < 1 or len(set(args.seeds)) < len(args.seeds):
-        raise UserError("--jobs must be positive, and --seeds all different")
+        raise UserError(f"--jobs {args.jobs} must be positive and --seeds {args.seeds} distinct")
     names = args.claims or list(CLAIMS)
     if not args.no_train:
         train_all(args, [arm for name in names for arm in CLAIMS[name].arms])
@@ -158,9 +156,9 @@ def start(argv: list[str]) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """Run with the flags ``argv``; returns the exit status."""
-    interrupted = "interrupted; the same command goes on from the last checkpoints"
-    return run_program(lambda: start(argv), (UserError, UserError), interrupted)
+    """Run the command line ``argv``; return the exit status."""
+    interrupted = "interrupted; the same command resumes from the last checkpoints"
+    return run_program(lambda: start(argv), interrupted)
 
 
 if __name__ == "__main__":

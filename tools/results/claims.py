@@ -1,4 +1,4 @@
-"""What the papers claim, and the two or more trainings that show it or do not."""
+"""Claims of the papers, and the trainings that test them."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,10 @@ class Arm:
     """One training of a claim.
 
     Attributes:
-        name: Of its folder.
-        flags: What it adds to the common recipe.
-        teacher: Arm whose run with the same seed is the teacher; it is trained before.
-        share: Share of the training set. The number of epochs is divided by it, so that every
+        name: Name of its folder.
+        flags: Flags added to the common recipe.
+        teacher: Arm whose run with the same seed is the teacher.
+        share: Fraction of the training set. The number of epochs is divided by it, so that every
             arm sees as many images (ConViT, section 3).
     """
 
@@ -25,7 +25,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement of a paper, and its arms, which differ in what it is about.
+    """A statement of a paper, and its arms, which differ in its subject.
 
     Attributes:
         title: What is compared.

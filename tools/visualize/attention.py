@@ -138,7 +138,7 @@ def _layer_maps(
     if query != CLASS:
         (x, y), (height, width) = query, captured.grid
         place = (y * height // size, x * width // size)
-    heads = list(range(captured.num_heads)) if heads is None else heads
+    heads = list(range(captured.layer.num_heads)) if heads is None else heads
     weights = captured.parts()._asdict()
     maps = {
         part: captured.maps(weights[part], place or CLASS)[0, heads].cpu()

@@ -76,13 +76,13 @@ def _timm_weights(layer: TimmAttention, x: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Captured:
-    """An attention layer with its input of a real forward.
+    """An attention layer with its input in a forward pass.
 
     Attributes:
         name, layer: The layer.
-        x: What it got, as it takes it.
+        x: Its input.
         grid: Height and width of the map or of the grid of patches.
-        prefix: Tokens before the patches, the class token the first of them.
+        prefix: Number of tokens before the patches, of which the class token is the first.
     """
 
     name: str
@@ -90,11 +90,6 @@ class Captured:
     x: torch.Tensor
     grid: tuple[int, int]
     prefix: int
-
-    @property
-    def num_heads(self) -> int:
-        """Heads of the layer."""
-        return self.layer.num_heads
 
     def parts(self) -> AttentionParts:
         """See :func:`attention_parts`."""

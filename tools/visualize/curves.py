@@ -3,7 +3,6 @@
 import json
 import math
 from argparse import Namespace
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +37,6 @@ def log_file(path: str) -> Path:
     if not file.is_file():
         raise UserError(f"no log {file}: give a run folder or its {LOG}")
     return file
-
-
-def run_name(file: Path) -> str:
-    """Return the name of a log's run: its folder, or the file if it is not ``log.txt``."""
-    return file.resolve().parent.name if file.name == LOG else file.name
 
 
 def read_log(file: Path) -> Log:
@@ -98,10 +92,10 @@ def make(args: Namespace) -> Picture:
             files[file] = path
     if len(files) > len(COLOURS):
         raise UserError(f"{len(files)} runs are too many: give at most {len(COLOURS)}")
-    names = Counter(map(run_name, files))
+    names = [file.parent.name if file.name == LOG else file.name for file in files]
     runs = {
-        run_name(file) if names[run_name(file)] == 1 else path: read_log(file)
-        for file, path in files.items()
+        name if names.count(name) == 1 else path: read_log(file)
+        for name, (file, path) in zip(names, files.items(), strict=True)
     }
     rows = [
         {"run": name} | {key: line.get(key) for key in (*NEEDED, *OPTIONAL)}

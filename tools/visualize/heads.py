@@ -1,7 +1,7 @@
 """One value per head by layer: ConViT's gates, and non-locality."""
 
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ Values = dict[str, torch.Tensor]  # one per head, h, by layer
 
 def make_gates(args: Namespace) -> Picture:
     """ConViT's gates by layer, or over the epochs of several checkpoints."""
-    found = _measure(args, lambda model: gates(model.module))
+    models = (load_model(path, args) for path in args.checkpoints)
+    found = [(model, gates(model.module)) for model in models]
     return _picture(found, args, "gate", GATE, (-0.03, 1.03))
 
 
@@ -32,15 +33,9 @@ def make_nonlocality(args: Namespace) -> Picture:
     if bool(args.image) == bool(args.data_path):
         raise UserError("give either --image IMG ... or --data-path FOLDER")
     paths = args.image or find_images(args.data_path, args.count)
-    found = _measure(args, lambda model: mean_nonlocality(model, paths))
-    return _picture(found, args, "nonlocality", FAR, None, f"mean over {len(paths)} image(s)")
-
-
-def _measure(
-    args: Namespace, values: Callable[[EvalModel], Values]
-) -> list[tuple[EvalModel, Values]]:
     models = (load_model(path, args) for path in args.checkpoints)
-    return [(model, values(model)) for model in models]
+    found = [(model, mean_nonlocality(model, paths)) for model in models]
+    return _picture(found, args, "nonlocality", FAR, None, f"mean over {len(paths)} image(s)")
 
 
 def _picture(

@@ -53,20 +53,6 @@ def reparam_layers(model: nn.Module) -> dict[str, ReparamModule]:
     return branched
 
 
-def choose_layer(layers: dict[str, ReparamModule], name: str | None) -> str:
-    """Return ``name``, or the first RepMixer, or the first layer.
-
-    Raises:
-        UserError: There is no layer of this name.
-    """
-    if name is None:
-        mixers = (key for key, layer in layers.items() if isinstance(layer, RepMixer))
-        return next(mixers, next(iter(layers)))
-    if name not in layers:
-        raise UserError(f"unknown --layer {name}; choose one of {', '.join(layers)}")
-    return name
-
-
 @torch.no_grad()
 def kernels_of(layer: ReparamModule) -> Kernels:
     """Return the kernels of a layer with branches, which is not changed."""
@@ -100,7 +86,10 @@ def make(args: Namespace) -> Picture:
     """FastViT's kernels, branch by branch and reparameterised."""
     model = load_model(args.source, args)
     layers = reparam_layers(model.module)
-    name = choose_layer(layers, args.layer)
+    mixers = (key for key, layer in layers.items() if isinstance(layer, RepMixer))
+    name = args.layer or next(mixers, next(iter(layers)))
+    if name not in layers:
+        raise UserError(f"unknown --layer {name}; choose one of {', '.join(layers)}")
     kernels = kernels_of(layers[name])
     columns = {**kernels.branches, "sum": kernels.total, "fused": kernels.fused}
     slices = {key: own_slices(kernel)[: args.channels] for key, kernel in columns.items()}

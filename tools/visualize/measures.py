@@ -1,4 +1,4 @@
-"""The numbers behind the pictures."""
+"""Values that the figures show."""
 
 import math
 
@@ -14,12 +14,12 @@ MOST_PREFIX_TOKENS = 16  # class, distillation and register tokens
 
 
 def gates(model: nn.Module) -> dict[str, torch.Tensor]:
-    """sigmoid(lambda) of every head, ``h`` by layer: the share of position in its attention.
+    """Return sigmoid(lambda) of every head, ``h`` by layer: the share of positional attention.
 
     ConViT, arXiv 2103.10697, section 3.
 
     Raises:
-        UserError: No layer has gates.
+        UserError: The model has no gates.
     """
     found = {
         name: module.gate().detach().flatten().cpu()
@@ -27,12 +27,12 @@ def gates(model: nn.Module) -> dict[str, torch.Tensor]:
         if isinstance(module, GPSA)
     }
     if not found:
-        raise UserError(f"{type(model).__name__} has no gates: ConViT's GPSA layers have them")
+        raise UserError(f"{type(model).__name__} has no gates, as ConViT has")
     return found
 
 
 def grid_distances(height: int, width: int, like: torch.Tensor) -> torch.Tensor:
-    """Distance of every two positions of a grid, ``N N`` in row order, in positions."""
+    """Return the distances of all pairs of positions of a grid, ``N N``, in positions."""
     steps_y = torch.arange(height, dtype=like.dtype, device=like.device)
     steps_x = torch.arange(width, dtype=like.dtype, device=like.device)
     points = torch.cartesian_prod(steps_y, steps_x).view(-1, 2)
@@ -40,11 +40,10 @@ def grid_distances(height: int, width: int, like: torch.Tensor) -> torch.Tensor:
 
 
 def nonlocality(weights: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
-    """How far heads look: ``D = 1/L sum_ij A_ij |d_ij|`` (ConViT, arXiv 2103.10697, section 4).
+    """Return ``D = 1/L sum_ij A_ij |d_ij|`` (ConViT, arXiv 2103.10697, section 4).
 
-    Rows that do not sum to one, since tokens without a place were cut off, are scaled to do so:
-    D is the mean distance of what is attended to among the patches. Otherwise a head would look
-    the more local, the more it attends to the class token.
+    Rows are scaled to sum to one, because prefix tokens were cut off: D is the mean distance among
+    the patches. Otherwise a head would seem more local the more it attends to the class token.
 
     Args:
         weights: Attention weights among L positions, ``B h L L``.
@@ -58,10 +57,9 @@ def nonlocality(weights: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
 
 
 def nonlocality_of(captured: Captured) -> torch.Tensor:
-    """:func:`nonlocality` of a layer on its images, ``B h``, in patches of its map.
+    """Return the :func:`nonlocality` of a layer, ``B h``, in patches of its map.
 
-    The rows and columns of class and other prefix tokens are left out, and so is what windows
-    hold of padding.
+    Prefix tokens and the padding of windows are left out.
     """
     weights = captured.parts().full
     height, width = captured.grid
@@ -74,7 +72,7 @@ def nonlocality_of(captured: Captured) -> torch.Tensor:
 def _windowed_nonlocality(
     layer: WindowAttention2d, weights: torch.Tensor, height: int, width: int
 ) -> torch.Tensor:
-    """The same within windows, weights ``B W h N N``: what is outside has no weight."""
+    """Return the same for weights ``B W h N N`` within windows; there are none outside."""
     windows = layer.windows(height, width, weights)
     if windows is None:
         return nonlocality(weights[:, 0], grid_distances(height, width, weights))
@@ -91,7 +89,7 @@ def _windowed_nonlocality(
 
 
 def centre_positions(layer: GPSA, height: int, width: int) -> torch.Tensor:
-    """Positional attention of a GPSA layer's heads for the centre patch, ``h H W``."""
+    """Return the positional attention of a GPSA layer for the centre patch, ``h H W``."""
     position = layer.pos_proj
     with torch.no_grad():
         weights = positional_attention(position.weight, position.bias, height, width)
@@ -99,62 +97,55 @@ def centre_positions(layer: GPSA, height: int, width: int) -> torch.Tensor:
 
 
 def bias_pictures(layer: WindowAttention2d) -> torch.Tensor:
-    """Relative position bias of heads, ``h 2w-1 2w-1``: rows dy, columns dx, query minus key."""
+    """Return the relative position bias, ``h 2w-1 2w-1``: rows dy, columns dx, query minus key."""
     side = 2 * layer.window - 1
     return layer.relative_position_bias_table.detach().T.unflatten(-1, (side, side))
 
 
 def position_embeddings(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Learned absolute position embeddings by name, as maps ``C H W``; none for the class token.
+    """Return learned absolute position embeddings by name, as maps ``C H W``.
 
-    Embeddings of tokens are of the grid that the net is built for, or of a square one.
+    Those of tokens have the grid of the model, or a square one; prefix tokens are left out.
 
     Raises:
-        UserError: They are of neither.
+        UserError: The tokens fit neither grid.
     """
     grid = getattr(
         model, "grid_size", getattr(getattr(model, "patch_embed", None), "grid_size", None)
     )
     found = {}
     for name, parameter in model.named_parameters():
-        value = parameter.detach()
-        if name.startswith("pos_embed"):
-            found[name] = _as_map(name, value[0], grid)
+        if not name.startswith("pos_embed"):
+            continue
+        value = parameter.detach()[0]  # C H W, H W C or N C
+        if value.ndim == 2:
+            side = math.isqrt(len(value))
+            height, width = grid or (side, side)
+            prefix = len(value) - height * width
+            if not 0 <= prefix <= MOST_PREFIX_TOKENS:
+                raise UserError(f"{name} has {len(value)} tokens, no grid of {height}x{width}")
+            value = value[prefix:].T.unflatten(-1, (height, width))
+        elif value.shape[0] == value.shape[1] != value.shape[2]:
+            value = value.permute(2, 0, 1)
+        found[name] = value
     return found
 
 
-def _as_map(name: str, value: torch.Tensor, grid: tuple[int, int] | None) -> torch.Tensor:
-    """An embedding ``C H W``, ``H W C`` or of tokens ``N C`` as a map ``C H W``."""
-    if value.ndim == 2:
-        return _tokens_as_map(name, value, grid)
-    channels_last = value.shape[0] == value.shape[1] != value.shape[2]
-    return value.permute(2, 0, 1) if channels_last else value
-
-
-def _tokens_as_map(name: str, tokens: torch.Tensor, grid: tuple[int, int] | None) -> torch.Tensor:
-    side = math.isqrt(len(tokens))
-    height, width = grid or (side, side)
-    prefix = len(tokens) - height * width  # the class token and others come first
-    if not 0 <= prefix <= MOST_PREFIX_TOKENS:
-        raise UserError(f"{name} has {len(tokens)} tokens: no grid of {height}x{width}")
-    return tokens[prefix:].T.unflatten(-1, (height, width))
-
-
 def cosine_similarities(embedding: torch.Tensor) -> torch.Tensor:
-    """Cosine similarity of the embeddings ``C H W`` of every two positions, ``H W H W``."""
+    """Return cosine similarities of embeddings ``C H W``, ``H W H W``."""
     flat = nn.functional.normalize(embedding.flatten(1).double(), dim=0)
     return (flat.T @ flat).view(*embedding.shape[1:], *embedding.shape[1:])
 
 
 def principal_colours(features: torch.Tensor) -> torch.Tensor:
-    """The first three principal components of a map's channels as a picture.
+    """Return the first three principal components of channels as colours.
 
     Args:
         features: ``C H W``; every position is a sample.
 
     Returns:
-        ``H W 3``, each component scaled to 0..1; one that does not vary is 0.5. Signs, which are
-        free, are those with the largest value of the component positive.
+        ``H W 3``, each component scaled to 0..1, or 0.5 if it is constant. The sign of a component
+        is such that its largest magnitude is positive.
     """
     height, width = features.shape[1:]
     samples = features.flatten(1).T.double()  # N C
