@@ -120,7 +120,7 @@ def test_pages_are_marked():
 def test_a_command_that_fails_is_noticed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path / "data")
-    with pytest.raises(AssertionError, match="error: .*'visformer_tin'"):
+    with pytest.raises(AssertionError, match=r"error: .*'visformer_tin'"):
         run(["python", "main.py", "--model", "visformer_tin", "--data-path", "data"], capsys)
 
 
