@@ -72,7 +72,7 @@ def place(shared, cifar, tmp_path_factory):
     """A folder with ``configs/``, small data under ``data/`` and runs under ``output/``."""
     folder = tmp_path_factory.mktemp("docs")
     (folder / "configs").symlink_to(ROOT / "configs")
-    for split, count in (("train", 14), ("val", 3)):
+    for split, count in (("train", 20), ("val", 4)):
         for source in sorted((cifar / split).iterdir()):
             target = folder / "data/cifar10" / split / source.name
             target.mkdir(parents=True)
