@@ -104,6 +104,7 @@ def there(place, monkeypatch, capsys):
     return place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_runnable_commands_run(page, there, capsys):
     for words in commands(page):
