@@ -26,9 +26,9 @@ LARGE = 1 << 20  # bytes of a file that is not kept after its test
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # two cores, whoever shares them
 
 
-# the longest files of tests/slow: first, so that no process is left alone with one of them
-LONGEST = ("mmdet_commands", "main", "watchdog", "distributed", "crash", "stop")
-LONGEST += ("torchvision_rcnn", "fsdp", "submit", "mmdet")
+# the longest files: first, so that no process is left alone with one of them
+LONGEST = ("docs", "mmdet_commands", "crash", "torchvision_rcnn", "nodes", "main", "recipes")
+LONGEST += ("watchdog", "fsdp", "distributed", "submit", "mmdet")
 MARKED = {
     "distributed": ("distributed", "fsdp", "nodes"),
     "detection": ("mmdet", "mmdet_commands", "torchvision_rcnn"),

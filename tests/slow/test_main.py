@@ -26,7 +26,7 @@ COMMON = ["--input-size", 32, "--batch-size", 4, "--num_workers", 0, "--device",
 SMALL = ["--model", "test_resnet", *COMMON]
 RICH = [
     *("--model", "visformer_tiny", *COMMON),
-    *("--epochs", 3, "--warmup-epochs", 1, "--accum-iter", 3, "--clip-grad", 1.0),
+    *("--epochs", 2, "--warmup-epochs", 1, "--accum-iter", 3, "--clip-grad", 1.0),
     *("--amp", "--amp-dtype", "bfloat16", "--model-ema-decay", 0.9, "--qk-scale-factor", -0.5),
 ]
 
@@ -50,7 +50,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(images, tmp_path_factory):
-    """The folder of a finished run of three epochs, and its output."""
+    """The folder of a finished run of two epochs, and its output."""
     folder = tmp_path_factory.mktemp("trained")
     return folder, succeed(*RICH, "--data-path", images, "--output_dir", folder)
 
@@ -64,11 +64,11 @@ def test_output_folder(trained):
     assert deit < set(checkpoint)
     assert checkpoint["model_name"] == "visformer_tiny"
     assert checkpoint["model_kwargs"]["qk_scale_factor"] == -0.5
-    assert (checkpoint["epoch"], checkpoint["input_size"]) == (2, 32)
+    assert (checkpoint["epoch"], checkpoint["input_size"]) == (1, 32)
     log = read_log(folder)
     wanted = {"train_loss", "train_lr", "test_acc1", "test_acc5", "test_loss", "ema_acc1"}
     assert all(wanted | {"epoch", "n_parameters"} <= set(line) for line in log)
-    assert epochs(folder) == [0, 1, 2]
+    assert epochs(folder) == [0, 1]
     assert log[0]["train_lr"] != log[1]["train_lr"]
     assert checkpoint["best_acc1"] == max(line["test_acc1"] for line in log)
     assert f"{log[-1]['test_acc1']:.3f}" in accuracy_lines(output)[-2]
@@ -82,7 +82,7 @@ def test_tensorboard_events(trained):
     events.Reload()
     scalars = {"train/loss", "train/lr", "train/images_per_second", "test/acc1", "ema/acc1"}
     assert scalars <= set(events.Tags()["scalars"])
-    assert [event.step for event in events.Scalars("test/acc1")] == [0, 1, 2]
+    assert [event.step for event in events.Scalars("test/acc1")] == [0, 1]
     assert [image.step for image in events.Images("train/images")] == [0]
 
 
@@ -108,7 +108,7 @@ def test_a_killed_run_resumes_bitwise(images, trained, tmp_path):
     process.kill()
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
-    assert 1 <= len(read_log(tmp_path)) <= 2
+    assert epochs(tmp_path) == [0]
     succeed(*run, "--resume", "auto")
     assert same_log(tmp_path, trained[0])
     assert same_state(tmp_path, trained[0])
@@ -140,15 +140,15 @@ def test_compiled_training_captures_one_graph_each(images, tmp_path):
         assert one["test_loss"] == pytest.approx(two["test_loss"], rel=1e-3)
 
 
-def test_memory_format_and_recomputed_blocks_change_nothing(images, tmp_path):
-    flags = {"default": [], "plain": ["--no-channels-last"], "less": ["--grad-checkpointing"]}
+def test_memory_format_and_recomputed_blocks_change_nothing(images, trained, tmp_path):
+    layout = {"memory_format": torch.channels_last}
+    assert load(trained[0])["model"]["stage1.0.mlp.conv2.weight"].is_contiguous(**layout)
+    flags = {"default": [], "last": ["--channels-last"], "less": ["--grad-checkpointing"]}
     for name, words in flags.items():
         run = [*SMALL, "--data-path", images, "--epochs", 1, *words]
         succeed(*run, "--output_dir", tmp_path / name)
-    first, other = (load(tmp_path / name)["model"] for name in ("default", "plain"))
-    weight = "layer1.0.conv2.weight"
-    assert first[weight].is_contiguous(memory_format=torch.channels_last)
-    assert other[weight].is_contiguous()
+    weights = [load(tmp_path / name)["model"]["layer1.0.conv2.weight"] for name in flags]
+    assert [weight.is_contiguous(**layout) for weight in weights] == [False, True, False]
     losses = [read_log(tmp_path / name)[0]["train_loss"] for name in flags]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert losses[2] == pytest.approx(losses[0], rel=1e-5)
@@ -183,13 +183,12 @@ def test_weights_alone_start_a_new_run(images, trained, tmp_path):
 
 
 def test_finetuning_keeps_the_body_and_starts_a_new_head(trained, tmp_path):
-    weights = trained[0] / "best.pth"
-    run = ["--model", "visformer_tiny", *COMMON, "--finetune", weights, "--epochs", 1]
-    output = succeed(*run, "--output_dir", tmp_path, "--sampling-ratio", 0.02)
-    assert re.search(r": head\n", output)  # what is left at its initial value
+    images = write_images(tmp_path / "images", train=4, val=1, classes=("a", "b", "c"))
+    run = ["--model", "visformer_tiny", *COMMON, "--data-path", images, "--output_dir", tmp_path]
+    succeed(*run, "--finetune", trained[0] / "best.pth", "--epochs", 1)
     checkpoint = load(tmp_path)
     assert checkpoint["model_kwargs"]["qk_scale_factor"] == -0.5
-    assert checkpoint["model"]["head.weight"].shape == (10, 384)
+    assert checkpoint["model"]["head.weight"].shape == (3, 384)
     body = load(trained[0], "best.pth")["model"]["stem.0.weight"]
     assert (checkpoint["model"]["stem.0.weight"] - body).abs().max() < 1e-2
 

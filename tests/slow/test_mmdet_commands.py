@@ -8,7 +8,7 @@ import sys
 import types
 from typing import NamedTuple
 
-import calling
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -58,7 +58,7 @@ class Done(NamedTuple):
 
 def call(command, *flags):
     """Run a command in this process."""
-    status, output, errors = calling.call(command.main, *flags)
+    status, output, errors = conftest.call(command.main, *flags)
     lines = [line for line in errors.splitlines() if line.startswith("error")]
     assert len(lines) == (status != 0)
     return Done(status, output, "".join(lines))

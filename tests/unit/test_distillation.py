@@ -1,9 +1,11 @@
 """Learning from a teacher: the loss against its formula, the teacher against its own forward."""
 
+import re
+
 import pytest
 import timm
 import torch
-from conftest import read_log
+from conftest import read_log, succeed
 from timm.data import Mixup
 from torch import nn
 
@@ -60,7 +62,7 @@ def test_teacher_sees_the_mixed_images_in_its_own_normalization_without_gradient
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = net(mixed * scale.view(3, 1, 1) + shift.view(3, 1, 1))
     assert expected.dtype == torch.bfloat16 and lesson.teacher.dtype == torch.float32
-    assert torch.equal(lesson.teacher, expected.float())
+    torch.testing.assert_close(lesson.teacher, expected.float(), rtol=2e-2, atol=2e-3)
     assert not lesson.teacher.requires_grad
 
 
@@ -86,7 +88,7 @@ def test_images_reach_a_foreign_teacher_as_timm_says(teacher_file, tmp_path):
     )
     teacher = build_teacher(args, 2, Precision(CPU), NORMALIZATION)
     cfg = teacher.model.pretrained_cfg
-    assert tuple(cfg["mean"]) != NORMALIZATION[0], "choose a model of another normalisation"
+    assert tuple(cfg["mean"]) != NORMALIZATION[0]
     content = torch.load(teacher_file, weights_only=True) | {"args": {}, "model_name": "test_vit"}
     torch.save(content, tmp_path / "ours.pth")
     args.teacher_path = str(tmp_path / "ours.pth")  # trained here: it knows images as they are
@@ -106,77 +108,64 @@ def test_images_reach_a_foreign_teacher_as_timm_says(teacher_file, tmp_path):
         assert torch.equal(native(ours), net(ours))
 
 
-SMALL = ["--model", "visformer_tiny", "--input-size", 32, "--batch-size", 4, "--num_workers", 0]
+SMALL = ["--model", "test_resnet", "--input-size", 32, "--batch-size", 4, "--num_workers", 0]
 
 
-def test_runs_with_a_teacher_and_goes_on(image_folder, teacher_file, tmp_path, main):
-    """A run of this project teaches another one, by its own file's word."""
+def test_runs_with_a_teacher_resume(image_folder, teacher_file, tmp_path):
+    """A run of this project teaches another one, whose model its file names."""
     run = [*SMALL, "--data-path", image_folder, "--no-model-ema", "--epochs", 2]
-    first, second = tmp_path / "first", tmp_path / "second"
+    first, plain, second = (tmp_path / name for name in ("first", "plain", "second"))
+    once = [*run, "--stop-epoch", 1, "--output_dir"]
     words = ["--teacher-model", "test_vit", "--teacher-path", teacher_file]
-    status, output, errors = main(
-        *(*run, *words, "--distillation-type", "soft", "--distillation-tau", 2),
-        *("--output_dir", first, "--stop-epoch", 1),
-    )
-    assert status == 0, errors
-    assert f"teacher test_vit: {teacher_file}" in output
-    plain = main(*run, "--output_dir", tmp_path / "plain", "--stop-epoch", 1)
-    assert plain[0] == 0
-    assert read_log(first)[0]["train_loss"] != read_log(tmp_path / "plain")[0]["train_loss"]
+    output = succeed(*once, first, *words, "--distillation-type", "soft", "--distillation-tau", 2)
+    assert f"test_vit: {teacher_file}" in output
+    succeed(*once, plain)
+    assert read_log(first)[0]["train_loss"] != read_log(plain)[0]["train_loss"]
     words = ["--teacher-path", first / "checkpoint.pth", "--distillation-type", "hard"]
-    student = ["--model", "deit_tiny_distilled_patch16_224"]  # it has a head for the teacher
-    learning = ["--weight-decay", 0, "--warmup-lr", 1e-3, "--distillation-alpha", 1]
-    once = [*run, *words, *student, *learning, "--output_dir", second]
+    # a student that has a head for the teacher
+    words += ["--model", "deit_tiny_distilled_patch16_224", "--model-kwargs", "depth=1"]
+    words += ["--weight-decay", 0, "--warmup-lr", 1e-3, "--distillation-alpha", 1]
 
     def heads():
         weights = torch.load(second / "checkpoint.pth", weights_only=True)["model"]
         return weights["head.weight"], weights["head_dist.weight"]
 
-    assert main(*once, "--stop-epoch", 1)[0] == 0
+    succeed(*once, second, *words)
     before = heads()
-    status, output, _ = main(*once, "--resume", "auto")
-    assert status == 0 and "epoch 1 " in output
+    succeed(*run, "--output_dir", second, *words, "--resume", "auto")
+    assert [line["epoch"] for line in read_log(second)] == [0, 1]
     assert torch.equal(before[0], heads()[0]) and not torch.equal(before[1], heads()[1])
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "named"),
     [
-        (["--distillation-type", "hard"], "needs a teacher: give --teacher-model"),
-        (["--teacher-model", "test_vit"], "teacher test_vit would do nothing"),
-        (["--distillation-type", "hard", "--teacher-model", "resnet18"], "knows 1000 classes"),
-        (["--distillation-type", "hard", "--teacher-model", "resnet18x"], "the nearest are"),
-        (
-            ["--distillation-type", "hard", "--teacher-model", "resnet18.none"],
-            "there is no model 'resnet18.none': Invalid pretrained tag",
-        ),
-        (
-            ["--distillation-type", "hard", "--teacher-model", "convit_tiny_plus"],
-            "timm has no weights of teacher convit_tiny_plus",
-        ),
-        (["--distillation-type", "soft", "--teacher-path", "FILE"], "does not name its model"),
-        (
-            ["--distillation-type", "soft", "--teacher-path", "none.pth"],
-            "cannot read checkpoint none.pth",
-        ),
-        (["--distillation-alpha", 2], "--distillation-alpha 2.0 must be from 0 to 1"),
-        (["--distillation-tau", 0], "--distillation-tau 0.0 must be positive"),
+        ("--distillation-type hard", "--teacher-model"),
+        ("--teacher-model test_vit", "test_vit"),
+        ("--distillation-type hard --teacher-model test_vit", "1000"),  # classes
+        ("--distillation-type hard --teacher-model resnet18x", "'resnet18x'"),
+        ("--distillation-type hard --teacher-model resnet18.none", "'resnet18.none'"),
+        ("--distillation-type hard --teacher-model convit_tiny_plus", "convit_tiny_plus"),
+        ("--distillation-type soft --teacher-path {file}", "{file}"),
+        ("--distillation-type soft --teacher-path none.pth", "none.pth"),
+        ("--distillation-alpha 2", "--distillation-alpha 2.0"),
+        ("--distillation-tau 0", "--distillation-tau 0.0"),
     ],
 )
-def test_bad_input_is_named(image_folder, teacher_file, main, words, message):
-    words = [teacher_file if word == "FILE" else word for word in words]
-    status, _, errors = main(*SMALL, "--data-path", image_folder, "--epochs", 1, *words)
-    assert status == 1 and message in errors
+def test_bad_input_is_named(image_folder, teacher_file, main, words, named):
+    run = [*SMALL, "--data-path", image_folder, "--epochs", 1]
+    status, _, errors = main(*run, *words.format(file=teacher_file).split())
+    assert status == 1 and named.format(file=teacher_file) in errors
 
 
 def test_a_teacher_of_another_class_count(image_folder, tmp_path, main):
     saved = tmp_path / "five.pth"
-    net = timm.create_model("visformer_tiny", num_classes=5, img_size=32)
     kwargs = {"num_classes": 5, "img_size": 32}
-    content = {"model": net.state_dict(), "model_name": "visformer_tiny", "model_kwargs": kwargs}
+    net = timm.create_model("test_vit", **kwargs)
+    content = {"model": net.state_dict(), "model_name": "test_vit", "model_kwargs": kwargs}
     words = ["--teacher-path", saved, "--distillation-type", "hard", "--epochs", 1]
     for what in (content, net.state_dict()):
         torch.save(what, saved)
-        words += ["--teacher-model", "visformer_tiny"]
+        words += ["--teacher-model", "test_vit"]
         status, _, errors = main(*SMALL, "--data-path", image_folder, *words)
-        assert status == 1 and "knows 5 classes, the training set has 2" in errors
+        assert status == 1 and re.search(r"\b5 classes.*\b2\b", errors)

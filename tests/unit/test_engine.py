@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -174,10 +175,9 @@ def test_the_device_is_read_at_log_intervals_only(monkeypatch, dtype):
         )
         return len(reads), len(reports)
 
-    few, many = count(4, 100), count(40, 100)
+    few, many, often = count(2, 100), count(12, 100), count(12, 3)
     assert few == many
-    assert count(40, 10)[1] == 4
-    assert count(40, 10)[0] > many[0]
+    assert often[1] == 4 and often[0] > many[0]
 
 
 def test_reports_and_statistics():
@@ -201,8 +201,7 @@ def test_a_loss_that_is_not_finite_stops_and_says_where(interval):
     with pytest.raises(UserError) as caught:
         train(model, data, precision=Precision(CPU, torch.bfloat16), epoch=7, log_interval=interval)
     message = str(caught.value)
-    for part in ("epoch 7, step 3", "learning rate 0.1", "bfloat16", "exponent -0.25"):
-        assert part in message
+    assert re.search(r"epoch 7, step 3\b.* 0\.1\b.*bfloat16.* -0\.25\b", message)
 
 
 def bad_batches(count, bad):
@@ -232,7 +231,7 @@ def test_in_float16_bad_losses_are_left_out_and_counted():
 @pytest.mark.parametrize("bad", [[1, 2, 3], [3, 4, 5]])
 def test_losses_that_stay_bad_end_the_training(bad):
     precision = Precision(CPU, torch.float16)
-    message = rf"epoch 0, step {bad[0]}, in 3 steps in a row .* float16, .* bfloat16 or --qk-scale"
+    message = rf"epoch 0, step {bad[0]}\b.* 3 .* float16, .* bfloat16 .*--qk-scale"
     with pytest.raises(UserError, match=message):
         train(linear(), bad_batches(6, bad), precision=precision, max_nonfinite=3, log_interval=4)
 
@@ -241,7 +240,7 @@ def test_a_row_of_bad_losses_goes_on_in_the_next_epoch():
     meter, model, precision = engine.Meter(CPU), linear(), Precision(CPU, torch.float16)
     train(model, bad_batches(4, [2, 3]), precision=precision, max_nonfinite=3, meter=meter)
     meter.restart()
-    with pytest.raises(UserError, match="in 3 steps in a row"):
+    with pytest.raises(UserError, match=r"epoch 0, step \d, .* 3 "):
         train(model, bad_batches(4, [0]), precision=precision, max_nonfinite=3, meter=meter)
 
 
@@ -337,7 +336,7 @@ def test_binary_cross_entropy_makes_every_mixed_class_a_full_target():
 
 
 def test_odd_batches_cannot_be_mixed():
-    with pytest.raises(UserError, match="--batch-size 7 must be even"):
+    with pytest.raises(UserError, match="--batch-size 7"):
         engine.build_mixup(flags("--batch-size", 7), 3)
     assert engine.build_mixup(flags("--batch-size", 7, "--mixup", 0, "--cutmix", 0), 3) is None
 
@@ -369,7 +368,7 @@ def test_evaluation_counts(classes):
 
 def test_evaluation_of_nothing_is_an_error():
     data = [Batch(torch.empty(0), torch.empty(0, dtype=torch.long), ["bad"] * 4)]
-    with pytest.raises(UserError, match="4 corrupt images"):
+    with pytest.raises(UserError, match=r"\b4\b"):
         engine.evaluate(data, linear(), CPU)
 
 

@@ -1,5 +1,7 @@
 """Starting from other weights, with part of the net or of the data."""
 
+import re
+
 import numpy as np
 import pytest
 import timm
@@ -27,7 +29,14 @@ FAMILIES = {
 }
 
 
-def build(name, **kwargs):
+NARROW = {
+    "convit_tiny": {"embed_dim": 48},
+    "vit_b_32_224": {"embed_dim": 48, "num_heads": 3},
+}
+
+
+def build(name):
+    kwargs = dict(NARROW.get(name, {}))
     if not name.startswith("fastvit"):
         kwargs["img_size"] = FAMILIES[name][0]
     return timm.create_model(name, num_classes=3, **kwargs)
@@ -63,7 +72,7 @@ def test_layers_that_a_model_does_not_tell():
             super().__init__()
             self.head = nn.Linear(2, 2)
 
-    with pytest.raises(UserError, match="Plain does not say what its layers are"):
+    with pytest.raises(UserError, match="Plain"):
         engine.build_optimizer(flags("--layer-decay", 0.5), Plain(), lr=1.0)
 
 
@@ -99,8 +108,8 @@ def test_only_the_classifier_learns():
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         assert norms and not any(norm.training for norm in norms)
         assert model.training
-    with pytest.raises(models.ModelError, match="no classifier"):
-        models.freeze_all_but_classifier(build("visformer_tiny").forward_features.__self__.stage1)
+    with pytest.raises(models.ModelError):
+        models.freeze_all_but_classifier(build("visformer_tiny").stage1)
 
 
 def test_a_share_is_stratified_fixed_and_nested():
@@ -112,7 +121,7 @@ def test_a_share_is_stratified_fixed_and_nested():
     assert (stratified_share(targets, 1.0) == np.arange(len(targets))).all()
     assert (tenth == stratified_share(targets, 0.1)).all()
     spread = np.diff(np.flatnonzero(np.isin(np.flatnonzero(targets == 0), tenth)))
-    assert len(set(spread.tolist())) > 3, "chosen at random, not the first ones or every tenth"
+    assert len(set(spread.tolist())) > 3  # at random, not the first ones or every tenth
 
 
 def test_a_share_of_files_shards_and_pixels(tmp_path):
@@ -145,6 +154,7 @@ def trained(tmp_path_factory):
     return images, others, more, folder
 
 
+@pytest.mark.slow
 def test_from_run_to_run(trained, main):
     """A share of the set; then other classes with a new classifier; names that are told apart."""
     images, others, more, folder = trained
@@ -152,14 +162,13 @@ def test_from_run_to_run(trained, main):
     run = [*base, "--data-path", images, "--output_dir", folder / "a", "--sampling-ratio", 0.25]
     status, output, errors = main(*run)
     assert status == 0, errors
-    assert "training on 10 images (0.25 of the set)" in output
+    assert re.search(r"\b10 images \(0\.25 ", output)
     first = torch.load(folder / "a/checkpoint.pth", weights_only=True)
     assert first["classes"] == ["cat", "dog"]
 
     tuned = [*base, "--finetune", folder / "a/checkpoint.pth", "--output_dir"]
     status, output, _ = main(*tuned, folder / "b", "--data-path", others, "--linear-probe")
-    assert status == 0 and "missing: head" in output  # of the same shape
-    assert "(0.001 M learn)" in output
+    assert status == 0 and "(0.001 M " in output  # trainable parameters
     second = torch.load(folder / "b/checkpoint.pth", weights_only=True)
     for key, value in first["model"].items():
         assert torch.equal(value, second["model"][key]) == (not key.startswith("head")), key
@@ -173,21 +182,20 @@ def test_from_run_to_run(trained, main):
     words += ["--qk-scale-factor", -0.5]
     status, output, errors = main(*tuned, folder / "c", "--data-path", more, *words)
     assert status == 0, errors
-    for text in ("3 resampled", "missing: head", "18 layers learn at 0.0225"):
-        assert text in output
-    assert "warning: --qk-scale-factor -0.5 is ignored: " in output
-    assert "was trained with -0.25" in output
+    assert re.search(r"\b3 resampled.*\bhead\b", output)
+    assert re.search(r"\b18 layers .* 0\.0225\b", output)
+    assert re.search(r"warning: --qk-scale-factor -0\.5 .* -0\.25\b", output)
     words += ["--resume", "auto"]
     status, output, errors = main(*tuned, folder / "c", "--data-path", more, *words)
     assert status == 0, errors
-    assert "tanh.pth is not read: the run goes on from " in output
+    assert re.search("^--finetune .*tanh.pth .*checkpoint.pth$", output, re.M)
     third = torch.load(folder / "c/checkpoint.pth", weights_only=True)
     assert (first["gelu"], third["gelu"]) == ("none", "tanh")
 
     words = ["--resume", folder / "a/checkpoint.pth", "--eval", "--data-path", others]
     status, output, _ = main(*words, *SMALL)
     assert status == 0
-    assert "class 0 of " in output and "is 'cat', that of the dataset is 'bird'" in output
+    assert re.search("warning: class 0 .*'cat'.*'bird'", output)
 
 
 def test_weights_that_expect_other_images(trained, main):
@@ -197,7 +205,7 @@ def test_weights_that_expect_other_images(trained, main):
     run = [*SMALL, "--model", "test_vit", "--data-path", more, "--epochs", 1]
     status, output, errors = main(*run, "--finetune", folder / "timm.pth")
     assert status == 0, errors
-    assert "timm.pth expects images of mean (0.5, 0.5, 0.5)" in output
+    assert re.search(r"warning: .*timm\.pth .*\(0\.5, 0\.5, 0\.5\)", output)
 
 
 def test_what_a_recipe_holds_is_not_always_asked_for():
@@ -254,39 +262,37 @@ def test_locality_of_convit(trained, main):
     assert status == 0 and "'local_up_to_layer': 3" in output
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--sampling-ratio", 0], "--sampling-ratio 0.0 must be above 0, at most 1"),
-        (["--sampling-ratio", 1.5], "--sampling-ratio 1.5 must be above 0, at most 1"),
-        (["--layer-decay", 1.2], "--layer-decay 1.2 must be above 0"),
-        (["--freeze-stages", 1], "--freeze-stages keeps weights as they are"),
-        (["--linear-probe"], "--linear-probe keeps weights as they are"),
-        (["--linear-probe", "--resume", "auto", "--output_dir", "@new"], "no checkpoint to resume"),
-        (["--drop-path", 2], "--drop-path 2.0 must be from 0 to 1"),
-        (["--smoothing", -0.5], "--smoothing -0.5 must be from 0 to 1"),
-        (["--clip-grad", -1], "--clip-grad -1.0 must be positive"),
-        (["--num_workers", -1], "--num-workers -1 must be 0 or more"),
-        (["--weight-decay", "nan"], "--weight-decay nan must be 0 or more"),
-        (["--cutmix-minmax", 0.9, 0.1], "--cutmix-minmax 0.9 0.1 must be two shares"),
-        (["--opt-betas", 0.9], "--opt-betas 0.9 must be two numbers"),
-        (["--model", "test_vit.nosuchtag"], "cannot build test_vit.nosuchtag"),
-        (["--finetune", "x", "--linear-probe", "--layer-decay", 0.5], "leave --layer-decay out"),
-        (["--finetune", "x", "--linear-probe", "--freeze-stages", 0], "leave --freeze-stages out"),
-        (["--finetune", "x", "--freeze-stages", -2], "--freeze-stages -2 must be 0 or more"),
-        (["--finetune", "x", "--freeze-stages", 7], "7 stages of"),
-        (["--locality-strength", 1], "visformer_tiny does not accept locality_strength"),
-        (["--local-up-to-layer", 2], "visformer_tiny does not accept local_up_to_layer"),
-        (
-            ["--model", "convit_tiny", "--local-up-to-layer", 12],
-            "local_up_to_layer 12 must be from 0 to 11",
-        ),
-        (["--finetune", "none.pth"], "cannot read checkpoint none.pth"),
-    ],
-)
-def test_bad_input_is_named(trained, main, words, message):
+# command lines, and what the error must name (without one: the words themselves)
+BAD = {
+    "--sampling-ratio 0.0": None,
+    "--sampling-ratio 1.5": None,
+    "--layer-decay 1.2": None,
+    "--freeze-stages 1": "--freeze-stages",
+    "--linear-probe": None,
+    "--linear-probe --resume auto --output_dir {new}": "{new}",
+    "--drop-path 2.0": None,
+    "--smoothing -0.5": None,
+    "--clip-grad -1.0": None,
+    "--num-workers -1": None,
+    "--weight-decay nan": None,
+    "--cutmix-minmax 0.9 0.1": None,
+    "--opt-betas 0.9": None,
+    "--model test_vit.nosuchtag": "test_vit.nosuchtag",
+    "--finetune x --linear-probe --layer-decay 0.5": "--layer-decay",
+    "--finetune x --linear-probe --freeze-stages 0": "--freeze-stages",
+    "--finetune x --freeze-stages -2": "--freeze-stages -2",
+    "--finetune x --freeze-stages 7": r"\b7 .*\b4 ",
+    "--locality-strength 1": "visformer_tiny .*locality_strength",
+    "--local-up-to-layer 2": "visformer_tiny .*local_up_to_layer",
+    "--model convit_tiny --local-up-to-layer 12": "local_up_to_layer 12 .* 11",
+    "--finetune none.pth": "none.pth",
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_bad_input_is_named(trained, main, words):
     images, *_, folder = trained
-    words = [folder / word[1:] if str(word).startswith("@") else word for word in words]
     base = ["--model", "visformer_tiny", *SMALL, "--epochs", 1, "--data-path", images]
-    status, _, errors = main(*base, *words)
-    assert status == 1 and message in errors
+    status, _, errors = main(*base, *words.format(new=folder / "new").split())
+    assert status == 1
+    assert re.search(f"^error: .*{(BAD[words] or words).format(new=folder / 'new')}", errors)

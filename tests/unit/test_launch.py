@@ -37,19 +37,19 @@ def test_places(env, place):
 
 
 @pytest.mark.parametrize(
-    ("env", "message"),
+    ("env", "named"),
     [
-        ({"RANK": "0"}, "WORLD_SIZE and LOCAL_RANK not set although RANK is"),
-        ({"WORLD_SIZE": "2"}, "RANK and LOCAL_RANK not set although WORLD_SIZE is"),
-        ({"RANK": "1", "WORLD_SIZE": "2"}, "LOCAL_RANK not set"),
-        (TORCHRUN | {"RANK": "8"}, r"RANK=8 and LOCAL_RANK=1 must lie within 0\.\.7"),
+        ({"RANK": "0"}, "WORLD_SIZE .*LOCAL_RANK .*RANK"),
+        ({"WORLD_SIZE": "2"}, "RANK .*LOCAL_RANK .*WORLD_SIZE"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "LOCAL_RANK"),
+        (TORCHRUN | {"RANK": "8"}, r"RANK=8 .*LOCAL_RANK=1 .*0\.\.7"),
         (TORCHRUN | {"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1"),
-        (TORCHRUN | {"WORLD_SIZE": "many"}, "WORLD_SIZE='many' is not a number"),
-        ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_PROCID and SLURM_LOCALID not set"),
+        (TORCHRUN | {"WORLD_SIZE": "many"}, "WORLD_SIZE='many'"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_PROCID .*SLURM_LOCALID"),
     ],
 )
-def test_inconsistent_environments_are_named(env, message):
-    with pytest.raises(UserError, match=message):
+def test_inconsistent_environments_are_named(env, named):
+    with pytest.raises(UserError, match=named):
         dist_info_from_env(env)
 
 
@@ -69,7 +69,7 @@ def test_rendezvous(env, expected):
 
 @pytest.mark.parametrize("env", [TORCHRUN, OPENMPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}])
 def test_unknown_rendezvous_is_an_error(env):
-    with pytest.raises(UserError, match="set MASTER_ADDR and MASTER_PORT"):
+    with pytest.raises(UserError, match=r"MASTER_ADDR .*MASTER_PORT"):
         rendezvous(dist_info_from_env(env), env)
 
 
@@ -81,15 +81,15 @@ def test_first_node():
 
 def test_devices(monkeypatch):
     assert select_device("cpu", DistInfo()) == torch.device("cpu")
-    with pytest.raises(UserError, match="'gpu' is not a device"):
+    with pytest.raises(UserError, match="'gpu'"):
         select_device("gpu", DistInfo())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert select_device(None, DistInfo()) == torch.device("cuda", 0)
     assert select_device("cuda:1", DistInfo()) == torch.device("cuda", 1)
     assert select_device("cuda", DistInfo(3, 4, 1, "torchrun")) == torch.device("cuda", 1)
-    with pytest.raises(UserError, match="local rank 2 has no GPU: 2 here"):
+    with pytest.raises(UserError, match=r"rank 2 .*\b2\b"):
         select_device("cuda", DistInfo(2, 4, 2, "torchrun"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(UserError, match="no CUDA device here; use --device cpu"):
+    with pytest.raises(UserError, match="--device cpu"):
         select_device("cuda", DistInfo())
