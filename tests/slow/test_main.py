@@ -322,7 +322,7 @@ def test_bad_input_is_named(images, checkpoint, tmp_path, main, words):
     assert errors.count("\n") == 1
 
 
-def test_an_unknown_flag(main, capsys):
+def test_an_unknown_flag(main):
     with pytest.raises(SystemExit) as caught:
         main("--epoch", 3)
     assert caught.value.code == 2
