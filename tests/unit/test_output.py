@@ -26,13 +26,13 @@ from conftest import ROOT, read_log, run_python
 
 from models import read_checkpoint
 from models.checkpoint import checksum
-from training import files
+from training import checkpoints, files
 from training import output as module
 from training.checkpoints import find_checkpoint, save_checkpoint
 from training.files import OutputError
 from training.output import Output
 
-WRITER = {module.__file__, files.__file__, checksum.__file__}
+WRITER = {module.__file__, checkpoints.__file__, files.__file__, checksum.__file__}
 NOBODY = 65534
 UNTRACED = {"log", "plain", "snapshot", "size_of"}  # functions that touch no file
 BEST_EPOCHS = [[0], [0, 1], [2, 0]]  # of a run of three epochs, after each
@@ -344,12 +344,12 @@ def test_lost_permission_is_warned_about(own_folder):
 
 
 def lose_permission_while_writing(folder):
-    verify = files.verify_checksum
-    files.verify_checksum = lambda path: (verify(path), folder.chmod(0o555))[0]
+    verify = checkpoints.verify_checksum
+    checkpoints.verify_checksum = lambda path: (verify(path), folder.chmod(0o555))[0]
     output = Output(str(folder))
     output.save(state(0))
     output.wait()
-    files.verify_checksum = verify
+    checkpoints.verify_checksum = verify
     folder.chmod(0o755)
     output.save(state(1))
     output.close()
@@ -532,7 +532,7 @@ def test_none_is_removed_for_one_that_cannot_be_written(tmp_path, monkeypatch):
     output.wait()
     kept = numbers(tmp_path)
     with monkeypatch.context() as full:
-        full.setattr(files, "write_with_checksum", partial(fail, errno.ENOSPC))
+        full.setattr(checkpoints, "write_with_checksum", partial(fail, errno.ENOSPC))
         end_epoch(output, 2, [10, 20, 30, 0])
         output.wait()
     assert numbers(tmp_path) == kept
