@@ -473,7 +473,7 @@ def test_saving_does_not_hold_up_training(tmp_path, monkeypatch):
         assert gate.wait(30)
         save_checkpoint(content, path, also, keep)
 
-    monkeypatch.setattr(module, "save_checkpoint", slow_save)
+    monkeypatch.setattr(checkpoints, "save_checkpoint", slow_save)
     output, content = Output(str(tmp_path)), state(0)
     output.save(content)
     content["weights"].fill_(7)  # training goes on while the state is being written
@@ -492,7 +492,7 @@ def test_saving_does_not_hold_up_training(tmp_path, monkeypatch):
 
 def test_what_else_goes_wrong_in_the_background_comes_out_at_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(threading, "excepthook", lambda error: None)
-    monkeypatch.setattr(module, "save_checkpoint", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(checkpoints, "save_checkpoint", lambda *args, **kwargs: 1 / 0)
     output = Output(str(tmp_path))
     output.save(state(0))
     with pytest.raises(ZeroDivisionError):
