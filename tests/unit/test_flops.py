@@ -303,7 +303,7 @@ def test_checkpoints_say_what_they_are(tmp_path, capsys):
         (["visformer_tinyy"], "visformer_tiny"),
         (["resnet18.x"], "resnet18.x"),
         (["visformer_tiny", "--input-size", "50"], "64x64"),
-        (["test_convnext", "--input-size", "1"], "--input-size 1x1"),
+        (["test_convnext", "--input-size", "64", "1"], "--input-size 64x1"),
         (["test_vit", "--fuse"], "--fuse"),
         (["--checkpoint", "none.pth"], "none.pth"),
         (["--checkpoint", "plain.pth"], "NAME"),
