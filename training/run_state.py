@@ -70,9 +70,7 @@ class RunState:
         if args.layer_decay is not None:
             scales = engine.layer_scales(self.optimizer)
             low, high = scales[0], scales[-1]
-            log(
-                f"{len(scales)} layers with learning rates scaled by {low:.3g} (lowest) to {high:.3g}"
-            )
+            log(f"{len(scales)} layers with learning rates scaled by {low:.3g} to {high:.3g}")
         self.scheduler = engine.build_scheduler(args, self.optimizer, updates_per_epoch)
         self._random: Mapping[str, Any] | None = None  # to restore, in the middle of an epoch
         self._steps_before = 0  # steps of the epoch that the sampler skips already
