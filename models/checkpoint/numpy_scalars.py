@@ -26,7 +26,7 @@ class NumberType:
     def __setstate__(self, state: Any) -> None:
         # order of bytes, after a version; the rest is of structured types and subarrays
         order = state[1] if isinstance(state, tuple) and len(state) == 8 else None
-        if not isinstance(order, str) or order not in ("<", ">", "|"):
+        if order not in ("<", ">", "|"):
             raise UnsafeFileError(f"is refused: its {DTYPE} {self.name} is not a number's")
         self.layout = order.replace("|", "=") + FORMATS[self.name]
 

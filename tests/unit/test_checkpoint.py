@@ -213,7 +213,7 @@ def test_numpy_scalars_of_other_versions_and_machines(tmp_path, core, flags, ord
 
 def test_numpy_s_own_scalars_where_the_caller_allows_them(tmp_path):
     path, value = tmp_path / "any.pth", np.float64(2.5)
-    torch.save({"metric": value, "dtype": value.dtype}, path)
+    torch.save({"dtype": value.dtype, "metric": value}, path)
     with torch.serialization.safe_globals([np.dtype, type(value.dtype), value.__reduce__()[0]]):
         loaded = read_checkpoint(path)
     assert (type(loaded["metric"]), loaded["dtype"]) == (np.float64, value.dtype)
