@@ -74,7 +74,7 @@ def fails_from(number, error, monkeypatch):
         ("nowhere.pth", ["nowhere.pth", "No such file or directory"]),
         ("CHECKPOINT --data-path nowhere", ["--data-path nowhere"]),
         (f"CHECKPOINT --data-path {__file__}", [f"--data-path {__file__}"]),
-        ("CHECKPOINT --num_workers -1", ["--num_workers -1"]),
+        ("CHECKPOINT --num_workers -1", ["--num-workers -1"]),
         ("CHECKPOINT --amp-dtype bfloat16", ["--amp-dtype bfloat16", "--amp:"]),
         ("CHECKPOINT --input-size 0", ["--input-size 0"]),
         ("CHECKPOINT --batch-size 0", ["--batch-size 0"]),
