@@ -1,6 +1,7 @@
 """Command lines of tools: flags shared with ``main.py``, messages and exit statuses."""
 
 import argparse
+import functools
 import re
 import sys
 from argparse import Namespace
@@ -38,6 +39,16 @@ def warn(messages: Iterable[str], told: set[str]) -> None:
 
 def silent(message: str) -> None:
     """Print nothing."""
+
+
+def program(command: Callable[[list[str]], int | None]) -> Callable[[list[str]], int]:
+    """Decorate a function of the command line so that it prints errors and returns a status."""
+
+    @functools.wraps(command)
+    def main(argv: list[str]) -> int:
+        return launch.run_program(lambda: command(argv))
+
+    return main
 
 
 def finish(files: Sequence[tuple[Path, Callable[[Path], None]]], failed: Sequence[str]) -> int:

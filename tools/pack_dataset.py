@@ -45,9 +45,9 @@ from pipeline.sources.shard_index import (
 )
 from pipeline.sources.shards import scan_shards
 from pipeline.workers import worker_init_fn
+from tools import cli
 from training.files import OutputError, write_atomically
 from training.flags import usable_cpus
-from training.launch import run_program
 
 
 class Sample(NamedTuple):
@@ -337,8 +337,9 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str]) -> int:
-    """Pack with the flags ``argv``; return the exit status."""
+@cli.program
+def main(argv: list[str]) -> None:
+    """Run with the flags ``argv``; pack or index."""
     parser = get_parser()
     args = parser.parse_args(argv)
     if args.index is None and (args.data_path is None or args.output is None):
@@ -347,16 +348,6 @@ def main(argv: list[str]) -> int:
         parser.error("--shard-size, --shard-images and --short-side must be positive")
     if not 1 <= args.quality <= 100:
         parser.error(f"--quality {args.quality} must be within 1..100")
-    return run_program(lambda: start(args))
-
-
-def start(args: argparse.Namespace) -> None:
-    """Pack or index as the flags say.
-
-    Raises:
-        DataError: The images or shards cannot be used.
-        OutputError: A file cannot be read or written.
-    """
     try:
         if args.index is not None:
             index_shards(args)

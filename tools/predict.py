@@ -280,7 +280,8 @@ def prepared(args: Namespace) -> EvalModel:
     return next(eval_models(files, Namespace(**vars(args) | others), device))
 
 
-def start(argv: list[str]) -> int:
+@cli.program
+def main(argv: list[str]) -> int:
     """Run with the flags ``argv``; return the exit status."""
     args = cli.parse(get_parser, argv)
     sources = [args.checkpoint] if args.checkpoint else []
@@ -345,11 +346,6 @@ def csv_rows(found: Prediction, names: Sequence[str], asked: int | None) -> list
     return [
         (found.path, rank, index, readable(names[index]), value) for rank, (index, value) in pairs
     ]
-
-
-def main(argv: list[str]) -> int:
-    """Run with the flags ``argv``; return the exit status."""
-    return launch.run_program(lambda: start(argv))
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
         metavar="EXPONENT",
         help="scale queries and keys by head_dim ** EXPONENT each (model default: -0.25)",
     )
-    add("--model-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help="for the model")
+    add("--model-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help="model arguments")
     add("--locality-strength", type=float, help="ConViT: initial locality (model default: 1)")
     add("--local-up-to-layer", type=int, metavar="N", help="ConViT: GPSA blocks (default: 10)")
     add("--model-ema", action=OnOff, default=True, help="keep a moving average of the weights")

@@ -19,6 +19,7 @@ import torch
 import yaml
 
 import models
+from tools import cli
 from tools.benchmark import candidates, measure
 from tools.benchmark.candidates import Case, Peer
 from tools.flops import count, our_models
@@ -231,12 +232,9 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def start(argv: list[str]) -> None:
-    """Measure, print and write with the flags ``argv``.
-
-    Raises:
-        UserError: A model, a device, a configuration or a peer does not exist.
-    """
+@cli.program
+def main(argv: list[str]) -> None:
+    """Run with the flags ``argv``."""
     args = get_parser().parse_args(argv)
     if args.peak:
         print_peak(args.peak)
@@ -264,11 +262,6 @@ def start(argv: list[str]) -> None:
             writer.writerows(rows)
     if args.plot:
         plot(rows, args.plot)
-
-
-def main(argv: list[str]) -> int:
-    """Run with the flags ``argv``; return the exit status."""
-    return launch.run_program(lambda: start(argv))
 
 
 if __name__ == "__main__":

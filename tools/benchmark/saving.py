@@ -24,6 +24,7 @@ import utils
 from pipeline.prefetch import to_device
 from pipeline.reference import Batch
 from samplers import RASampler
+from tools import cli
 from tools.benchmark.measure import machine
 from training import launch
 from training.flags import parse_args
@@ -127,8 +128,9 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def start(argv: list[str]) -> None:
-    """Measure with the flags ``argv``."""
+@cli.program
+def main(argv: list[str]) -> None:
+    """Run with the flags ``argv``."""
     given = vars(get_parser().parse_args(argv))
     args, _ = parse_args([])
     with tempfile.TemporaryDirectory() as folder:
@@ -136,11 +138,6 @@ def start(argv: list[str]) -> None:
         with launch.process_group(args) as (place, device):
             args = Namespace(**vars(args) | {"device": device.type})
             compare(args, place)
-
-
-def main(argv: list[str]) -> int:
-    """Run with the flags ``argv``; return the exit status."""
-    return launch.run_program(lambda: start(argv))
 
 
 if __name__ == "__main__":

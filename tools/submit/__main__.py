@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from training import launch
+from tools import cli
 from training.flags import parse_args
 from utils import UserError
 
@@ -105,17 +105,12 @@ def submit(options: argparse.Namespace, argv: Sequence[str]) -> Any:
         raise UserError(f"{error}{hint}") from error
 
 
-def start(argv: Sequence[str]) -> None:
-    """Submit with the flags ``argv``, and print the paths of the logs."""
-    argv = list(argv)
+@cli.program
+def main(argv: list[str]) -> None:
+    """Run with the flags ``argv``."""
     split = argv.index("--") if "--" in argv else len(argv)
     job = submit(get_parser().parse_args(argv[:split]), argv[split + 1 :])
     print(f"job {job.job_id}: {job.paths.stdout} and {job.paths.stderr.name}", flush=True)
-
-
-def main(argv: Sequence[str]) -> int:
-    """Submit with the flags ``argv``; return the exit status."""
-    return launch.run_program(lambda: start(argv))
 
 
 if __name__ == "__main__":

@@ -69,7 +69,8 @@ def check(args: Namespace) -> None:
     rows.check_outputs(args, [{}])
 
 
-def start(argv: list[str]) -> int:
+@cli.program
+def main(argv: list[str]) -> int:
     """Run with the flags ``argv``; return the exit status."""
     args = cli.parse(get_parser, argv)
     check(args)
@@ -77,11 +78,6 @@ def start(argv: list[str]) -> int:
     engine.set_determinism(False)
     run = rows.validate if args.corruptions is None else imagenet_c.validate
     return run(args, device)
-
-
-def main(argv: list[str]) -> int:
-    """Run with the flags ``argv``; return the exit status."""
-    return launch.run_program(lambda: start(argv))
 
 
 if __name__ == "__main__":

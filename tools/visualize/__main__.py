@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tools import cli
 from tools.visualize import attention, curves, features, heads, kernels, positions
 from tools.visualize.capture import PARTS
 from tools.visualize.figures import check_targets, save
-from training import launch
 from training.flags import positive
 
 NUMBERS = {"type": int, "nargs": "+"}
@@ -88,18 +88,14 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(args: argparse.Namespace) -> None:
-    """Make and write one figure."""
+@cli.program
+def main(argv: list[str]) -> None:
+    """Run with the flags ``argv``; make and write one figure."""
+    args = get_parser().parse_args(argv)
     check_targets(args)
     make, _ = KINDS[args.kind]
     picture = make(args)
     print(*picture.notes, *save(picture, args.kind, args), sep="\n")
-
-
-def main(argv: list[str]) -> int:
-    """Run the command line ``argv``; return the exit status."""
-    args = get_parser().parse_args(argv)
-    return launch.run_program(lambda: run(args))
 
 
 if __name__ == "__main__":
