@@ -24,9 +24,8 @@ from pipeline.images import CorruptImageError, DataError, load_image
 from pipeline.sources.folder import list_folders, list_images
 from tools import cli, files
 from tools.cli import shortened, shown
-from tools.plots import new_figure, plain_text
+from tools.plots import new_figure, plain_text, save
 from tools.tables import aligned, write_csv
-from tools.validate import pictures
 from tools.validate.classes import (
     NUM_IMAGENET,
     find_class,
@@ -328,7 +327,7 @@ def run(args: Namespace, paths: Sequence[Path], places: Sequence[Path]) -> int:
                 place = pictured[found.path]
                 try:
                     image = load_image(found.path)
-                    pictures.save(figure_of(found, short, asked, image), place)
+                    save(figure_of(found, short, asked, image), place)
                     print(shown(f"written to {place}"))
                 except (CorruptImageError, OutputError) as error:
                     failed.append(str(error))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tools import plots
 from tools.validate import metrics, pictures, rows
 from tools.validate.classes import ClassMap
 
@@ -14,7 +15,7 @@ CLASSES = ["ant", "bee", "cat"]
 
 def pixels_of(figure, folder):
     """Return a figure as it is saved, ``H W 3`` of uint8."""
-    pictures.save(figure, folder / "figure.png")
+    plots.save(figure, folder / "figure.png")
     with Image.open(folder / "figure.png") as picture:
         return np.asarray(picture.convert("RGB"))
 

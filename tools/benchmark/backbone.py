@@ -164,7 +164,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help=f"models with windows; default: {NAMES}")
-    measure.add_flags(parser, batch_size=1)
+    measure.add_timing_flags(parser, batch_size=1)
     add("--input-size", type=int, nargs=2, metavar="PIXELS", help="height and width")
     add("--peak", choices=SIDES, help=argparse.SUPPRESS)
     return parser

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pipeline.images import DataError
-from tools import cli, files, tables
+from tools import cli, files, plots, tables
 from tools.cli import shortened, shown
 from tools.validate import pictures
 from tools.validate.classes import NUM_IMAGENET, ClassMap, labels, readable
@@ -220,9 +220,9 @@ def title_of(row: Mapping[str, Any]) -> str:
 def save_confusion(path: Path, row: Mapping[str, Any]) -> None:
     """Write the picture of a row's confusion matrix."""
     names = labels(row["matched"].column_names, row["matched"].columns)
-    pictures.save(pictures.confusion_figure(row["confusion"], names, title_of(row)), path)
+    plots.save(pictures.confusion_figure(row["confusion"], names, title_of(row)), path)
 
 
 def save_reliability(path: Path, row: Mapping[str, Any]) -> None:
     """Write the reliability diagram of a row."""
-    pictures.save(pictures.reliability_figure(row["bins"], title_of(row)), path)
+    plots.save(pictures.reliability_figure(row["bins"], title_of(row)), path)
