@@ -58,19 +58,17 @@ FLAGS: dict[str, dict[str, Any]] = {
 }
 OF_MODELS = "--model --pretrained --weights --input-size --seed --device"
 TARGETS = "--output --tensorboard --csv"
-KINDS = {  # kind: (function from flags to Picture, flags)
-    "gates": (heads.make_gates, f"checkpoints {OF_MODELS}"),
-    "nonlocality": (
-        heads.make_nonlocality,
-        f"checkpoints --image --data-path --count {OF_MODELS}",
-    ),
+KINDS = {  # kind: (function from flags to Picture, flags ...)
+    "gates": (heads.make_gates, "checkpoints", OF_MODELS),
+    "nonlocality": (heads.make_nonlocality, "checkpoints --image --data-path --count", OF_MODELS),
     "attention": (
         attention.make,
-        f"--checkpoint --image --query --layers --heads --part {OF_MODELS}",
+        "--checkpoint --image --query --layers --heads --part",
+        OF_MODELS,
     ),
-    "bias": (positions.make, f"source --show --layers {OF_MODELS}"),
-    "kernels": (kernels.make, f"source --layer --channels --scale {OF_MODELS}"),
-    "features": (features.make, f"source --image --layers --channels --pick {OF_MODELS}"),
+    "bias": (positions.make, "source --show --layers", OF_MODELS),
+    "kernels": (kernels.make, "source --layer --channels --scale", OF_MODELS),
+    "features": (features.make, "source --image --layers --channels --pick", OF_MODELS),
     "curves": (curves.make, "runs"),
 }
 
@@ -79,11 +77,11 @@ def get_parser() -> argparse.ArgumentParser:
     """Return the parser of all kinds."""
     parser = argparse.ArgumentParser("tools.visualize", description=__doc__.splitlines()[0])
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
-    for name, (make, flags) in KINDS.items():
+    for name, (make, *flags) in KINDS.items():
         what = make.__doc__.splitlines()[0]
         kind = kinds.add_parser(name, help=what, description=what)
         options = FLAGS | IMAGES if name == "nonlocality" else FLAGS
-        for flag in f"{flags} {TARGETS}".split():
+        for flag in " ".join([*flags, TARGETS]).split():
             kind.add_argument(flag, **options[flag])
     return parser
 
@@ -93,8 +91,7 @@ def main(argv: list[str]) -> None:
     """Run with the flags ``argv``; make and write one figure."""
     args = get_parser().parse_args(argv)
     check_targets(args)
-    make, _ = KINDS[args.kind]
-    picture = make(args)
+    picture = KINDS[args.kind][0](args)
     print(*picture.notes, *save(picture, args.kind, args), sep="\n")
 
 

@@ -7,17 +7,8 @@ from typing import Any
 
 import torch
 
+from tools.visualize import figures
 from tools.visualize.capture import CLASS, PARTS, Captured, attention_layers, capture, choose
-from tools.visualize.figures import (
-    MAGNITUDE,
-    Picture,
-    add_colour_bar,
-    as_rows,
-    grid_of_axes,
-    name_columns,
-    short_name,
-    title,
-)
 from tools.visualize.loading import EvalModel, load_images, load_model
 from utils import UserError
 
@@ -41,7 +32,7 @@ class LayerMaps:
     maps: dict[str, torch.Tensor]
 
 
-def make(args: Namespace) -> Picture:
+def make(args: Namespace) -> figures.Picture:
     """What a patch, or the class token, attends to, over the image."""
     if not (args.checkpoint or args.model):
         raise UserError("give --checkpoint CKPT or --model NAME")
@@ -65,11 +56,11 @@ def make(args: Namespace) -> Picture:
         row
         for one in layers
         for part, maps in one.maps.items()
-        for row in as_rows(
+        for row in figures.as_rows(
             maps[:, None], "weight", layer=[one.name], head=one.heads, part=[part], y=None, x=None
         )
     ]
-    return Picture(figure, rows, model.epoch or 0, notes)
+    return figures.Picture(figure, rows, model.epoch or 0, notes)
 
 
 def parse_query(text: str, size: int) -> tuple[int, int] | str:
@@ -158,14 +149,14 @@ def draw(layers: Sequence[LayerMaps], parts: Sequence[str], image: torch.Tensor,
 
     numbers = max((one.heads for one in layers), key=len)
     heads = len(numbers)
-    figure, axes = grid_of_axes(len(layers), 1 + heads * len(parts), 1.15, (1.2, 0.9))
+    figure, axes = figures.grid_of_axes(len(layers), 1 + heads * len(parts), 1.15, (1.2, 0.9))
     size = image.shape[-1]
     extent = (0, size, size, 0)
     grey = {"cmap": "gray", "vmin": 0, "vmax": 1, "extent": extent}
-    colours = {"cmap": MAGNITUDE, "vmin": 0, "vmax": 1, "alpha": 0.75, "extent": extent}
+    colours = {"cmap": figures.MAGNITUDE, "vmin": 0, "vmax": 1, "alpha": 0.75, "extent": extent}
     for one, line in zip(layers, axes, strict=True):
         line[0].imshow(image.permute(1, 2, 0).numpy(), extent=extent)
-        line[0].set_ylabel(short_name(one.name), fontsize=8)
+        line[0].set_ylabel(figures.short_name(one.name), fontsize=8)
         for index, ax in enumerate(line[1:]):
             part, head = parts[index // heads], index % heads
             if part not in one.maps or head >= len(one.heads):
@@ -186,8 +177,8 @@ def draw(layers: Sequence[LayerMaps], parts: Sequence[str], image: torch.Tensor,
             ax.add_patch(Rectangle(corner, width, height, **frame))
             ax.set(xlim=(0, size), ylim=(size, 0))
     heading = [f"{part}\n" if len(parts) > 1 or part != "full" else "" for part in parts]
-    name_columns(axes, ["image", *(f"{part}head {n}" for part in heading for n in numbers)])
-    bar = add_colour_bar(figure, shades, axes, "attention weight /\nlargest of the panel")
+    figures.name_columns(axes, ["image", *(f"{part}head {n}" for part in heading for n in numbers)])
+    bar = figures.add_colour_bar(figure, shades, axes, "attention weight /\nlargest of the panel")
     bar.ax.set_facecolor("0.5")  # as the grey image under the colours of the panels
-    figure.suptitle(title(what), fontsize=10)
+    figure.suptitle(figures.title(what), fontsize=10)
     return figure
