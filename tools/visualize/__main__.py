@@ -56,19 +56,15 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--tensorboard": {"type": Path, "metavar": "DIR", "help": "folder for the figure as an event"},
     "--csv": {"type": Path, "metavar": "FILE.csv", "help": "the values in the figure"},
 }
-OF_MODELS = "--model --pretrained --weights --input-size --seed --device"
+MODELS = "--model --pretrained --weights --input-size --seed --device"
 TARGETS = "--output --tensorboard --csv"
 KINDS = {  # kind: (function from flags to Picture, flags ...)
-    "gates": (heads.make_gates, "checkpoints", OF_MODELS),
-    "nonlocality": (heads.make_nonlocality, "checkpoints --image --data-path --count", OF_MODELS),
-    "attention": (
-        attention.make,
-        "--checkpoint --image --query --layers --heads --part",
-        OF_MODELS,
-    ),
-    "bias": (positions.make, "source --show --layers", OF_MODELS),
-    "kernels": (kernels.make, "source --layer --channels --scale", OF_MODELS),
-    "features": (features.make, "source --image --layers --channels --pick", OF_MODELS),
+    "gates": (heads.make_gates, "checkpoints", MODELS),
+    "nonlocality": (heads.make_nonlocality, "checkpoints --image --data-path --count", MODELS),
+    "attention": (attention.make, "--checkpoint --image --query --layers --heads --part", MODELS),
+    "bias": (positions.make, "source --show --layers", MODELS),
+    "kernels": (kernels.make, "source --layer --channels --scale", MODELS),
+    "features": (features.make, "source --image --layers --channels --pick", MODELS),
     "curves": (curves.make, "runs"),
 }
 
