@@ -281,11 +281,7 @@ def write_index(index: shard_index.Index, stem: Path, **notes: Any) -> None:
 
 
 def index_shards(args: argparse.Namespace) -> None:
-    """Write the index of the shards ``args.index``.
-
-    Raises:
-        DataError: They cannot be used.
-    """
+    """Write the index of the shards ``args.index``."""
     paths = shard_index.expand_pattern(args.index)
     folders = {shard_index.split_path(path)[0] for path in paths}
     if len(folders) > 1 or args.index.startswith(PIPE):

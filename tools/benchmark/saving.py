@@ -27,7 +27,6 @@ from samplers import RASampler
 from tools import cli
 from tools.benchmark import measure
 from training import launch
-from training.flags import parse_args
 from training.launch import DistInfo
 from training.network import choose_precision
 from training.output import Output
@@ -127,13 +126,11 @@ def get_parser() -> argparse.ArgumentParser:
 @cli.program
 def main(argv: list[str]) -> None:
     """Run with the flags ``argv``."""
-    given = vars(get_parser().parse_args(argv))
-    args, _ = parse_args([])
-    with tempfile.TemporaryDirectory() as folder:
-        args = Namespace(**vars(args) | given | {"output_dir": folder, "log_interval": 10**9})
-        with launch.process_group(args) as (place, device):
-            args = Namespace(**vars(args) | {"device": device.type})
-            compare(args, place)
+    args = cli.parse(get_parser, argv)
+    args.log_interval = 10**9
+    with tempfile.TemporaryDirectory() as folder, launch.process_group(args) as (place, device):
+        args.output_dir, args.device = folder, device.type
+        compare(args, place)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ from tools.benchmark import measure
 from tools.benchmark_data.feeding import Training, in_memory
 from tools.benchmark_data.pipelines import Workers, alternate, pipelines
 from tools.tables import markdown, write_csv
-from training.flags import parse_args
 from training.launch import select_device
 
 
@@ -45,11 +44,7 @@ def open_folder(path: Path, count: int) -> Files:
 
 @contextlib.contextmanager
 def packed(source: Files, short_side: int, quality: int) -> Iterator[Encoded]:
-    """Pack images into shards in a temporary folder.
-
-    Raises:
-        DataError: Packing failed.
-    """
+    """Pack images into shards in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         images, shards = Path(folder, "images"), Path(folder, "shards")
         for index, target in enumerate(source.targets.tolist()):
@@ -150,20 +145,13 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure, print and write.
-
-    Raises:
-        DataError: Images are missing, or too small for these pipelines.
-    """
-    words = ["--data-path", str(args.data_path), "--data-set", "IMNET"]
-    flags, _ = parse_args([*words, "--num_workers", str(args.num_workers)])
-    flags.input_size, flags.batch_size = args.input_size, args.batch_size
+    """Measure the pipelines, print and write."""
     if args.input_size <= SMALL_SIZE:
         raise DataError(f"--input-size {args.input_size} must be above {SMALL_SIZE}")
     raw = open_folder(args.data_path, args.images)
     print(f"{len(raw)} images of {args.data_path}; {measure.machine('cpu')}", flush=True)
     with packed(raw, args.short_side, args.quality) as shards:
-        candidates = pipelines({"raw": raw, "packed": shards}, flags)
+        candidates = pipelines({"raw": raw, "packed": shards}, args)
         with one_core():
             found = alternate({one.label: one.measure for one in candidates}, args.rounds)
         stages = stage_rows(found)
@@ -191,16 +179,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def feed(args: argparse.Namespace) -> None:
-    """Train from files, from memory, and on one batch in memory; print the rates.
-
-    Raises:
-        DataError: Images are missing.
-    """
+    """Train from files, from memory, and on one batch in memory; print the rates."""
     device = select_device(args.device)
-    words = ["--data-path", str(args.data_path), "--data-set", "IMNET", "--model", args.model]
-    flags, _ = parse_args(words + (["--amp"] if args.amp else []))
-    flags.input_size, flags.batch_size = args.input_size, args.batch_size
-    flags.num_workers = args.num_workers
     source = open_folder(args.data_path, args.images)
     print(f"{len(source)} images of {args.data_path}; {measure.machine(device.type)}", flush=True)
     kinds = {"files": source}
@@ -208,7 +188,7 @@ def feed(args: argparse.Namespace) -> None:
         kinds["memory"] = in_memory(source, args.input_size)
     rows = []
     for name, images in kinds.items():
-        training = Training(flags, images, device)
+        training = Training(args, images, device)
         measures = {
             label: functools.partial(training.seconds, label == "fed", args.steps)
             for label in ("fed", "at hand")
@@ -223,7 +203,8 @@ def feed(args: argparse.Namespace) -> None:
 @cli.program
 def main(argv: list[str]) -> None:
     """Run with the flags ``argv``."""
-    args = get_parser().parse_args(argv)
+    args = cli.parse(get_parser, argv)
+    args.data_set = "IMNET"
     (feed if args.model else run)(args)
 
 

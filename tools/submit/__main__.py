@@ -32,13 +32,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--ngpus", type=int, default=8, help="processes per machine, with one GPU each")
     add("--timeout", type=int, default=2800, metavar="MINUTES", help="time limit of a job")
     add("--max-timeouts", type=int, default=100, metavar="N", help="maximum number of requeues")
-    add(
-        "--signal-delay",
-        type=int,
-        default=120,
-        metavar="SECONDS",
-        help="time to save in, at the end",
-    )
+    add("--signal-delay", type=int, default=120, metavar="SECONDS", help="time to save, at the end")
     add("--job-dir", default="output/%j", help="logs and checkpoints; %%j: the job's number")
     add("--name", default="main", help="name of the job")
     add("--cpus-per-task", type=int, help="CPU cores per process")

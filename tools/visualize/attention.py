@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tools.visualize import figures
-from tools.visualize.capture import CLASS, PARTS, Captured, attention_layers, capture, choose
+from tools.visualize.capture import CLASS, PARTS, attention_layers, capture, choose
 from tools.visualize.loading import EvalModel, load_images, load_model
 from utils import UserError
 
@@ -112,31 +112,21 @@ def measure(
     has_class = getattr(model.module, "cls_token", None) is not None
     for captured in capture(model.module, layers, model.normalized(image)):
         if query != CLASS or (captured.prefix and has_class):
-            yield _layer_maps(captured, query, parts, heads, model.size)
+            place = None
+            if query != CLASS:
+                (x, y), (height, width) = query, captured.grid
+                place = (y * height // model.size, x * width // model.size)
+            shown = list(range(captured.layer.num_heads)) if heads is None else heads
+            weights = captured.parts()._asdict()
+            maps = {
+                part: captured.maps(weights[part], place or CLASS)[0, shown].cpu()
+                for part in parts
+                if weights[part] is not None
+            }
+            yield LayerMaps(captured.name, place, shown, maps)
         elif chosen is not None:
             number = names.index(captured.name)
             raise UserError(f"--query {CLASS}: layer {number} ({captured.name}) has no class token")
-
-
-def _layer_maps(
-    captured: Captured,
-    query: tuple[int, int] | str,
-    parts: Sequence[str],
-    heads: list[int] | None,
-    size: int,
-) -> LayerMaps:
-    place = None
-    if query != CLASS:
-        (x, y), (height, width) = query, captured.grid
-        place = (y * height // size, x * width // size)
-    heads = list(range(captured.layer.num_heads)) if heads is None else heads
-    weights = captured.parts()._asdict()
-    maps = {
-        part: captured.maps(weights[part], place or CLASS)[0, heads].cpu()
-        for part in parts
-        if weights[part] is not None
-    }
-    return LayerMaps(captured.name, place, heads, maps)
 
 
 def draw(layers: Sequence[LayerMaps], parts: Sequence[str], image: torch.Tensor, what: str) -> Any:

@@ -156,14 +156,14 @@ def check_targets(args: Namespace) -> None:
     """
     if not (args.output or args.csv or args.tensorboard):
         raise UserError("give --output FILE.png, --tensorboard DIR or --csv FILE")
-    files = {"--output": (args.output, ".png"), "--csv": (args.csv, ".csv")}
-    files = {flag: target for flag, target in files.items() if target[0] is not None}
-    for flag, (path, suffix) in files.items():
-        check_suffix(flag, path, suffix)
+    check_suffix("--output", args.output, ".png")
+    check_suffix("--csv", args.csv, ".csv")
+    files = [("--output", args.output), ("--csv", args.csv)]
+    files = [(flag, path) for flag, path in files if path is not None]
     inputs = [getattr(args, name, None) or [] for name in INPUTS]
     inputs = [[value] if isinstance(value, str) else value for value in inputs]
-    check_outputs([(flag, path) for flag, (path, _) in files.items()], itertools.chain(*inputs))
-    for flag, (path, _) in files.items():
+    check_outputs(files, itertools.chain(*inputs))
+    for flag, path in files:
         check_writable(flag, path)
     folder = args.tensorboard
     if folder is not None and folder.exists() and not folder.is_dir():
