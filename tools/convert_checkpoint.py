@@ -106,15 +106,14 @@ def convert_for_detection(
 def main(argv: list[str]) -> None:
     """Run with the flags ``argv``."""
     parser = Parser("tools.convert_checkpoint", description=__doc__.splitlines()[0])
-    parser.add_argument("input", help="file or address of the checkpoint")
-    parser.add_argument("output", type=Path, help="file to write, .safetensors or .pth")
-    parser.add_argument("--model", help="model name, unless the checkpoint contains it")
-    parser.add_argument(
-        "--to", choices=["ours", "timm", "detection"], default="ours", help="layout to write"
-    )
-    parser.add_argument("--ema", action="store_true", help="convert the moving average")
-    parser.add_argument("--input-size", type=int, help="resample to this size")
-    parser.add_argument("--qk-scale-factor", type=float, help="exponent of the training")
+    add = parser.add_argument
+    add("input", help="file or address of the checkpoint")
+    add("output", type=Path, help="file to write, .safetensors or .pth")
+    add("--model", help="model name, unless the checkpoint contains it")
+    add("--to", choices=["ours", "timm", "detection"], default="ours", help="layout to write")
+    add("--ema", action="store_true", help="convert the moving average")
+    add("--input-size", type=int, help="resample to this size")
+    add("--qk-scale-factor", type=float, help="exponent of the training")
     print(convert(parser.parse_args(argv)))
 
 

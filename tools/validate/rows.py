@@ -155,7 +155,9 @@ def finish(
     """Print the table of the finished rows and write their files; return the exit status."""
     write = {"per_class": write_classes, "confusion": save_confusion}
     write["reliability"] = save_reliability
-    outputs = [(args.csv, partial(write_rows, rows=rows))] if args.csv and rows else []
+    keys = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
+    write_rows = partial(tables.write_csv, heads=keys, rows=rows)
+    outputs = [(args.csv, write_rows)] if args.csv and rows else []
     outputs += [
         (path, partial(write[name], row=row))
         for row in rows
@@ -188,12 +190,6 @@ def result_table(
 
     cells = [[cell(row.get(key), columns[key][1]) for key in keys] for row in rows]
     return tables.aligned([columns[key][0] for key in keys], cells)
-
-
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write the rows as a CSV file, in full precision."""
-    keys = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
-    tables.write_csv(path, keys, rows)
 
 
 def write_classes(path: Path, row: Mapping[str, Any]) -> None:
