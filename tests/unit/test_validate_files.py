@@ -79,6 +79,7 @@ def fails_from(number, error, monkeypatch):
         ("CHECKPOINT --input-size 0", ["--input-size 0"]),
         ("CHECKPOINT --batch-size 0", ["--batch-size 0"]),
         ("CHECKPOINT --eval-crop-ratio 0", ["--eval-crop-ratio 0.0"]),
+        ("CHECKPOINT --eval-crop-ratio 1.5", ["--eval-crop-ratio 1.5"]),
         ("CHECKPOINT --compile gcc", ["--compile gcc", "inductor"]),
         ("CHECKPOINT --fuse", ["test_vit", "--fuse"]),
         ("CHECKPOINT --csv no/where.csv", ["--csv no/where.csv", "folder no"]),
