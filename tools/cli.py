@@ -1,17 +1,16 @@
 """Command lines of tools: flags shared with ``main.py``, messages and exit statuses."""
 
 import argparse
+import functools
 import re
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import torch
-
 from training import launch
 from training.files import OutputError
-from training.flags import get_args_parser, positive
+from training.flags import check_values, get_args_parser, given_flags, positive
 from utils import UserError
 
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -40,6 +39,16 @@ def warn(messages: Iterable[str], told: set[str]) -> None:
 
 def silent(message: str) -> None:
     """Print nothing."""
+
+
+def program(command: Callable[[list[str]], int | None]) -> Callable[[list[str]], int]:
+    """Decorate a function of the command line so that it prints errors and returns a status."""
+
+    @functools.wraps(command)
+    def main(argv: list[str]) -> int:
+        return launch.run_program(lambda: command(argv))
+
+    return main
 
 
 def finish(files: Sequence[tuple[Path, Callable[[Path], None]]], failed: Sequence[str]) -> int:
@@ -89,32 +98,13 @@ def parse(make_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str
             ``--compile`` is unknown.
     """
     args = vars(make_parser().parse_args(argv))
-    silent = make_parser()
-    for action in silent._actions:
-        action.default = argparse.SUPPRESS
-    given = set(vars(silent.parse_args(argv)))
     full = Namespace(**vars(get_args_parser().parse_args([])) | args)
-    _check(full, given)
+    check_values(full)
+    if full.eval_crop_ratio > 1:
+        raise UserError(f"--eval-crop-ratio {full.eval_crop_ratio} must be at most 1")
+    if "amp_dtype" in given_flags(make_parser(), argv) and not full.amp:
+        raise UserError(f"--amp-dtype {full.amp_dtype} has no effect without --amp: give both")
     return full
-
-
-def _check(args: Namespace, given: set[str]) -> None:
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size {args.batch_size} must be positive")
-    if args.num_workers < 0:
-        raise UserError(f"--num_workers {args.num_workers} must be 0 or more")
-    sizes = args.input_size if isinstance(args.input_size, list) else [args.input_size]
-    for size in sizes:
-        if size is not None and size < 1:
-            raise UserError(f"--input-size {size} must be positive")
-    if not 0 < args.eval_crop_ratio <= 1:
-        raise UserError(f"--eval-crop-ratio {args.eval_crop_ratio} must be above 0, at most 1")
-    if "amp_dtype" in given and not args.amp:
-        raise UserError(f"--amp-dtype {args.amp_dtype} has no effect without --amp: give both")
-    backend = args.compile
-    if backend is not None and backend not in torch.compiler.list_backends(None):
-        backends = ", ".join(torch.compiler.list_backends())
-        raise UserError(f"unknown backend --compile {backend}; choose one of {backends}")
 
 
 class _ImageSize(argparse.Action):

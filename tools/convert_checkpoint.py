@@ -14,8 +14,9 @@ from typing import Any
 import safetensors.torch
 
 import models
+from tools import cli
 from tools.networks import ModelSource, from_checkpoint
-from training import checkpoints, files, launch
+from training import checkpoints, files
 from training.flags import Parser
 
 SUFFIXES = (".safetensors", ".pth")
@@ -101,20 +102,19 @@ def convert_for_detection(
     }
 
 
-def main(argv: list[str]) -> int:
-    """Convert with the flags ``argv``; return the exit status."""
+@cli.program
+def main(argv: list[str]) -> None:
+    """Run with the flags ``argv``."""
     parser = Parser("tools.convert_checkpoint", description=__doc__.splitlines()[0])
-    parser.add_argument("input", help="file or address of the checkpoint")
-    parser.add_argument("output", type=Path, help="file to write, .safetensors or .pth")
-    parser.add_argument("--model", help="model name, unless the checkpoint contains it")
-    parser.add_argument(
-        "--to", choices=["ours", "timm", "detection"], default="ours", help="layout to write"
-    )
-    parser.add_argument("--ema", action="store_true", help="convert the moving average")
-    parser.add_argument("--input-size", type=int, help="resample to this size")
-    parser.add_argument("--qk-scale-factor", type=float, help="exponent of the training")
-    args = parser.parse_args(argv)
-    return launch.run_program(lambda: print(convert(args)))
+    add = parser.add_argument
+    add("input", help="file or address of the checkpoint")
+    add("output", type=Path, help="file to write, .safetensors or .pth")
+    add("--model", help="model name, unless the checkpoint contains it")
+    add("--to", choices=["ours", "timm", "detection"], default="ours", help="layout to write")
+    add("--ema", action="store_true", help="convert the moving average")
+    add("--input-size", type=int, help="resample to this size")
+    add("--qk-scale-factor", type=float, help="exponent of the training")
+    print(convert(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -29,25 +29,15 @@ from torch.utils.data import DataLoader, Dataset
 from webdataset import TarWriter
 
 from pipeline.images import CorruptImageError, DataError
+from pipeline.sources import shard_index
 from pipeline.sources.base import Encoded, Strings
 from pipeline.sources.download import PIPE, REMOTE, Cache, default_folder, locked
 from pipeline.sources.folder import open_image_folder
-from pipeline.sources.shard_index import (
-    Index,
-    Members,
-    Part,
-    Shard,
-    expand_pattern,
-    index_name,
-    scan_shard,
-    sha256_of,
-    split_path,
-)
 from pipeline.sources.shards import scan_shards
 from pipeline.workers import worker_init_fn
+from tools import cli
 from training.files import OutputError, write_atomically
 from training.flags import usable_cpus
-from training.launch import run_program
 
 
 class Sample(NamedTuple):
@@ -207,12 +197,12 @@ class Split:
 
     def _write_shard(
         self, number: int, samples: Iterator[tuple[int, Sample]]
-    ) -> tuple[dict[str, Any], Members]:
+    ) -> tuple[dict[str, Any], shard_index.Members]:
         """Write a shard; return its record and its members as read back from the disk."""
         path = self.partial / f"{self.name}-{number:06d}.tar"
         record: dict[str, Any] = {"taken": 0, "left_out": []}
         written: list[tuple[str, int, int]] = []
-        verified: list[Members] = []
+        verified: list[shard_index.Members] = []
 
         def fill(file: BinaryIO) -> None:
             size, limit = 0, self.args.shard_images
@@ -237,27 +227,28 @@ class Split:
 
         def verify(temporary: Path) -> None:
             with temporary.open("rb") as file:
-                members = scan_shard(file, str(temporary), with_checksums=True)
-                digest = sha256_of(file)
+                members = shard_index.scan_shard(file, str(temporary), with_checksums=True)
+                digest = shard_index.sha256_of(file)
             names = Strings(members.names, members.name_sizes)
             if [*zip(names, members.targets, members.checksums, strict=True)] != written:
                 raise OSError("the disk does not have what was written")
             verified.append(members)
             size = temporary.stat().st_size
-            record["shard"] = asdict(Shard(path.name, size, digest, len(written)))
+            record["shard"] = asdict(shard_index.Shard(path.name, size, digest, len(written)))
 
         write_atomically(path, fill, verify)
         return record, verified[0]
 
     def _publish(self, records: list[dict[str, Any]]) -> None:
         """Move the shards to their folder, the index last."""
-        parts, shards = [], [Shard(**record["shard"]) for record in records]
+        parts, shards = [], [shard_index.Shard(**record["shard"]) for record in records]
         for shard in shards:
             path = (self.partial / shard.name).with_suffix(".npz")
-            parts.append(Members.from_bytes(path.read_bytes(), str(path)))
+            parts.append(shard_index.Members.from_bytes(path.read_bytes(), str(path)))
             if (self.partial / shard.name).exists():  # else it was moved before
                 os.replace(self.partial / shard.name, self.output / shard.name)
-        index = Index(list(self.images.classes), shards, Members.joined(parts))
+        members = shard_index.Members.joined(parts)
+        index = shard_index.Index(list(self.images.classes), shards, members)
         left_out = [reason for record in records for reason in record["left_out"]]
         write_index(index, self.partial / self.name, plan=self.plan, left_out=left_out)
         for name in (f"{self.name}.npz", f"{self.name}.json"):
@@ -281,22 +272,18 @@ def write(path: Path, data: bytes | dict[str, Any]) -> None:
     write_atomically(path, lambda file: file.write(data))
 
 
-def write_index(index: Index, stem: Path, **notes: Any) -> None:
+def write_index(index: shard_index.Index, stem: Path, **notes: Any) -> None:
     """Write an index as ``STEM.npz`` and then ``STEM.json``."""
     data = index.members.to_bytes()
-    part = Part(f"{stem.name}.npz", len(data), hashlib.sha256(data).hexdigest())
+    part = shard_index.Part(f"{stem.name}.npz", len(data), hashlib.sha256(data).hexdigest())
     write(stem.with_name(part.name), data)
     write(stem.with_name(f"{stem.name}.json"), index.to_json(part, **notes).encode())
 
 
 def index_shards(args: argparse.Namespace) -> None:
-    """Write the index of the shards ``args.index``.
-
-    Raises:
-        DataError: They cannot be used.
-    """
-    paths = expand_pattern(args.index)
-    folders = {split_path(path)[0] for path in paths}
+    """Write the index of the shards ``args.index``."""
+    paths = shard_index.expand_pattern(args.index)
+    folders = {shard_index.split_path(path)[0] for path in paths}
     if len(folders) > 1 or args.index.startswith(PIPE):
         raise DataError(f"{args.index}: an index needs all shards in one folder, next to it")
     remote = args.index.startswith(REMOTE)
@@ -305,7 +292,7 @@ def index_shards(args: argparse.Namespace) -> None:
     classes = args.classes.read_text().splitlines() if args.classes else None
     cache = Cache(args.shard_cache or default_folder(args.index)) if remote else None
     index = scan_shards(paths, cache, classes, with_checksums=True)
-    stem = Path(args.output or folders.pop()) / index_name(args.index)
+    stem = Path(args.output or folders.pop()) / shard_index.index_name(args.index)
     stem.parent.mkdir(parents=True, exist_ok=True)
     write_index(index, stem)
     print(
@@ -337,8 +324,9 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str]) -> int:
-    """Pack with the flags ``argv``; return the exit status."""
+@cli.program
+def main(argv: list[str]) -> None:
+    """Run with the flags ``argv``; pack or index."""
     parser = get_parser()
     args = parser.parse_args(argv)
     if args.index is None and (args.data_path is None or args.output is None):
@@ -347,16 +335,6 @@ def main(argv: list[str]) -> int:
         parser.error("--shard-size, --shard-images and --short-side must be positive")
     if not 1 <= args.quality <= 100:
         parser.error(f"--quality {args.quality} must be within 1..100")
-    return run_program(lambda: start(args))
-
-
-def start(args: argparse.Namespace) -> None:
-    """Pack or index as the flags say.
-
-    Raises:
-        DataError: The images or shards cannot be used.
-        OutputError: A file cannot be read or written.
-    """
     try:
         if args.index is not None:
             index_shards(args)

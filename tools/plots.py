@@ -1,17 +1,29 @@
-"""Figures of tools: an empty one, its PNG, and text without formulas."""
+"""Figures of tools: an empty one, PNG files, and text without formulas."""
 
 import io
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from training.files import write_atomically
+from utils import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+DPI = 120
+
 
 def new_figure(width: float, height: float, layout: str | None = "constrained") -> "Figure":
-    """Return an empty figure of a size in inches; it needs no display."""
-    from matplotlib.figure import Figure  # takes a second to import
+    """Return an empty figure of a size in inches; it needs no display.
 
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure  # takes a second to import
+    except ImportError as error:
+        raise UserError("figures need matplotlib: pip install matplotlib") from error
     return Figure(figsize=(width, height), layout=layout)
 
 
@@ -30,6 +42,16 @@ def as_png(figure: "Figure", dpi: int, padding: float | None = None) -> bytes:
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # drawn as a box
         figure.savefig(content, format="png", dpi=dpi, bbox_inches=margins, pad_inches=padding)
     return content.getvalue()
+
+
+def save(figure: "Figure", path: str | Path, dpi: int = DPI) -> None:
+    """Write a figure as a PNG file atomically.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    data = as_png(figure, dpi)
+    write_atomically(Path(path), lambda file: file.write(data))
 
 
 def plain_text(text: str) -> str:

@@ -24,9 +24,8 @@ from pipeline.images import CorruptImageError, DataError, load_image
 from pipeline.sources.folder import list_folders, list_images
 from tools import cli, files
 from tools.cli import shortened, shown
-from tools.plots import new_figure, plain_text
+from tools.plots import new_figure, plain_text, save
 from tools.tables import aligned, write_csv
-from tools.validate import pictures
 from tools.validate.classes import (
     NUM_IMAGENET,
     find_class,
@@ -176,11 +175,11 @@ def predict(
 
 def text_of(found: Prediction, names: Sequence[str], asked: int | None) -> str:
     """Return the text printed for an image."""
-    pairs = [*zip(found.classes, found.probabilities, strict=True)]
-    if asked is not None:
-        pairs.append((asked, found.asked))
-    rows = [[f"{100 * value:.2f}%", str(index), readable(names[index])] for index, value in pairs]
-    table = aligned(["", "", ""], [[" " * 2 + row[0].rjust(7), *row[1:]] for row in rows])
+    rows = [
+        [f"  {100 * value:6.2f}%", str(index), name]
+        for _, _, index, name, value in csv_rows(found, names, asked)
+    ]
+    table = aligned(["", "", ""], rows)
     lines = table.split("\n")[1:]
     if asked is not None:
         lines[-1] += MARK
@@ -215,28 +214,17 @@ def figure_of(
     return figure
 
 
-def is_one_file(output: Path) -> bool:
-    """Return True if ``--output`` is a picture, False if it is a folder of pictures.
-
-    Raises:
-        UserError: The name has the suffix of another file type.
-    """
-    suffix = output.suffix.lower()
-    if os.path.isdir(output) or suffix not in FILES:
-        return False
-    if suffix != ".png":
-        raise UserError(f"--output {output} must end in .png, or be a folder")
-    return True
-
-
 def picture_paths(output: Path, images: Sequence[Path]) -> list[Path]:
     """Return the path of each image's picture: ``output`` itself, or a file in it.
 
     Raises:
-        UserError: See :func:`is_one_file`.
+        UserError: The name has the suffix of another file type.
         OutputError: ``output`` is one file for several images.
     """
-    if is_one_file(output):
+    suffix = output.suffix.lower()
+    if suffix in FILES and not os.path.isdir(output):
+        if suffix != ".png":
+            raise UserError(f"--output {output} must end in .png, or be a folder")
         if len(images) > 1:
             raise OutputError(
                 f"--output {output} is one file for {len(images)} images: give a folder"
@@ -271,16 +259,8 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def prepared(args: Namespace) -> EvalModel:
-    """Return the model of the flags, ready to run."""
-    device = launch.select_device(args.device)
-    sizes = [args.input_size] if args.input_size else None
-    others = {"input_size": sizes, "data_set": "IMNET", "fuse": False}
-    files = [args.checkpoint] if args.checkpoint else []
-    return next(eval_models(files, Namespace(**vars(args) | others), device))
-
-
-def start(argv: list[str]) -> int:
+@cli.program
+def main(argv: list[str]) -> int:
     """Run with the flags ``argv``; return the exit status."""
     args = cli.parse(get_parser, argv)
     sources = [args.checkpoint] if args.checkpoint else []
@@ -301,18 +281,21 @@ def start(argv: list[str]) -> int:
         else:
             folder = files.folder_for("--output", args.output)
     with folder:
-        return run(args, paths, places)
+        return run(args, sources, paths, places)
 
 
-def run(args: Namespace, paths: Sequence[Path], places: Sequence[Path]) -> int:
+def run(args: Namespace, sources: list[str], paths: Sequence[Path], places: Sequence[Path]) -> int:
     """Predict images, print and write the results; return the exit status.
 
     Args:
         args: The flags.
+        sources: The checkpoint, or none.
         paths: Images.
         places: Paths of their pictures, or none.
     """
-    subject = prepared(args)
+    sizes = [args.input_size] if args.input_size else None
+    flags = vars(args) | {"input_size": sizes, "data_set": "IMNET", "fuse": False}
+    subject = next(eval_models(sources, Namespace(**flags), launch.select_device(args.device)))
     names = names_of(subject, args.classes)
     asked = None if args.asked is None else find_class(args.asked, names)
     short = labels(names, range(len(names)), NAME_WIDTH)
@@ -327,7 +310,7 @@ def run(args: Namespace, paths: Sequence[Path], places: Sequence[Path]) -> int:
                 place = pictured[found.path]
                 try:
                     image = load_image(found.path)
-                    pictures.save(figure_of(found, short, asked, image), place)
+                    save(figure_of(found, short, asked, image), place)
                     print(shown(f"written to {place}"))
                 except (CorruptImageError, OutputError) as error:
                     failed.append(str(error))
@@ -345,11 +328,6 @@ def csv_rows(found: Prediction, names: Sequence[str], asked: int | None) -> list
     return [
         (found.path, rank, index, readable(names[index]), value) for rank, (index, value) in pairs
     ]
-
-
-def main(argv: list[str]) -> int:
-    """Run with the flags ``argv``; return the exit status."""
-    return launch.run_program(lambda: start(argv))
 
 
 if __name__ == "__main__":

@@ -10,12 +10,18 @@ from tools.cli import shown
 from training.files import write_atomically
 
 
-def csv_bytes(heads: Sequence[str], rows: Iterable[Sequence[Any] | Mapping[str, Any]]) -> bytes:
-    """Return the content of a CSV file; cells of None are empty.
+def write_csv(
+    path: str | Path, heads: Sequence[str], rows: Iterable[Sequence[Any] | Mapping[str, Any]]
+) -> None:
+    """Write a CSV file atomically; cells of None are empty.
 
     Args:
+        path: File to write.
         heads: Column names.
         rows: Cells in the order of ``heads``, or by column name; other names are ignored.
+
+    Raises:
+        OutputError: The file cannot be written; a previous file is unchanged.
     """
     text = io.StringIO(newline="")
     writer = csv.writer(text)
@@ -23,18 +29,7 @@ def csv_bytes(heads: Sequence[str], rows: Iterable[Sequence[Any] | Mapping[str, 
     for row in rows:
         cells = [row.get(head) for head in heads] if isinstance(row, Mapping) else row
         writer.writerow(["" if cell is None else cell for cell in cells])
-    return text.getvalue().encode("utf-8", "surrogateescape")
-
-
-def write_csv(
-    path: str | Path, heads: Sequence[str], rows: Iterable[Sequence[Any] | Mapping[str, Any]]
-) -> None:
-    """Write :func:`csv_bytes` atomically.
-
-    Raises:
-        OutputError: The file cannot be written; a previous file is unchanged.
-    """
-    data = csv_bytes(heads, rows)
+    data = text.getvalue().encode("utf-8", "surrogateescape")
     write_atomically(Path(path), lambda file: file.write(data))
 
 

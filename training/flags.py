@@ -120,20 +120,9 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     add("--seed", type=int, default=0)
     add("--save-every-steps", type=int, metavar="N", help="also save within an epoch")
     add("--save-every-minutes", type=float, metavar="M", help="also save within an epoch")
-    add(
-        "--keep-checkpoints",
-        type=int,
-        default=1,
-        metavar="K",
-        help="keep the last K and the best K",
-    )
+    add("--keep-checkpoints", type=int, default=1, metavar="K", help="keep the last K and best K")
     add("--deterministic", action="store_true", help="bitwise reproducible on CUDA as well; slower")
-    add(
-        "--max-nonfinite",
-        type=int,
-        default=10,
-        help="consecutive nonfinite losses that end the run",
-    )
+    add("--max-nonfinite", type=int, default=10, help="consecutive nonfinite losses that end it")
     add("--log-interval", type=int, default=50, help="steps between readings of the loss")
 
 
@@ -149,46 +138,21 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
         metavar="EXPONENT",
         help="scale queries and keys by head_dim ** EXPONENT each (model default: -0.25)",
     )
-    add(
-        "--model-kwargs",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="further arguments of the model",
-    )
-    add(
-        "--locality-strength",
-        type=float,
-        help="ConViT: initial locality of heads (model default: 1)",
-    )
-    add(
-        "--local-up-to-layer",
-        type=int,
-        metavar="N",
-        help="ConViT: number of GPSA blocks (model default: 10)",
-    )
+    add("--model-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help="model arguments")
+    add("--locality-strength", type=float, help="ConViT: initial locality (model default: 1)")
+    add("--local-up-to-layer", type=int, metavar="N", help="ConViT: GPSA blocks (default: 10)")
     add("--model-ema", action=OnOff, default=True, help="keep a moving average of the weights")
     add("--model-ema-decay", type=float, default=0.99996)
     add("--model-ema-warmup", action=OnOff, default=False, help="ramp up the decay")
     add("--model-ema-force-cpu", action="store_true")
     add("--fuse", action="store_true", help="with --eval: fuse the model for inference first")
-    add(
-        "--train-mode",
-        action=OnOff,
-        default=True,
-        help="off: BatchNorm and dropout in evaluation mode",
-    )
+    add("--train-mode", action=OnOff, default=True, help="off: train in evaluation mode")
 
 
 def _add_finetuning(group: argparse._ArgumentGroup) -> None:
     add = flags_of(group)
     add("--finetune", default="", help="start from these weights; new classifier for other classes")
-    add(
-        "--layer-decay",
-        type=float,
-        metavar="RATE",
-        help="decay of the learning rate from layer to layer",
-    )
+    add("--layer-decay", type=float, metavar="RATE", help="learning-rate decay per layer")
     add("--freeze-stages", type=int, metavar="N", help="freeze the stem (0) and the first N stages")
     add("--linear-probe", action="store_true", help="train only the classifier")
     add("--teacher-model", help="any model name of timm; not needed with a file of this project")
@@ -279,12 +243,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
     add("--val-path", help="for WDS: validation shards, if stored elsewhere")
     add("--shard-cache", metavar="FOLDER", help="for WDS: cache folder of remote shards")
     add("--download", action="store_true", help="download the dataset into --data-path")
-    add(
-        "--inat-category",
-        choices=INAT_CATEGORIES,
-        default="name",
-        help="taxonomic level of the classes",
-    )
+    add("--inat-category", choices=INAT_CATEGORIES, default="name", help="level of the classes")
     add("--input-key", default="image", help=f"for {HUB}NAME: column of the images")
     add("--target-key", default="label", help=f"for {HUB}NAME: column of the classes")
     add("--sampling-ratio", type=float, default=1.0, help="fraction of every class to train on")
@@ -309,6 +268,13 @@ def add_processes(group: argparse._ArgumentGroup) -> None:
     add("--local_rank", type=int, help=argparse.SUPPRESS)
 
 
+def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+    """Return the values of the flags in ``argv``, without defaults; the parser loses its own."""
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return vars(parser.parse_args(argv))
+
+
 def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
     """Parse a command line, preceded by the flags of ``--config FILE``.
 
@@ -323,66 +289,66 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
     argv = recipe_argv(parser, recipe) + words if recipe else words
     args = parser.parse_args(argv)
     del args.config  # its flags are in
-    silent = get_args_parser()
-    for action in silent._actions:
-        action.default = argparse.SUPPRESS
-    given = set(vars(silent.parse_args(argv)))
+    given, typed = given_flags(get_args_parser(), argv), given_flags(get_args_parser(), words)
     _check(args)
-    typed = silent.parse_args(words)
-    resumes = getattr(typed, "resume", "") not in ("", "auto") and not args.eval
-    if resumes and getattr(typed, "finetune", ""):
+    resumes = typed.get("resume", "") not in ("", "auto") and not args.eval
+    if resumes and typed.get("finetune"):
         raise UserError(
             f"--resume {args.resume} continues from that checkpoint, and --finetune "
             f"{args.finetune} would not be read: leave one of them out"
         )
-    return args, given
+    return args, set(given)
 
 
-RANGES = {  # smallest and largest value of a flag
-    "num_workers": (0, math.inf),
-    "seed": (0, math.inf),
-    "start_epoch": (0, math.inf),
-    "warmup_epochs": (0, math.inf),
-    "weight_decay": (0, math.inf),
-    "mixup": (0, math.inf),
-    "cutmix": (0, math.inf),
-    "color_jitter": (0, math.inf),
-    "drop": (0, 1),
-    "drop_path": (0, 1),
-    "smoothing": (0, 1),
-    "reprob": (0, 1),
-    "mixup_prob": (0, 1),
-    "mixup_switch_prob": (0, 1),
-    "model_ema_decay": (0, 1),
-    "distillation_alpha": (0, 1),
-}
-POSITIVE = ("batch_size", "epochs", "accum_iter", "log_interval", "keep_checkpoints", "clip_grad")
-POSITIVE += ("max_nonfinite", "save_every_steps", "save_every_minutes", "dist_timeout")
-POSITIVE += ("input_size", "eval_crop_ratio", "distillation_tau")
+RANGES = (  # a condition, the condition in words, and the flags whose values must meet it
+    (
+        lambda value: 0 < value < math.inf,
+        "positive",
+        "batch_size epochs accum_iter log_interval keep_checkpoints clip_grad max_nonfinite "
+        "save_every_steps save_every_minutes dist_timeout input_size eval_crop_ratio "
+        "distillation_tau",
+    ),
+    (
+        lambda value: 0 <= value < math.inf,
+        "0 or more, and finite",
+        "num_workers seed start_epoch warmup_epochs weight_decay mixup cutmix color_jitter lr "
+        "freeze_stages",
+    ),
+    (
+        lambda value: 0 <= value <= 1,
+        "from 0 to 1",
+        "drop drop_path smoothing reprob mixup_prob mixup_switch_prob model_ema_decay "
+        "distillation_alpha",
+    ),
+    (lambda value: 0 < value <= 1, "above 0, at most 1", "sampling_ratio layer_decay"),
+)
 
 
-def _check_ranges(args: argparse.Namespace) -> None:
-    for name in POSITIVE:
-        value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be positive")
-    for name, (low, high) in RANGES.items():
-        value = getattr(args, name)
-        if not low <= value <= high or math.isinf(value):
-            what = f"{low} or more" if math.isinf(high) else f"from {low} to {high}"
-            raise UserError(f"--{name.replace('_', '-')} {value} must be {what}")
+def check_values(args: argparse.Namespace) -> None:
+    """Check the ranges of numbers, and the backend of ``--compile``; None is always valid.
+
+    Raises:
+        UserError: A number, or one of a list, is out of range, or the backend is unknown.
+    """
+    for is_valid, what, names in RANGES:
+        for name in names.split():
+            value = getattr(args, name)
+            for one in value if isinstance(value, list | tuple) else [value]:
+                if one is not None and not is_valid(one):
+                    raise UserError(f"--{name.replace('_', '-')} {one} must be {what}")
+    if args.compile is not None and args.compile not in torch.compiler.list_backends(None):
+        backends = ", ".join(torch.compiler.list_backends())
+        raise UserError(f"unknown backend --compile {args.compile}; choose one of {backends}")
+
+
+def _check(args: argparse.Namespace) -> None:
+    check_values(args)
     ratios = args.cutmix_minmax
     if ratios is not None and not (len(ratios) == 2 and 0 <= ratios[0] < ratios[1] <= 1):
         given = " ".join(map(str, ratios))
         raise UserError(f"--cutmix-minmax {given} must be two ratios from 0 to 1, such as 0.2 0.8")
     if args.opt_betas is not None and len(args.opt_betas) < 2:
         raise UserError(f"--opt-betas {args.opt_betas[0]} must be two numbers or more")
-
-
-def _check(args: argparse.Namespace) -> None:
-    _check_ranges(args)
-    if not 0 <= args.lr < math.inf:
-        raise UserError(f"--lr {args.lr} must be 0 or more, and finite")
     _check_finetuning(args)
     keyword_arguments(args.model_kwargs)
     if args.resume == "auto" and not args.output_dir:
@@ -391,18 +357,9 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--eval needs --resume CHECKPOINT")
     if args.fuse and not args.eval:
         raise UserError("--fuse needs --eval: a fused model cannot be trained")
-    if args.compile is not None and args.compile not in torch.compiler.list_backends(None):
-        backends = ", ".join(torch.compiler.list_backends())
-        raise UserError(f"--compile {args.compile}: unknown backend; choose one of {backends}")
 
 
 def _check_finetuning(args: argparse.Namespace) -> None:
-    if not 0 < args.sampling_ratio <= 1:
-        raise UserError(f"--sampling-ratio {args.sampling_ratio} must be above 0, at most 1")
-    if args.layer_decay is not None and not 0 < args.layer_decay <= 1:
-        raise UserError(f"--layer-decay {args.layer_decay} must be above 0, at most 1")
-    if args.freeze_stages is not None and args.freeze_stages < 0:
-        raise UserError(f"--freeze-stages {args.freeze_stages} must be 0 or more")
     for flag in ("linear_probe", "freeze_stages"):
         wanted = getattr(args, flag) not in (None, False)
         if wanted and not (args.finetune or args.resume):

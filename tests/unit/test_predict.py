@@ -163,7 +163,7 @@ def test_the_class_that_was_asked_for_in_a_picture():
 def test_pictures_show_their_own_image_and_class(images, call, net, tmp_path, monkeypatch):
     model, checkpoint = net
     drawn = []
-    monkeypatch.setattr(predict.pictures, "save", lambda figure, path: drawn.append((figure, path)))
+    monkeypatch.setattr(predict, "save", lambda figure, path: drawn.append((figure, path)))
     flags = ("--checkpoint", checkpoint, "--output", tmp_path / "out", "--topk", 3, "--class")
     status, output, _ = call(images, *flags, "eel")
     assert status == 0

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tools import plots
 from tools.validate import metrics, pictures, rows
 from tools.validate.classes import ClassMap
 
@@ -14,7 +15,7 @@ CLASSES = ["ant", "bee", "cat"]
 
 def pixels_of(figure, folder):
     """Return a figure as it is saved, ``H W 3`` of uint8."""
-    pictures.save(figure, folder / "figure.png")
+    plots.save(figure, folder / "figure.png")
     with Image.open(folder / "figure.png") as picture:
         return np.asarray(picture.convert("RGB"))
 
@@ -131,7 +132,7 @@ def test_letters_missing_in_the_font_do_not_warn(tmp_path):
 
 def test_names_and_titles_of_rows(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(pictures, "save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
     matched = ClassMap("wnid", (517, 134), ("n03126707", "n02012849"), 1000)
     row = {"checkpoint": f"runs/{'long' * 30}.pth", "weights": "ema", "size": 224}
     row |= {"matched": matched, "confusion": np.eye(2, dtype=int)}

@@ -6,7 +6,6 @@ the best configuration of ours with the best of the peers'.
 """
 
 import argparse
-import csv
 import json
 import statistics
 import sys
@@ -19,6 +18,7 @@ import torch
 import yaml
 
 import models
+from tools import cli, plots, tables
 from tools.benchmark import candidates, measure
 from tools.benchmark.candidates import Case, Peer
 from tools.flops import count, our_models
@@ -180,27 +180,19 @@ def cell(value: object) -> str:
 def markdown(rows: list[dict]) -> str:
     """Return the table of all cases; the best of each side is bold."""
     keys = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
-    lines = [[COLUMNS[key] for key in keys], ["---"] * len(keys)]
+    lines = []
     for row in rows:
         cells = {key: cell(row.get(key)) for key in keys}
         if row["best"]:
             cells["rate"] = f"**{cells['rate']}**"
         lines.append(list(cells.values()))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return tables.markdown([COLUMNS[key] for key in keys], lines)
 
 
 def plot(rows: list[dict], path: str) -> None:
-    """Plot bars of ours over the best peer, by model and mode.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("--plot needs matplotlib: pip install matplotlib") from error
+    """Plot bars of ours over the best peer, by model and mode."""
     chosen = [r for r in rows if r["side"] == "ours" and r["best"] and "ratio" in r]
-    figure = Figure(figsize=(8, 1 + 0.4 * len(chosen)), layout="constrained")
+    figure = plots.new_figure(8, 1 + 0.4 * len(chosen))
     axes = figure.add_subplot()
     labels = [f"{row['model']} {row['mode']}" for row in chosen]
     colours = ["tab:blue" if row["mode"] == "infer" else "tab:orange" for row in chosen]
@@ -210,7 +202,7 @@ def plot(rows: list[dict], path: str) -> None:
     axes.set_xlabel("images/s, ours / best peer")
     axes.margins(x=0.1)
     axes.invert_yaxis()
-    figure.savefig(path, dpi=150)
+    plots.save(figure, path, dpi=150)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -219,7 +211,7 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help=f"our models; default: {', '.join(NAMES)}")
     add("--mode", nargs="+", choices=["infer", "train"], default=["infer", "train"])
-    measure.add_flags(parser, batch_size=8)
+    measure.add_timing_flags(parser, batch_size=8)
     add("--input-size", type=int, help="pixels; the model's default if not given")
     add("--configs", nargs="+", metavar="CONFIG", help="for example deploy+channels_last+compile")
     add("--peer-path", type=Path, metavar="FOLDER", help="checkout of an original repository")
@@ -231,12 +223,9 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def start(argv: list[str]) -> None:
-    """Measure, print and write with the flags ``argv``.
-
-    Raises:
-        UserError: A model, a device, a configuration or a peer does not exist.
-    """
+@cli.program
+def main(argv: list[str]) -> None:
+    """Run with the flags ``argv``."""
     args = get_parser().parse_args(argv)
     if args.peak:
         print_peak(args.peak)
@@ -258,17 +247,9 @@ def start(argv: list[str]) -> None:
             print(*verdicts(found), sep="\n", flush=True)
     print("", measure.machine(args.device), "", markdown(rows), "", *verdicts(rows), sep="\n")
     if args.csv:
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, [*COLUMNS, "best", "cost"], extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
+        tables.write_csv(args.csv, [*COLUMNS, "best", "cost"], rows)
     if args.plot:
         plot(rows, args.plot)
-
-
-def main(argv: list[str]) -> int:
-    """Run with the flags ``argv``; return the exit status."""
-    return launch.run_program(lambda: start(argv))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from torch import nn
 
 from models.detection_backbone import Backbone, VisionBackbone
 from models.layers.window import WindowAttention2d
+from tools import cli
 from tools.benchmark import measure
 from tools.benchmark.original import OriginalWindowAttention, as_original
 from training import launch
@@ -163,14 +164,15 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help=f"models with windows; default: {NAMES}")
-    measure.add_flags(parser, batch_size=1)
+    measure.add_timing_flags(parser, batch_size=1)
     add("--input-size", type=int, nargs=2, metavar="PIXELS", help="height and width")
     add("--peak", choices=SIDES, help=argparse.SUPPRESS)
     return parser
 
 
-def start(argv: list[str]) -> None:
-    """Measure and print with the flags ``argv``."""
+@cli.program
+def main(argv: list[str]) -> None:
+    """Run with the flags ``argv``."""
     args = get_parser().parse_args(argv)
     args.device = launch.select_device(args.device).type
     args.input_size = args.input_size or SIZES[args.device]
@@ -180,11 +182,6 @@ def start(argv: list[str]) -> None:
     for name in args.names or NAMES:
         compare(args, name)
     print(measure.machine(args.device), "x".join(map(str, args.input_size)), args.dtype, sep=", ")
-
-
-def main(argv: list[str]) -> int:
-    """Run with the flags ``argv``; return the exit status."""
-    return launch.run_program(lambda: start(argv))
 
 
 if __name__ == "__main__":

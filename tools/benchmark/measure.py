@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import timm
@@ -19,14 +19,27 @@ ROOT = Path(__file__).resolve().parents[2]
 Step = Callable[[], object]
 
 
-def add_flags(parser: argparse.ArgumentParser, batch_size: int) -> None:
-    """Add the flags of a measurement."""
+def add_flags(parser: argparse.ArgumentParser, batch_size: int, rounds: int = 7) -> None:
+    """Add the flags of every benchmark."""
     add = parser.add_argument
     add("--batch-size", type=int, default=batch_size)
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     add("--device", choices=["cpu", "cuda"], help="cuda if available, if not given")
-    add("--rounds", type=int, default=10, help="measurements of each candidate; the median counts")
-    add("--min-time", type=float, default=0.5, help="seconds of a measurement")
+    add("--rounds", type=int, default=rounds, help="measurements of each; the median counts")
+
+
+def add_timing_flags(parser: argparse.ArgumentParser, batch_size: int) -> None:
+    """Add the flags of benchmarks that choose the number of steps by time."""
+    add_flags(parser, batch_size, rounds=10)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--min-time", type=float, default=0.5, help="seconds of a measurement")
+
+
+def in_turn(labels: Iterable[str], rounds: int) -> Iterator[str]:
+    """Yield every label once in each round, in another order in every round."""
+    labels = list(labels)
+    for index in range(rounds):
+        first = index % len(labels)
+        yield from labels[first:] + labels[:first]
 
 
 def seconds(step: Step, times: int, device: str) -> float:
@@ -59,11 +72,9 @@ def alternate(
         step()
         step()
         times[label] = max(1, round(min_time / seconds(step, 1, device)))
-    labels, measured = list(steps), {label: [] for label in steps}
-    for index in range(rounds):
-        turn = index % len(labels)
-        for label in labels[turn:] + labels[:turn]:
-            measured[label].append(seconds(steps[label], times[label], device))
+    measured = {label: [] for label in steps}
+    for label in in_turn(steps, rounds):
+        measured[label].append(seconds(steps[label], times[label], device))
     return measured
 
 

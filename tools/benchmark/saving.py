@@ -24,10 +24,11 @@ import utils
 from pipeline.prefetch import to_device
 from pipeline.reference import Batch
 from samplers import RASampler
-from tools.benchmark.measure import machine
+from tools import cli
+from tools.benchmark import measure
 from training import launch
-from training.flags import parse_args
 from training.launch import DistInfo
+from training.network import choose_precision
 from training.output import Output
 from training.run_state import RunState
 from training.trainer import Trainer
@@ -67,13 +68,10 @@ def build(
     """Return a trainer of its own model; only :class:`Trainer` itself has an output folder."""
     size = args.input_size
     model, kwargs = models.build_model(args.model, {"num_classes": CLASSES}, {"img_size": size})
-    dtype = getattr(torch, args.amp_dtype) if args.amp else None
-    last = getattr(model, "channels_last", False)
-    layout = torch.channels_last if last else torch.contiguous_format
-    precision = engine.Precision(torch.device(args.device), dtype, layout)
+    precision = choose_precision(args, model, torch.device(args.device))
     precision.place(model)
     loader = OneBatch(args.batch_size, size, args.steps, place)
-    loader.batch = to_device(loader.batch, precision.device, memory_format=layout)
+    loader.batch = to_device(loader.batch, precision.device, memory_format=precision.memory_format)
     parts = (args, model, args.model, kwargs, precision, 1e-4, args.steps, loader.sampler)
     output = Output(args.output_dir if kind is Trainer else "")
     state = RunState(*parts, place, group)
@@ -109,7 +107,7 @@ def compare(args: Namespace, place: DistInfo) -> None:
         f"{args.save_every_steps} of {args.steps} steps: with/without steps per second "
         f"{bare / safe:.3f} ({args.steps / safe:.2f} and {args.steps / bare:.2f})"
     )
-    log(f"{machine(args.device)}, {args.input_size} pixels, batch {args.batch_size}")
+    log(f"{measure.machine(args.device)}, {args.input_size} pixels, batch {args.batch_size}")
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -117,30 +115,22 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("tools.benchmark.saving", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("model", nargs="?", default="visformer_tiny")
-    add("--batch-size", type=int, default=32)
+    measure.add_flags(parser, batch_size=32)
     add("--input-size", type=int, default=64)
     add("--steps", type=int, default=100, help="steps of a measurement")
     add("--save-every-steps", type=int, default=50)
-    add("--rounds", type=int, default=7, help="measurements of each; the median counts")
-    add("--device", choices=["cpu", "cuda"], help="cuda if available, if not given")
     add("--amp", action="store_true", help="float16 autocast")
     return parser
 
 
-def start(argv: list[str]) -> None:
-    """Measure with the flags ``argv``."""
-    given = vars(get_parser().parse_args(argv))
-    args, _ = parse_args([])
-    with tempfile.TemporaryDirectory() as folder:
-        args = Namespace(**vars(args) | given | {"output_dir": folder, "log_interval": 10**9})
-        with launch.process_group(args) as (place, device):
-            args = Namespace(**vars(args) | {"device": device.type})
-            compare(args, place)
-
-
-def main(argv: list[str]) -> int:
-    """Run with the flags ``argv``; return the exit status."""
-    return launch.run_program(lambda: start(argv))
+@cli.program
+def main(argv: list[str]) -> None:
+    """Run with the flags ``argv``."""
+    args = cli.parse(get_parser, argv)
+    args.log_interval = 10**9
+    with tempfile.TemporaryDirectory() as folder, launch.process_group(args) as (place, device):
+        args.output_dir, args.device = folder, device.type
+        compare(args, place)
 
 
 if __name__ == "__main__":

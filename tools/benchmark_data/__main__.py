@@ -8,7 +8,6 @@ device``. Measurements alternate; medians count.
 
 import argparse
 import contextlib
-import csv
 import functools
 import os
 import statistics
@@ -20,17 +19,16 @@ from pathlib import Path
 import torch
 
 from datasets import SMALL_SIZE
-from models import ModelError
 from pipeline.images import DataError
 from pipeline.sources.base import Encoded, Files
 from pipeline.sources.folder import open_folder_of_classes
 from pipeline.sources.shards import open_shards
-from tools import pack_dataset
-from tools.benchmark.measure import machine
+from tools import cli, pack_dataset, plots
+from tools.benchmark import measure
 from tools.benchmark_data.feeding import Training, in_memory
 from tools.benchmark_data.pipelines import Workers, alternate, pipelines
-from training.flags import parse_args
-from utils import UserError
+from tools.tables import markdown, write_csv
+from training.launch import select_device
 
 
 def open_folder(path: Path, count: int) -> Files:
@@ -46,11 +44,7 @@ def open_folder(path: Path, count: int) -> Files:
 
 @contextlib.contextmanager
 def packed(source: Files, short_side: int, quality: int) -> Iterator[Encoded]:
-    """Pack images into shards in a temporary folder.
-
-    Raises:
-        DataError: Packing failed.
-    """
+    """Pack images into shards in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         images, shards = Path(folder, "images"), Path(folder, "shards")
         for index, target in enumerate(source.targets.tolist()):
@@ -112,16 +106,13 @@ def show(title: str, rows: Sequence[dict]) -> None:
     def cell(value: str | float) -> str:
         return value if isinstance(value, str) else f"{value:.{3 if value < 10 else 0}f}"
 
-    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
-    lines += ["| " + " | ".join(cell(row[key]) for key in rows[0]) + " |" for row in rows]
-    print("", title, "", *lines, sep="\n", flush=True)
+    cells = [[cell(row[key]) for key in rows[0]] for row in rows]
+    print("", title, "", markdown(list(rows[0]), cells), sep="\n", flush=True)
 
 
 def plot(rows: Sequence[dict], path: str) -> None:
     """Save stacked bars of the stages."""
-    from matplotlib.figure import Figure  # takes a second to import
-
-    figure = Figure(figsize=(9, 1.2 + 0.5 * len(rows)), layout="constrained")
+    figure = plots.new_figure(9, 1.2 + 0.5 * len(rows))
     axes = figure.add_subplot()
     left = [0.0] * len(rows)
     for stage in [key for key in rows[0] if key not in ("side", "total")]:
@@ -131,7 +122,7 @@ def plot(rows: Sequence[dict], path: str) -> None:
     axes.set_xlabel("milliseconds per image on one core")
     figure.legend(loc="outside right upper")
     axes.invert_yaxis()
-    figure.savefig(path, dpi=150)
+    plots.save(figure, path, dpi=150)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -143,12 +134,10 @@ def get_parser() -> argparse.ArgumentParser:
     add("--input-size", type=int, default=224)
     add("--short-side", type=int, default=256, help="of packed images, in pixels")
     add("--quality", type=int, default=90, help="of packed images")
-    add("--batch-size", type=int, default=64)
+    measure.add_flags(parser, batch_size=64)
     add("--num_workers", type=int, default=os.cpu_count(), help="0 skips this part")
-    add("--rounds", type=int, default=7, help="measurements of each; the median counts")
     add("--model", help="instead, train this model on the images, and on a batch in memory")
     add("--steps", type=int, default=20, help="of a measurement with --model")
-    add("--device", choices=["cpu", "cuda"], help="for --model; cuda if present")
     add("--amp", action="store_true", help="for --model: float16 on cuda")
     add("--csv", metavar="FILE", help="of the stages")
     add("--plot", metavar="FILE.png", help="of the stages")
@@ -156,20 +145,13 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure, print and write.
-
-    Raises:
-        DataError: Images are missing, or too small for these pipelines.
-    """
-    words = ["--data-path", str(args.data_path), "--data-set", "IMNET"]
-    flags, _ = parse_args([*words, "--num_workers", str(args.num_workers)])
-    flags.input_size, flags.batch_size = args.input_size, args.batch_size
+    """Measure the pipelines, print and write."""
     if args.input_size <= SMALL_SIZE:
         raise DataError(f"--input-size {args.input_size} must be above {SMALL_SIZE}")
     raw = open_folder(args.data_path, args.images)
-    print(f"{len(raw)} images of {args.data_path}; {machine('cpu')}", flush=True)
+    print(f"{len(raw)} images of {args.data_path}; {measure.machine('cpu')}", flush=True)
     with packed(raw, args.short_side, args.quality) as shards:
-        candidates = pipelines({"raw": raw, "packed": shards}, flags)
+        candidates = pipelines({"raw": raw, "packed": shards}, args)
         with one_core():
             found = alternate({one.label: one.measure for one in candidates}, args.rounds)
         stages = stage_rows(found)
@@ -185,10 +167,7 @@ def run(args: argparse.Namespace) -> None:
         if args.num_workers:
             show("largest memory of a worker (PSS)", memory)
     if args.csv:
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, stages[0])
-            writer.writeheader()
-            writer.writerows(stages)
+        write_csv(args.csv, list(stages[0]), stages)
     if args.plot:
         plot(stages, args.plot)
     ratio = {row["side"]: row["of reference raw"] for row in rates if row["where"] == "one core"}
@@ -200,24 +179,16 @@ def run(args: argparse.Namespace) -> None:
 
 
 def feed(args: argparse.Namespace) -> None:
-    """Train from files, from memory, and on one batch in memory; print the rates.
-
-    Raises:
-        DataError: Images are missing.
-    """
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    words = ["--data-path", str(args.data_path), "--data-set", "IMNET", "--model", args.model]
-    flags, _ = parse_args(words + (["--amp"] if args.amp else []))
-    flags.input_size, flags.batch_size = args.input_size, args.batch_size
-    flags.num_workers = args.num_workers
+    """Train from files, from memory, and on one batch in memory; print the rates."""
+    device = select_device(args.device)
     source = open_folder(args.data_path, args.images)
-    print(f"{len(source)} images of {args.data_path}; {machine(device.type)}", flush=True)
+    print(f"{len(source)} images of {args.data_path}; {measure.machine(device.type)}", flush=True)
     kinds = {"files": source}
     if args.input_size <= SMALL_SIZE:
         kinds["memory"] = in_memory(source, args.input_size)
     rows = []
     for name, images in kinds.items():
-        training = Training(flags, images, device)
+        training = Training(args, images, device)
         measures = {
             label: functools.partial(training.seconds, label == "fed", args.steps)
             for label in ("fed", "at hand")
@@ -229,15 +200,12 @@ def feed(args: argparse.Namespace) -> None:
     show(f"{args.model}, images per second of training", rows)
 
 
-def main(argv: list[str]) -> int:
-    """Run with the flags ``argv``; returns the exit status."""
-    args = get_parser().parse_args(argv)
-    try:
-        feed(args) if args.model else run(args)
-    except (DataError, ModelError, UserError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+@cli.program
+def main(argv: list[str]) -> None:
+    """Run with the flags ``argv``."""
+    args = cli.parse(get_parser, argv)
+    args.data_set = "IMNET"
+    (feed if args.model else run)(args)
 
 
 if __name__ == "__main__":

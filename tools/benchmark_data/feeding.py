@@ -13,6 +13,7 @@ import models
 from pipeline.prefetch import Prefetcher
 from pipeline.reference import Batch
 from pipeline.sources.base import Pixels, Source
+from training.network import choose_precision
 
 
 def in_memory(source: Source, size: int) -> Pixels:
@@ -57,17 +58,14 @@ class Training:
         required, optional = {"num_classes": classes}, {"img_size": args.input_size}
         self.args, self.device = args, device
         self.model, _ = models.build_model(args.model, required, optional)
-        dtype = getattr(torch, args.amp_dtype) if args.amp else None
-        last = getattr(self.model, "channels_last", False)
-        layout = torch.channels_last if last else torch.contiguous_format
-        self.precision = engine.Precision(device, dtype, layout)
+        self.precision = choose_precision(args, self.model, device)
         self.precision.place(self.model)
         self.optimizer = engine.build_optimizer(args, self.model, 1e-5)
         self.mixup = engine.build_mixup(args, classes)
         self.criterion = engine.build_criterion(args, self.mixup, classes)
         dataset = datasets.augmented(source, True, args, device)
         loader = datasets.build_train_loader(dataset, args, 1, 0)
-        placement = (device, dtype or torch.float32, layout)
+        placement = (device, self.precision.dtype or torch.float32, self.precision.memory_format)
         self.batches = endless(datasets.build_prefetcher(loader, *placement))
         self.batch = next(self.batches)
 

@@ -3,7 +3,7 @@
 import contextlib
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from engine import build_mixup
 from pipeline import augment_host, fast, prefetch, reference
 from pipeline.sources.base import Encoded
 from samplers import SampleIndex
+from tools.benchmark.measure import in_turn
 
 CLASSES = 1000  # of mixup's targets
 REPEATS = 4  # epochs of a measurement with workers, without a pause between them
@@ -160,11 +161,6 @@ def memory_of(pid: int) -> float:
 def alternate(measures: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[Any]]:
     """Return the results of measurements, taken in turn, rotating the order; warm up once."""
     found: dict[str, list[Any]] = {label: [] for label in measures}
-    labels: Sequence[str] = list(measures)
-    for index in range(rounds + 1):
-        first = index % len(labels)
-        for label in [*labels[first:], *labels[:first]]:
-            result = measures[label]()
-            if index:
-                found[label].append(result)
-    return found
+    for label in in_turn(measures, rounds + 1):
+        found[label].append(measures[label]())
+    return {label: results[1:] for label, results in found.items()}

@@ -14,24 +14,20 @@ import os
 import sys
 from pathlib import Path
 
-from tools.cli import add_input_size
+from tools import cli
 from tools.export.check import compare, speed
 from tools.export.formats import FORMATS, check_requirements, device_of, format_of, write
 from tools.export.source import load_source
 from tools.files import check_outputs, check_writable, folder_beside
-from training import launch
 from training.files import OutputError
 from training.flags import positive
 from utils import UserError
 
 
-def export(args: argparse.Namespace) -> None:
-    """Write ``args.output`` atomically, once the program is verified.
-
-    Raises:
-        UserError, ModelError, CheckpointError: The program cannot be made, or is wrong.
-        OutputError: The file cannot be written.
-    """
+@cli.program
+def main(argv: list[str]) -> None:
+    """Run with the flags ``argv``; write ``--output`` once it is verified."""
+    args = get_parser().parse_args(argv)
     path = args.output
     format_name = format_of(path, args.format)
     check_outputs([("--output", path)], [args.checkpoint] if args.checkpoint else [])
@@ -76,7 +72,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--checkpoint", help="file or URL of the weights; random ones without")
     add("--weights", choices=["model", "ema"], default="model", help="raw weights, or the EMA")
     add("--num-classes", type=positive, help="number of classes of a model without a checkpoint")
-    add_input_size(parser)
+    cli.add_input_size(parser)
     add("--batch-size", type=positive, help="fixed batch size; any if not given")
     add("--with-preprocessing", action="store_true", help="take pixels and normalize them inside")
     add("--no-fuse", dest="fuse", action="store_false", help="keep norms and branches as trained")
@@ -85,12 +81,6 @@ def get_parser() -> argparse.ArgumentParser:
     add("--no-check", dest="check", action="store_false", help="do not run the program")
     add("--no-benchmark", dest="benchmark", action="store_false", help="do not measure its speed")
     return parser
-
-
-def main(argv: list[str]) -> int:
-    """Run the command line ``argv``; return the exit status."""
-    args = get_parser().parse_args(argv)
-    return launch.run_program(lambda: export(args))
 
 
 if __name__ == "__main__":

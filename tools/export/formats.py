@@ -218,11 +218,7 @@ def check_requirements(format_name: str, check: bool) -> None:
 def write(
     format_name: str, path: Path, source: ExportSource, batch: int | None, opset: int | None
 ) -> None:
-    """Capture a model and write it in a format.
-
-    Raises:
-        UserError: That fails.
-    """
+    """Capture a model and write it in a format; raise UserError if that fails."""
     program = capture(source, batch)
     try:
         FORMATS[format_name].write(program, path, source, opset)

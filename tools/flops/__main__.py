@@ -23,11 +23,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import models
-from tools.cli import add_input_size
+from tools import cli
 from tools.flops.counting import PartCost, Request, our_models, run, total
 from tools.flops.stages import by_stage
 from tools.tables import markdown, write_csv
-from training import launch
 from training.flags import positive
 
 # name: (parameters in M, GMACs, ImageNet top-1 in %) as printed in the paper
@@ -104,8 +103,10 @@ def requests(args: argparse.Namespace) -> list[Request]:
     return [Request(name, *options) for name in names or our_models()]
 
 
-def report(args: argparse.Namespace) -> None:
-    """Count, print and write."""
+@cli.program
+def main(argv: list[str]) -> None:
+    """Run with the flags ``argv``; count, print and write."""
+    args = get_parser().parse_args(argv)
     wholes, exact = {}, []
     for request in requests(args):
         model, counter = run(request)
@@ -137,7 +138,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("tools.flops", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help="models, any of timm's; ours if none")
-    add_input_size(parser)
+    cli.add_input_size(parser)
     add("--batch", type=positive, default=1, help="batch size (1)")
     add("--stages", action="store_true", help="a table by stage for each model")
     add("--blocks", action="store_true", help="the same, with plain transformers by block")
@@ -151,12 +152,6 @@ def get_parser() -> argparse.ArgumentParser:
     add("--checkpoint", help="file or URL that contains the model, its classes and input size")
     add("--csv", type=Path, help="file for exact counts")
     return parser
-
-
-def main(argv: list[str]) -> int:
-    """Run the command line ``argv``; return the exit status."""
-    args = get_parser().parse_args(argv)
-    return launch.run_program(lambda: report(args))
 
 
 if __name__ == "__main__":

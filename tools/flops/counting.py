@@ -54,15 +54,6 @@ class PartCost:
         return Cost(self.parameters / 1e6, self.macs / 1e9, self.activations / 1e6)
 
 
-@dataclass(frozen=True)
-class Call:
-    """Calls of a module: multiply-accumulates, activations, and the shape of the output."""
-
-    macs: int
-    activations: int
-    shape: tuple[int, ...]
-
-
 def our_models() -> list[str]:
     """Return the models registered by this repository, family by family."""
 
@@ -91,7 +82,7 @@ class ForwardCounter(TorchFunctionMode):
     """Count the operations inside a context, in total and by module.
 
     Attributes:
-        calls: Cost of every module that was called, by its name.
+        calls: Cost of every module that was called, by its name, without parameters.
         within: Modules in whose calls a module was called, by its name.
         activations: Elements of the outputs of convolutions and linear layers.
         image: Shape of the images.
@@ -110,7 +101,7 @@ class ForwardCounter(TorchFunctionMode):
         self.flops = FlopCounterMode(display=False, custom_mapping=formulas)
         self.activations = 0
         self.image: tuple[int, ...] = ()
-        self.calls: dict[str, Call] = {}
+        self.calls: dict[str, PartCost] = {}
         self.within: dict[str, set[str]] = {}
         self._running: list[tuple[str, int, int]] = []
         self._model = model
@@ -161,13 +152,10 @@ class ForwardCounter(TorchFunctionMode):
             _, macs, activations = self._running.pop()
             while isinstance(out, list | tuple) and out:
                 out = out[0]
-            shape = tuple(out.shape) if torch.is_tensor(out) else ()
-            before = self.calls.get(name, Call(0, 0, ()))
-            self.calls[name] = Call(
-                before.macs + self.macs - macs,
-                before.activations + self.activations - activations,
-                shape,
-            )
+            call = self.calls.setdefault(name, PartCost(name))
+            call.macs += self.macs - macs
+            call.activations += self.activations - activations
+            call.shape = tuple(out.shape) if torch.is_tensor(out) else ()
 
         return end
 

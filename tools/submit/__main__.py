@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from training import launch
+from tools import cli
 from training.flags import parse_args
 from utils import UserError
 
@@ -32,13 +32,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--ngpus", type=int, default=8, help="processes per machine, with one GPU each")
     add("--timeout", type=int, default=2800, metavar="MINUTES", help="time limit of a job")
     add("--max-timeouts", type=int, default=100, metavar="N", help="maximum number of requeues")
-    add(
-        "--signal-delay",
-        type=int,
-        default=120,
-        metavar="SECONDS",
-        help="time to save in, at the end",
-    )
+    add("--signal-delay", type=int, default=120, metavar="SECONDS", help="time to save, at the end")
     add("--job-dir", default="output/%j", help="logs and checkpoints; %%j: the job's number")
     add("--name", default="main", help="name of the job")
     add("--cpus-per-task", type=int, help="CPU cores per process")
@@ -105,17 +99,12 @@ def submit(options: argparse.Namespace, argv: Sequence[str]) -> Any:
         raise UserError(f"{error}{hint}") from error
 
 
-def start(argv: Sequence[str]) -> None:
-    """Submit with the flags ``argv``, and print the paths of the logs."""
-    argv = list(argv)
+@cli.program
+def main(argv: list[str]) -> None:
+    """Run with the flags ``argv``."""
     split = argv.index("--") if "--" in argv else len(argv)
     job = submit(get_parser().parse_args(argv[:split]), argv[split + 1 :])
     print(f"job {job.job_id}: {job.paths.stdout} and {job.paths.stderr.name}", flush=True)
-
-
-def main(argv: Sequence[str]) -> int:
-    """Submit with the flags ``argv``; return the exit status."""
-    return launch.run_program(lambda: start(argv))
 
 
 if __name__ == "__main__":

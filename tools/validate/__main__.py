@@ -31,12 +31,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--model", metavar="NAME", help="for files that do not contain their model's name")
     add("--pretrained", action="store_true", help="timm's weights of --model instead of files")
     add("--input-size", type=int, nargs="+", help="pixels; default: the checkpoint's")
-    add(
-        "--weights",
-        choices=["model", "ema", "both"],
-        default="both",
-        help="default: both, if both exist",
-    )
+    add("--weights", choices=["model", "ema", "both"], default="both", help="both, if both exist")
     add("--fuse", action="store_true", help="fuse the model for inference first")
     add("--classes", choices=RULES, default="auto", help="how class names match outputs")
     add("--csv", type=Path, metavar="FILE", help="the table; with --corruptions, errors")
@@ -50,12 +45,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def check(args: Namespace) -> None:
-    """Check the flags before anything is read.
-
-    Raises:
-        UserError: Flags contradict each other.
-        OutputError: A file cannot be written.
-    """
+    """Raise UserError if flags contradict each other, OutputError if a file cannot be written."""
     check_sources(args.checkpoints, args)
     if args.corruptions is not None:
         for name in OF_SETS:
@@ -69,7 +59,8 @@ def check(args: Namespace) -> None:
     rows.check_outputs(args, [{}])
 
 
-def start(argv: list[str]) -> int:
+@cli.program
+def main(argv: list[str]) -> int:
     """Run with the flags ``argv``; return the exit status."""
     args = cli.parse(get_parser, argv)
     check(args)
@@ -77,11 +68,6 @@ def start(argv: list[str]) -> int:
     engine.set_determinism(False)
     run = rows.validate if args.corruptions is None else imagenet_c.validate
     return run(args, device)
-
-
-def main(argv: list[str]) -> int:
-    """Run with the flags ``argv``; return the exit status."""
-    return launch.run_program(lambda: start(argv))
 
 
 if __name__ == "__main__":

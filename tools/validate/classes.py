@@ -172,16 +172,12 @@ def choose_rule(names: Sequence[str], num_outputs: int, known: Sequence[str] | N
     """Return the rule of ``auto``; see :func:`match_classes`."""
     if known is not None and (set(names) <= set(known) or tuple(known) != imagenet_wnids()):
         return "name"
-    if num_outputs == NUM_IMAGENET and any(_looks_like_wnid(name) for name in names):
+    if num_outputs == NUM_IMAGENET and any(re.fullmatch(r"n\d{8}", name) for name in names):
         return "wnid"
     as_trained = len(names) == num_outputs != NUM_IMAGENET
     if all(_is_number(name) for name in names) and not as_trained:
         return "number"
     return "position"
-
-
-def _looks_like_wnid(name: str) -> bool:
-    return re.fullmatch(r"n\d{8}", name) is not None
 
 
 def _is_number(name: str) -> bool:

@@ -89,7 +89,18 @@ def eval_models(
         weights = source.weights(args.weights)
         for asked in args.input_size or [None]:
             size = asked or source.input_size or datasets.input_size_of(args)
-            yield from _at_size(source, size, weights, args, device)
+            model = source.build(size)
+            models.check_input_size(model, source.name, size)
+            precision = choose_precision(args, model, device)
+            precision.place(model)
+            at_size = Namespace(**vars(args) | {"input_size": size})
+            for name in weights:
+                source.load(model, name)
+                net = fused(model, source.name) if args.fuse else model
+                net = renormalized(net, datasets.NORMALIZATION, source.normalization(model))
+                yield EvalModel(
+                    source, name, at_size, engine.compiled(net, args.compile), precision
+                )
 
 
 def _sources(
@@ -106,22 +117,3 @@ def _sources(
                 f"with {exponent}"
             )
         yield source
-
-
-def _at_size(
-    source: ModelSource,
-    size: int,
-    weights: tuple[str, ...],
-    args: Namespace,
-    device: torch.device,
-) -> Iterator[EvalModel]:
-    model = source.build(size)
-    models.check_input_size(model, source.name, size)
-    precision = choose_precision(args, model, device)
-    precision.place(model)
-    at_size = Namespace(**vars(args) | {"input_size": size})
-    for name in weights:
-        source.load(model, name)
-        net = fused(model, source.name) if args.fuse else model
-        net = renormalized(net, datasets.NORMALIZATION, source.normalization(model))
-        yield EvalModel(source, name, at_size, engine.compiled(net, args.compile), precision)

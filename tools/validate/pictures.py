@@ -2,14 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tools.plots import as_png, new_figure, plain_text
+from tools.plots import DPI, new_figure, plain_text
 from tools.validate.metrics import NUM_BINS, Bins, most_confused
-from training.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,20 +15,9 @@ if TYPE_CHECKING:
 
 LABELLED = 30  # classes, at most, that get names and numbers
 LISTED = 20  # pairs of classes next to the picture of more
-DPI = 120
 SIDE = 1000  # pixels of the picture of more classes, about
 CELLS = 500  # in a row of that, at most
 LIGHT_BLUE, DARK_RED = "#9ecae1", "#a50f15"
-
-
-def save(figure: "Figure", path: Path) -> None:
-    """Write a figure as a PNG file atomically.
-
-    Raises:
-        OutputError: The file cannot be written.
-    """
-    data = as_png(figure, DPI)
-    write_atomically(path, lambda file: file.write(data))
 
 
 def confusion_figure(confusion: np.ndarray, names: Sequence[str], title: str) -> "Figure":

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pipeline.images import DataError
-from tools import cli, files, tables
+from tools import cli, files, plots, tables
 from tools.cli import shortened, shown
 from tools.validate import pictures
 from tools.validate.classes import NUM_IMAGENET, ClassMap, labels, readable
@@ -155,7 +155,9 @@ def finish(
     """Print the table of the finished rows and write their files; return the exit status."""
     write = {"per_class": write_classes, "confusion": save_confusion}
     write["reliability"] = save_reliability
-    outputs = [(args.csv, partial(write_rows, rows=rows))] if args.csv and rows else []
+    keys = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
+    write_rows = partial(tables.write_csv, heads=keys, rows=rows)
+    outputs = [(args.csv, write_rows)] if args.csv and rows else []
     outputs += [
         (path, partial(write[name], row=row))
         for row in rows
@@ -190,12 +192,6 @@ def result_table(
     return tables.aligned([columns[key][0] for key in keys], cells)
 
 
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write the rows as a CSV file, in full precision."""
-    keys = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
-    tables.write_csv(path, keys, rows)
-
-
 def write_classes(path: Path, row: Mapping[str, Any]) -> None:
     """Write the metrics of each class of a row as a CSV file."""
     matched, lines = row["matched"], []
@@ -220,9 +216,9 @@ def title_of(row: Mapping[str, Any]) -> str:
 def save_confusion(path: Path, row: Mapping[str, Any]) -> None:
     """Write the picture of a row's confusion matrix."""
     names = labels(row["matched"].column_names, row["matched"].columns)
-    pictures.save(pictures.confusion_figure(row["confusion"], names, title_of(row)), path)
+    plots.save(pictures.confusion_figure(row["confusion"], names, title_of(row)), path)
 
 
 def save_reliability(path: Path, row: Mapping[str, Any]) -> None:
     """Write the reliability diagram of a row."""
-    pictures.save(pictures.reliability_figure(row["bins"], title_of(row)), path)
+    plots.save(pictures.reliability_figure(row["bins"], title_of(row)), path)

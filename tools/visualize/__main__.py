@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tools import cli
 from tools.visualize import attention, curves, features, heads, kernels, positions
 from tools.visualize.capture import PARTS
 from tools.visualize.figures import check_targets, save
-from training import launch
 from training.flags import positive
 
 NUMBERS = {"type": int, "nargs": "+"}
@@ -56,21 +56,15 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--tensorboard": {"type": Path, "metavar": "DIR", "help": "folder for the figure as an event"},
     "--csv": {"type": Path, "metavar": "FILE.csv", "help": "the values in the figure"},
 }
-OF_MODELS = "--model --pretrained --weights --input-size --seed --device"
+MODELS = "--model --pretrained --weights --input-size --seed --device"
 TARGETS = "--output --tensorboard --csv"
-KINDS = {  # kind: (function from flags to Picture, flags)
-    "gates": (heads.make_gates, f"checkpoints {OF_MODELS}"),
-    "nonlocality": (
-        heads.make_nonlocality,
-        f"checkpoints --image --data-path --count {OF_MODELS}",
-    ),
-    "attention": (
-        attention.make,
-        f"--checkpoint --image --query --layers --heads --part {OF_MODELS}",
-    ),
-    "bias": (positions.make, f"source --show --layers {OF_MODELS}"),
-    "kernels": (kernels.make, f"source --layer --channels --scale {OF_MODELS}"),
-    "features": (features.make, f"source --image --layers --channels --pick {OF_MODELS}"),
+KINDS = {  # kind: (function from flags to Picture, flags ...)
+    "gates": (heads.make_gates, "checkpoints", MODELS),
+    "nonlocality": (heads.make_nonlocality, "checkpoints --image --data-path --count", MODELS),
+    "attention": (attention.make, "--checkpoint --image --query --layers --heads --part", MODELS),
+    "bias": (positions.make, "source --show --layers", MODELS),
+    "kernels": (kernels.make, "source --layer --channels --scale", MODELS),
+    "features": (features.make, "source --image --layers --channels --pick", MODELS),
     "curves": (curves.make, "runs"),
 }
 
@@ -79,27 +73,22 @@ def get_parser() -> argparse.ArgumentParser:
     """Return the parser of all kinds."""
     parser = argparse.ArgumentParser("tools.visualize", description=__doc__.splitlines()[0])
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
-    for name, (make, flags) in KINDS.items():
+    for name, (make, *flags) in KINDS.items():
         what = make.__doc__.splitlines()[0]
         kind = kinds.add_parser(name, help=what, description=what)
         options = FLAGS | IMAGES if name == "nonlocality" else FLAGS
-        for flag in f"{flags} {TARGETS}".split():
+        for flag in " ".join([*flags, TARGETS]).split():
             kind.add_argument(flag, **options[flag])
     return parser
 
 
-def run(args: argparse.Namespace) -> None:
-    """Make and write one figure."""
-    check_targets(args)
-    make, _ = KINDS[args.kind]
-    picture = make(args)
-    print(*picture.notes, *save(picture, args.kind, args), sep="\n")
-
-
-def main(argv: list[str]) -> int:
-    """Run the command line ``argv``; return the exit status."""
+@cli.program
+def main(argv: list[str]) -> None:
+    """Run with the flags ``argv``; make and write one figure."""
     args = get_parser().parse_args(argv)
-    return launch.run_program(lambda: run(args))
+    check_targets(args)
+    picture = KINDS[args.kind][0](args)
+    print(*picture.notes, *save(picture, args.kind, args), sep="\n")
 
 
 if __name__ == "__main__":

@@ -7,17 +7,8 @@ from typing import Any
 
 import torch
 
-from tools.visualize.capture import CLASS, PARTS, Captured, attention_layers, capture, choose
-from tools.visualize.figures import (
-    MAGNITUDE,
-    Picture,
-    add_colour_bar,
-    as_rows,
-    grid_of_axes,
-    name_columns,
-    short_name,
-    title,
-)
+from tools.visualize import figures
+from tools.visualize.capture import CLASS, PARTS, attention_layers, capture, choose
 from tools.visualize.loading import EvalModel, load_images, load_model
 from utils import UserError
 
@@ -41,7 +32,7 @@ class LayerMaps:
     maps: dict[str, torch.Tensor]
 
 
-def make(args: Namespace) -> Picture:
+def make(args: Namespace) -> figures.Picture:
     """What a patch, or the class token, attends to, over the image."""
     if not (args.checkpoint or args.model):
         raise UserError("give --checkpoint CKPT or --model NAME")
@@ -65,11 +56,11 @@ def make(args: Namespace) -> Picture:
         row
         for one in layers
         for part, maps in one.maps.items()
-        for row in as_rows(
+        for row in figures.as_rows(
             maps[:, None], "weight", layer=[one.name], head=one.heads, part=[part], y=None, x=None
         )
     ]
-    return Picture(figure, rows, model.epoch or 0, notes)
+    return figures.Picture(figure, rows, model.epoch or 0, notes)
 
 
 def parse_query(text: str, size: int) -> tuple[int, int] | str:
@@ -121,31 +112,21 @@ def measure(
     has_class = getattr(model.module, "cls_token", None) is not None
     for captured in capture(model.module, layers, model.normalized(image)):
         if query != CLASS or (captured.prefix and has_class):
-            yield _layer_maps(captured, query, parts, heads, model.size)
+            place = None
+            if query != CLASS:
+                (x, y), (height, width) = query, captured.grid
+                place = (y * height // model.size, x * width // model.size)
+            shown = list(range(captured.layer.num_heads)) if heads is None else heads
+            weights = captured.parts()._asdict()
+            maps = {
+                part: captured.maps(weights[part], place or CLASS)[0, shown].cpu()
+                for part in parts
+                if weights[part] is not None
+            }
+            yield LayerMaps(captured.name, place, shown, maps)
         elif chosen is not None:
             number = names.index(captured.name)
             raise UserError(f"--query {CLASS}: layer {number} ({captured.name}) has no class token")
-
-
-def _layer_maps(
-    captured: Captured,
-    query: tuple[int, int] | str,
-    parts: Sequence[str],
-    heads: list[int] | None,
-    size: int,
-) -> LayerMaps:
-    place = None
-    if query != CLASS:
-        (x, y), (height, width) = query, captured.grid
-        place = (y * height // size, x * width // size)
-    heads = list(range(captured.layer.num_heads)) if heads is None else heads
-    weights = captured.parts()._asdict()
-    maps = {
-        part: captured.maps(weights[part], place or CLASS)[0, heads].cpu()
-        for part in parts
-        if weights[part] is not None
-    }
-    return LayerMaps(captured.name, place, heads, maps)
 
 
 def draw(layers: Sequence[LayerMaps], parts: Sequence[str], image: torch.Tensor, what: str) -> Any:
@@ -158,14 +139,14 @@ def draw(layers: Sequence[LayerMaps], parts: Sequence[str], image: torch.Tensor,
 
     numbers = max((one.heads for one in layers), key=len)
     heads = len(numbers)
-    figure, axes = grid_of_axes(len(layers), 1 + heads * len(parts), 1.15, (1.2, 0.9))
+    figure, axes = figures.grid_of_axes(len(layers), 1 + heads * len(parts), 1.15, (1.2, 0.9))
     size = image.shape[-1]
     extent = (0, size, size, 0)
     grey = {"cmap": "gray", "vmin": 0, "vmax": 1, "extent": extent}
-    colours = {"cmap": MAGNITUDE, "vmin": 0, "vmax": 1, "alpha": 0.75, "extent": extent}
+    colours = {"cmap": figures.MAGNITUDE, "vmin": 0, "vmax": 1, "alpha": 0.75, "extent": extent}
     for one, line in zip(layers, axes, strict=True):
         line[0].imshow(image.permute(1, 2, 0).numpy(), extent=extent)
-        line[0].set_ylabel(short_name(one.name), fontsize=8)
+        line[0].set_ylabel(figures.short_name(one.name), fontsize=8)
         for index, ax in enumerate(line[1:]):
             part, head = parts[index // heads], index % heads
             if part not in one.maps or head >= len(one.heads):
@@ -186,8 +167,8 @@ def draw(layers: Sequence[LayerMaps], parts: Sequence[str], image: torch.Tensor,
             ax.add_patch(Rectangle(corner, width, height, **frame))
             ax.set(xlim=(0, size), ylim=(size, 0))
     heading = [f"{part}\n" if len(parts) > 1 or part != "full" else "" for part in parts]
-    name_columns(axes, ["image", *(f"{part}head {n}" for part in heading for n in numbers)])
-    bar = add_colour_bar(figure, shades, axes, "attention weight /\nlargest of the panel")
+    figures.name_columns(axes, ["image", *(f"{part}head {n}" for part in heading for n in numbers)])
+    bar = figures.add_colour_bar(figure, shades, axes, "attention weight /\nlargest of the panel")
     bar.ax.set_facecolor("0.5")  # as the grey image under the colours of the panels
-    figure.suptitle(title(what), fontsize=10)
+    figure.suptitle(figures.title(what), fontsize=10)
     return figure

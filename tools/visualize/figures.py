@@ -15,7 +15,7 @@ from PIL import Image
 from tools.cli import shown
 from tools.files import check_outputs, check_suffix, check_writable
 from tools.plots import as_png, new_figure, plain_text
-from tools.tables import csv_bytes
+from tools.tables import write_csv
 from training.files import OutputError, write_atomically
 from utils import UserError
 
@@ -156,14 +156,14 @@ def check_targets(args: Namespace) -> None:
     """
     if not (args.output or args.csv or args.tensorboard):
         raise UserError("give --output FILE.png, --tensorboard DIR or --csv FILE")
-    files = {"--output": (args.output, ".png"), "--csv": (args.csv, ".csv")}
-    files = {flag: target for flag, target in files.items() if target[0] is not None}
-    for flag, (path, suffix) in files.items():
-        check_suffix(flag, path, suffix)
+    check_suffix("--output", args.output, ".png")
+    check_suffix("--csv", args.csv, ".csv")
+    files = [("--output", args.output), ("--csv", args.csv)]
+    files = [(flag, path) for flag, path in files if path is not None]
     inputs = [getattr(args, name, None) or [] for name in INPUTS]
     inputs = [[value] if isinstance(value, str) else value for value in inputs]
-    check_outputs([(flag, path) for flag, (path, _) in files.items()], itertools.chain(*inputs))
-    for flag, (path, _) in files.items():
+    check_outputs(files, itertools.chain(*inputs))
+    for flag, path in files:
         check_writable(flag, path)
     folder = args.tensorboard
     if folder is not None and folder.exists() and not folder.is_dir():
@@ -179,11 +179,11 @@ def save(picture: Picture, kind: str, args: Namespace) -> list[str]:
         OutputError: A file cannot be written; a previous file is unchanged.
     """
     png = as_png(picture.figure, DPI, PADDING) if args.output or args.tensorboard else b""
-    files = [(args.output, png)] if args.output else []
-    files += [(args.csv, csv_bytes(list(picture.rows[0]), picture.rows))] if args.csv else []
-    for path, content in files:
-        write_atomically(path, lambda file, content=content: file.write(content))
-    lines = [f"written to {path}" for path, _ in files]
+    if args.output:
+        write_atomically(args.output, lambda file: file.write(png))
+    if args.csv:
+        write_csv(args.csv, list(picture.rows[0]), picture.rows)
+    lines = [f"written to {path}" for path in (args.output, args.csv) if path]
     if args.tensorboard:
         _to_tensorboard(png, f"visualize/{kind}", picture.step, args.tensorboard)
         lines.append(f"visualize/{kind} at step {picture.step} in {args.tensorboard}")

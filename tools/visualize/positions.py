@@ -10,38 +10,22 @@ import torch
 from models.layers import WindowAttention2d
 from models.layers.gpsa import GPSA
 from tools.plots import new_figure
+from tools.visualize import figures, measures
 from tools.visualize.capture import capture, choose
-from tools.visualize.figures import (
-    MAGNITUDE,
-    Picture,
-    add_colour_bar,
-    as_rows,
-    grid_of_axes,
-    name_columns,
-    short_name,
-    symmetric,
-    title,
-)
 from tools.visualize.loading import EvalModel, load_model
-from tools.visualize.measures import (
-    bias_pictures,
-    centre_positions,
-    cosine_similarities,
-    position_embeddings,
-)
 from utils import UserError
 
 MOST = 7  # positions per side whose similarities are shown
 
 
-def make(args: Namespace) -> Picture:
+def make(args: Namespace) -> figures.Picture:
     """Relative position bias, positional attention or position embeddings."""
     model = load_model(args.source, args)
     modules = dict(model.module.named_modules())
     found = {
         "table": {n: m for n, m in modules.items() if isinstance(m, WindowAttention2d)},
         "gpsa": {n: m for n, m in modules.items() if isinstance(m, GPSA)},
-        "embedding": position_embeddings(model.module),
+        "embedding": measures.position_embeddings(model.module),
     }
     found = {kind: parts for kind, parts in found.items() if parts}
     if not found:
@@ -52,28 +36,26 @@ def make(args: Namespace) -> Picture:
     names = list(found[show])
     chosen = choose(f"{show} layer", "--layers", args.layers, len(names))
     parts = {names[index]: found[show][names[index]] for index in chosen}
-    what = title(model.label) + (", resampled" if model.resampled else "")
+    what = figures.title(model.label) + (", resampled" if model.resampled else "")
     figure, rows = SHOWN[show](model, parts, what)
-    return Picture(figure, rows, model.epoch or 0)
+    return figures.Picture(figure, rows, model.epoch or 0)
 
 
 def _tables(model: EvalModel, layers: dict[str, WindowAttention2d], what: str) -> tuple:
     """Bias tables: rows of layers and columns of heads, on one scale."""
-    maps = {name: bias_pictures(layer).cpu() for name, layer in layers.items()}
+    maps = {name: measures.bias_pictures(layer).cpu() for name, layer in layers.items()}
     reach = {name: layer.window - 1 for name, layer in layers.items()}
-    options = symmetric(max(part.abs().max() for part in maps.values()))
+    options = figures.symmetric(max(part.abs().max() for part in maps.values()))
     figure = _rows_of_heads(maps, options, "bias added to the score", reach)
     figure.suptitle(
         f"relative position bias, {what}\n"
         f"query minus key, in positions: dx to the right, dy downwards",
         fontsize=10,
     )
-    steps = {name: range(-r, r + 1) for name, r in reach.items()}
-    rows = [
-        row
-        for name, part in maps.items()
-        for row in as_rows(part, "bias", layer=[name], head=None, dy=steps[name], dx=steps[name])
-    ]
+    rows = []
+    for name, part in maps.items():
+        steps = range(-reach[name], reach[name] + 1)
+        rows += figures.as_rows(part, "bias", layer=[name], head=None, dy=steps, dx=steps)
     return figure, rows
 
 
@@ -81,9 +63,10 @@ def _gpsa(model: EvalModel, layers: dict[str, GPSA], what: str) -> tuple:
     """Positional attention of the centre patch: rows of layers and columns of heads."""
     image = torch.zeros(1, 3, model.size, model.size)
     grids = {c.name: c.grid for c in capture(model.module, layers, model.normalized(image))}
-    maps = {n: centre_positions(layer, *grids[n]).cpu() for n, layer in layers.items()}
+    maps = {n: measures.centre_positions(layer, *grids[n]).cpu() for n, layer in layers.items()}
     largest = max(part.max().item() for part in maps.values())
-    figure = _rows_of_heads(maps, {"cmap": MAGNITUDE, "vmin": 0.0, "vmax": largest}, "weight")
+    options = {"cmap": figures.MAGNITUDE, "vmin": 0.0, "vmax": largest}
+    figure = _rows_of_heads(maps, options, "weight")
     height, width = next(iter(grids.values()))
     figure.suptitle(
         f"positional attention of patch ({height // 2}, {width // 2}), marked, of a grid of "
@@ -93,7 +76,7 @@ def _gpsa(model: EvalModel, layers: dict[str, GPSA], what: str) -> tuple:
     rows = [
         row
         for name, part in maps.items()
-        for row in as_rows(part, "weight", layer=[name], head=None, y=None, x=None)
+        for row in figures.as_rows(part, "weight", layer=[name], head=None, y=None, x=None)
     ]
     return figure, rows
 
@@ -106,7 +89,7 @@ def _rows_of_heads(
 ) -> Any:
     """Draw ``h H W`` maps by layer, with the centre marked, or with offsets up to ``reach``."""
     heads = max(len(part) for part in maps.values())
-    figure, axes = grid_of_axes(len(maps), heads, 1.1, (1.6, 1.1))
+    figure, axes = figures.grid_of_axes(len(maps), heads, 1.1, (1.6, 1.1))
     for line, (name, part) in zip(axes, maps.items(), strict=True):
         for ax in line[len(part) :]:
             ax.set_axis_off()
@@ -120,9 +103,9 @@ def _rows_of_heads(
                 ax.set_xticks([-r, 0, r] if head == 0 else [])
                 ax.set_yticks([-r, 0, r] if head == 0 else [])
                 ax.tick_params(labelsize=6)
-        line[0].set_ylabel(short_name(name), fontsize=8)
-    name_columns(axes, [f"head {head}" for head in range(heads)])
-    add_colour_bar(figure, image, axes, what)
+        line[0].set_ylabel(figures.short_name(name), fontsize=8)
+    figures.name_columns(axes, [f"head {head}" for head in range(heads)])
+    figures.add_colour_bar(figure, image, axes, what)
     return figure
 
 
@@ -132,19 +115,20 @@ def _embeddings(model: EvalModel, embeddings: dict[str, torch.Tensor], what: str
     axes = figure.subplots(1, len(embeddings), squeeze=False)[0]
     rows = []
     for ax, (name, embedding) in zip(axes, embeddings.items(), strict=True):
-        similar = cosine_similarities(embedding.cpu())
+        similar = measures.cosine_similarities(embedding.cpu())
         height, width = similar.shape[:2]
         down, across = _spread(height), _spread(width)
         some = similar[down][:, across]  # R K H W
         gap = max(1, height // 10)
-        image = ax.imshow(mosaic(some, gap), **symmetric(1.0))
+        image = ax.imshow(mosaic(some, gap), **figures.symmetric(1.0))
         ax.set_facecolor("0.6")  # of the gaps: white would be a similarity of 0
         ax.set_title(f"{name}, {height}x{width} positions", fontsize=9)
         ax.set_xticks(_middles(width, gap, across), across, fontsize=7)
         ax.set_yticks(_middles(height, gap, down), down, fontsize=7)
         ax.set_xlabel("column of the position", fontsize=8)
         ax.set_ylabel("row of the position", fontsize=8)
-        rows += as_rows(some, "similarity", layer=[name], row=down, column=across, y=None, x=None)
+        places = {"layer": [name], "row": down, "column": across, "y": None, "x": None}
+        rows += figures.as_rows(some, "similarity", **places)
     bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.01)
     bar.set_label("cosine similarity", fontsize=8)
     figure.suptitle(
