@@ -96,15 +96,6 @@ def test_schedule_on_updates():
     )
 
 
-def test_plateau_sees_the_metric():
-    args = flags("--sched", "plateau", "--patience-epochs", 0, "--warmup-epochs", 0, "--lr", 1)
-    optimizer = torch.optim.SGD(linear().parameters(), lr=1.0)
-    scheduler = engine.build_scheduler(args, optimizer, updates_per_epoch=1)
-    for epoch, metric in enumerate([50.0, 40.0, 30.0], start=1):
-        scheduler.step(epoch, metric)
-    assert optimizer.param_groups[0]["lr"] < 0.2
-
-
 @pytest.mark.parametrize("count", [1, 3, 5, 8])
 def test_accumulated_batches_equal_large_ones(count):
     data = batches(count, size=4)

@@ -13,8 +13,7 @@ from timm.utils.model import reparameterize_model
 from torch import nn
 
 from models import CheckpointError, load_checkpoint
-from models.fastvit import AttentionBlock, FastViT, MapAttention, Stage, checkpoint_filter_fn
-from models.layers import set_fused_attention
+from models.fastvit import AttentionBlock, FastViT, Stage, checkpoint_filter_fn
 from models.layers.reparam import (
     LargeKernelConv,
     ReparamConv,
@@ -214,21 +213,6 @@ def test_strided_scale_branch_is_the_strided_convolution():
         branch = layer.conv_scale
         expected = branch.bn(nn.functional.conv2d(x, branch.conv.weight, stride=2))
         torch.testing.assert_close(layer(x), expected)
-
-
-def test_attention_is_the_formula_and_the_exponent_counts_twice():
-    torch.manual_seed(0)
-    layer = MapAttention(12, num_heads=3, qk_scale_factor=-0.4).double()
-    x = torch.randn(2, 12, 3, 5, dtype=torch.float64)
-    tokens = x.flatten(2).transpose(1, 2)
-    q, k, v = layer.qkv(tokens).reshape(2, 15, 3, 3, 4).permute(2, 0, 3, 1, 4)  # B h N d
-    weights = (q @ k.transpose(-2, -1) * 4**-0.8).softmax(-1)
-    expected = layer.proj((weights @ v).transpose(1, 2).reshape(2, 15, 12))
-    expected = expected.transpose(1, 2).reshape(2, 12, 3, 5)
-    for fused in (True, False):
-        set_fused_attention(layer, fused)
-        torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(layer.attention_maps(x), weights, rtol=1e-12, atol=1e-12)
 
 
 def test_layer_scales():
