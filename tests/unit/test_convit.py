@@ -158,12 +158,7 @@ def test_low_precision(dtype, fused):
 
 @pytest.mark.parametrize(
     "kwargs",
-    [
-        {"num_heads": 5},
-        {"local_up_to_layer": 4},
-        {"global_pool": "tokens"},
-        {"img_size": (64, 65)},
-    ],
+    [{"num_heads": 5}, {"local_up_to_layer": 4}, {"global_pool": "tokens"}, {"img_size": (64, 65)}],
 )
 def test_wrong_arguments_raise(kwargs):
     value = "64x65" if "img_size" in kwargs else next(iter(kwargs.values()))

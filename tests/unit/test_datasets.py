@@ -260,9 +260,7 @@ def test_skipping_replaces_in_training_and_reports_in_evaluation(image_folder, l
     found, target, corrupt = train.find(damaged, train.source.open)
     assert (np.asarray(found) == np.asarray(train.source.open(8 + 5))).all()
     assert target == 1
-    assert [text.rsplit(": ", 1)[0] for text in corrupt] == [
-        f"cannot decode image {path}" for path in paths
-    ]
+    assert all(str(path) in text for path, text in zip(paths, corrupt, strict=True))
     batches = list(train_feed(train, args))
     assert [len(batch.images) for batch in batches] == [4] * 4
     assert sum(len(batch.corrupt) for batch in batches) == 3  # 3 -> 4 -> 5, and 4 -> 5
