@@ -15,9 +15,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from loading import eval_feed, files, flags, real_photographs, seed_all, train_feed
+from loading import eval_feed, files, flags, real_photographs, refused, seed_all, train_feed
 from PIL import Image, ImageFile, ImageOps
-from refusing import refused
 from torch.utils.data._utils.pin_memory import pin_memory
 
 import datasets

@@ -26,8 +26,6 @@ from tools.visualize import measures
 from tools.visualize.capture import attention_layers, attention_parts, capture
 from tools.visualize.kernels import kernels_of, own_slices
 
-# The weights that pictures show are those that the layers apply
-
 
 def check_rows(weights):
     assert torch.allclose(weights.sum(-1), torch.ones(()), atol=1e-5)
@@ -155,16 +153,6 @@ def test_capture_has_what_layers_get():
 # Non-locality
 
 
-def test_nonlocality_by_hand():
-    distances = measures.grid_distances(1, 3, torch.zeros(1))
-    assert distances.tolist() == [[0, 1, 2], [1, 0, 1], [2, 1, 0]]
-    weights = torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
-    # (0.25 * 1 + 0.25 * 2) + 1 + 0, over three
-    assert measures.nonlocality(weights[None, None], distances).item() == pytest.approx(1.75 / 3)
-    halved = weights * torch.tensor([[1.0], [0.5], [0.1]])  # what a class token takes away
-    assert measures.nonlocality(halved[None, None], distances).item() == pytest.approx(1.75 / 3)
-
-
 def loop_nonlocality(weights, height, width):
     total = 0.0
     for i in range(height * width):
@@ -215,16 +203,6 @@ def test_strongly_local_heads_look_at_their_offsets():
 
 
 # The other numbers
-
-
-def test_gates():
-    model = timm.create_model("convit_tiny", img_size=16, num_classes=3, **TINY)
-    with torch.no_grad():
-        model.blocks[1].attn.gating_param.copy_(torch.tensor([0.0, 2.0, -2.0, math.log(3)]))
-    found = measures.gates(model)
-    assert list(found) == ["blocks.0.attn", "blocks.1.attn"]
-    expected = [0.5, 0.8807970779778823, 0.11920292202211755, 0.75]
-    assert found["blocks.1.attn"].tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_bias_pictures_have_query_minus_key():

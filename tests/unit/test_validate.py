@@ -192,16 +192,6 @@ def test_sizes_files_and_their_names(run, call, tmp_path):
     assert nll[0] != nll[2]
 
 
-def test_a_folder_of_classes_is_a_set(run, call, tmp_path):
-    checkpoint, images, *_ = run
-    flags = (checkpoint, "--weights", "model", "--csv", tmp_path / "t.csv", "--data-path")
-    found = []
-    for folder in (images, images / "val"):
-        assert call(*flags, folder)[0] == 0
-        found.append(read(tmp_path / "t.csv", *SCORES, "images"))
-    assert found[0] == found[1]
-
-
 def test_a_subset_is_evaluated_on_its_classes(run, call, tmp_path):
     checkpoint, _, model, _ = run
     chosen = [CLASSES[index] for index in (2, 7, 11)]
