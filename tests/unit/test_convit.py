@@ -142,6 +142,9 @@ def test_positional_attention_is_exact_under_autocast():
         assert torch.equal(positional_attention(weight, bias, 6, 5), full)
         rows, _ = positional_tables(weight, bias, 6, 5)
     assert rows.dtype == full.dtype == torch.float32
+    half = weight.half(), bias.half()  # of a model in half precision
+    assert positional_attention(*half, 6, 5).dtype == torch.float32
+    assert all(table.dtype == torch.float32 for table in positional_tables(*half, 6, 5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
