@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import torch
 
 from models.checkpoint.checksum import COMMENT_BYTES, END_BYTES, END_MARK
+from models.checkpoint.numpy_scalars import DTYPE, SCALARS, NumberType
 from models.errors import UnsafeFileError
 
 MAX_OPCODES = 1 << 21  # some 30 make a tensor and its place in a dict; one takes up to 216 bytes
@@ -46,7 +47,6 @@ STORAGES = {"torch.storage.UntypedStorage": 1} | {
 # what torch.save's pickles of dense tensors and plain values ask for, dtypes apart
 GLOBALS = STORAGES.keys() | {
     "_codecs.encode",
-    "argparse.Namespace",
     "builtins.complex",
     "builtins.set",
     "collections.Counter",
@@ -65,11 +65,15 @@ INTEGERS = ("BININT", "BININT1", "BININT2", "LONG1")
 ENCODE: Token = ("GLOBAL", "_codecs.encode")
 # bytes as text; other codecs import modules, or make more bytes than there were
 ENCODE_CALL = ("BINUNICODE", ("BINUNICODE", "latin1"), "TUPLE2", "REDUCE")
+NUMBER: Token = ("GLOBAL", DTYPE)
+NUMBER_MADE: Token = ("REDUCE", DTYPE)
+NUMBER_CALL = ("BINUNICODE", "", "", "TUPLE3", NUMBER_MADE)  # with two booleans or integers
 
 
 def verify_archive(path: Path) -> None:
     """Check that a PyTorch file is what torch.save writes for tensors and plain values.
 
+    It may ask for what ``torch.serialization.safe_globals`` allows, too.
     Takes memory in proportion to the pickle, and reads no tensor.
 
     Raises:
@@ -206,11 +210,10 @@ def _tokens(file: BinaryIO) -> Iterator[Token]:
         UnsafeFileError: The pickle asks for a global that is not allowed, or is too long.
         ValueError: It is damaged.
     """
-    # the caller of read_checkpoint may have allowed more
-    allowed = GLOBALS | {
-        f[1] if isinstance(f, tuple) else f"{f.__module__}.{f.__qualname__}"
-        for f in torch.serialization.get_safe_globals()
-    }
+    allowed = GLOBALS | safe_names()
+    calls = {ENCODE: ENCODE_CALL}
+    if (NumberType, DTYPE) in torch.serialization.get_safe_globals():  # not NumPy's own
+        calls[NUMBER] = NUMBER_CALL
     memo: dict[int, Token] = {}
     token, due = NONE, ()
     for number, (opcode, value, _) in enumerate(pickletools.genops(file)):
@@ -231,16 +234,30 @@ def _tokens(file: BinaryIO) -> Iterator[Token]:
                     f"is refused: it asks for {value}; a checkpoint may hold only tensors and "
                     f"plain values"
                 )
+        last = token
         if name in ("BINGET", "LONG_BINGET"):
             token = memo[value]
             if token[1] is None:  # not a constant
                 token = (name, None)
         else:
             token = (name, value)
-        if due and due[0] not in (token[0], token):
-            raise UnsafeFileError("is refused: it calls _codecs.encode as torch.save never does")
-        due = ENCODE_CALL if token == ENCODE else due[1:]
+        if token in (NUMBER, NUMBER_MADE) and NUMBER in calls and last[1] not in SCALARS:
+            raise UnsafeFileError(f"is refused: it asks for {DTYPE} outside of a scalar")
+        if due[:1] == (NUMBER_MADE,) and name == "REDUCE":
+            token = NUMBER_MADE
+        if due and due[0] not in ("", token[0], token):
+            called = DTYPE if due[-1] == NUMBER_MADE else ENCODE[1]
+            raise UnsafeFileError(f"is refused: it calls {called} as torch.save never does")
+        due = calls.get(token, due[1:])
         yield token
+
+
+def safe_names() -> set[str]:
+    """Return the names that ``torch.serialization.safe_globals`` allows at present."""
+    return {
+        f[1] if isinstance(f, tuple) else f"{f.__module__}.{f.__qualname__}"
+        for f in torch.serialization.get_safe_globals()
+    }
 
 
 def _is_dtype(name: str) -> bool:

@@ -12,9 +12,10 @@ from urllib.parse import urlparse
 import safetensors
 import torch
 
-from models.checkpoint.archive import verify_archive
+from models.checkpoint.archive import safe_names, verify_archive
 from models.checkpoint.checksum import file_digest, verify_checksum
 from models.checkpoint.mindspore import looks_like_mindspore, read_mindspore
+from models.checkpoint.numpy_scalars import DTYPE, NUMBER_GLOBALS
 from models.errors import CheckpointError, UnsafeFileError
 
 JSON_METADATA = {"model_kwargs", "classes", "input_size", "args"}  # of a header with the first
@@ -56,8 +57,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint file onto the CPU without executing anything that it holds.
 
     Formats: PyTorch files of tensors and plain values, with an ``argparse.Namespace`` as in
-    DeiT's and Visformer's files; safetensors; MindSpore's ``.ckpt`` of MindCV's models. The
-    content decides, not the name. The checksum is verified first, if the file has one.
+    DeiT's and Visformer's files, and NumPy's scalars, which become Python's; safetensors;
+    MindSpore's ``.ckpt`` of MindCV's models. The content decides, not the name. The checksum is
+    verified first, if the file has one.
 
     Args:
         path: File, or http(s) address of one.
@@ -98,8 +100,9 @@ def _read(path: Path) -> Any:
         return _read_safetensors(path)
     if looks_like_mindspore(start, status.st_size):
         return _read_mindspore(path)
-    verify_archive(path)
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    numbers = [] if DTYPE in safe_names() else NUMBER_GLOBALS  # the caller may allow NumPy's own
+    with torch.serialization.safe_globals([argparse.Namespace, *numbers]):
+        verify_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -161,14 +161,14 @@ def _answer() -> None:
 
     asked = json.loads(sys.argv[1])
     sys.path[:] = [folder for folder in sys.path if os.path.realpath(folder) != asked["hidden"]]
-    spec = importlib.util.find_spec("datasets")
+    library = "datasets"  # Hugging Face's, since our folder is hidden
+    spec = importlib.util.find_spec(library)
     if spec is None or spec.origin is None:  # missing, or a folder of data
         print(json.dumps({"missing": True}))
         return
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            library = importlib.import_module("datasets")
-            loaded = library.load_dataset(
+            loaded = importlib.import_module(library).load_dataset(
                 asked["name"], cache_dir=asked["cache"], keep_in_memory=False
             )
             files = {

@@ -170,6 +170,51 @@ def test_checkpoints_hold_plain_values_only(tmp_path):
     assert torch.load(path, weights_only=True)["d"] is None
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_numpy_scalars_become_python_numbers(tmp_path, zipped):
+    path, copy = tmp_path / "timm.pth", tmp_path / "copy.pth"
+    scalars = [np.float64(81.5), np.float32(0.1), np.float16(-2), np.complex64(1 + 2j)]
+    scalars += [np.complex128(3j), np.bool_(True), np.bool_(False), np.bool_(True), np.float64(3)]
+    scalars += [np.dtype(name).type(7) for name in np.typecodes["AllInteger"]]
+    scalars += [np.int64(-(2**63)), np.uint64(2**64 - 1), np.int8(-1)]
+    content = {"state_dict": {}, "metric": scalars[0], "scalars": scalars * 2}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    loaded = read_checkpoint(path)
+    wanted = [scalar.item() for scalar in scalars] * 2
+    assert loaded["scalars"] == wanted and loaded["metric"] == 81.5
+    assert [*map(type, loaded["scalars"])] == [*map(type, wanted)]
+    loaded["scalars"] = [value for value in wanted if not isinstance(value, complex)]
+    checkpoints.save_checkpoint(loaded, copy)
+    assert torch.load(copy, weights_only=True) == loaded
+
+
+@pytest.mark.parametrize("core", ["core", "_core"])
+@pytest.mark.parametrize("flags", [b"\x89\x88", b"K\x00K\x01"])
+@pytest.mark.parametrize(("order", "number"), [("<", 0x102), (">", 0x02010000)])
+def test_numpy_scalars_of_other_versions_and_machines(tmp_path, core, flags, order, number):
+    buffer, value = io.BytesIO(), np.int32(0x102)
+    torch.save({"epoch": value}, buffer, _use_new_zipfile_serialization=False)
+    data, name = buffer.getvalue(), value.__reduce__()[0].__module__.encode()
+    for own, other in (
+        (b"c" + name, f"cnumpy.{core}.multiarray".encode()),
+        (b"\x89\x88", flags),
+        (b"X\1\0\0\0<", b"X\1\0\0\0" + order.encode()),
+    ):
+        assert own in data
+        data = data.replace(own, other)
+    (tmp_path / "old.pth").write_bytes(data)
+    assert read_checkpoint(tmp_path / "old.pth")["epoch"] == number
+
+
+def test_numpy_s_own_scalars_where_the_caller_allows_them(tmp_path):
+    path, value = tmp_path / "any.pth", np.float64(2.5)
+    torch.save({"dtype": value.dtype, "metric": value}, path)
+    with torch.serialization.safe_globals([np.dtype, type(value.dtype), value.__reduce__()[0]]):
+        loaded = read_checkpoint(path)
+    assert (type(loaded["metric"]), loaded["dtype"]) == (np.float64, value.dtype)
+    assert loaded["metric"] == value
+
+
 def test_optimizer_of_other_shapes_is_refused():
     def optimizer(width):
         layer = torch.nn.Linear(width, 2)

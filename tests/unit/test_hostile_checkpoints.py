@@ -203,6 +203,7 @@ def bombs():
     data = named(calls) + b"q\x01" + text("A") + text("latin1") + b"\x86R"
     data += b"h\x01" + text("A") + text("hex") + b"\x86R"
     yield "codec of the second call", unsafe(weights_and(b"](" + data + b"e"), calls)
+    yield from numpy_scalars()
     laughs = b"](" * 60 + b"]q\x00" + b"h\x00eq\x00" * 60  # 2 ** 60 lists
     yield "laughs", loads(weights_and(laughs))
     yield "deep", loads(weights_and(b"]" * 10**5 + b"a" * (10**5 - 1)))
@@ -217,6 +218,43 @@ def bombs():
     yield "many entries", loads(saved(state() | {str(i): i for i in range(50_000)}))
     yield "many opcodes", unsafe(weights_and(b"](" + b"N" * (1 << 21) + b"e"), str(1 << 21))
     yield "no entries", damaged(archive(mapping(model=b"}")))
+
+
+def numpy_scalars():
+    """Scalars of NumPy that are not numbers, or have not the bytes of one."""
+    dtype, scalar = "numpy.dtype", "numpy._core.multiarray.scalar"
+
+    def kind(code="f8", end=b"\x89\x88\x87R", version=b"K\x03", order=b"X\1\0\0\0<"):
+        state = several(version, order, b"NNN", number(-1), number(-1), b"K\x00")
+        return named(scalar) + named(dtype) + text(code) + end + state + b"b"
+
+    eight = named("_codecs.encode") + text("\0" * 8) + text("latin1") + b"\x86R"
+    good = kind() + eight + b"\x86R"
+    yield "numpy by hand", loads(weights_and(good))
+    for code in ("O", "V2000000000", "S2000000000", "U8", "M8", "f16", "f8,f8", "(9,)f8", "2f8"):
+        made = kind(code) + eight + b"\x86R"
+        yield f"numpy {code}", unsafe(weights_and(made), f"{dtype} {code}")
+    yield "numpy of other bytes", unsafe(weights_and(kind("f4") + eight + b"\x86R"), "f4")
+    for end in (b"\x85R", b"N\x86R", b"K\x08\x86R"):
+        yield f"numpy without bytes {end}", unsafe(weights_and(kind() + end), scalar)
+    untyped = named(scalar) + text("f8") + eight + b"\x86R"
+    yield "numpy without dtype", unsafe(weights_and(untyped), scalar)
+    for name, made in (
+        ("list", named(scalar) + named(dtype) + b"]\x89\x88\x87R"),
+        ("tuple", named(scalar) + named(dtype) + text("f8") + b"\x85R"),
+        ("new", kind(end=b"\x89\x88\x87\x81")),
+        ("alone", kind().removeprefix(named(scalar))),
+        ("again", good.replace(named(dtype), named(dtype) + b"q\x01") + b"h\x01"),
+    ):
+        yield f"numpy dtype {name}", unsafe(weights_and(b"](" + made + b"e"), dtype)
+    for value in (np.str_("b"), np.dtype("f8"), np.zeros(2)):
+        asked = "_reconstruct" if isinstance(value, np.ndarray) else dtype
+        yield f"numpy {value!r}", unsafe(saved({"a": np.float64(1), "b": value}), asked)
+    for order in (text("?"), b"N", tensor((2,), (1,))):
+        made = kind(order=order) + eight + b"\x86R"
+        yield f"numpy order {order[:9]}", unsafe(weights_and(made), f"{dtype} f8")
+    huge = tensor((10**6, 10**6), (0, 0))  # comparing it would fill memory
+    yield "numpy version", loads(weights_and(kind(version=huge) + eight + b"\x86R"))
 
 
 def archives():
