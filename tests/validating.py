@@ -9,7 +9,7 @@ import torch
 from conftest import write_images
 
 import datasets
-from pipeline.images import load_image
+from pipeline.images import DataError, load_image
 from tools.validate import __main__ as validate
 from training.flags import get_args_parser
 
@@ -69,6 +69,24 @@ def refuses(found, *values, output=""):
     assert (status, printed, errors.startswith("error: ")) == (1, output, True)
     for value in values:
         assert str(value) in errors
+
+
+def fails_from(module, number, error, monkeypatch):
+    """Make ``evaluate`` of a module of tools.validate fail from this call on."""
+    evaluate, calls = module.evaluate, []
+
+    def failing(*words):
+        calls.append(words)
+        if len(calls) >= number:
+            raise error
+        return evaluate(*words)
+
+    monkeypatch.setattr(module, "evaluate", failing)
+
+
+STOPS = pytest.mark.parametrize(
+    ("error", "status"), [(KeyboardInterrupt(), 130), (DataError("broken"), 1)]
+)
 
 
 def content(folder):

@@ -10,16 +10,7 @@ import safetensors.torch
 import timm
 import torch
 from conftest import run_python
-from small_models import (
-    NAMES,
-    attention_layers,
-    blocks_of,
-    meta,
-    relative,
-    shrunk,
-    small,
-    stir,
-)
+from small_models import NAMES, attention_layers, blocks_of, meta, relative, shrunk, small, stir
 from timm.layers import DropPath
 from timm.optim import create_optimizer_v2
 from torch import nn

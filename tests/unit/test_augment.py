@@ -28,10 +28,7 @@ from pipeline.augmentation import Augmentation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FILL = (124, 116, 104)  # ImageNet's mean
-FILTERS = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-}
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 POLICIES = (
     "rand-m9-mstd0.5-inc1",
     "rand-m10-n3-mstd1-inc0",

@@ -10,6 +10,7 @@ import torch
 from models.convit import checkpoint_filter_fn
 from models.layers import set_fused_attention
 from models.layers.gpsa import GPSA, head_offsets, positional_attention, positional_tables
+from tools.visualize.capture import attention_parts
 
 SIZES = {
     "convit_tiny": (192, 4),
@@ -58,23 +59,13 @@ def test_gpsa_is_the_formula():
     content = (q @ k.transpose(-2, -1) * 4**-0.8).softmax(-1)
     weights = (1 - gate) * content + gate * scores.softmax(-1)
     expected = layer.proj((weights @ v).transpose(1, 2).reshape(2, 3, 5, 12))
-    torch.testing.assert_close(layer.attention_maps(x), weights, rtol=1e-12, atol=1e-13)
+    parts = attention_parts(layer, x)
+    for found, wanted in zip(parts, (weights, content, scores.softmax(-1)), strict=True):
+        torch.testing.assert_close(found, wanted.expand_as(found), rtol=1e-12, atol=1e-13)
+    assert torch.equal(layer.attention_maps(x), parts.full)
     for fused in (True, False):
         set_fused_attention(layer, fused)
         torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-13)
-
-
-def test_tables_are_the_factors_of_positional_attention():
-    torch.manual_seed(0)
-    weight, bias = torch.randn(4, 3, dtype=torch.float64) * 0.3, torch.randn(4).double()
-    rows, columns = positional_tables(weight, bias, 4, 7)
-    assert (rows.shape, columns.shape) == ((4, 4, 4), (4, 7, 7))
-    outer = torch.einsum("hiu,hjv->hijuv", rows, columns).reshape(4, 28, 28)
-    full = positional_attention(weight, bias, 4, 7)
-    torch.testing.assert_close(outer, full, rtol=0, atol=1e-14)
-    torch.testing.assert_close(full.sum(-1), torch.ones(4, 28).double())
-    low = positional_attention(weight.half(), bias.half(), 4, 7)
-    assert low.dtype == torch.float32
 
 
 def test_paths_agree_with_their_gradients_on_a_rectangle():
@@ -151,6 +142,9 @@ def test_positional_attention_is_exact_under_autocast():
         assert torch.equal(positional_attention(weight, bias, 6, 5), full)
         rows, _ = positional_tables(weight, bias, 6, 5)
     assert rows.dtype == full.dtype == torch.float32
+    half = weight.half(), bias.half()  # of a model in half precision
+    assert positional_attention(*half, 6, 5).dtype == torch.float32
+    assert all(table.dtype == torch.float32 for table in positional_tables(*half, 6, 5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -167,12 +161,7 @@ def test_low_precision(dtype, fused):
 
 @pytest.mark.parametrize(
     "kwargs",
-    [
-        {"num_heads": 5},
-        {"local_up_to_layer": 4},
-        {"global_pool": "tokens"},
-        {"img_size": (64, 65)},
-    ],
+    [{"num_heads": 5}, {"local_up_to_layer": 4}, {"global_pool": "tokens"}, {"img_size": (64, 65)}],
 )
 def test_wrong_arguments_raise(kwargs):
     value = "64x65" if "img_size" in kwargs else next(iter(kwargs.values()))

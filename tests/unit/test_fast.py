@@ -349,9 +349,7 @@ def test_augmentation_of_the_flags():
     )
     words = ("--input-size", 80, "--train-interpolation", "random", "--recount", 2)
     src = augmentation("--src", "--ThreeAugment", "--remode", "const", "--reprob", 1, *words)
-    assert src == Augmentation(
-        *(80, "reflected", 1.0, "random", 0.5, "3a", 0.4, 1, "const", 2),
-    )
+    assert src == Augmentation(*(80, "reflected", 1.0, "random", 0.5, "3a", 0.4, 1, "const", 2))
     plain = augmentation("--std-aug", "--src", "--input-size", 32)
     assert plain == Augmentation(32, "padded", hflip=0.5)
     digits = datasets.build_augmentation(True, flags("--aa", "original", "--color-jitter", 0.1))

@@ -7,8 +7,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torchvision.datasets as tv
+from loading import refused
 from PIL import Image
-from refusing import refused
 
 from pipeline.images import CorruptImageError
 from pipeline.sources import fine_grained
@@ -80,24 +80,14 @@ def test_inat(tmp_path, year, supercategories):
         check(source, expected, ["Acer rubrum", "Alca torda", "Uria aalge"])
 
 
-@pytest.mark.parametrize(
-    ("category", "classes", "targets"),
-    [
-        ("name", ["Acer rubrum", "Alca torda", "Uria aalge"], [0, 1, 2]),
-        ("kingdom", ["Plantae", "Animalia"], [0, 1, 1]),
-        ("phylum", ["Tracheophyta", "Chordata"], [0, 1, 1]),
-        ("class", ["c"], [0, 0, 0]),
-        ("order", ["o"], [0, 0, 0]),
-        ("supercategory", ["Plantae", "Aves"], [0, 1, 1]),
-        ("family", ["f0", "f1"], [0, 0, 1]),
-        ("genus", ["Acer", "Alca", "Uria"], [0, 1, 2]),
-    ],
-)
-def test_levels_of_inat(tmp_path, category, classes, targets):
+@pytest.mark.parametrize("category", LEVELS)
+def test_levels_of_inat(tmp_path, category):
+    names = [CATEGORIES[number][category] for number in (2, 0, 1)]  # of the training images
+    classes = list(dict.fromkeys(names))
     write_inat(tmp_path / "inat", 2018)
     assert category in fine_grained.INAT_CATEGORIES
     source = fine_grained.open_inat(tmp_path / "inat", True, False, category=category)
-    assert (source.classes, source.targets.tolist()) == (classes, targets)
+    assert (source.classes, source.targets.tolist()) == (classes, [*map(classes.index, names)])
 
 
 def test_inat_that_is_missing_or_damaged(tmp_path):
@@ -165,21 +155,14 @@ def test_inat2021(tmp_path):
         check(source, expected[version], names)
 
 
-@pytest.mark.parametrize(
-    ("category", "classes", "targets"),
-    [
-        ("kingdom", ["Animalia", "Plantae"], [0, 0, 0, 0, 1, 1]),
-        ("phylum", ["Annelida", "Chordata", "Tracheophyta"], [0, 0, 1, 1, 2, 2]),
-        ("class", ["Clitellata", "Aves", "Magnoliopsida"], [0, 0, 1, 1, 2, 2]),
-        ("order", ["Haplotaxida", "Charadriiformes", "Sapindales"], [0, 0, 1, 1, 2, 2]),
-        ("family", ["Lumbricidae", "Alcidae", "Sapindaceae"], [0, 0, 1, 1, 2, 2]),
-        ("genus", ["Lumbricus", "Alca", "Acer"], [0, 0, 1, 1, 2, 2]),
-    ],
-)
-def test_levels_of_inat2021(tmp_path, category, classes, targets):
+@pytest.mark.parametrize("category", ["kingdom", "phylum", "class", "order", "family", "genus"])
+def test_levels_of_inat2021(tmp_path, category):
+    place = 1 + ["kingdom", "phylum", "class", "order", "family", "genus"].index(category)
+    names = [species.split("_")[place] for species in SPECIES for _ in range(2)]
+    classes = list(dict.fromkeys(names))
     write_inat2021(tmp_path)
     source = fine_grained.open_inat2021(tmp_path, False, False, category)
-    assert (source.classes, source.targets.tolist()) == (classes, targets)
+    assert (source.classes, source.targets.tolist()) == (classes, [*map(classes.index, names)])
 
 
 def test_inat2021_that_is_missing_or_damaged(tmp_path):

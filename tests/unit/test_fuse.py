@@ -1,7 +1,6 @@
 """Layers of fused models, and what is kept in evaluation."""
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from small_models import relative, small, stir
 from torch import nn
 
 from models.layers import Block2d, Mlp2d, WindowAttention2d
-from models.layers.cache import EvalCache
 from models.layers.fuse import fold_before, pack
 from models.layers.gpsa import GPSA
 from models.layers.packed import PackedConv2d, PackedLinear
@@ -85,28 +83,6 @@ def test_packed_layers_notice_other_weights():
         torch.testing.assert_close(packed(x), x)
         packed.load_state_dict({"weight": 2 * torch.eye(4)})
         torch.testing.assert_close(packed(x), 2 * x)
-
-
-def test_cache():
-    module, cache, made = nn.Linear(2, 2).eval(), EvalCache(), []
-    weight = module.weight
-
-    def get(cache=cache, key="key"):
-        return cache.get(module, (weight,), key, lambda: made.append(1) or len(made))
-
-    with torch.no_grad():
-        assert [get(), get()] == [1, 1]
-        assert [get(key="other"), get(key="other")] == [2, 2]
-        weight.mul_(2)
-        assert [get(), get()] == [3, 3]
-        for twin in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
-            assert get(twin) > 3
-        cache.clear()
-        assert get() == get() == 6
-        module.train()
-        assert [get(), get()] == [7, 8]
-        module.eval()
-    assert [get(), get()] == [9, 10]  # gradients are recorded
 
 
 @pytest.mark.parametrize(

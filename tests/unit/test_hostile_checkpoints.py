@@ -9,12 +9,14 @@ import tarfile
 import warnings
 import zipfile
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from loading import refused
 
 from models import CheckpointError, UnsafeFileError, load_checkpoint
 
@@ -293,7 +295,7 @@ def archives():
     yield "zip of anything", damaged(archive(b"N", records={"data.pkl": b"hello"}))
     yield "comment", damaged(good[:-2] + b"\5\0hello")
     place = struct.pack("<Q", 9)  # torch looks for the 64-bit end record there
-    yield "another 64-bit end", damaged(good[:-34] + place + good[-26:], "its end")
+    yield "another 64-bit end", damaged(good[:-34] + place + good[-26:])
     huge = good + b"PK\5\6" + bytes(8) + struct.pack("<L", 1 << 30) + bytes(6)
     yield "huge directory", unsafe(huge, f"{1 << 30}")
 
@@ -433,6 +435,4 @@ def test_paths_that_are_not_files(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for path in (tmp_path / "none", tmp_path, tmp_path / "pipe", tmp_path / "loop", "/dev/zero"):
-        with pytest.raises(CheckpointError) as caught:
-            load_checkpoint(torch.nn.Linear(4, 2), path)
-        assert str(path) in str(caught.value)
+        refused(partial(load_checkpoint, torch.nn.Linear(4, 2), path), path, kind=CheckpointError)

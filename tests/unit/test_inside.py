@@ -5,13 +5,14 @@ import math
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers import Attention as TimmAttention
 from torch import nn
 from visualizing import TINY, randomize
 
 from models import vit
 from models.fastvit import MapAttention
-from models.layers import Attention2d, SelfAttention, WindowAttention2d
+from models.layers import Attention2d, SelfAttention, WindowAttention2d, set_fused_attention
 from models.layers.gpsa import GPSA, head_offsets
 from models.layers.reparam import (
     LargeKernelConv,
@@ -26,88 +27,44 @@ from tools.visualize.capture import attention_layers, attention_parts, capture
 from tools.visualize.kernels import kernels_of, own_slices
 
 
-def heads_to_output(layer, out, x):
-    """Heads' outputs ``B h N d`` through a token layer's projection, in the shape of ``x``."""
-    tokens = layer.proj(out.transpose(1, 2).flatten(2))
-    return tokens.reshape(x.shape)
-
-
-def by_head(v, heads):
-    return torch.stack(v.chunk(heads, -1), dim=1)
-
-
-# The weights that pictures show are those that the layers apply
-
-
 def check_rows(weights):
     assert torch.allclose(weights.sum(-1), torch.ones(()), atol=1e-5)
     assert weights.min() >= 0
 
 
-@pytest.mark.parametrize("size", [(4, 4), (3, 5)])
-def test_gpsa_weights_reproduce_its_output(size):
-    layer = randomize(GPSA(16, 4))
-    x = torch.randn(2, *size, 16)
-    with torch.no_grad():
-        parts = attention_parts(layer, x)
-        for weights in parts:
-            check_rows(weights)
-        v = by_head(layer.v(x.flatten(1, 2)), 4)
-        assert layer.fused_attn  # the output is that of the separable path
-        assert torch.allclose(heads_to_output(layer, parts.full @ v, x), layer(x), atol=1e-5)
-        share = torch.sigmoid(layer.gating_param)[:, None, None]
-        mixed = (1 - share) * parts.content + share * parts.position
-        assert torch.allclose(parts.full, mixed, atol=1e-6)
-        # the position's part is the formula of the paper, written out pair by pair
-        height, width = size
-        w, b = layer.pos_proj.weight, layer.pos_proj.bias
-        scores = torch.empty(4, height * width, height * width)
-        for i in range(height * width):
-            for j in range(height * width):
-                dy, dx = j // width - i // width, j % width - i % width
-                scores[:, i, j] = w @ torch.tensor([dx, dy, dx**2 + dy**2]).float() + b
-        assert torch.allclose(parts.position[0], scores.softmax(-1), atol=1e-5)
-        assert torch.equal(layer.attention_maps(x), parts.full)
-
-
 @pytest.mark.parametrize(
-    "layer",
+    ("layer", "exponent"),
     [
-        SelfAttention(16, 4, qkv_bias=True),
-        vit.Attention(16, 4, qkv_bias=True),
-        vit.Attention(16, 4, qk_norm=True, norm_layer=nn.LayerNorm, qk_scale_factor=-0.5),
-        TimmAttention(16, 4, qkv_bias=True),
+        (Attention2d(12, 3, qkv_bias=True, qk_scale_factor=-0.4), -0.4),
+        (MapAttention(12, 3, qk_scale_factor=-0.4), -0.4),
+        (SelfAttention(12, 3, qkv_bias=True), -0.25),
+        (vit.Attention(12, 3, qkv_bias=True), -0.25),
+        (vit.Attention(12, 3, qkv_bias=True, qk_scale_factor=-0.4), -0.4),
+        (vit.Attention(12, 3, qk_norm=True, norm_layer=nn.LayerNorm, qk_scale_factor=-0.5), -0.5),
+        (TimmAttention(12, 3, qkv_bias=True), -0.25),
     ],
 )
-def test_token_attention_weights_reproduce_its_output(layer):
-    layer = randomize(layer)
-    x = torch.randn(2, 7, 16)
-    with torch.no_grad():
-        parts = attention_parts(layer, x)
-        check_rows(parts.full)
-        assert parts.position is None
-        v = by_head(layer.qkv(x).chunk(3, -1)[-1], 4)
-        assert torch.allclose(heads_to_output(layer, parts.full @ v, x), layer(x), atol=1e-5)
+def test_attention_is_the_formula_and_the_exponent_counts_twice(layer, exponent):
+    layer, is_map = randomize(layer).double(), isinstance(layer, Attention2d | MapAttention)
+    x = torch.randn(2, *((12, 3, 5) if is_map else (15, 12)), dtype=torch.float64)
+    tokens = x.flatten(2).transpose(1, 2) if is_map else x
 
+    def linear(module, x):
+        return F.linear(x, module.weight.flatten(1), module.bias)
 
-@pytest.mark.parametrize("layer", [Attention2d(16, 4, qkv_bias=True), MapAttention(32, 2)])
-def test_map_attention_weights_reproduce_its_output(layer):
-    layer = randomize(layer)
-    x = torch.randn(2, 16 if isinstance(layer, Attention2d) else 32, 3, 5)
     with torch.no_grad():
-        weights = attention_parts(layer, x).full
-        check_rows(weights)
-        tokens = x.flatten(2).transpose(1, 2)
-        if isinstance(layer, Attention2d):
-            v = layer.qkv(x).chunk(3, 1)[-1].flatten(2).transpose(1, 2)
-        else:
-            v = layer.qkv(tokens).chunk(3, -1)[-1]
-        out = (weights @ by_head(v, layer.num_heads)).transpose(1, 2).flatten(2)  # B N C
-        if isinstance(layer, Attention2d):
-            expected = layer.proj(out.transpose(1, 2).unflatten(2, (3, 5)))
-        else:
-            expected = layer.proj(out).transpose(1, 2).unflatten(2, (3, 5))
-        assert torch.allclose(layer(x), expected, atol=1e-5)
+        q, k, v = linear(layer.qkv, tokens).reshape(2, 15, 3, 3, 4).permute(2, 0, 3, 1, 4)
+        if hasattr(layer, "q_norm"):
+            q, k = layer.q_norm(q), layer.k_norm(k)
+        weights = (q @ k.transpose(-2, -1) * 4 ** (2 * exponent)).softmax(-1)
+        expected = linear(layer.proj, (weights @ v).transpose(1, 2).flatten(2))
+        expected = expected.transpose(1, 2).reshape(x.shape) if is_map else expected
+        for fused in (True, False):
+            set_fused_attention(layer, fused)
+            torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+        full, _, position = attention_parts(layer, x)
+        torch.testing.assert_close(full, weights, rtol=1e-12, atol=1e-12)
+        assert position is None
 
 
 WINDOWED = [  # height, width, window, shift
@@ -196,16 +153,6 @@ def test_capture_has_what_layers_get():
 # Non-locality
 
 
-def test_nonlocality_by_hand():
-    distances = measures.grid_distances(1, 3, torch.zeros(1))
-    assert distances.tolist() == [[0, 1, 2], [1, 0, 1], [2, 1, 0]]
-    weights = torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
-    # (0.25 * 1 + 0.25 * 2) + 1 + 0, over three
-    assert measures.nonlocality(weights[None, None], distances).item() == pytest.approx(1.75 / 3)
-    halved = weights * torch.tensor([[1.0], [0.5], [0.1]])  # what a class token takes away
-    assert measures.nonlocality(halved[None, None], distances).item() == pytest.approx(1.75 / 3)
-
-
 def loop_nonlocality(weights, height, width):
     total = 0.0
     for i in range(height * width):
@@ -256,16 +203,6 @@ def test_strongly_local_heads_look_at_their_offsets():
 
 
 # The other numbers
-
-
-def test_gates():
-    model = timm.create_model("convit_tiny", img_size=16, num_classes=3, **TINY)
-    with torch.no_grad():
-        model.blocks[1].attn.gating_param.copy_(torch.tensor([0.0, 2.0, -2.0, math.log(3)]))
-    found = measures.gates(model)
-    assert list(found) == ["blocks.0.attn", "blocks.1.attn"]
-    expected = [0.5, 0.8807970779778823, 0.11920292202211755, 0.75]
-    assert found["blocks.1.attn"].tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_bias_pictures_have_query_minus_key():

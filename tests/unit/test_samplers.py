@@ -131,22 +131,29 @@ def test_an_epoch_resumes_where_it_stopped(num_images, repeats):
             assert len(other) == len(samples)
 
 
-def test_other_ranks_resume_with_the_samples_no_rank_has_seen():
-    """4 ranks, then 3, then 1: every sample of the epoch comes once, but a rest of less than 3."""
+@pytest.mark.parametrize(
+    ("num_images", "plan", "sharded"),
+    [(1000, [(4, 8, 10), (3, 16, 5), (1, 4, None)], False),
+     (300, [(2, 4, 9), (3, 4, 5), (1, 4, None)], True)],
+)  # fmt: skip
+def test_other_ranks_resume_with_the_samples_no_rank_has_seen(num_images, plan, sharded):
+    """Several ranks, then others, then 1: every sample of the epoch comes once."""
     dealt, state = [], None
-    for world, batch_size, steps in ((4, 8, 10), (3, 16, 5), (1, 4, None)):
-        samplers = [RASampler(1000, world, rank, batch_size, 3, seed=1) for rank in range(world)]
+    options = {"num_repeats": 3, "seed": 1}
+    options |= {"shards": tuple(odd_shards(num_images)), "window": 2} if sharded else {}
+    for world, batch_size, steps in plan:
+        samplers = [RASampler(num_images, world, r, batch_size, **options) for r in range(world)]
         for sampler in samplers:
             sampler.set_epoch(2)
             if state is not None:
-                sampler.load_state_dict(state)
+                sampler.load_state_dict(pickle.loads(pickle.dumps(state)))
                 assert sampler.is_continued_elsewhere
         assert len({len(sampler) for sampler in samplers}) == 1
+        stop = None if steps is None else steps * batch_size
         for sampler in samplers:
-            stop = None if steps is None else steps * batch_size
             dealt += [(int(draw), draw.copy) for draw in itertools.islice(sampler, stop)]
         state = samplers[0].state_dict(steps or 0)
-    whole = Deck(1000, num_replicas=4, batch_size=8, num_repeats=3, seed=1)
+    whole = Deck(num_images, num_replicas=plan[0][0], batch_size=plan[0][1], **options)
     assert sorted(dealt) == sorted((int(draw), draw.copy) for draw in whole.samples(2))
 
 
@@ -207,23 +214,6 @@ def test_the_order_without_shards_is_fixed():
     sampler.set_epoch(1)
     expected = [(image, copy) for copy in range(3) for image in (0, 4)]
     assert [(int(draw), draw.copy) for draw in sampler] == expected
-
-
-def test_an_epoch_of_shards_resumes_on_any_number_of_ranks():
-    """2 ranks, then 3, then 1: every sample of the epoch comes once."""
-    dealt, state, shards = [], None, odd_shards(300)
-    for world, steps in ((2, 9), (3, 5), (1, None)):
-        samplers = [RASampler(300, world, rank, 4, 3, 1, shards, 2) for rank in range(world)]
-        for sampler in samplers:
-            sampler.set_epoch(5)
-            if state is not None:
-                sampler.load_state_dict(pickle.loads(pickle.dumps(state)))
-                assert sampler.is_continued_elsewhere
-            stop = None if steps is None else 4 * steps
-            dealt += [(int(draw), draw.copy) for draw in itertools.islice(sampler, stop)]
-        state = samplers[0].state_dict(steps or 0)
-    whole = Deck(300, 2, 4, 3, 1, tuple(shards), 2)
-    assert sorted(dealt) == sorted((int(draw), draw.copy) for draw in whole.samples(5))
 
 
 def test_states_without_shards_still_load():

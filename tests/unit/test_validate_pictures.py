@@ -66,13 +66,6 @@ def test_equal_shares_have_equal_colours(count, tmp_path):
     assert len(np.unique(colours, axis=0)) == 3
 
 
-def test_single_cells_of_very_many_classes_stay():
-    shares = np.zeros((5, 5))
-    shares[0, 1], shares[4, 4], shares[2, 0] = 0.5, 1, 0.25
-    assert pictures.largest_of_blocks(shares, 2).tolist() == [[0.5, 0, 0], [0.25, 0, 0], [0, 0, 1]]
-    assert pictures.largest_of_blocks(shares, 1).tolist() == shares.tolist()
-
-
 def test_picture_of_more_classes_than_it_has_cells(monkeypatch):
     monkeypatch.setattr(pictures, "CELLS", 20)
     confusion = np.zeros((50, 50), int)

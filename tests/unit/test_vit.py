@@ -74,19 +74,6 @@ def test_a_tag_s_weights_are_loaded(tmp_path):
     assert model.pretrained_cfg["tag"] == "augreg_in21k_ft_in1k"
 
 
-@pytest.mark.parametrize("exponent", [-0.25, -0.5, -0.4])
-def test_attention_is_the_formula_and_the_exponent_counts_twice(exponent):
-    torch.manual_seed(0)
-    layer = models.vit.Attention(12, num_heads=3, qk_scale_factor=exponent, qkv_bias=True).double()
-    x = torch.randn(2, 7, 12, dtype=torch.float64)
-    q, k, v = layer.qkv(x).reshape(2, 7, 3, 3, 4).permute(2, 0, 3, 1, 4)  # B h N d
-    weights = (q @ k.transpose(-2, -1) * 4 ** (2 * exponent)).softmax(-1)
-    expected = layer.proj((weights @ v).transpose(1, 2).reshape(2, 7, 12))
-    for fused in (True, False):
-        set_fused_attention(layer, fused)
-        torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
-
-
 def test_query_and_key_norms_come_before_the_scale():
     ours = filled(qk_norm=True, scale_attn_norm=True)
     theirs = timm_vit.VisionTransformer(patch_size=32, qk_norm=True, scale_attn_norm=True, **SMALL)

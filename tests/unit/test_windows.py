@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from models import load_checkpoint
 from models.layers import Attention2d, WindowAttention2d, resample_bias_table, set_fused_attention
-from models.layers.window import relative_position_index, shift_mask
+from models.layers.window import shift_mask
 
 
 def layer(**options):
@@ -26,22 +26,14 @@ def brute_force(layer, x, shift):
     x = x.roll((-shift, -shift), dims=(2, 3))
     q, k, v = layer.qkv(x).reshape(len(x), 3, 2, 4, rows * columns).unbind(1)  # B h d N
     scores = (q * layer.scale).transpose(-2, -1) @ (k * layer.scale)
-    origin = (
-        [(i + shift) % rows for i in range(rows)],
-        [(i + shift) % columns for i in range(columns)],
-    )
-    wrapped = [[int(i < shift) for i in side] if shift else [0] * len(side) for side in origin]
-    cells = [(y, x) for y in range(rows) for x in range(columns)]
-    table = layer.relative_position_bias_table
-    for a, (y, x_) in enumerate(cells):
-        for b, (v_, u) in enumerate(cells):
-            if (y // window, x_ // window) != (v_ // window, u // window):
-                scores[:, :, a, b] = -torch.inf
-            else:
-                offset = (y - v_ + window - 1) * (2 * window - 1) + x_ - u + window - 1
-                scores[:, :, a, b] += table[offset]
-                if (wrapped[0][y], wrapped[1][x_]) != (wrapped[0][v_], wrapped[1][u]):
-                    scores[:, :, a, b] -= 100
+    cells = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))  # N 2
+    origin = (cells + shift) % torch.tensor([rows, columns])
+    apart = (cells // window)[:, None] != cells // window  # N N 2, as what follows
+    wrapped = (origin < shift)[:, None] != (origin < shift)
+    y, x_ = (cells[:, None] - cells + window - 1).clamp(0, 2 * window - 2).unbind(-1)
+    scores = scores + layer.relative_position_bias_table[y * (2 * window - 1) + x_].permute(2, 0, 1)
+    scores = scores - 100 * wrapped.any(-1)
+    scores = scores.masked_fill(apart.any(-1), -torch.inf)
     out = (v @ scores.softmax(-1).transpose(-2, -1)).reshape(len(x), 8, rows, columns)
     return layer.proj(out).roll((shift, shift), dims=(2, 3))[:, :, :height, :width]
 
@@ -87,14 +79,6 @@ def test_attention_maps_stay_within_windows_and_regions():
     assert maps[mask.expand(2, -1, -1, -1).transpose(0, 1)[None] < 0].max() < 1e-30
     assert not mask[0].any()  # the first window holds one region
     assert mask[-1].any()
-
-
-def test_relative_position_index():
-    index = relative_position_index(3)
-    assert index.shape == (9, 9)
-    assert (index.diagonal() == 2 * 5 + 2).all()
-    assert index[0, 8] == 0  # two up, two left
-    assert index[5, 0] == (1 + 2) * 5 + 2 + 2
 
 
 def test_bias_tables_are_resampled():
