@@ -5,8 +5,8 @@ import importlib.util
 import io
 import json
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from ranks import Rank
+from ranks import Rank, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -133,6 +133,12 @@ def image_folder(tmp_path):
 
 
 @pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """12 training and 5 validation images of each of two classes; do not change them."""
+    return write_images(tmp_path_factory.mktemp("data") / "images", train=12, val=5)
+
+
+@pytest.fixture(scope="session")
 def to_pack(tmp_path_factory):
     """An image folder with names that need care in shards."""
     from packing import write_odd_names
@@ -189,12 +195,6 @@ def start_rank(*words, **env):
     return Rank([str(word) for word in words], env)
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def ranks(count, words, program=("main.py",)):
     """Processes as torchrun would start them, each with its output in a pipe."""
     meeting = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
@@ -241,14 +241,9 @@ def read_log(folder):
 
 def same_log(first, second):
     """Whether two logs tell of the same run, speed apart."""
-
-    def lines(folder):
-        return [
-            {key: value for key, value in line.items() if key != "train_images_per_second"}
-            for line in read_log(folder)
-        ]
-
-    return lines(first) == lines(second)
+    speed = {"train_images_per_second": 0}
+    one, other = ([line | speed for line in read_log(folder)] for folder in (first, second))
+    return one == other
 
 
 def same_state(first, second):
@@ -264,6 +259,19 @@ def same_state(first, second):
     same = all(torch.equal(a, b) for a, b in zip(*moments, strict=True))
     keys = ("epoch", "best_acc1", "scaler", "lr_scheduler", "model_kwargs")
     return same and all(one[key] == other[key] for key in keys)
+
+
+def same_run(first, second):
+    """Whether two folders hold bitwise the same run: its log and its checkpoint."""
+    return same_log(first, second) and same_state(first, second)
+
+
+def accuracy_lines(output):
+    return [line for line in output.splitlines() if "* Acc@1" in line]
+
+
+def processes_and_launcher(output):
+    return re.search(r"(\d+) process\S* .*\b(\w+)\n", output).groups()
 
 
 @pytest.fixture

@@ -141,19 +141,11 @@ def more_images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("more") / "images", train=20, val=1)
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """``weights(model, classes)``: a file of random weights, made once."""
-    folder = tmp_path_factory.mktemp("weights")
-
-    def make(name, classes):
-        path = folder / f"{name}.pth"
-        if not path.exists():
-            model, _ = models.build_model(name, {"num_classes": classes}, {})
-            torch.save(model.state_dict(), path)
-        return path
-
-    return make
+def weights(path, name, classes):
+    """Write random weights."""
+    model, _ = models.build_model(name, {"num_classes": classes}, {})
+    torch.save(model.state_dict(), path)
+    return path
 
 
 @pytest.fixture
@@ -170,9 +162,12 @@ def optimizer_steps():
     handle.remove()
 
 
+SHALLOW = {"vit": ["depth=2"], "convit": ["depth=2", "local_up_to_layer=1"]}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_recipe_trains(name, images, more_images, weights, optimizer_steps, main):
+def test_recipe_trains(name, images, more_images, tmp_path, optimizer_steps, main):
     args, _ = parse_recipe(name)
     folder = images if args.sampling_ratio == 1 else more_images
     run = ["-c", ROOT / "configs" / f"{name}.yaml", "--data-set", "IMNET", "--data-path", folder]
@@ -181,13 +176,16 @@ def test_recipe_trains(name, images, more_images, weights, optimizer_steps, main
     if args.amp:  # in float16, the first steps only look for a loss scale
         run += ["--amp-dtype", "bfloat16"]
     if args.distillation_type != "none":
-        run += ["--teacher-model", "test_vit", "--teacher-path", weights("test_vit", 2)]
+        run += ["--teacher-model", "test_vit"]
+        run += ["--teacher-path", weights(tmp_path / "teacher.pth", "test_vit", 2)]
     if "--finetune" in header(ROOT / "configs" / f"{name}.yaml").words:
-        run += ["--finetune", weights(args.model, 1000)]
+        run += ["--finetune", weights(tmp_path / "weights.pth", args.model, 1000)]
+    elif shallow := SHALLOW.get(args.model.partition("_")[0]):
+        run += ["--model-kwargs", *shallow]
     status, output, errors = main(*run)
     assert (status, errors) == (0, "")
-    assert f"model {args.model} " in output
-    assert f"parameters, {'bfloat16' if args.amp else 'float32'}" in output
+    dtype = "bfloat16" if args.amp else "float32"
+    assert re.search(rf"^model {args.model} .*\b{dtype}\b", output, re.M)
     losses = [float(loss) for loss in re.findall(r"^epoch 0 step [12]/2 loss (\S+) ", output, re.M)]
     assert len(losses) == 2 and all(map(math.isfinite, losses))
     assert optimizer_steps == [1, 2]

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
-from conftest import call, run_python
+from conftest import call
 
 import models
 from tools.benchmark import __main__ as command
@@ -56,14 +56,6 @@ def benchmark(monkeypatch):
     """``benchmark(*flags) -> (status, output, errors)`` on the CPU, with a small matrix product."""
     monkeypatch.setitem(command.MATRIX, "cpu", 64)
     return lambda *flags: call(command.main, *flags, "--device", "cpu", *QUICK)
-
-
-@pytest.fixture
-def forked(monkeypatch):
-    """Fresh processes come from the fork server."""
-    from tools.benchmark import measure
-
-    monkeypatch.setattr(measure.subprocess, "run", lambda words, **_: run_python(*words[1:]))
 
 
 def test_inference_with_timm_and_an_original_as_peers(original, tmp_path, benchmark):
@@ -156,7 +148,7 @@ def test_every_round_measures_every_step():
     assert ratio([1.0, 2.0, 4.0], [2.0, 2.0, 20.0]) == 2.0
 
 
-def test_memory_grows_with_the_batch(forked):
+def test_memory_grows_with_the_batch():
     case = Case("train", "convit_tiny", "ours", "eager", 2, "float32", "cpu", 224)
     added = command.peak(replace(case, batch=6)) - command.peak(case)
     assert 10 < added / 4 < 200
@@ -184,7 +176,7 @@ def test_a_process_that_fails_names_its_case():
         command.peak(case)
 
 
-def test_backbones_with_the_originals_attention(forked):
+def test_backbones_with_the_originals_attention():
     words = ["--device", "cpu", "--input-size", 64, 96, "--rounds", 1, "--min-time", 0.01]
     status, output, errors = call(backbone.main, "swin_visformer_tiny_v2", *words)
     assert status == 0, errors

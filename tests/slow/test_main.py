@@ -9,9 +9,10 @@ import pytest
 import torch
 import yaml
 from conftest import (
+    accuracy_lines,
     read_log,
     same_log,
-    same_state,
+    same_run,
     start_rank,
     succeed,
     until,
@@ -31,21 +32,12 @@ RICH = [
 ]
 
 
-def accuracy_lines(output):
-    return [line for line in output.splitlines() if "* Acc@1" in line]
-
-
 def epochs(folder):
     return [line["epoch"] for line in read_log(folder)]
 
 
 def load(folder, name="checkpoint.pth"):
     return torch.load(folder / name, weights_only=True)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("data") / "images", train=12, val=5)
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +84,7 @@ def test_a_run_repeats_bitwise_from_its_args_yaml_and_in_parts(trained, tmp_path
     succeed(*run, "--stop-epoch", 1)
     assert epochs(tmp_path) == [0]
     succeed(*run, "--num_workers", 1)
-    assert same_log(tmp_path, folder)
-    assert same_state(tmp_path, folder)
+    assert same_run(tmp_path, folder)
     first, second = (yaml.safe_load((f / "args.yaml").read_text()) for f in (folder, tmp_path))
     changed = {key for key in first if first[key] != second[key]}
     assert changed == {"output_dir", "resume", "num_workers"}
@@ -110,8 +101,7 @@ def test_a_killed_run_resumes_bitwise(images, trained, tmp_path):
     assert process.returncode == -signal.SIGKILL
     assert epochs(tmp_path) == [0]
     succeed(*run, "--resume", "auto")
-    assert same_log(tmp_path, trained[0])
-    assert same_state(tmp_path, trained[0])
+    assert same_run(tmp_path, trained[0])
 
 
 @pytest.mark.parametrize("more", [["--amp", "--amp-dtype", "bfloat16"], ["--fuse"]])
@@ -239,8 +229,7 @@ def test_a_dataset_on_the_device(tmp_path):
     succeed(*run, tmp_path / "whole")
     succeed(*run, tmp_path / "parts", "--stop-epoch", 1)
     output = succeed(*run, tmp_path / "parts", "--resume", "auto")
-    assert same_log(tmp_path / "whole", tmp_path / "parts")
-    assert same_state(tmp_path / "whole", tmp_path / "parts")
+    assert same_run(tmp_path / "whole", tmp_path / "parts")
     for loader in ("fast", "timm"):
         flags = ["--eval", "--resume", tmp_path / "parts" / "checkpoint.pth", "--loader", loader]
         evaluated = succeed(*flags, "--device", "cpu", "--num_workers", 0)

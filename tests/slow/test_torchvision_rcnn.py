@@ -10,21 +10,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import call, ranks, read_log, run_python, together
+from conftest import call, processes_and_launcher, read_log, run_python, run_ranks, together
 from PIL import Image
+from ranks import group
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops.poolers import _setup_scales
 
 import models
 from datasets import DataError
-from samplers import RASampler, SampleIndex
+from samplers import EvalBatchSampler, RASampler, SampleIndex
 from tests.crash.compare import compare
 
 masks = pytest.importorskip("pycocotools.mask")
 
 from object_detection import torchvision_rcnn  # noqa: E402
 from object_detection.coco import CocoDataset, mirrored, read_annotations  # noqa: E402
-from object_detection.coco_evaluation import score, to_results  # noqa: E402
+from object_detection.coco_evaluation import score, score_together, to_results  # noqa: E402
 from object_detection.mask_rcnn import LevelAnchors, build_mask_rcnn  # noqa: E402
 
 MODULE = "object_detection.torchvision_rcnn"
@@ -341,47 +342,34 @@ def test_a_detection_in_a_crowd_is_no_error(few, truth, tmp_path):
         assert score(truth, [false, *results])[f"{kind}_AP"] < 0.95
 
 
-SCORE = """
-import json, sys
-from argparse import Namespace
-from pathlib import Path
-from object_detection.coco import read_annotations
-from object_detection.coco_evaluation import score_together
-from samplers import EvalBatchSampler
-from training import launch
-
-args = Namespace(world_size=1, device="cpu", dist_url="env://", dist_timeout=60)
-folder, results = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-truth = read_annotations(folder / "annotations" / "instances_train.json")
-with launch.process_group(args) as (place, _):
-    batches = EvalBatchSampler(len(truth.images), 2, place.world_size, place.rank)
+def score_part(rank, world, truth, results):
+    """A rank's scores of all results, of which it has those of its images."""
+    batches = EvalBatchSampler(len(truth.images), 2, world, rank)
     mine = {truth.images[index]["id"] for batch in batches for index in batch}
-    stats = score_together(truth, [result for result in results if result["image_id"] in mine])
-    print(json.dumps(stats))
-"""
+    return score_together(truth, [result for result in results if result["image_id"] in mine])
 
 
-def test_results_of_several_processes_are_one_evaluation(few, truth, tmp_path):
+def test_results_of_several_processes_are_one_evaluation(few, truth):
     results = truth_as_results(truth, few)
     for number, result in enumerate(results):
         result["bbox"][2] *= 1 + 0.1 * (number % 4)
-        result["segmentation"]["counts"] = result["segmentation"]["counts"].decode()
     del results[3]
     expected = score(truth, results)
     assert 0.1 < expected["bbox_AP"] < 0.9
-    (tmp_path / "results.json").write_text(json.dumps(results))
-    (tmp_path / "score.py").write_text(SCORE)
-    # of 5 images, the fourth process has none
-    for process in ranks(4, [few, tmp_path / "results.json"], [tmp_path / "score.py"]):
-        output, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        assert json.loads(output) == expected
+    assert group(score_part, 4, truth, results) == [expected] * 4  # of 5 images, the last has none
 
 
 # --- runs -----------------------------------------------------------------------------------
 
 
 detect = functools.partial(call, torchvision_rcnn.main)
+
+
+def detected(*flags):
+    """Output of a run, which must succeed."""
+    status, output, errors = detect(*flags)
+    assert status == 0, errors
+    return output
 
 
 def figures(output):
@@ -410,21 +398,19 @@ def test_stopped_and_resumed_is_the_same_run(whole, tmp_path, monkeypatch):
     assert log[1]["train_loss"] < log[0]["train_loss"]
     # the third and the sixth of six updates, three of them to warm up, the last two at a tenth
     assert [line["train_lr"] for line in log] == pytest.approx([6.67e-5, 1e-5])
-    status, output, errors = detect(*flags, "--output_dir", tmp_path, "--stop-epoch", 1)
-    assert status == 0, errors
-    assert "epoch 1 of 2 (--stop-epoch)" in output
+    assert "--stop-epoch" in detected(*flags, "--output_dir", tmp_path, "--stop-epoch", 1)
+    assert [line["epoch"] for line in read_log(tmp_path)] == [0]
     drawn = []
     monkeypatch.setattr(
         RASampler,
         "set_epoch",
         lambda self, epoch: (drawn.append(epoch), vars(self).update(epoch=epoch)),
     )
-    status, output, errors = detect(*flags, "--output_dir", tmp_path, "--resume", "auto")
-    assert status == 0, errors
+    detected(*flags, "--output_dir", tmp_path, "--resume", "auto")
     assert drawn == [1]
     assert compare(folder, tmp_path) == 0  # bits
-    status, output, _ = detect(*flags, "--output_dir", tmp_path, "--resume", "auto")
-    assert status == 0 and "2 of 2" in output
+    detected(*flags, "--output_dir", tmp_path, "--resume", "auto")
+    assert drawn == [1]  # nothing is left to train
 
 
 def test_the_checkpoint_evaluates_to_the_same_figures(whole, few):
@@ -433,14 +419,11 @@ def test_the_checkpoint_evaluates_to_the_same_figures(whole, few):
     assert last["test_bbox_AP50"] > 1e-3
     amp = ["--amp", *RUN[-6:]]
     checkpoint = ["--eval", "--resume", folder / "checkpoint.pth", "--data-path", few]
-    status, found, errors = detect(*checkpoint, *amp)
-    assert status == 0, errors
+    found = detected(*checkpoint, *amp)
     assert figures(found) == figures(output)[-1:]
     assert f"AP50 {last['test_bbox_AP50']:.4f}" in found
     assert "sizes [64] to 96" in found
-    # on two processes
-    codes, found, errors = together(2, [*checkpoint, *amp], program=["-m", MODULE])
-    assert codes == [0, 0], errors
+    found = run_ranks(2, [*checkpoint, *amp], program=["-m", MODULE])
     assert figures(found) == figures(output)[-1:]
 
 
@@ -449,15 +432,13 @@ def test_two_processes_train(few, tmp_path):
     codes, trained, errors = together(2, [*flags, "--output_dir", tmp_path], program=["-m", MODULE])
     assert codes == [0, 0], errors
     assert "strides" not in errors[0]
-    assert "2 process(es) started by torchrun" in trained
+    assert processes_and_launcher(trained) == ("2", "torchrun")
     (line,) = read_log(tmp_path)
     assert line["train_loss"] > 0 and line["test_bbox_AP50"] > 1e-3
     # the first process saved what both evaluated, its statistics of BatchNorm included
     evaluation = ["--eval", "--resume", tmp_path / "checkpoint.pth", "--data-path", few]
-    status, output, errors = detect(*evaluation, *RUN[-6:])
-    assert status == 0, errors
-    assert len(figures(output)) == 1
-    assert figures(output) == figures(trained)
+    assert figures(detected(*evaluation, *RUN[-6:])) == figures(trained)
+    assert len(figures(trained)) == 1
 
 
 def test_fine_tuning_keeps_what_the_classifier_says_of_its_function(few, tmp_path):
@@ -467,18 +448,14 @@ def test_fine_tuning_keeps_what_the_classifier_says_of_its_function(few, tmp_pat
     one = ["--data-path", few, "--limit", 1]
     one += ["--val-annotations", few / "annotations" / "instances_train.json"]
     flags = [*RUN, *one, "--epochs", 1, "--lr", 0, "--output_dir", tmp_path]
-    status, output, errors = detect(*flags, "--finetune", tmp_path / "classifier.pth")
-    assert status == 0, errors
-    assert "1 images, 1 steps" in output
+    output = detected(*flags, "--finetune", tmp_path / "classifier.pth")
     assert figures(output)[0].endswith("on 1 images")  # of the training file
     saved = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     assert (saved["qk_scale_factor"], saved["gelu"]) == (-0.5, "tanh")
     name = "stage2.0.attn.qkv.weight"
     assert torch.equal(saved["model"][f"backbone.body.net.{name}"], weights["model"][name])
     evaluation = ["--eval", "--resume", tmp_path / "checkpoint.pth", *one]
-    status, found, errors = detect(*evaluation, *RUN[-6:])
-    assert status == 0, errors
-    assert figures(found) == figures(output)
+    assert figures(detected(*evaluation, *RUN[-6:])) == figures(output)
 
 
 def test_cocos_own_layout(few, tmp_path):
@@ -487,8 +464,7 @@ def test_cocos_own_layout(few, tmp_path):
         old, new = f"instances_{split}.json", f"instances_{split}2017.json"
         (tmp_path / "annotations" / new).symlink_to(few / "annotations" / old)
         (tmp_path / f"{split}2017").symlink_to(few / "images")
-    status, output, errors = detect(*RUN, "--data-path", tmp_path, "--epochs", 1, "--limit", 1)
-    assert status == 0, errors
+    output = detected(*RUN, "--data-path", tmp_path, "--epochs", 1, "--limit", 1)
     assert len(figures(output)) == 1
 
 
