@@ -239,31 +239,11 @@ def read_log(folder):
     return [json.loads(line) for line in (Path(folder) / "log.txt").read_text().splitlines()]
 
 
-def same_log(first, second):
-    """Whether two logs tell of the same run, speed apart."""
-    speed = {"train_images_per_second": 0}
-    one, other = ([line | speed for line in read_log(folder)] for folder in (first, second))
-    return one == other
-
-
-def same_state(first, second):
-    """Whether the checkpoints of two folders hold bitwise the same run."""
-    one, other = (torch.load(Path(f, "checkpoint.pth"), weights_only=True) for f in (first, second))
-    for key in ("model", "model_ema"):
-        assert one[key].keys() == other[key].keys()
-        if not all(torch.equal(value, other[key][name]) for name, value in one[key].items()):
-            return False
-    moments = [
-        [v for s in c["optimizer"]["state"].values() for v in s.values()] for c in (one, other)
-    ]
-    same = all(torch.equal(a, b) for a, b in zip(*moments, strict=True))
-    keys = ("epoch", "best_acc1", "scaler", "lr_scheduler", "model_kwargs")
-    return same and all(one[key] == other[key] for key in keys)
-
-
 def same_run(first, second):
-    """Whether two folders hold bitwise the same run: its log and its checkpoint."""
-    return same_log(first, second) and same_state(first, second)
+    """Whether two folders hold bitwise the same run: its log and its checkpoints."""
+    from tests.crash.compare import compare
+
+    return compare(Path(first), Path(second)) == 0
 
 
 def accuracy_lines(output):
@@ -339,6 +319,13 @@ def succeed(*flags, **options):
     status, output, errors = run_main(*flags, **options)
     assert (status, errors) == (0, ""), errors
     return output
+
+
+def error_of(program, *flags, **options):
+    """The line of the error with which a program's ``main`` ends; see :func:`call`."""
+    status, _, errors = call(program, *flags, **options)
+    assert (status, errors.count("\n"), errors[:7]) == (1, 1, "error: "), errors
+    return errors
 
 
 @pytest.fixture

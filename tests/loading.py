@@ -5,12 +5,23 @@ import random
 import tarfile
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 import datasets
+from pipeline.images import DataError
 from pipeline.sources.base import Files
 from training.flags import parse_args
+
+
+def refused(call, *values, kind=DataError):
+    """The message of the error of ``call``, which names all ``values``."""
+    with pytest.raises(kind) as caught:
+        call()
+    message = str(caught.value)
+    assert [value for value in map(str, values) if value not in message] == [], message
+    return message
 
 
 def flags(*words):

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from loading import refused
 from PIL import Image, ImageFile
-from refusing import refused
 from torchvision import transforms
 
 import datasets

@@ -7,8 +7,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torchvision.datasets as tv
+from loading import refused
 from PIL import Image
-from refusing import refused
 
 from pipeline.images import CorruptImageError
 from pipeline.sources import fine_grained

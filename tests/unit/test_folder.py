@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 from conftest import write_images
-from refusing import refused
+from loading import refused
 from torchvision.datasets import ImageFolder
 
 from pipeline.sources.folder import (

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, write_images
+from loading import refused
 from PIL import Image
-from refusing import refused
 from torch.utils.data import DataLoader, Dataset
 
 import datasets

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import webdataset
 from conftest import write_images
+from loading import refused
 from packing import TRAIN, content, files_of, kill_at, pack, run_forked
 from PIL import Image
-from refusing import refused
 
 from pipeline.sources.shards import open_shards
 from tools import pack_dataset

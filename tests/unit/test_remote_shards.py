@@ -14,8 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from loading import refused
 from packing import FORK, content, run_forked
-from refusing import refused
 
 from pipeline.images import CorruptImageError, DataError
 from pipeline.sources.download import Cache

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from loading import refused
 from packing import TRAIN, content, run_forked
-from refusing import refused
 from torch.utils.data import DataLoader, Dataset
 
 import pipeline.sources.shards
