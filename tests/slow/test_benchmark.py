@@ -190,10 +190,8 @@ def test_the_cost_of_saving(tmp_path, monkeypatch):
     status, output, errors = call(saving.main, *words)
     assert status == 0, errors
     first, last = output.splitlines()
-    assert re.match(
-        r"test_vit 1 process\(es\), a checkpoint every 1 of 2 steps: with/without steps per "
-        r"second \d\.\d{3} \(\d+\.\d\d and \d+\.\d\d\)$",
-        first,
-    )
-    assert last.endswith("32 pixels, batch 2")
+    found = re.search(r"([\d.]+) \(([\d.]+) \w+ ([\d.]+)\)$", first)
+    quotient, safe, bare = map(float, found.groups())
+    assert quotient == pytest.approx(safe / bare, rel=0.01)
+    assert first.startswith("test_vit ") and last.endswith("32 pixels, batch 2")
     assert not list(tmp_path.iterdir())  # the checkpoints are removed

@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call, run_python, run_ranks
+from conftest import ROOT, call, run_ranks
 from PIL import Image
 
 from object_detection import benchmark, flops, infer, runtime, test, train
@@ -107,7 +107,7 @@ def test_train_resume_test_infer(dataset, tmp_path):
     words = ["--data-root", data, "--work-dir", run, "--cfg-options", *options]
 
     first = output_of(train, CONFIG, "--resume", *words, "train_cfg.max_iters=2")
-    assert str(run) in first  # has no checkpoint to resume from
+    assert re.search(rf"--resume\b.* {run}\b", first)  # which has no checkpoint
     assert ("float32" in first) != torch.cuda.is_available()
     assert "Iter(train) [2/2]" in first
     assert (run / "last_checkpoint").read_text().endswith("iter_2.pth")
@@ -282,9 +282,3 @@ def test_an_old_mmdet_is_named_with_its_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "mmdet", old)
     error = error_of(flops, CONFIG)
     assert "mmdet 2.28.0" in error and runtime.INSTALL in error
-
-
-def test_without_mmdet_the_package_imports_silently():
-    code = "import sys; sys.modules['mmdet'] = None; import object_detection"
-    done = run_python("-W", "error", "-c", code)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -140,15 +140,13 @@ def test_what_does_not_decay():
     model = build_mask_rcnn("swin_visformer_tiny_v2", 1, channels=8, frozen_stages=0)
     optimizer = torchvision_rcnn.build_optimizer(model, 1e-3, 0.05)
     names = {id(p): name for name, p in model.named_parameters()}
-    spared, decayed = (
-        {
-            names[id(p)]
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if (group["weight_decay"] == 0) == rests
-        }
-        for rests in (True, False)
-    )
+    decays = {
+        names[id(p)]: group["weight_decay"]
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    spared = {name for name, decay in decays.items() if decay == 0}
+    decayed = decays.keys() - spared
     assert any(name.endswith("relative_position_bias_table") for name in spared)
     assert not any(name.endswith(("bias", "bias_table")) for name in decayed)
     assert all(model.get_parameter(name).ndim > 1 for name in decayed)
@@ -509,32 +507,22 @@ def test_bad_annotations_are_named(few, tmp_path, change, names):
         read_annotations(tampered(few, tmp_path, change))
 
 
-def other_size(content):
-    content["images"][0]["width"] += 1
-
-
-def damaged(content):
-    content["annotations"][0]["segmentation"] = [["a"] * 6]
-
-
-def stranger(content):
-    content["categories"].append({"id": 2, "name": "dog"})
-
-
-def lost(content):
-    content["images"][1]["file_name"] = "lost.png"
-
-
 TRAIN, VAL = "--train-annotations", "--val-annotations"
+CHANGES = {
+    "size": lambda c: c["images"][0].update(width=560),
+    "mask": lambda c: c["annotations"][0].update(segmentation=[["a"] * 6]),
+    "file": lambda c: c["images"][1].update(file_name="lost.png"),
+    "class": lambda c: c["categories"].append({"id": 2, "name": "dog"}),
+}
 BAD = [  # flags, a change of the annotations, and what the message must name
     (["--data-path", ""], None, "--data-path"),
     (["--data-path", "TMP"], None, r"instances_val\.json"),
     ([TRAIN, "TMP/broken.json"], None, r"broken\.json"),
     (["--images", "TMP"], None, r"FudanPed00005\.png.*--images"),
-    ([TRAIN, "TMP/tampered.json"], other_size, r"FudanPed00001\.png.*\(536, 559\).*\(536, 560\)"),
-    ([TRAIN, "TMP/tampered.json"], damaged, r"annotation 1 .*FudanPed00001\.png"),
-    ([TRAIN, "TMP/tampered.json"], lost, r"lost\.png"),
-    ([VAL, "TMP/tampered.json"], stranger, "2 'dog'"),
+    ([TRAIN, "TMP/tampered.json"], "size", r"FudanPed00001\.png.*\(536, 559\).*\(536, 560\)"),
+    ([TRAIN, "TMP/tampered.json"], "mask", r"annotation 1 .*FudanPed00001\.png"),
+    ([TRAIN, "TMP/tampered.json"], "file", r"lost\.png"),
+    ([VAL, "TMP/tampered.json"], "class", "2 'dog'"),
     (["--model", "visformer_tinny"], None, "visformer_tinny.* visformer_tiny"),
     (["--epochs", 0], None, "--epochs 0"),
     (["--min-size", 0], None, "min_size"),
@@ -554,7 +542,7 @@ def test_bad_input_is_one_line(few, tmp_path, flags, change, names):
     (tmp_path / "empty.pth").write_bytes(b"")
     torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "other.pth")
     if change is not None:
-        tampered(few, tmp_path, change)
+        tampered(few, tmp_path, CHANGES[change])
     flags = [str(flag).replace("TMP", str(tmp_path)) for flag in flags]
     assert re.search(names, refused("--data-path", few, *flags))
 
@@ -564,10 +552,8 @@ def test_a_checkpoint_of_another_detector(whole, few, tmp_path):
     checkpoint = ["--data-path", few, "--resume", folder / "checkpoint.pth"]
     assert "checkpoint.pth" in refused(*checkpoint, "--eval", "--model", "resnet18")
 
-    def rename(content):
-        content["categories"][0]["name"] = "dog"
-
-    error = refused(*checkpoint, TRAIN, tampered(few, tmp_path, rename))
+    renamed = tampered(few, tmp_path, lambda c: c["categories"][0].update(name="dog"))
+    error = refused(*checkpoint, TRAIN, renamed)
     assert "tampered.json" in error and "1 'dog'" in error
 
 
