@@ -39,7 +39,7 @@ CPU = torch.device("cpu")
 RUN = [
     *("--model", "test_resnet", "--input-size", 32, "--batch-size", 2, "--num_workers", 0),
     *("--epochs", 2, "--warmup-epochs", 1, "--model-ema-decay", 0.9, "--log-interval", 1),
-    *("--drop-path", 0.3, "--drop", 0.1, "--no-repeated-aug"),
+    *("--drop-path", 0.3, "--drop", 0.1, "--no-repeated-aug", "--keep-checkpoints", 2),
     *("--device", "cpu", "--no-channels-last"),  # weights that are sharded have the plain layout
 ]
 
@@ -55,7 +55,7 @@ def run(tmp_path_factory):
 def replicas(run, tmp_path_factory):
     """The folder of a run of two whole replicas."""
     folder = tmp_path_factory.mktemp("replicas")
-    run_ranks(2, [*run, folder, "--keep-checkpoints", 2])
+    run_ranks(2, [*run, folder])
     return folder
 
 

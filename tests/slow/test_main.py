@@ -267,7 +267,7 @@ BAD = {
     "--model-kwargs depth": "depth.* KEY=VALUE",
     "--model visformer_tiny --model-kwargs nonsense=1": "visformer_tiny .*nonsense",
     "--model convit_tiny --model-kwargs depth=x": "convit_tiny",
-    "--compile fast": "--compile fast .*inductor",
+    "--compile fast": "--compile fast.* inductor",
     "--device tpu9": "--device 'tpu9'",
     "--device meta": "--device meta",
     "--device xpu": "--device xpu",
