@@ -27,8 +27,8 @@ THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # two cores, whoever 
 
 
 # the longest files: first, so that no process is left alone with one of them
-LONGEST = ("docs", "mmdet_commands", "crash", "torchvision_rcnn", "nodes", "main", "recipes")
-LONGEST += ("watchdog", "fsdp", "distributed", "submit", "mmdet")
+LONGEST = ("docs", "torchvision_rcnn", "mmdet_commands", "main", "crash", "nodes", "fsdp")
+LONGEST += ("watchdog", "submit", "benchmark", "distributed", "mmdet", "recipes")
 MARKED = {
     "distributed": ("distributed", "fsdp", "nodes"),
     "detection": ("mmdet", "mmdet_commands", "torchvision_rcnn"),
@@ -41,11 +41,9 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: order.get(item.path.stem.removeprefix("test_"), len(order)))
     for item in items:
         if item.path.parent.name == "slow":
-            item.add_marker("slow")
             name = item.path.stem.removeprefix("test_")
-            for marker, names in MARKED.items():
-                if name in names:
-                    item.add_marker(marker)
+            for marker in ("slow", *(key for key, names in MARKED.items() if name in names)):
+                item.add_marker(marker)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -166,9 +164,9 @@ def clean_env(**extra):
     return env | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | extra
 
 
-def start_python(*words, **env):
+def start_python(*words, run=subprocess.Popen, **env):
     """Start Python with ``words`` in the project's folder, its output in pipes of text."""
-    return subprocess.Popen(
+    return run(
         [sys.executable, *map(str, words)],
         cwd=ROOT,
         env=clean_env(**{key: str(value) for key, value in env.items()}),
@@ -180,13 +178,7 @@ def start_python(*words, **env):
 
 def run_python(*words, timeout=300, **env):
     """Run :func:`start_python`'s process to its end; returns the completed process."""
-    with start_python(*words, **env) as process:
-        try:
-            output, errors = process.communicate(timeout=timeout)
-        except BaseException:
-            process.kill()
-            raise
-    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+    return start_python(*words, run=partial(subprocess.run, timeout=timeout), **env)
 
 
 def start_rank(*words, **env):
