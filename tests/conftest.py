@@ -5,8 +5,8 @@ import importlib.util
 import io
 import json
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from ranks import Rank
+from ranks import Rank, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -27,8 +27,8 @@ THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # two cores, whoever 
 
 
 # the longest files: first, so that no process is left alone with one of them
-LONGEST = ("docs", "mmdet_commands", "crash", "torchvision_rcnn", "nodes", "main", "recipes")
-LONGEST += ("watchdog", "fsdp", "distributed", "submit", "mmdet")
+LONGEST = ("docs", "torchvision_rcnn", "mmdet_commands", "main", "crash", "nodes", "fsdp")
+LONGEST += ("watchdog", "submit", "benchmark", "distributed", "mmdet", "recipes")
 MARKED = {
     "distributed": ("distributed", "fsdp", "nodes"),
     "detection": ("mmdet", "mmdet_commands", "torchvision_rcnn"),
@@ -41,11 +41,9 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: order.get(item.path.stem.removeprefix("test_"), len(order)))
     for item in items:
         if item.path.parent.name == "slow":
-            item.add_marker("slow")
             name = item.path.stem.removeprefix("test_")
-            for marker, names in MARKED.items():
-                if name in names:
-                    item.add_marker(marker)
+            for marker in ("slow", *(key for key, names in MARKED.items() if name in names)):
+                item.add_marker(marker)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -133,6 +131,12 @@ def image_folder(tmp_path):
 
 
 @pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """12 training and 5 validation images of each of two classes; do not change them."""
+    return write_images(tmp_path_factory.mktemp("data") / "images", train=12, val=5)
+
+
+@pytest.fixture(scope="session")
 def to_pack(tmp_path_factory):
     """An image folder with names that need care in shards."""
     from packing import write_odd_names
@@ -160,9 +164,9 @@ def clean_env(**extra):
     return env | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | extra
 
 
-def start_python(*words, **env):
+def start_python(*words, run=subprocess.Popen, **env):
     """Start Python with ``words`` in the project's folder, its output in pipes of text."""
-    return subprocess.Popen(
+    return run(
         [sys.executable, *map(str, words)],
         cwd=ROOT,
         env=clean_env(**{key: str(value) for key, value in env.items()}),
@@ -174,25 +178,13 @@ def start_python(*words, **env):
 
 def run_python(*words, timeout=300, **env):
     """Run :func:`start_python`'s process to its end; returns the completed process."""
-    with start_python(*words, **env) as process:
-        try:
-            output, errors = process.communicate(timeout=timeout)
-        except BaseException:
-            process.kill()
-            raise
-    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+    return start_python(*words, run=partial(subprocess.run, timeout=timeout), **env)
 
 
 def start_rank(*words, **env):
     """Start ``main.py`` or another program of ours, without its imports; see :class:`Rank`."""
     env = clean_env(**{key: str(value) for key, value in env.items()})
     return Rank([str(word) for word in words], env)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def ranks(count, words, program=("main.py",)):
@@ -239,31 +231,19 @@ def read_log(folder):
     return [json.loads(line) for line in (Path(folder) / "log.txt").read_text().splitlines()]
 
 
-def same_log(first, second):
-    """Whether two logs tell of the same run, speed apart."""
+def same_run(first, second):
+    """Whether two folders hold bitwise the same run: its log and its checkpoints."""
+    from tests.crash.compare import compare
 
-    def lines(folder):
-        return [
-            {key: value for key, value in line.items() if key != "train_images_per_second"}
-            for line in read_log(folder)
-        ]
-
-    return lines(first) == lines(second)
+    return compare(Path(first), Path(second)) == 0
 
 
-def same_state(first, second):
-    """Whether the checkpoints of two folders hold bitwise the same run."""
-    one, other = (torch.load(Path(f, "checkpoint.pth"), weights_only=True) for f in (first, second))
-    for key in ("model", "model_ema"):
-        assert one[key].keys() == other[key].keys()
-        if not all(torch.equal(value, other[key][name]) for name, value in one[key].items()):
-            return False
-    moments = [
-        [v for s in c["optimizer"]["state"].values() for v in s.values()] for c in (one, other)
-    ]
-    same = all(torch.equal(a, b) for a, b in zip(*moments, strict=True))
-    keys = ("epoch", "best_acc1", "scaler", "lr_scheduler", "model_kwargs")
-    return same and all(one[key] == other[key] for key in keys)
+def accuracy_lines(output):
+    return [line for line in output.splitlines() if "* Acc@1" in line]
+
+
+def processes_and_launcher(output):
+    return re.search(r"(\d+) process\S* .*\b(\w+)\n", output).groups()
 
 
 @pytest.fixture
@@ -331,6 +311,13 @@ def succeed(*flags, **options):
     status, output, errors = run_main(*flags, **options)
     assert (status, errors) == (0, ""), errors
     return output
+
+
+def error_of(program, *flags, **options):
+    """The line of the error with which a program's ``main`` ends; see :func:`call`."""
+    status, _, errors = call(program, *flags, **options)
+    assert (status, errors.count("\n"), errors[:7]) == (1, 1, "error: "), errors
+    return errors
 
 
 @pytest.fixture

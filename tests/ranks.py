@@ -3,14 +3,19 @@
 import multiprocessing
 import os
 import runpy
+import socket
 import sys
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["main", "ranks"])
+SERVER.set_forkserver_preload(["main", "conftest"])
 
 
 def run(words: list[str], env: dict[str, str], output: Connection, errors: Connection) -> None:
@@ -35,6 +40,42 @@ def run(words: list[str], env: dict[str, str], output: Connection, errors: Conne
         runpy.run_path(words[0], run_name="__main__")
 
 
+def start(words: list[str], env: dict[str, str], output: IO, errors: IO) -> Any:
+    """Start ``python WORDS``, which prints into ``output`` and ``errors``."""
+    with Connection(os.dup(output.fileno())) as out, Connection(os.dup(errors.fileno())) as err:
+        process = SERVER.Process(target=run, args=(words, env, out, err))
+        process.start()
+    return process
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def member(function: Callable, rank: int, world: int, port: int, *args: Any) -> Any:
+    """Call ``function`` as a rank of a Gloo group."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    meeting = {"init_method": f"tcp://127.0.0.1:{port}", "timeout": timedelta(minutes=1)}
+    dist.init_process_group("gloo", rank=rank, world_size=world, **meeting)
+    try:
+        return function(rank, world, *args)
+    finally:
+        dist.destroy_process_group()
+
+
+def group(function: Callable, world: int, *args: Any) -> list[Any]:
+    """Results of ``function(rank, world, *args)`` in a Gloo group of processes, by rank."""
+    port = free_port()
+    with ProcessPoolExecutor(world, SERVER) as pool:
+        calls = [pool.submit(member, function, r, world, port, *args) for r in range(world)]
+        return [call.result() for call in calls]
+
+
 class Rank:
     """A process of a program, with those parts of ``subprocess.Popen`` that the tests use.
 
@@ -47,9 +88,8 @@ class Rank:
         reader, writer = SERVER.Pipe(duplex=False)
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - until communicate()
         self.stdout = os.fdopen(os.dup(reader.fileno()))
-        with reader, writer, Connection(os.dup(self._errors.fileno())) as errors:
-            self._process = SERVER.Process(target=run, args=(words, env, writer, errors))
-            self._process.start()
+        with reader, writer:
+            self._process = start(words, env, writer, self._errors)
         self.pid = self._process.pid
 
     @property

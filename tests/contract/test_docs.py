@@ -15,7 +15,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import ROOT, THREADS, clean_env, write_images
+from conftest import ROOT, THREADS, clean_env
 from sklearn.datasets import load_digits
 from sklearn.utils import Bunch
 
@@ -62,9 +62,7 @@ def run(words, capsys):
     finally:
         sys.argv = before
         torch.set_num_threads(THREADS)
-    output = capsys.readouterr()
-    assert done.value.code in (0, None), f"{shlex.join(words)}\n{output.err}"
-    return output.out
+    assert done.value.code in (0, None), f"{shlex.join(words)}\n{capsys.readouterr().err}"
 
 
 @pytest.fixture(scope="module")
@@ -116,13 +114,6 @@ def test_pages_are_marked():
     assert {"README", "DATA", "DEPLOYMENT", "EVALUATION", "RECIPES", "VISUALIZE"} <= marked
     for page in PAGES:
         assert page.read_text().count(MARK) == len(BLOCK.findall(page.read_text())), page
-
-
-def test_a_command_that_fails_is_noticed(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    write_images(tmp_path / "data")
-    with pytest.raises(AssertionError, match=r"error: .*'visformer_tin'"):
-        run(["python", "main.py", "--model", "visformer_tin", "--data-path", "data"], capsys)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -8,7 +8,6 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 from tests.crash.compare import compare, survey
 from tests.crash.job import CrashError, Job, end_orphans, processes, send
@@ -60,36 +59,6 @@ class Counts:
     def is_good(self) -> bool:
         """Return True if nothing was lost, left over or different."""
         return not (self.lost_checkpoints or self.orphans or self.bits_of_difference)
-
-
-class Moment(NamedTuple):
-    """When to interrupt.
-
-    Attributes:
-        kind: ``start``, counted from the start; ``steps``, from the last of the awaited saves, or
-            from the first step; ``saving``, from the beginning of the next save.
-        saves: Number of checkpoints to wait for, so that the run makes progress.
-        share: Additional waiting time, in 0..1 of the duration of ``kind``.
-    """
-
-    kind: str
-    saves: int
-    share: float
-
-
-def draw_moment(rng: random.Random, kills: int, in_vain: bool) -> Moment:
-    """Return a random moment.
-
-    The first three of a part are of the three kinds; if the last kill came before any further
-    checkpoint (``in_vain``), the next one waits for one.
-    """
-    kind, rare = ("saving", "steps")[kills % 2], rng.random() < VAIN
-    saves, share = rng.choice((0, 1, 1, 2)), rng.random()
-    if in_vain or kills < 2:
-        saves = max(saves, 1)
-    elif rare or kills == 2:
-        kind = "start"
-    return Moment(kind, saves, share)
 
 
 def command(
@@ -218,7 +187,13 @@ class Run:
         if self.counts.kills >= self.kills:
             job.wait()
             return []
-        kind, saves, share = draw_moment(self.rng, self.counts.kills, self.in_vain)
+        kills, rare = self.counts.kills, self.rng.random() < VAIN
+        kind, saves = ("saving", "steps")[kills % 2], self.rng.choice((0, 1, 1, 2))
+        share = self.rng.random()  # further waiting, of the duration of such a part of a run
+        if self.in_vain or kills < 2:  # wait for a checkpoint: the run must make progress
+            saves = max(saves, 1)
+        elif rare or kills == 2:  # the first three moments of a part are of the three kinds
+            kind = "start"
 
         def is_near() -> bool:
             ready = job.stepping and job.saves >= saves

@@ -3,56 +3,34 @@
 import contextlib
 import functools
 import json
-import multiprocessing
-import os
 import random
-import runpy
 import signal
 import subprocess
 import sys
 from argparse import Namespace
-from multiprocessing.connection import Connection
 from types import SimpleNamespace
 
 import pytest
+import ranks
 import torch
-from conftest import ROOT, call
+from conftest import call
 
 from tests.crash import job
 from tests.crash.__main__ import main as crash
 from tests.crash.compare import compare, differing_bits, survey
 from tests.crash.job import CrashError
-from tests.crash.run import Counts, Run, draw_moment, parts_of
+from tests.crash.run import Counts, Run, parts_of
 from training.checkpoints import save_checkpoint
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 KILL, TERM = (parts_of(1, name)[0] for name in ("KILL", "TERM"))
 
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["main"])
-
-
-def run_main(words, env, text):
-    """What ``python WORDS`` does, printing into ``text``."""
-    os.dup2(text.fileno(), 1)
-    os.dup2(1, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", 1)
-    multiprocessing.set_start_method("fork", force=True)  # for loader processes, as usual
-    os.environ.update(env)
-    torch.set_num_threads(1)
-    sys.argv = words
-    runpy.run_path(words[0], run_name="__main__")
-
-
 class Forked:
     """The parts of ``subprocess.Popen`` that Job uses, in a process that need not import torch."""
 
     def __init__(self, command, stdout, env, **_):
-        with Connection(os.dup(stdout.fileno())) as text:
-            words = [str(ROOT / command[1]), *command[2:]]
-            self._process = SERVER.Process(target=run_main, args=(words, env, text))
-            self._process.start()
+        self._process = ranks.start(command[1:], env, stdout, stdout)
         self.pid, self.kill, self.wait = self._process.pid, self._process.kill, self._process.join
 
     def poll(self):
@@ -206,19 +184,3 @@ def test_progress_that_goes_back_is_a_loss(tmp_path, part, kept):
     with contextlib.nullcontext() if kept else pytest.raises(CrashError, match=r"25\b.*\b23\b"):
         run.survey(started)
     assert counts.lost_checkpoints == 1
-
-
-def test_moments_make_progress():
-    rng = random.Random(0)
-    moments = [draw_moment(rng, kills, in_vain=False) for kills in range(200)]
-    assert [moment.kind for moment in moments[:3]] == ["saving", "steps", "start"]
-    assert {moment.kind for moment in moments} == {"saving", "steps", "start"}
-    assert any(moment.saves == 0 for moment in moments)
-    after_vain = [draw_moment(rng, kills, in_vain=True) for kills in range(200)]
-    assert all(moment.saves and moment.kind != "start" for moment in after_vain)
-
-
-def test_parts():
-    assert [part.number for part in parts_of(1, "TERM")] == [signal.SIGTERM]
-    assert len(parts_of(2, "mixed")) == len(parts_of(2, "KILL")) + len(parts_of(2, "TERM"))
-    assert any(part.restarts for part in parts_of(2, "KILL"))

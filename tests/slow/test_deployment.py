@@ -3,14 +3,12 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 
 import pytest
 import torch
-from conftest import clean_env
+from conftest import start_python
 from exporting import CLASSES, VIT, close, export, python_block, save
 from PIL import Image
 
@@ -56,24 +54,16 @@ def test_the_page_serves_images(size, names, tmp_path, cifar):
     source = next((cifar / "val").rglob("*.*"))
     photograph = tmp_path / "photograph.png"  # oblong, so that the crop is of its middle
     Image.open(source).convert("RGB").resize((150, 101)).save(photograph)
-    process = subprocess.Popen(
-        [sys.executable, str(script), str(out), "0"],
-        cwd=tmp_path,
-        env=clean_env(PYTHONPATH=str(tmp_path)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    try:
-        address = process.stdout.readline().strip()
-        with pytest.raises(urllib.error.HTTPError, match="500"):
-            urllib.request.urlopen(address, b"no image", timeout=60)
-        with urllib.request.urlopen(address, photograph.read_bytes(), timeout=60) as answer:
-            found = json.loads(answer.read())
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+    with start_python(script, out, 0, PYTHONPATH=tmp_path) as process:
+        try:
+            address = process.stdout.readline().strip()
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(address, b"no image", timeout=60)
+            with urllib.request.urlopen(address, photograph.read_bytes(), timeout=60) as answer:
+                found = json.loads(answer.read())
+        finally:
+            process.kill()
+    assert refused.value.code == 500
     args, _ = parse_args(["--input-size", str(size)])
     transform = datasets.build_transform(False, args)
     image = transform(Image.open(photograph).convert("RGB"))

@@ -1,31 +1,27 @@
 """Several processes: exact evaluation, resume, every launcher, and starts that go wrong."""
 
-import json
-import re
-
 import pytest
+import torch
 from conftest import (
-    free_port,
+    accuracy_lines,
+    processes_and_launcher,
     run_main,
     run_python,
     run_ranks,
-    same_log,
-    same_state,
+    same_run,
     start_rank,
     together,
     write_images,
 )
+from ranks import free_port, group
+from torch import nn
+
+import engine
+from pipeline.reference import Batch
+from samplers import EvalBatchSampler
 
 LAUNCH = ["-m", "torch.distributed.launch", "--use_env"]
 SMALL = ["--model", "test_resnet", "--input-size", 32, "--num_workers", 0, "--device", "cpu"]
-
-
-def accuracy_lines(output):
-    return [line for line in output.splitlines() if "* Acc@1" in line]
-
-
-def processes_and_launcher(output):
-    return re.search(r"(\d+) process\S* .*\b(\w+)\n", output).groups()
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +51,7 @@ def test_stopped_and_resumed_on_two_processes(whole, tmp_path):
     assert len(accuracy_lines(output)) == 4  # of two epochs: one process prints
     run_ranks(2, [*run, "--output_dir", tmp_path, "--stop-epoch", 1])
     run_ranks(2, [*run, "--output_dir", tmp_path, "--resume", "auto"])
-    assert same_log(tmp_path, folder)
-    assert same_state(tmp_path, folder)
+    assert same_run(tmp_path, folder)
 
 
 @pytest.fixture(scope="module")
@@ -136,62 +131,33 @@ def test_an_error_on_the_processes_ends_the_run(images):
     assert "--batch-size 42" in errors[0] and "80 images" in errors[0]
 
 
-EXACT = """
-import json, multiprocessing, os, sys, torch, torch.distributed as dist
-import engine
-from pipeline.reference import Batch
-from samplers import EvalBatchSampler
-
-torch.set_num_threads(1)
-CPU = torch.device("cpu")
-generator = torch.Generator().manual_seed(0)
-images = torch.randn(501, 3, 2, 2, generator=generator)
-targets = torch.randint(7, (501,), generator=generator)
-torch.manual_seed(1)
-model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 7))
+GENERATOR = torch.Generator().manual_seed(0)
+IMAGES = torch.randn(501, 3, 2, 2, generator=GENERATOR)
+TARGETS = torch.randint(7, (501,), generator=GENERATOR)
 
 
-def loader(size, world, rank):
-    for indices in EvalBatchSampler(size, 48, world, rank):
-        yield Batch(images[indices], targets[indices], ["bad"] * (indices[0] == 0))
+def evaluate(rank, world, size):
+    """A rank's results for the first ``size`` images."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 7))
+    loader = [
+        Batch(IMAGES[indices], TARGETS[indices], ["bad"] * (indices[0] == 0))
+        for indices in EvalBatchSampler(size, 48, world, rank)
+    ]
+    stats = engine.evaluate(loader, model, torch.device("cpu"))
+    del stats["messages"]
+    return stats
 
 
-def work(rank, world, port):
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
-    for size in (1, 2, 7, 500, 501):
-        stats = engine.evaluate(loader(size, world, rank), model, CPU)
-        del stats["messages"]
-        os.write(1, f"{json.dumps([world, size, stats])}\\n".encode())
-    dist.destroy_process_group()
+def evaluate_all(rank, world):
+    return {size: evaluate(rank, world, size) for size in (1, 2, 7, 500, 501)}
 
 
-for world, port in zip((1, 2, 3, 4), map(int, sys.argv[1:])):
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=work, args=(rank, world, port)) for rank in range(world)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
-"""
-
-
-def test_evaluation_of_any_size_is_exact_on_any_number_of_processes(tmp_path):
-    script = tmp_path / "exact.py"
-    script.write_text(EXACT)
-    process = start_rank(script, *(free_port() for _ in range(4)))
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    found = {}
-    for line in output.splitlines():
-        world, size, stats = json.loads(line)
+def test_evaluation_of_any_size_is_exact_on_any_number_of_processes():
+    first, *others = [stats for world in (1, 2, 3, 4) for stats in group(evaluate_all, world)]
+    assert others == [first] * 9
+    for size, stats in first.items():
         assert stats["images"] == size
         assert stats["corrupt"] == 1  # of the first batch, which one process has
-        found.setdefault(size, []).append((world, stats))
-    assert sorted(found) == [1, 2, 7, 500, 501]
-    for results in found.values():
-        assert sorted(world for world, _ in results) == [1, 2, 2, 3, 3, 3, 4, 4, 4, 4]
-        assert all(stats == results[0][1] for _, stats in results)
     # one image more, and the accuracy says so: a duplicate or a lost image would, too
-    assert found[500][0][1]["loss"] != found[501][0][1]["loss"]
+    assert first[500]["loss"] != first[501]["loss"]

@@ -1,6 +1,5 @@
 """``--fsdp``: sharded runs train, stop, resume and evaluate as runs of whole replicas do."""
 
-import json
 import shutil
 import signal
 from argparse import Namespace
@@ -9,25 +8,38 @@ import pytest
 import timm
 import torch
 from conftest import (
-    free_port,
+    accuracy_lines,
+    error_of,
     read_log,
     run_ranks,
-    same_log,
-    same_state,
-    start_rank,
+    same_run,
     succeed,
     write_images,
 )
-from test_distributed import accuracy_lines
+from ranks import group
 from test_stop import first_step, saved_step
+from torch.optim import AdamW
 
-from training.fsdp import check, find_blocks
+import models
+from main import main
+from tests.crash.compare import differing_bits
+from training import run_state
+from training.fsdp import (
+    ShardedAverage,
+    check,
+    find_blocks,
+    gather,
+    gathered,
+    shard,
+    shard_optimizer_state,
+)
 from utils import UserError
 
+CPU = torch.device("cpu")
 RUN = [
     *("--model", "test_resnet", "--input-size", 32, "--batch-size", 2, "--num_workers", 0),
     *("--epochs", 2, "--warmup-epochs", 1, "--model-ema-decay", 0.9, "--log-interval", 1),
-    *("--drop-path", 0.3, "--drop", 0.1, "--no-repeated-aug"),
+    *("--drop-path", 0.3, "--drop", 0.1, "--no-repeated-aug", "--keep-checkpoints", 2),
     *("--device", "cpu", "--no-channels-last"),  # weights that are sharded have the plain layout
 ]
 
@@ -43,7 +55,7 @@ def run(tmp_path_factory):
 def replicas(run, tmp_path_factory):
     """The folder of a run of two whole replicas."""
     folder = tmp_path_factory.mktemp("replicas")
-    run_ranks(2, [*run, folder, "--keep-checkpoints", 2])
+    run_ranks(2, [*run, folder])
     return folder
 
 
@@ -68,8 +80,7 @@ def load(*folders):
 def test_two_ranks_train_bitwise_as_replicas_do(replicas, sharded):
     folder, _ = sharded
     assert len(losses(folder)) == 2
-    assert same_log(folder, replicas)
-    assert same_state(folder, replicas)
+    assert same_run(folder, replicas)
     one, other = load(folder, replicas)
     assert one.keys() == other.keys()
     assert one["optimizer"]["param_groups"] == other["optimizer"]["param_groups"]
@@ -107,8 +118,7 @@ def test_a_stopped_run_resumes_bitwise(run, sharded, stopped, tmp_path):
     output = run_ranks(2, [*run, tmp_path / "run", "--fsdp", "--resume", "auto"])
     epoch, step = saved_step(stopped)
     assert first_step(output) == (epoch, step + 1)
-    assert same_log(tmp_path / "run", sharded[0])
-    assert same_state(tmp_path / "run", sharded[0])
+    assert same_run(tmp_path / "run", sharded[0])
 
 
 def test_a_checkpoint_is_evaluated_by_one_process(run, sharded):
@@ -132,17 +142,7 @@ def test_one_process_resumes_without_shards(run, stopped, tmp_path):
 def test_a_run_of_replicas_resumes_in_shards(run, replicas, tmp_path):
     run_ranks(2, [*run, tmp_path, "--fsdp", "--resume", replicas / "checkpoint-0000.pth"])
     assert losses(tmp_path) == losses(replicas)[1:]
-    assert same_state(tmp_path, replicas)
-
-
-SHARDS = """
-import copy, json, multiprocessing, os, sys, torch, torch.distributed as dist
-import engine, models, utils
-from training import fsdp, run_state
-from training.fsdp import ShardedAverage, gather, gathered, shard, shard_optimizer_state
-
-torch.set_num_threads(1)
-CPU = torch.device("cpu")
+    assert differing_bits(*load(tmp_path, replicas)) == 0
 
 
 def build(name, seed=0):
@@ -154,12 +154,13 @@ def local_bytes(tensors):
     return sum(t.to_local().numel() for t in tensors) / sum(t.numel() for t in tensors)
 
 
-def check(name, rank, world):
+def shards(rank, world, name):
+    """Measurements of two steps, of which the first is skipped, and of what is saved of them."""
     model, plain = build(name), build(name)
     average = ShardedAverage(model, 0.9)
     shard(model, CPU)
     shard(average.module, CPU)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    optimizer = AdamW(model.parameters(), lr=1e-3, fused=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(rank))
     before = gather(model.state_dict(), True)
@@ -185,7 +186,7 @@ def check(name, rank, world):
     twin = build(name, seed=1)
     shard(twin, CPU)
     twin.load_state_dict(after)
-    second = torch.optim.AdamW(twin.parameters(), lr=1e-3, fused=True)
+    second = AdamW(twin.parameters(), lr=1e-3, fused=True)
     run_state.restore_optimizer(second, shard_optimizer_state(second, moments), "here")
     again = gather(second.state_dict(), True)["state"]
     reloaded = gather(twin.state_dict(), True)
@@ -213,38 +214,11 @@ def check(name, rank, world):
     }
 
 
-def work(name, rank, world, port):
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
-    found = check(name, rank, world)
-    os.write(1, f"{json.dumps([name, world, rank, found])}\\n".encode())
-    dist.destroy_process_group()
-
-
-cases = [("test_resnet", 2), ("test_vit", 3)]
-for (name, world), port in zip(cases, map(int, sys.argv[1:])):
-    context = multiprocessing.get_context("fork")
-    places = [(name, rank, world, port) for rank in range(world)]
-    processes = [context.Process(target=work, args=place) for place in places]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
-"""
-
-
-def test_shards_are_parts_of_a_whole(tmp_path):
-    script = tmp_path / "shards.py"
-    script.write_text(SHARDS)
-    process = start_rank(script, *(free_port() for _ in range(2)))
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    lines = [json.loads(line) for line in output.splitlines()]
-    assert len(lines) == 2 + 3
-    for name, world, rank, found in lines:
+@pytest.mark.parametrize(("name", "world"), [("test_resnet", 2), ("test_vit", 3)])
+def test_shards_are_parts_of_a_whole(name, world):
+    for rank, found in enumerate(group(shards, world, name)):
         for key in ("weights", "moments", "other moments", "average", "resharded"):
-            assert found[key] == pytest.approx(1 / world, abs=0.03), (name, world, rank, key)
+            assert found[key] == pytest.approx(1 / world, abs=0.03), (rank, key)
         assert found["skipped"] == [True, False]  # the bad gradient was of one process
         assert found["scale"] == 2.0
         assert found["average off"] < 1e-6
@@ -273,7 +247,5 @@ def test_contradicting_flags_are_named(flags, processes, named):
         check(Namespace(**plain | flags), processes)
 
 
-def test_a_single_process_cannot_shard(main):
-    status, _, errors = main(*RUN, "--fsdp")
-    assert status == 1
-    assert errors.startswith("error: --fsdp ") and errors.count("\n") == 1
+def test_a_single_process_cannot_shard():
+    assert "--fsdp" in error_of(main, *RUN, "--fsdp")

@@ -144,8 +144,10 @@ def test_compiled_operators_are_preferred(tmp_path, monkeypatch):
 # --- backbones
 
 
-def test_importing_is_silent_and_does_not_load_mmdet():
-    code = "import object_detection, sys; print('mmdet.models' in sys.modules)"
+def test_importing_is_silent_and_does_not_load_or_need_mmdet():
+    code = "import object_detection, sys; print('mmdet.models' in sys.modules);"
+    code += "[sys.modules.pop(n) for n in list(sys.modules) if n.startswith('object_detection')];"
+    code += "sys.modules['mmdet'] = None; import object_detection"
     done = run_python("-W", "error", "-c", code)
     assert (done.returncode, done.stdout, done.stderr) == (0, "False\n", "")
 

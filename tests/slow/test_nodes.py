@@ -8,8 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, clean_env, run_ranks, same_log, same_state, until, write_images
-from test_distributed import processes_and_launcher
+from conftest import ROOT, clean_env, processes_and_launcher, run_ranks, same_run, until
 
 RUN = ["--model", "test_resnet", "--input-size", 32, "--batch-size", 2, "--num_workers", 0]
 RUN += ["--epochs", 1, "--log-interval", 1, "--device", "cpu", "--no-repeated-aug"]
@@ -30,9 +29,7 @@ def hosts():
         try:
             for name in names:
                 ip("netns", "add", name)
-            ends = [
-                ["name", cable, "netns", name] for cable, name in zip(cables, names, strict=True)
-            ]
+            ends = [["name", c, "netns", n] for c, n in zip(cables, names, strict=True)]
             ip("link", "add", *ends[0], "type", "veth", "peer", *ends[1])
             for name, cable, address in zip(names, cables, addresses, strict=True):
                 ip("-n", name, "address", "add", f"{address}/24", "dev", cable)
@@ -58,16 +55,8 @@ def kill_host(name):
 def start(host, is_first, count, words):
     """torchrun with ``count`` ranks on a host, as on the other one."""
     name, address, cable = host
-    options = [
-        "--nnodes",
-        2,
-        "--nproc_per_node",
-        count,
-        "--rdzv_backend",
-        "c10d",
-        "--rdzv_id",
-        "test",
-    ]
+    options = ["--nnodes", 2, "--nproc_per_node", count, "--rdzv_backend", "c10d"]
+    options += ["--rdzv_id", "test"]
     options += ["--rdzv_endpoint", f"10.77.0.1:{PORT}", "--local-addr", address]
     options += ["--rdzv-conf", f"is_host={int(is_first)}"]  # the hosts have one name
     words = ["-m", "torch.distributed.run", *options, "main.py", *words]
@@ -81,11 +70,6 @@ def start(host, is_first, count, words):
     )
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("data") / "images", train=12, val=4)
-
-
 def test_two_hosts_train_bitwise_as_one_does(hosts, images, tmp_path):
     words = [*RUN, "--data-path", images, "--output_dir"]
     pair = [start(host, i == 0, 2, [*words, tmp_path / "two"]) for i, host in enumerate(hosts)]
@@ -95,8 +79,7 @@ def test_two_hosts_train_bitwise_as_one_does(hosts, images, tmp_path):
     (first,) = filter(None, printed)  # one process prints
     assert processes_and_launcher(first) == ("4", "torchrun")
     run_ranks(4, [*words, tmp_path / "one"])
-    assert same_log(tmp_path / "two", tmp_path / "one")
-    assert same_state(tmp_path / "two", tmp_path / "one")
+    assert same_run(tmp_path / "two", tmp_path / "one")
 
 
 def test_a_host_that_is_lost_is_named(hosts, images):

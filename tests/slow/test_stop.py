@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import read_log, run_ranks, same_log, same_state, start_rank, succeed, write_images
+from conftest import read_log, run_ranks, same_run, start_rank, succeed, write_images
 from packing import pack
 
 import utils
@@ -69,8 +69,7 @@ def test_a_stopped_run_resumes_bitwise(images, whole, tmp_path, main, number, li
     assert re.search(rf"{number.name}\D+{epoch}\D+{step}\b", output)
     output = succeed(*run, "--resume", "auto", "--num_workers", 2)
     assert first_step(output) == (epoch, min(step + 1, 12))
-    assert same_log(tmp_path, whole)
-    assert same_state(tmp_path, whole)
+    assert same_run(tmp_path, whole)
     (listed,) = (tmp_path / "corrupt.txt").read_text().splitlines()
     assert "3.jpg" in listed
 
@@ -85,8 +84,7 @@ def test_a_run_on_packed_shards_resumes_bitwise(images, tmp_path):
     epoch, step = saved_step(tmp_path / "parts")
     output = succeed(*run, "--resume", "auto", "--num_workers", 2)
     assert first_step(output) == (epoch, step + 1) > (0, 1)
-    assert same_log(tmp_path / "parts", tmp_path / "whole")
-    assert same_state(tmp_path / "parts", tmp_path / "whole")
+    assert same_run(tmp_path / "parts", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("flag", [("--save-every-steps", 3), ("--save-every-minutes", 1e-9)])
@@ -102,8 +100,7 @@ def test_checkpoints_within_an_epoch(images, whole, tmp_path, flag):
     epoch, step = saved_step(tmp_path / "copy")
     assert epoch == 0 and step > 0
     succeed(*run, tmp_path / "copy", "--resume", "auto")
-    assert same_log(tmp_path / "copy", whole)
-    assert same_state(tmp_path / "copy", whole)
+    assert same_run(tmp_path / "copy", whole)
 
 
 def test_the_second_signal_ends_at_once(tmp_path):
@@ -151,8 +148,7 @@ def test_a_signal_to_one_rank_stops_all(images, tmp_path):
     assert epoch == 0 and 0 < step < 4
     assert "SIGUSR1" in output
     run_ranks(3, [*run, "--resume", "auto"])
-    assert same_log(tmp_path / "stopped", tmp_path / "whole")
-    assert same_state(tmp_path / "stopped", tmp_path / "whole")
+    assert same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
 def test_other_ranks_continue_with_the_unseen_samples(images, tmp_path):

@@ -10,16 +10,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from conftest import (
-    ROOT,
-    clean_env,
-    read_log,
-    run_python,
-    same_log,
-    same_state,
-    together,
-    write_images,
-)
+from conftest import ROOT, clean_env, read_log, run_python, run_ranks, same_run
 
 from tools.submit.__main__ import flags_of_run, get_parser, main, submit
 from utils import UserError
@@ -72,16 +63,10 @@ def slurm(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("data") / "images", train=12, val=3)
-
-
-@pytest.fixture(scope="module")
 def whole(images, tmp_path_factory):
     """The folder of a run of two ranks that was never interrupted."""
     folder = tmp_path_factory.mktemp("whole")
-    codes, _, errors = together(2, [*RUN, "--data-path", images, "--output_dir", folder])
-    assert codes == [0, 0], errors
+    run_ranks(2, [*RUN, "--data-path", images, "--output_dir", folder])
     return folder
 
 
@@ -141,8 +126,7 @@ def test_a_job_is_preempted_requeued_and_resumed(
     assert job.returncode == 0
     assert re.search(r"\bin epoch 0 after step [2-5]\b", output)
     assert (tmp_path / "scontrol.txt").read_text() == f"requeue {JOB}\n"
-    assert same_log(folder, whole)
-    assert same_state(folder, whole)
+    assert same_run(folder, whole)
     for rank in range(2):
         content = pickle.loads((folder / f"{JOB}_{rank}_result.pkl").read_bytes())
         assert content == ("success", None)
@@ -158,8 +142,7 @@ def test_two_local_tasks_form_one_run(images, whole, tmp_path, monkeypatch):
     folder = tmp_path / job.job_id
     assert "2 process(es)" in job.stdout()
     assert [line["epoch"] for line in read_log(folder)] == [0]
-    assert same_log(folder, whole)
-    assert same_state(folder, whole)
+    assert same_run(folder, whole)
 
 
 MAIN = """

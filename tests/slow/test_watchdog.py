@@ -14,8 +14,7 @@ from conftest import (
     ranks,
     read_log,
     run_ranks,
-    same_log,
-    same_state,
+    same_run,
     start_python,
     start_rank,
     until,
@@ -138,8 +137,7 @@ def test_the_launcher_restarts_ranks_which_end_with_it(tmp_path):
     assert not (tmp_path / "run" / "log.txt").exists()  # the epoch has not ended
     run_ranks(2, [*run, "--resume", "auto"])
     assert [line["epoch"] for line in read_log(tmp_path / "run")] == [0]
-    assert same_log(tmp_path / "run", tmp_path / "whole")
-    assert same_state(tmp_path / "run", tmp_path / "whole")
+    assert same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_memory_that_runs_out_is_an_error_with_a_place():
