@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training.files import write_atomically
-from utils import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -15,15 +14,9 @@ DPI = 120
 
 
 def new_figure(width: float, height: float, layout: str | None = "constrained") -> "Figure":
-    """Return an empty figure of a size in inches; it needs no display.
+    """Return an empty figure of a size in inches; it needs no display."""
+    from matplotlib.figure import Figure  # takes a second to import
 
-    Raises:
-        UserError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure  # takes a second to import
-    except ImportError as error:
-        raise UserError("figures need matplotlib: pip install matplotlib") from error
     return Figure(figsize=(width, height), layout=layout)
 
 

@@ -217,7 +217,6 @@ def test_corrupt_images_are_reported_once(run, call, place):
 
 
 def test_digits_are_not_taken_for_others(run, call, tmp_path):
-    pytest.importorskip("sklearn")
     digits = save(tmp_path / "d.pth", random_vit(10), classes=list("0123456789"))
     assert call(digits)[0] == 0
     others = save(tmp_path / "o.pth", random_vit(10), classes=list("abcdefghij"))
