@@ -9,7 +9,7 @@ import torch
 
 from tools.visualize import figures
 from tools.visualize.capture import CLASS, PARTS, attention_layers, capture, choose
-from tools.visualize.loading import EvalModel, load_images, load_model
+from tools.visualize.loading import LoadedModel, load_images, load_model
 from utils import UserError
 
 CENTRE = ("centre", "center")
@@ -83,7 +83,7 @@ def parse_query(text: str, size: int) -> tuple[int, int] | str:
 
 
 def measure(
-    model: EvalModel,
+    model: LoadedModel,
     image: torch.Tensor,
     query: tuple[int, int] | str,
     parts: Sequence[str] = PARTS,

@@ -8,7 +8,7 @@ import torch
 
 from tools.visualize.capture import choose
 from tools.visualize.figures import Picture, add_row_bar, as_rows, grid_of_axes, symmetric, title
-from tools.visualize.loading import EvalModel, load_images, load_model
+from tools.visualize.loading import LoadedModel, load_images, load_model
 from tools.visualize.measures import principal_colours
 from utils import UserError
 
@@ -32,7 +32,7 @@ def make(args: Namespace) -> Picture:
     return Picture(figure, rows, model.epoch or 0)
 
 
-def stage_maps(model: EvalModel, image: torch.Tensor) -> list[torch.Tensor]:
+def stage_maps(model: LoadedModel, image: torch.Tensor) -> list[torch.Tensor]:
     """Return maps ``C H W`` after the stages or blocks, for an image ``1 3 H W`` in 0..1.
 
     Raises:
@@ -51,7 +51,7 @@ def stage_maps(model: EvalModel, image: torch.Tensor) -> list[torch.Tensor]:
     return maps
 
 
-def stage_names(model: EvalModel, count: int) -> list[str]:
+def stage_names(model: LoadedModel, count: int) -> list[str]:
     """Return the model's names of its ``count`` stages or blocks."""
     info = list(getattr(model.module, "feature_info", []))
     if len(info) != count:

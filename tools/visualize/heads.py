@@ -10,7 +10,7 @@ import torch
 from tools.plots import new_figure
 from tools.visualize.capture import attention_layers, capture
 from tools.visualize.figures import COLOURS, Picture, as_rows, integer_ticks, short_name, title
-from tools.visualize.loading import EvalModel, find_images, load_images, load_model
+from tools.visualize.loading import LoadedModel, find_images, load_images, load_model
 from tools.visualize.measures import gates, nonlocality_of
 from utils import UserError
 
@@ -39,7 +39,7 @@ def make_nonlocality(args: Namespace) -> Picture:
 
 
 def _picture(
-    found: list[tuple[EvalModel, Values]],
+    found: list[tuple[LoadedModel, Values]],
     args: Namespace,
     name: str,
     label: str,
@@ -64,7 +64,7 @@ def _picture(
     return Picture(figure, rows, last.epoch or 0, [*notes, *more])
 
 
-def mean_nonlocality(model: EvalModel, paths: Sequence[str | Path], batch: int = BATCH) -> Values:
+def mean_nonlocality(model: LoadedModel, paths: Sequence[str | Path], batch: int = BATCH) -> Values:
     """Return the non-locality of every head, ``h`` by layer, averaged over images."""
     layers = attention_layers(model.module)
     sums: Values = {}
@@ -77,8 +77,8 @@ def mean_nonlocality(model: EvalModel, paths: Sequence[str | Path], batch: int =
 
 
 def in_order(
-    found: Sequence[tuple[EvalModel, Values]], paths: Sequence[str]
-) -> tuple[list[tuple[EvalModel, Values]], list[str]]:
+    found: Sequence[tuple[LoadedModel, Values]], paths: Sequence[str]
+) -> tuple[list[tuple[LoadedModel, Values]], list[str]]:
     """Sort by epoch, keeping the first of each; also return notes of those left out.
 
     Raises:
@@ -114,7 +114,7 @@ def _style(head: int) -> dict[str, Any]:
     return {"color": COLOURS[head % len(COLOURS)], "marker": marker, "label": f"head {head}"}
 
 
-def draw_heads(model: EvalModel, values: Values, what: str) -> Any:
+def draw_heads(model: LoadedModel, values: Values, what: str) -> Any:
     """Draw heads as points, and their mean as a line, over the layers of one model."""
     names = list(values)
     heads = max(map(len, values.values()))
@@ -140,7 +140,7 @@ def draw_heads(model: EvalModel, values: Values, what: str) -> Any:
     return figure
 
 
-def draw_epochs(found: Sequence[tuple[EvalModel, Values]], what: str) -> Any:
+def draw_epochs(found: Sequence[tuple[LoadedModel, Values]], what: str) -> Any:
     """Draw a panel per layer: heads as thin lines over the epochs, their mean as a thick one."""
     first, values_of_first = found[0]
     names = list(values_of_first)

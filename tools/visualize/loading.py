@@ -22,7 +22,7 @@ ENDINGS = (*IMG_EXTENSIONS, ".gif")
 
 
 @dataclass(frozen=True)
-class EvalModel:
+class LoadedModel:
     """A model in evaluation mode, in float32, and its preprocessing.
 
     Attributes:
@@ -55,7 +55,7 @@ class EvalModel:
         return self.normalize(images).to(next(self.module.parameters()).device)
 
 
-def load_model(what: str, args: Namespace) -> EvalModel:
+def load_model(what: str, args: Namespace) -> LoadedModel:
     """Load a checkpoint, or build a registered model.
 
     Args:
@@ -80,7 +80,7 @@ def load_model(what: str, args: Namespace) -> EvalModel:
     if not source.checkpoint:
         label = "pretrained" if args.pretrained else "random weights"
     epoch = source.checkpoint.get("epoch")
-    model = EvalModel(
+    model = LoadedModel(
         module=module.to(select_device(args.device, DistInfo())).eval(),
         name=f"{source.name}{kind}",
         label=f"{source.name}, {label}",
@@ -110,7 +110,7 @@ def _source(what: str, args: Namespace) -> networks.ModelSource:
     return source
 
 
-def load_images(model: EvalModel, paths: Sequence[str | Path]) -> torch.Tensor:
+def load_images(model: LoadedModel, paths: Sequence[str | Path]) -> torch.Tensor:
     """Load images as in evaluation, but not normalized: ``B 3 H W`` in 0..1.
 
     Args:

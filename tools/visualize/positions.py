@@ -12,7 +12,7 @@ from models.layers.gpsa import GPSA
 from tools.plots import new_figure
 from tools.visualize import figures, measures
 from tools.visualize.capture import capture, choose
-from tools.visualize.loading import EvalModel, load_model
+from tools.visualize.loading import LoadedModel, load_model
 from utils import UserError
 
 MOST = 7  # positions per side whose similarities are shown
@@ -41,7 +41,7 @@ def make(args: Namespace) -> figures.Picture:
     return figures.Picture(figure, rows, model.epoch or 0)
 
 
-def _tables(model: EvalModel, layers: dict[str, WindowAttention2d], what: str) -> tuple:
+def _tables(model: LoadedModel, layers: dict[str, WindowAttention2d], what: str) -> tuple:
     """Bias tables: rows of layers and columns of heads, on one scale."""
     maps = {name: measures.bias_pictures(layer).cpu() for name, layer in layers.items()}
     reach = {name: layer.window - 1 for name, layer in layers.items()}
@@ -59,7 +59,7 @@ def _tables(model: EvalModel, layers: dict[str, WindowAttention2d], what: str) -
     return figure, rows
 
 
-def _gpsa(model: EvalModel, layers: dict[str, GPSA], what: str) -> tuple:
+def _gpsa(model: LoadedModel, layers: dict[str, GPSA], what: str) -> tuple:
     """Positional attention of the centre patch: rows of layers and columns of heads."""
     image = torch.zeros(1, 3, model.size, model.size)
     grids = {c.name: c.grid for c in capture(model.module, layers, model.normalized(image))}
@@ -109,7 +109,7 @@ def _rows_of_heads(
     return figure
 
 
-def _embeddings(model: EvalModel, embeddings: dict[str, torch.Tensor], what: str) -> tuple:
+def _embeddings(model: LoadedModel, embeddings: dict[str, torch.Tensor], what: str) -> tuple:
     """Similarities of some positions to all, for every embedding."""
     figure = new_figure(4.2 * len(embeddings) + 1.8, 5.1)
     axes = figure.subplots(1, len(embeddings), squeeze=False)[0]
