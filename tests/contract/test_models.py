@@ -79,13 +79,10 @@ def test_heads(name):
     for in_chans in (1, 4):
         model = small(name, in_chans=in_chans)
         assert model(images(1, in_chans, 64, 64)).shape == (1, 10)
-
-
-@pytest.mark.parametrize("name", [name for name in KINDS if not name.startswith("vit")])
-def test_a_new_head_has_the_models_dtype(name):
-    model = small(name).double()
-    model.reset_classifier(3)
-    assert model(images().double()).dtype == torch.float64
+    if not name.startswith("vit"):  # timm's new head is in float32
+        model = model.double()
+        model.reset_classifier(3)
+        assert model(images(1, 4, 64, 64).double()).dtype == torch.float64
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

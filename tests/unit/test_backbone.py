@@ -233,10 +233,11 @@ def test_weights_of_other_layouts(tmp_path, golden):
 
 
 def test_weights_of_a_detector_of_ours(tmp_path):
-    source = VisionBackbone("swin_visformer_tiny_v2")
+    kwargs = {"model": "swin_visformer_tiny_v2", "model_kwargs": shrunk("swin_visformer_tiny_v2")}
+    source = VisionBackbone(**kwargs)
     state = {f"backbone.{key}": value for key, value in source.state_dict().items()}
     state["rpn_head.rpn_conv.weight"] = torch.zeros(1)
-    backbone = VisionBackbone("swin_visformer_tiny_v2", init_cfg=save(tmp_path, state))
+    backbone = VisionBackbone(**kwargs, init_cfg=save(tmp_path, state))
     report = backbone.init_weights()
     assert (report.missing, report.unexpected) == ((), ("rpn_head.rpn_conv.weight",))
     for key, value in backbone.state_dict().items():

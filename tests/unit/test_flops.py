@@ -13,13 +13,8 @@ from tools.flops.__main__ import PAPER, main, table
 from tools.flops.counting import PartCost, Request, run, total, trace
 from tools.flops.stages import by_stage
 
-FAMILIES = [
-    "visformer_tiny",
-    "swin_visformer_tiny_v2",
-    "convit_tiny",
-    "fastvit_sa12",
-    "vit_b_32_224",
-]
+FAMILIES = ["visformer_tiny", "swin_visformer_tiny_v2", "convit_tiny", "fastvit_sa12"]
+FAMILIES += ["vit_b_32_224"]
 
 
 def counted(name, size, device="meta", **options):
@@ -92,10 +87,8 @@ def test_counts_are_those_of_the_formulas(name, size):
     fused = counted(name, size)
     assert (fused.macs, fused.activations) == (2 * (products + separable), 2 * elements)
     explicit = counted(name, size, fused_attention=False)
-    assert (explicit.macs, explicit.activations) == (
-        2 * products + 3 * scores,
-        2 * elements + scores,
-    )
+    costs = (2 * products + 3 * scores, 2 * elements + scores)
+    assert (explicit.macs, explicit.activations) == costs
     assert fused.parameters == explicit.parameters == parameters
 
 
@@ -249,9 +242,8 @@ def test_agrees_with_the_papers():
 
 def test_every_model_is_of_a_family():
     names = flops.our_models()
-    assert {"visformer_net7", "convit_base_plus", "fastvit_ma36", "vit_large_patch32_384"} < set(
-        names
-    )
+    some = {"visformer_net7", "convit_base_plus", "fastvit_ma36", "vit_large_patch32_384"}
+    assert some < set(names)
     assert "resnet50" not in names
     assert flops.size_options("fastvit_t8", 64) == {}
     assert flops.size_options("visformer_tiny", 224) == {}
@@ -314,8 +306,7 @@ def test_errors_name_what_is_wrong(words, named, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(words) == 1
     printed = capsys.readouterr().err
-    assert printed.startswith("error: ")
-    assert named in printed
+    assert printed.startswith("error: ") and named in printed
     assert sorted(p.name for p in tmp_path.iterdir()) == ["named.pth", "plain.pth"]
 
 

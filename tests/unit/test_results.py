@@ -5,6 +5,7 @@ import shlex
 
 import pytest
 from conftest import ROOT, read_log
+from validating import caller, refuses
 
 from tools.results import __main__ as results
 from tools.results.claims import CLAIMS, SHARES
@@ -106,5 +107,4 @@ def test_runs_are_real_resume_and_are_not_repeated(image_folder, tmp_path, capsy
 )
 def test_bad_input_is_named(tmp_path, capsys, words, named):
     base = ["--data-path", "data", "--output_dir", str(tmp_path)]
-    assert results.main([*words, *base]) == 1
-    assert named in capsys.readouterr().err
+    refuses(caller(capsys, results, more=())(*words, *base), named)
