@@ -156,7 +156,7 @@ def test_memory_grows_with_the_batch():
 
 
 def test_bad_input(tmp_path, original):
-    error = partial(error_of, command.main, "--device", "cpu", *QUICK, "--mode", "infer")
+    error = partial(error_of, command.main, "--mode", "infer", "--device", "cpu", *QUICK)
     assert re.search("'resnet50'.*convit_base, ", error("resnet50"))
     assert "--peer-path /none" in error("visformer_tiny", "--peer-path", "/none")
     assert "convit_tiny" in error("convit_tiny", "--peer-path", original)
