@@ -40,7 +40,7 @@ from training.files import OutputError, write_atomically
 from training.flags import usable_cpus
 
 
-class Sample(NamedTuple):
+class PackedSample(NamedTuple):
     """An image as it is packed; if it is corrupt, ``data`` is None and ``suffix`` the reason."""
 
     data: bytes | None
@@ -65,19 +65,19 @@ class Encoder(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> PackedSample:
         try:
             data = self.images.read(index)
             image = self.images.decode(data, index)
         except CorruptImageError as error:
-            return Sample(None, str(error))
+            return PackedSample(None, str(error))
         if self.short_side is None or min(image.size) <= self.short_side:
-            return Sample(data, Path(self.images.name(index)).suffix[1:].lower())
+            return PackedSample(data, Path(self.images.name(index)).suffix[1:].lower())
         short = min(image.size)
         size = [self.short_side * side // short for side in image.size]
         file = io.BytesIO()
         image.resize(size, resample=3).save(file, "JPEG", quality=self.quality)
-        return Sample(file.getvalue(), "jpg")
+        return PackedSample(file.getvalue(), "jpg")
 
 
 def make_keys(images: Encoded, root: Path) -> list[str]:
@@ -196,7 +196,7 @@ class Split:
             print("{name}: {images:,} images, {size:,} bytes".format(**record["shard"]))
 
     def _write_shard(
-        self, number: int, samples: Iterator[tuple[int, Sample]]
+        self, number: int, samples: Iterator[tuple[int, PackedSample]]
     ) -> tuple[dict[str, Any], shard_index.Members]:
         """Write a shard; return its record and its members as read back from the disk."""
         path = self.partial / f"{self.name}-{number:06d}.tar"

@@ -15,7 +15,7 @@ from tools.visualize import __main__ as visualize
 from tools.visualize.heads import mean_nonlocality
 from tools.visualize.kernels import Kernels
 from tools.visualize.kernels import draw as draw_kernels
-from tools.visualize.loading import EvalModel, find_images, load_images
+from tools.visualize.loading import LoadedModel, find_images, load_images
 from tools.visualize.measures import cosine_similarities, position_embeddings
 
 
@@ -233,7 +233,7 @@ def test_images_are_those_of_evaluation(root, tmp_path):
     pixels[4:36, 4:36] = 200
     Image.fromarray(pixels).save(tmp_path / "frame.png")
     normalize = Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    model = EvalModel(model.module, "convit_tiny", "", None, 40, 0.8, normalize)
+    model = LoadedModel(model.module, "convit_tiny", "", None, 40, 0.8, normalize)
     (picture,) = load_images(model, [tmp_path / "frame.png"])
     assert picture.shape == (3, 40, 40) and picture[:, 3:-3, 3:-3].min() > 0.75
     assert (picture[:, 0] < 0.75).any(), "of a smaller crop, nothing of the frame would be there"
