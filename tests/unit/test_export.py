@@ -245,7 +245,6 @@ OF_FILE = ["o.onnx", "--checkpoint", "vit.pth"]
         (["o.onnx", "--model", "test_vit", "--device", "meta"], "--device meta"),
         ([f"{'o' * 300}.onnx", "--model", "test_vit"], "ooo.onnx"),
         (["vit.onnx", "--checkpoint", "vit.onnx"], "vit.onnx"),
-        pytest.param([*OF_FILE, "--opset", "3"], "--opset 3", marks=pytest.mark.slow),
     ],
 )
 def test_errors_name_what_is_wrong(words, named, vit, tmp_path, monkeypatch, capsys):
@@ -255,6 +254,17 @@ def test_errors_name_what_is_wrong(words, named, vit, tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     before = sorted(p.name for p in tmp_path.iterdir())
     refuses(caller(capsys, program, more=())("--output", *words), named)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@pytest.mark.slow
+def test_an_opset_without_a_conversion_is_named(vit, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    call = caller(capsys, program, more=())
+    status, _, errors = call("--output", "out.onnx", "--checkpoint", "vit.pth", "--opset", "3")
+    assert status == 1
+    assert errors.startswith("error: ") and "--opset 3" in errors
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
