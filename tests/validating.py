@@ -100,7 +100,7 @@ def no_access(path=None, *_, **__):
 
 
 def read(path, *keys):
-    """Return the rows of a CSV file, or tuples of some of their values."""
+    """Return the rows of a CSV file as dictionaries, or as tuples of the columns given."""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     return [tuple(row[key] for key in keys) for row in rows] if keys else rows

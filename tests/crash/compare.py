@@ -27,8 +27,8 @@ def raw(value: Any) -> bytes:
 def differing_bits(one: Any, other: Any) -> int:
     """Count the bits in which two nested plain values with tensors differ.
 
-    What is missing, or of another type, shape or length, counts with all its bits. Values under
-    the keys of :data:`FREE` and rates of images are ignored.
+    Missing values, and those of another type, shape or length, count with all their bits. Values
+    under the keys of :data:`FREE` and rates of images are ignored.
     """
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         keys = one.keys() | other.keys()

@@ -67,7 +67,7 @@ def parse_query(text: str, size: int) -> tuple[int, int] | str:
     """Return ``"class"``, or the pixel ``(x, y)`` of ``X,Y`` or ``centre``.
 
     Raises:
-        UserError: The text is none of these, or the pixel is outside the image.
+        UserError: The text has another form, or the pixel is outside the image.
     """
     if text == CLASS:
         return CLASS
