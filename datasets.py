@@ -11,9 +11,11 @@ import torch
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
+from models import DataConfig
+from models.data_config import SMALL_SIZE
 from pipeline.augmentation import Augmentation
 from pipeline.fast import FastDataset, RawBatch
-from pipeline.images import NORMALIZATION, DataError
+from pipeline.images import DataError
 from pipeline.prefetch import BatchFinalizer, Prefetcher, to_device
 from pipeline.reference import AugmentedDataset, Batch
 from pipeline.sources.base import Source
@@ -32,8 +34,8 @@ from pipeline.sources.shards import open_shards
 from pipeline.sources.subset import share_of
 from pipeline.workers import worker_init_fn
 from samplers import EvalBatchSampler, RASampler
+from utils import log
 
-SMALL_SIZE = 32
 EVAL_BATCH_FACTOR = 1.5
 CPU = torch.device("cpu")
 HUB = "hfds/"  # prefix of names on the Hugging Face Hub, as in timm
@@ -129,25 +131,72 @@ def input_size_of(args: Namespace) -> int:
     return args.input_size or data_set_named(data_set_name(args)).input_size
 
 
-def build_augmentation(is_train: bool, args: Namespace) -> Augmentation:
+def choose_images(
+    args: Namespace,
+    own: DataConfig | None = None,
+    source: str = "",
+    warn: Callable[[str], None] = log,
+) -> DataConfig:
+    """Return the preprocessing of images: that of the weights, changed by the flags.
+
+    A model without weights gets the dataset's input size, ImageNet's normalization, and a crop of
+    0.875 in evaluation.
+
+    Args:
+        args: ``--input-size`` and ``--eval-crop-ratio``, None or empty if not given.
+        own: Preprocessing that the weights were trained with; None without weights.
+        source: Name of the weights, for warnings.
+        warn: Receives a warning for a flag that differs from it.
+    """
+    size, ratio = args.input_size, args.eval_crop_ratio
+    if own is None:
+        found = DataConfig().at_size(input_size_of(args))
+        return found if ratio is None else found.with_crop(ratio)
+    found = own.at_size(size or own.input_size)
+    if found.input_size != own.input_size:
+        warn(f"warning: --input-size {_text(size)}, but {source} has {_text(own.input_size)}")
+    if ratio is None:
+        return found
+    cropped = found.with_crop(ratio)
+    if cropped.crop_mode != "center":
+        warn(f"warning: --eval-crop-ratio {ratio:g} has no effect on images of {_text(size)}")
+    elif cropped != found:
+        mode = "" if found.crop_mode == "center" else f" ({found.crop_mode})"
+        warn(f"warning: --eval-crop-ratio {ratio:g}, but {source} has {found.crop_pct:g}{mode}")
+    return cropped
+
+
+def _text(size: int | tuple[int, int] | None) -> str:
+    """Return an input size as text: the side in pixels, or height and width."""
+    height, width = size if isinstance(size, tuple) else (size, size)
+    return str(height) if height == width else f"{height}x{width}"
+
+
+def build_augmentation(
+    is_train: bool, args: Namespace, images: DataConfig | None = None
+) -> Augmentation:
     """Return the augmentation of the flags: DeiT's for training, resize and crop for evaluation.
 
-    Inputs of at most 32 pixels are padded and cropped for training, and not cropped for
-    evaluation.
+    Inputs of at most 32 pixels are padded and cropped for training.
 
     Args:
         is_train: Augment for training (else for evaluation).
         args: The flags.
+        images: Preprocessing; default: that of :func:`choose_images` without weights.
     """
-    size = input_size_of(args)
-    small = size <= SMALL_SIZE
+    images = images or choose_images(args)
+    values = {"mean": images.mean, "std": images.std}
+    size = images.side
     if not is_train:
-        return Augmentation(size, "whole" if small else "center", args.eval_crop_ratio)
+        crop = (images.crop_mode, images.crop_pct, images.interpolation)
+        return Augmentation(size, *crop, **values)
+    small = size <= SMALL_SIZE
     plain = Augmentation(
         size,
         "padded" if small else "reflected" if args.src else "random-resized",
         interpolation=args.train_interpolation,
         hflip=data_set_named(data_set_name(args)).hflip,
+        **values,
     )
     if args.std_aug:
         return plain
@@ -161,18 +210,26 @@ def build_augmentation(is_train: bool, args: Namespace) -> Augmentation:
     )
 
 
-def build_transform(is_train: bool, args: Namespace) -> transforms.Compose:
+def build_transform(
+    is_train: bool, args: Namespace, images: DataConfig | None = None
+) -> transforms.Compose:
     """Return the reference transform of :func:`build_augmentation`: PIL image to ``3 H W``.
 
     Raises:
         DataError: timm does not know the policy ``--aa``.
     """
-    return build_augmentation(is_train, args).compose()
+    return build_augmentation(is_train, args, images).compose()
 
 
-def denormalize(images: torch.Tensor) -> torch.Tensor:
-    """Undo the normalisation of images ``B 3 H W``; returns values in 0..1."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in NORMALIZATION)
+def denormalize(images: torch.Tensor, config: DataConfig | None = None) -> torch.Tensor:
+    """Undo the normalization of images ``B 3 H W``; returns values in 0..1.
+
+    Args:
+        images: Normalized images.
+        config: Their mean and std; default: ImageNet's.
+    """
+    config = config or DataConfig()
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std))
     return (images * std + mean).clamp(0, 1)
 
 
@@ -180,7 +237,10 @@ LoadedDataset = FastDataset | AugmentedDataset
 
 
 def build_dataset(
-    is_train: bool, args: Namespace, device: torch.device = CPU
+    is_train: bool,
+    args: Namespace,
+    device: torch.device = CPU,
+    images: DataConfig | None = None,
 ) -> tuple[LoadedDataset, int]:
     """Return a split of the dataset under its augmentation, and the number of classes.
 
@@ -188,6 +248,7 @@ def build_dataset(
         is_train: Build the training split (else validation).
         args: The flags.
         device: Device of the model.
+        images: Preprocessing; see :func:`build_augmentation`.
 
     Raises:
         DataError: Data is missing or inconsistent, or flags are.
@@ -195,18 +256,22 @@ def build_dataset(
     source = data_set_named(data_set_name(args)).open(args, is_train)
     if is_train:
         source = share_of(source, args.sampling_ratio)
-    return augmented(source, is_train, args, device), len(source.classes)
+    return augmented(source, is_train, args, device, images), len(source.classes)
 
 
 def augmented(
-    source: Source, is_train: bool, args: Namespace, device: torch.device = CPU
+    source: Source,
+    is_train: bool,
+    args: Namespace,
+    device: torch.device = CPU,
+    images: DataConfig | None = None,
 ) -> LoadedDataset:
     """Return the dataset of a source for the flags' ``--loader``; see :func:`build_dataset`.
 
     Raises:
         DataError: Flags are inconsistent.
     """
-    augmentation = build_augmentation(is_train, args)
+    augmentation = build_augmentation(is_train, args, images)
     options = {"seed": args.seed, "skip_corrupt": args.on_corrupt == "skip"}
     if args.loader == "timm":
         return AugmentedDataset(source, augmentation, is_train, **options)

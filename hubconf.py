@@ -49,7 +49,7 @@ def _entrypoint(build: _Callable[..., _nn.Module]) -> _Callable[..., _nn.Module]
         pretrained: bool = False, checkpoint: str | None = None, **kwargs: object
     ) -> _nn.Module:
         with _models():
-            from models import load_weights, read_checkpoint
+            from models import load_model
 
             if checkpoint is None:
                 return build(pretrained=pretrained, **kwargs)
@@ -58,21 +58,16 @@ def _entrypoint(build: _Callable[..., _nn.Module]) -> _Callable[..., _nn.Module]
                 raise ValueError(
                     f"checkpoint {checkpoint} excludes {other}=True: leave one of them out"
                 )
-            content = read_checkpoint(checkpoint)
-            if content.get("model_name", build.__name__) == build.__name__:
-                kwargs = dict(content.get("model_kwargs") or {}) | kwargs
-            model = build(**kwargs)
-            load_weights(model, content, str(checkpoint))
-            return model
+            return load_model(checkpoint, build.__name__, **kwargs).model.train()
 
     create.__name__ = create.__qualname__ = build.__name__
     create.__doc__ = f"""{build.__doc__}
 
     Args:
         pretrained: Load timm's weights of this name.
-        checkpoint: File or http(s) address of weights to load: one written by this repository,
-            which includes the arguments of the model, or any other that
-            ``models.load_checkpoint`` accepts. Excludes pretrained and features_only.
+        checkpoint: Weights to load, from any source of ``models.load_model``: a file, an http(s)
+            address, ``hf-hub:ORG/NAME`` or ``local-dir:FOLDER``. Excludes pretrained and
+            features_only.
         kwargs: Arguments of the model, such as num_classes, img_size, drop_path_rate,
             features_only.
 

@@ -3,16 +3,14 @@
 import contextlib
 import sys
 from argparse import Namespace
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 import datasets
 import engine
-import models
 import utils
+from models import ModelSource
 from training import launch
 from training.checkpoints import read_resume
 from training.distillation import distill
@@ -21,10 +19,9 @@ from training.launch import DistInfo
 from training.network import (
     Network,
     build_network,
-    choose_input_size,
+    choose_source,
     compare_classes,
     fused,
-    renormalized,
 )
 from training.output import Output
 from training.run_state import RunState
@@ -42,46 +39,36 @@ def run(args: Namespace, given: set[str], info: DistInfo, device: torch.device) 
     with contextlib.closing(
         utils.all_or_none(lambda: Output(folder, args.keep_checkpoints), group)
     ) as output:
-        source, checkpoint = read_resume(args, info, group)
-        size = choose_input_size(args, checkpoint, source)
-        args = Namespace(**vars(args) | {"input_size": size})
+        label, checkpoint = read_resume(args, info, group)
+        source = choose_source(args, given, label, checkpoint)
+        weights = (source.data_config, source.label) if source.has_weights else ()
+        images = datasets.choose_images(args, *weights)
+        args = Namespace(**vars(args) | {"input_size": images.side})
         utils.seed_everything(args.seed)
         engine.set_determinism(args.deterministic)
 
-        eval_set, num_classes = datasets.build_dataset(False, args, device)
-        compare_classes(checkpoint, source, eval_set.classes)
+        eval_set, num_classes = datasets.build_dataset(False, args, device, images)
+        tunes = not args.eval and not checkpoint
+        compare_classes(source, eval_set.classes, new_head=tunes)
         part = (info.world_size, info.rank) if args.dist_eval else (1, 0)
         eval_loader = datasets.build_eval_loader(eval_set, args, *part)
-        network = build_network(args, given, checkpoint, source, num_classes, device)
+        network = build_network(args, given, source, images, num_classes, device)
         placement = (device, torch.float32, network.precision.memory_format)
         eval_batches = datasets.build_prefetcher(eval_loader, *placement)
         evaluation = Evaluation(args, eval_batches, network.precision, group)
         if args.eval:
-            return evaluate(args, network, evaluation, checkpoint, source)
-        return train(args, network, evaluation, (checkpoint, source), info, output, group)
+            return evaluate(args, network, evaluation, source)
+        return train(args, network, evaluation, source, not tunes, info, output, group)
 
 
-def evaluate(
-    args: Namespace,
-    network: Network,
-    evaluation: Evaluation,
-    checkpoint: Mapping[str, Any],
-    source: str,
-) -> int:
-    """Evaluate a checkpoint and its moving average; return the exit status."""
-    model, name = network.model, network.name
-    log(str(models.load_weights(model, checkpoint, source)))
-    own = models.normalization_of(checkpoint, model.pretrained_cfg)
-    if own != datasets.NORMALIZATION:
-        log(f"images are normalized as {source} expects: mean {own[0]}, std {own[1]}")
-
-    def prepared() -> torch.nn.Module:
-        return renormalized(fused(model, name) if args.fuse else model, datasets.NORMALIZATION, own)
-
-    evaluation(prepared())
-    if checkpoint.get("model_ema"):
-        models.load_weights(model, checkpoint, source, ema=True)
-        evaluation(prepared(), "EMA ")
+def evaluate(args: Namespace, network: Network, evaluation: Evaluation, source: ModelSource) -> int:
+    """Evaluate the weights of a source and their moving average; return the exit status."""
+    for weights in source.weights():
+        report = source.load(network.model, weights)
+        if weights == "model":
+            log(str(report or source.label))
+        model = fused(network.model, network.name) if args.fuse else network.model
+        evaluation(model, "EMA " if weights == "ema" else "")
     return 0
 
 
@@ -89,14 +76,15 @@ def train(
     args: Namespace,
     network: Network,
     evaluation: Evaluation,
-    resumed: tuple[Mapping[str, Any], str],
+    source: ModelSource,
+    resumes: bool,
     info: DistInfo,
     output: Output,
     group: dist.ProcessGroup | None,
 ) -> int:
-    """Train, from a checkpoint and its name unless they are empty; return the exit status."""
+    """Train, resuming a run or from the weights of a source; return the exit status."""
     precision, device = network.precision, network.precision.device
-    train_set, num_classes = datasets.build_dataset(True, args, device)
+    train_set, num_classes = datasets.build_dataset(True, args, device, network.images)
     if num_classes != (validated := network.kwargs["num_classes"]):
         raise datasets.DataError(
             f"the training set has {num_classes} classes, the validation set {validated}"
@@ -115,13 +103,15 @@ def train(
     log(f"training on {len(train_set)} images{share}")
     updates = -(-len(train_loader) // args.accum_iter)
     state = RunState(
-        *(args, network.model, network.name, network.kwargs, precision, lr, updates),
+        *(args, network, lr, updates),
         *(train_loader.sampler, info, group, train_set.classes),
     )
-    state.start(*resumed)
+    state.start(source, resumes)
     utils.all_or_none(lambda: output.begin(args, state.epoch + 1), group)
     if state.epoch < 0 and not state.meter.steps:
-        output.add_images("train/images", example_images(train_batches, len(train_set)))
+        output.add_images(
+            "train/images", example_images(train_batches, len(train_set), network.images)
+        )
     return Trainer(state, output, train_batches, evaluation, mixup_fn, criterion.to(device)).train()
 
 

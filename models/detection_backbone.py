@@ -19,11 +19,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.checkpoint.apply import COMPUTED_KEYS, LoadReport, load_weights, to_own_names
-from models.checkpoint.read import read_checkpoint
 from models.errors import ModelError
 from models.factory import build_model
 from models.freezing import freeze_stages, is_frozen
 from models.layers import set_recompute_activations
+from models.load import read_weights
 from models.visformer import Stage, Visformer
 
 NATIVE_SIZE = 224
@@ -298,7 +298,8 @@ def load_backbone(backbone: Backbone, path: str, ema: bool = False) -> LoadRepor
 
     Args:
         backbone: Receives the weights.
-        path: File or URL, in any form that :func:`models.read_checkpoint` accepts.
+        path: Any source of :func:`models.load_model`: a file, an address, ``hf-hub:ORG/NAME``,
+            ``local-dir:FOLDER``, or a model name for timm's weights.
         ema: Load the moving average instead of the raw weights.
 
     Raises:
@@ -314,7 +315,7 @@ def load_backbone(backbone: Backbone, path: str, ema: bool = False) -> LoadRepor
     def allow_missing(key: str) -> bool:
         return not key.startswith("net.") or key.endswith("relative_position_bias_table")
 
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_weights(str(path))
     return load_weights(
         backbone,
         checkpoint,

@@ -53,7 +53,8 @@ def build_registered(
     )
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raise ModelError, with the nearest names, if timm has no model of this name."""
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
         hint = f"the nearest are {', '.join(near)}" if near else "timm.list_models() lists them"
@@ -66,7 +67,7 @@ def pretrained_config(name: str) -> PretrainedCfg | None:
     Raises:
         ModelError: The model (the nearest names are given) or the tag is unknown.
     """
-    _check_name(name)
+    check_name(name)
     try:
         return timm.get_pretrained_cfg(name)
     except RuntimeError as error:
@@ -89,12 +90,14 @@ def build_model(
     Raises:
         ModelError: The name is unknown (the nearest are given), or an argument is not accepted.
     """
-    _check_name(name)
+    check_name(name)
     optional = dict(optional)
     while True:
         kwargs = {key: value for key, value in (optional | required).items() if value is not None}
         try:
             return timm.create_model(name, **kwargs), kwargs
+        except ModelError:
+            raise
         except TypeError as error:
             said = re.search(r"unexpected keyword argument\S* ('\w+'|\[.*?\])", str(error))
             refused = set(re.findall(r"'(\w+)'", said[1]) if said else ()) & kwargs.keys()

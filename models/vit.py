@@ -4,9 +4,11 @@ Only the scale of attention differs from timm's ``VisionTransformer``: its weigh
 fit. Entrypoints have the names of MindCV and of timm.
 """
 
+from dataclasses import replace
+
 import torch
 from timm.layers import Attention as TimmAttention
-from timm.models import generate_default_cfgs
+from timm.models import DefaultCfg
 from timm.models import vision_transformer as timm_vit
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import nn
@@ -120,27 +122,26 @@ def _create_vit(name: str, pretrained: bool, **kwargs) -> ViT:
     return build_registered(ViT, name, pretrained, checkpoint_filter_fn, 3, **kwargs)
 
 
-def _cfg(size: int) -> dict:
-    """Settings of MindCV's evaluation."""
-    return {
-        "input_size": (3, size, size),
-        "crop_pct": 0.875,
-        "fixed_input_size": True,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "apache-2.0",
-    }
-
-
 VARIANTS = [(net, patch, size) for net in "bl" for patch in (16, 32) for size in (224, 384)]
-TIMMS = {"b": "base", "l": "large"}
-TIMM_NAMES = [f"vit_{TIMMS[net]}_patch{patch}_{size}" for net, patch, size in VARIANTS]
+LONG = {"b": "base", "l": "large"}
+# MindCV's names and timm's of the same models
+NAMES = {f"vit_{n}_{p}_{s}": f"vit_{LONG[n]}_patch{p}_{s}" for n, p, s in VARIANTS}
+
+
+def _weights_of(timms: str) -> DefaultCfg:
+    """Return timm's weights of a model, to be registered under another name."""
+    found = timm_vit.default_cfgs[timms]
+    # registration completes a bare timm/ by the registered name
+    cfgs = {
+        tag: replace(cfg, hf_hub_id=f"timm/{timms}.{tag}") if cfg.hf_hub_id == "timm/" else cfg
+        for tag, cfg in found.cfgs.items()
+    }
+    return replace(found, cfgs=cfgs)
+
 
 default_cfgs = {
-    **generate_default_cfgs(
-        {f"vit_{net}_{patch}_{size}.untrained": _cfg(size) for net, patch, size in VARIANTS}
-    ),
-    **{name: timm_vit.default_cfgs[name] for name in TIMM_NAMES},
+    **{name: _weights_of(timms) for name, timms in NAMES.items()},
+    **{timms: timm_vit.default_cfgs[timms] for timms in NAMES.values()},
 }
 
 

@@ -7,11 +7,17 @@ from typing import NamedTuple
 
 from timm.data import create_transform
 from timm.data.auto_augment import AugmentOp
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
-from timm.data.transforms import RandomResizedCropAndInterpolation
+from timm.data.transforms import (
+    CenterCropOrPad,
+    RandomResizedCropAndInterpolation,
+    ResizeKeepRatio,
+    str_to_interp_mode,
+)
 from torchvision import transforms
 
-from pipeline.images import NORMALIZATION, CropLongSide, DataError, EnlargeTiny
+from pipeline.images import CropLongSide, DataError, EnlargeTiny
 
 PADDING = 4  # pixels around a small or resized image that is cropped at random
 BICUBIC = transforms.InterpolationMode.BICUBIC
@@ -47,11 +53,14 @@ class Augmentation:
         size: Height and width of the input, in pixels.
         crop: ``random-resized`` (8 to 100 % of the area, aspect ratio 3:4 to 4:3); ``padded``
             (resize to ``size``, pad with black, crop at random); ``reflected`` (resize the short
-            side, pad with reflected pixels, crop at random: DeiT III's simple random crop);
-            ``center`` (resize the short side, crop the centre); or ``whole`` (resize only).
-        crop_ratio: ``size`` over the resized short side, for ``center``.
-        interpolation: ``bilinear``, ``bicubic``, or ``random`` for either, of ``random-resized``
-            and of the policy.
+            side, pad with reflected pixels, crop at random: DeiT III's simple random crop); and
+            timm's for evaluation, of an image of ``size / crop_ratio`` pixels: ``center`` (resize
+            the short side, crop the centre), ``squash`` (resize both sides, crop the centre) or
+            ``border`` (resize the long side, pad with ``mean``, crop the centre).
+        crop_ratio: ``size`` over the side of the resized image, for timm's three.
+        interpolation: Filter of ``random-resized``, of the policy and of timm's three:
+            ``bilinear``, ``bicubic``, or for the first two ``random`` for either; timm's three
+            take any of Pillow's.
         hflip: Probability of a horizontal flip.
         policy: timm's name of a RandAugment, AutoAugment or AugMix policy; empty for none.
         color_jitter: Strength of brightness, contrast and saturation jitter; applied without a
@@ -72,8 +81,8 @@ class Augmentation:
     erase_prob: float = 0.0
     erase_mode: str = "pixel"
     erase_count: int = 1
-    mean: tuple[float, ...] = NORMALIZATION[0]
-    std: tuple[float, ...] = NORMALIZATION[1]
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
 
     def compose(self) -> transforms.Compose:
         """Return the reference transform: PIL image to tensor ``3 H W``."""
@@ -107,10 +116,14 @@ class Augmentation:
         if self.crop == "reflected":
             crop = transforms.RandomCrop(size, padding=PADDING, padding_mode="reflect")
             return [CropLongSide(), transforms.Resize(size, BICUBIC)], [crop]
-        if self.crop == "center":
-            resize = transforms.Resize(int(size / self.crop_ratio), BICUBIC)
-            return [CropLongSide(), resize], [transforms.CenterCrop(size)]
-        return [transforms.Resize((size, size), BICUBIC)], []
+        whole, mode = int(size / self.crop_ratio), str_to_interp_mode(self.interpolation)
+        crop = [] if whole == size else [transforms.CenterCrop(size)]
+        if self.crop == "squash":
+            return [transforms.Resize((whole, whole), mode)], crop
+        if self.crop == "border":
+            fill = tuple(round(255 * value) for value in self.mean)
+            return [ResizeKeepRatio(whole, 1.0, self.interpolation)], [CenterCropOrPad(size, fill)]
+        return [CropLongSide(), transforms.Resize(whole, mode)], [transforms.CenterCrop(size)]
 
     def _color(self) -> list[Callable]:
         if not self.policy and self.color_jitter is None:

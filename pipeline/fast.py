@@ -152,7 +152,10 @@ class FastDataset(LabelledImages):
         if stages.erase:
             self._erasing = ErasingRecorder(*stages.erase, self.size, self.size)
         self.resident = None
-        if resident and not self._pil_steps and augmentation.crop in ("padded", "whole"):
+        keeps_all = augmentation.crop == "padded" or (
+            augmentation.crop == "squash" and augmentation.crop_ratio == 1
+        )
+        if resident and not self._pil_steps and keeps_all:
             self.resident = _resized(source, stages.resize, self.size)
         self._augment = augment and self.resident is None
         is_random_crop = augmentation.crop == "random-resized"

@@ -22,6 +22,7 @@ CHECKPOINT = "checkpoint.pth"
 PREVIOUS = "previous.pth"
 BEST = "best.pth"
 DAMAGED = ".damaged"
+WEIGHTS = ("model", "model_ema", "state_dict")  # stored contiguous
 
 
 def plain(value: Any) -> Any:
@@ -76,6 +77,9 @@ def save_checkpoint(
         OutputError: It cannot be written; names the bytes needed and those that are free.
     """
     contents = plain(state)
+    for key in WEIGHTS:
+        if isinstance(weights := contents.get(key), Mapping):  # other tools refuse channels last
+            contents[key] = {name: value.contiguous() for name, value in weights.items()}
     try:
         write_atomically(
             path, lambda file: write_with_checksum(contents, file), _verify, also, keep

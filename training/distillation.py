@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from torch import nn
 
-import datasets
 import engine
 import models
-from models.checkpoint.contents import num_classes_of, state_dict_of
-from training.network import Network, renormalized
+from models import DataConfig
+from training.network import Network
 from utils import UserError, log
 
 
@@ -90,13 +89,31 @@ class DistillationLoss(nn.Module):
         return (1 - self.alpha) * base + self.alpha * distance
 
 
+class Renormalized(nn.Module):
+    """Adapts a model to images with another normalization than in its training.
+
+    Args:
+        model: Model of images ``B C H W``.
+        given: Preprocessing of the images.
+        own: Preprocessing that the model was trained with; mean and std are adapted.
+    """
+
+    def __init__(self, model: nn.Module, given: DataConfig, own: DataConfig):
+        super().__init__()
+        mean, std, own_mean, own_std = map(torch.tensor, (given.mean, given.std, own.mean, own.std))
+        self.model, self.num_classes = model, model.num_classes
+        self.register_buffer("scale", (std / own_std).view(-1, 1, 1))
+        self.register_buffer("shift", ((mean - own_mean) / own_std).view(-1, 1, 1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Map images ``B C H W`` to the model's output."""
+        return self.model(torch.addcmul(self.shift, images, self.scale))
+
+
 def build_teacher(
-    args: Namespace,
-    num_classes: int,
-    precision: engine.Precision,
-    normalization: models.Normalization,
+    args: Namespace, num_classes: int, precision: engine.Precision, images: DataConfig
 ) -> nn.Module:
-    """Build the model of ``--teacher-path`` or timm's pretrained ``--teacher-model``.
+    """Build the model of ``--teacher-path``, or timm's pretrained ``--teacher-model``.
 
     It is in evaluation mode without gradients, and maps images ``B 3 H W`` to logits ``B K``.
 
@@ -104,43 +121,32 @@ def build_teacher(
         args: Flags.
         num_classes: Number of classes of the training set, which the teacher must have.
         precision: Device and memory format of the teacher.
-        normalization: Mean and std of the training images. A file of this project was trained
-            with the same; for any other, images are renormalized to the model's config in timm.
+        images: Preprocessing of the training images. They are renormalized if the teacher was
+            trained with another mean and std.
 
     Raises:
         UserError: The teacher has other classes, or no weights.
         ModelError: Unknown model, or it does not accept images of ``--input-size``.
         CheckpointError: The file cannot be read, or does not fit the model.
     """
-    path = args.teacher_path
-    checkpoint = models.read_checkpoint(path) if path else {}
-    kwargs = dict(checkpoint.get("model_kwargs", {}))
-    name = args.teacher_model or checkpoint.get("model_name")
-    if not name:
-        raise UserError(f"--teacher-path {path} does not name its model: give --teacher-model")
-    if name != checkpoint.get("model_name"):
-        kwargs = {}
-    known = kwargs.get("num_classes")
-    if not path:
-        known = _pretrained_classes(name)
-    elif known is None:
-        known = num_classes_of(state_dict_of(checkpoint, path)[0], name)
-    if known not in (None, num_classes):
-        raise UserError(
-            f"teacher {path or name} has {known} classes, the training set has {num_classes}"
-        )
-    required = {"num_classes": num_classes} | ({} if path else {"pretrained": True})
-    optional = kwargs | {"img_size": args.input_size}
+    named = args.teacher_model or None
+    where, name = (args.teacher_path, named) if args.teacher_path else (named, None)
     try:
-        model, _ = models.build_model(name, required, optional)
-    except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"cannot get weights of teacher {name}: {reason}") from error
-    if path:
-        log(f"teacher {name}: {models.load_weights(model, checkpoint, path)}")
-    models.check_input_size(model, name, args.input_size)
-    own = models.normalization_of(checkpoint, model.pretrained_cfg)
-    model = renormalized(model, normalization, own)
+        source = models.find_model(where, name, pretrained=True)
+        if source.num_classes not in (None, num_classes):
+            raise UserError(
+                f"teacher {where} has {source.num_classes} classes, the training set has "
+                f"{num_classes}"
+            )
+        model = source.build(images.side, num_classes=num_classes)
+    except models.ModelError as error:
+        raise type(error)(f"teacher: {error}") from error
+    if report := source.load(model):
+        log(f"teacher {source.name}: {report}")
+    models.check_input_size(model, source.name, images.side)
+    own = source.data_config
+    if (own.mean, own.std) != (images.mean, images.std):
+        model = Renormalized(model, images, own)
     precision.place(model)
     return model.eval().requires_grad_(False)
 
@@ -156,22 +162,9 @@ def distill(
         UserError, ModelError, CheckpointError: See :func:`build_teacher`.
     """
     precision, model = network.precision, network.model
-    teacher = build_teacher(args, network.kwargs["num_classes"], precision, datasets.NORMALIZATION)
+    teacher = build_teacher(args, network.kwargs["num_classes"], precision, network.images)
     if hasattr(model, "set_distilled_training"):
         model.set_distilled_training(True)
     targets = TeacherTargets(engine.compiled(teacher, args.compile), mixup_fn, precision)
     settings = (args.distillation_type, args.distillation_alpha, args.distillation_tau)
     return targets, DistillationLoss(criterion, *settings)
-
-
-def _pretrained_classes(name: str) -> int:
-    """Return the number of classes of timm's weights of a model.
-
-    Raises:
-        UserError: timm has no weights of it.
-        ModelError: Unknown model.
-    """
-    cfg = models.pretrained_config(name)
-    if cfg is None or not cfg.has_weights:
-        raise UserError(f"timm has no weights of teacher {name}: give --teacher-path CHECKPOINT")
-    return cfg.num_classes

@@ -24,7 +24,7 @@ ELSEWHERE = {  # model arguments that --model-kwargs does not accept, and what s
     "qk_scale_factor": "is set by --qk-scale-factor",
     "locality_strength": "is set by --locality-strength",
     "local_up_to_layer": "is set by --local-up-to-layer",
-    "pretrained": "loads weights: use --finetune CHECKPOINT",
+    "pretrained": "loads weights: use --pretrained",
     "checkpoint_path": "loads weights: use --finetune CHECKPOINT",
     "features_only": "makes a backbone without a classifier: leave it out",
     "in_chans": "is always 3 here: leave it out",
@@ -116,7 +116,11 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     add("--resume", default="", help="checkpoint (file or URL), or auto: newest of --output_dir")
     add("--start_epoch", type=int, default=0)
     add("--stop-epoch", type=int, help="stop before this epoch; the schedule still spans --epochs")
-    add("--eval", action="store_true", help="evaluate the checkpoint of --resume and exit")
+    add(
+        "--eval",
+        action="store_true",
+        help="evaluate --resume or --pretrained and exit",
+    )
     add("--seed", type=int, default=0)
     add("--save-every-steps", type=int, metavar="N", help="also save within an epoch")
     add("--save-every-minutes", type=float, metavar="M", help="also save within an epoch")
@@ -128,8 +132,17 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
     add = flags_of(group)
-    add("--model", default="visformer_small", help="any model name of timm")
-    add("--input-size", type=int, help="pixels; default: 224, or 32 for DIGITS")
+    add(
+        "--model",
+        default="visformer_small",
+        help="any model name of timm, hf-hub:ORG/NAME or local-dir:FOLDER",
+    )
+    add("--pretrained", action="store_true", help="start from the published weights of --model")
+    add(
+        "--input-size",
+        type=int,
+        help="pixels; default: that of the weights, else 224, or 32 for DIGITS",
+    )
     add("--drop", type=float, default=0.0, metavar="RATE", help="dropout")
     add("--drop-path", type=float, default=0.1, metavar="RATE", help="stochastic depth")
     add(
@@ -151,12 +164,17 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
 
 def _add_finetuning(group: argparse._ArgumentGroup) -> None:
     add = flags_of(group)
-    add("--finetune", default="", help="start from these weights; new classifier for other classes")
+    add(
+        "--finetune",
+        default="",
+        help="start from these weights: a file, an address, hf-hub:ORG/NAME, local-dir:FOLDER, or "
+        "a model name for timm's; new classifier for other classes",
+    )
     add("--layer-decay", type=float, metavar="RATE", help="learning-rate decay per layer")
     add("--freeze-stages", type=int, metavar="N", help="freeze the stem (0) and the first N stages")
     add("--linear-probe", action="store_true", help="train only the classifier")
-    add("--teacher-model", help="any model name of timm; not needed with a file of this project")
-    add("--teacher-path", default="", help="weights of the teacher, file or URL; default: timm's")
+    add("--teacher-model", help="as --model, with its published weights")
+    add("--teacher-path", default="", help="weights of the teacher, as for --finetune")
     add("--distillation-type", choices=["none", "soft", "hard"], default="none")
     add("--distillation-alpha", type=float, default=0.5, help="weight of the distillation loss")
     add("--distillation-tau", type=float, default=1.0, help="temperature of soft distillation")
@@ -252,7 +270,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
     add("--augment-on", choices=where, default="auto", help="auto: the device if it is CUDA")
     add("--decode-on-device", action="store_true", help="decode training JPEGs on the device")
     add("--on-corrupt", choices=["error", "skip"], default="error", help="unreadable images")
-    add("--eval-crop-ratio", type=float, default=0.875)
+    add("--eval-crop-ratio", type=float, help="default: that of the weights, else 0.875")
     add("--dist-eval", action=OnOff, default=True, help="distribute evaluation over the processes")
     workers = min(10, usable_cpus())
     add("--num_workers", type=int, default=workers, help="loader workers per process")
@@ -291,11 +309,12 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
     del args.config  # its flags are in
     given, typed = given_flags(get_args_parser(), argv), given_flags(get_args_parser(), words)
     _check(args)
-    resumes = typed.get("resume", "") not in ("", "auto") and not args.eval
-    if resumes and typed.get("finetune"):
+    resumes = typed.get("resume", "") not in ("", "auto")
+    other = "--pretrained" if typed.get("pretrained") else f"--finetune {args.finetune}"
+    if resumes and (typed.get("pretrained") or (typed.get("finetune") and not args.eval)):
         raise UserError(
-            f"--resume {args.resume} continues from that checkpoint, and --finetune "
-            f"{args.finetune} would not be read: leave one of them out"
+            f"--resume {args.resume} continues from that checkpoint, and {other} would not be "
+            f"read: leave one of them out"
         )
     return args, set(given)
 
@@ -353,8 +372,10 @@ def _check(args: argparse.Namespace) -> None:
     keyword_arguments(args.model_kwargs)
     if args.resume == "auto" and not args.output_dir:
         raise UserError("--resume auto needs --output_dir FOLDER")
-    if args.eval and not args.resume:
-        raise UserError("--eval needs --resume CHECKPOINT")
+    if args.eval and not (args.resume or args.pretrained):
+        raise UserError("--eval needs --resume CHECKPOINT, or --model NAME --pretrained")
+    if args.pretrained and args.finetune:
+        raise UserError(f"--pretrained and --finetune {args.finetune} exclude each other")
     if args.fuse and not args.eval:
         raise UserError("--fuse needs --eval: a fused model cannot be trained")
 
@@ -362,7 +383,7 @@ def _check(args: argparse.Namespace) -> None:
 def _check_finetuning(args: argparse.Namespace) -> None:
     for flag in ("linear_probe", "freeze_stages"):
         wanted = getattr(args, flag) not in (None, False)
-        if wanted and not (args.finetune or args.resume):
+        if wanted and not (args.finetune or args.resume or args.pretrained):
             raise UserError(
                 f"--{flag.replace('_', '-')} would freeze random weights: give --finetune "
                 f"CHECKPOINT"

@@ -8,30 +8,59 @@ from typing import Any
 import torch
 from torch import nn
 
-import datasets
 import engine
 import models
+from models import DataConfig, ModelSource
 from pipeline.images import DataError
 from training.flags import get_args_parser, keyword_arguments
 from utils import log
 
 
-def choose_model(
-    args: Namespace,
-    given: set[str],
-    checkpoint: Mapping[str, Any],
-    source: str,
-    num_classes: int,
-) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Return name, required and optional keyword arguments of the model.
+def choose_source(
+    args: Namespace, given: set[str], label: str, checkpoint: Mapping[str, Any]
+) -> ModelSource:
+    """Return the model that a run starts from.
 
-    The settings of a checkpoint of ours take precedence over the flags, with a warning where a
-    given flag differs; a given ``--model`` of another name takes precedence over the checkpoint.
+    It is that of the checkpoint to resume, of ``--finetune``, or of ``--model`` with timm's
+    weights or with random ones. A file's own name of its model takes precedence over the default
+    of ``--model``, and a given ``--model`` over that, if the weights fit it.
+
+    Args:
+        args: Flags.
+        given: Names of the flags that were given.
+        label, checkpoint: Name and content of the checkpoint to resume; empty without one.
     """
-    optional = {"img_size": args.input_size, "drop_rate": args.drop}
-    optional |= {"drop_path_rate": args.drop_path}
-    required = keyword_arguments(args.model_kwargs)
-    required |= {"num_classes": num_classes, "qk_scale_factor": args.qk_scale_factor}
+    name = args.model if "model" in given else None
+    exponent = args.qk_scale_factor
+    if checkpoint:
+        source = models.from_checkpoint(checkpoint, label, name, args.model, exponent)
+    elif args.finetune:
+        source = models.find_model(
+            args.finetune, name, pretrained=True, default=args.model, exponent=exponent
+        )
+    else:
+        source = models.find_model(args.model, pretrained=args.pretrained, exponent=exponent)
+        if source.checkpoint and not args.pretrained:  # of the Hub, for its architecture alone
+            source = source.without_weights()
+    if source.name != args.model:
+        log(f"{source.label} is of model {source.name}")
+    saved = source.required.get("qk_scale_factor")
+    if source.checkpoint and exponent not in (None, saved):
+        log(
+            f"warning: --qk-scale-factor {exponent} is ignored: {source.label} was trained with "
+            f"{saved}, and another would change what the model computes"
+        )
+    return source
+
+
+def model_arguments(
+    args: Namespace, given: set[str], source: ModelSource, num_classes: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return required and optional keyword arguments of the model, from the flags."""
+    optional = {"drop_rate": args.drop, "drop_path_rate": args.drop_path}
+    required = keyword_arguments(args.model_kwargs) | {"num_classes": num_classes}
+    if "qk_scale_factor" not in source.required:
+        required["qk_scale_factor"] = args.qk_scale_factor
     for key in ("locality_strength", "local_up_to_layer"):
         if getattr(args, key) is not None:
             required[key] = getattr(args, key)
@@ -40,20 +69,7 @@ def choose_model(
         # a recipe may hold every flag, as args.yaml does
         if flag in given and getattr(args, flag) != defaults.get_default(flag):
             required[key] = optional.pop(key)
-    saved = dict(checkpoint.get("model_kwargs", {}))
-    if not saved or ("model" in given and args.model != checkpoint["model_name"]):
-        return args.model, required, optional
-    if saved["num_classes"] != num_classes:
-        raise DataError(
-            f"{source} has {saved['num_classes']} classes, the dataset has {num_classes}"
-        )
-    exponent = saved.get("qk_scale_factor")
-    if args.qk_scale_factor not in (None, exponent):
-        log(
-            f"warning: --qk-scale-factor {args.qk_scale_factor} is ignored: {source} was "
-            f"trained with {exponent}, and another would change what the model computes"
-        )
-    return checkpoint["model_name"], required | {"qk_scale_factor": exponent}, saved | optional
+    return required, optional
 
 
 def choose_precision(args: Namespace, model: nn.Module, device: torch.device) -> engine.Precision:
@@ -63,36 +79,6 @@ def choose_precision(args: Namespace, model: nn.Module, device: torch.device) ->
     if last is None:
         last = getattr(model, "channels_last", False)
     return engine.Precision(device, dtype, torch.channels_last if last else torch.contiguous_format)
-
-
-class Renormalized(nn.Module):
-    """Adapts a model to images with another normalization than in its training.
-
-    Args:
-        model: Model of images ``B C H W``.
-        given: Mean and std of the images, ``C`` each, for values in [0, 1].
-        own: Mean and std of the model's training.
-    """
-
-    def __init__(self, model: nn.Module, given: models.Normalization, own: models.Normalization):
-        super().__init__()
-        (mean, std), (own_mean, own_std) = (map(torch.tensor, pair) for pair in (given, own))
-        self.model, self.num_classes = model, model.num_classes
-        self.register_buffer("scale", (std / own_std).view(-1, 1, 1))
-        self.register_buffer("shift", ((mean - own_mean) / own_std).view(-1, 1, 1))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Map images ``B C H W`` to the model's output."""
-        return self.model(torch.addcmul(self.shift, images, self.scale))
-
-
-def renormalized(
-    model: nn.Module, given: models.Normalization, own: models.Normalization
-) -> nn.Module:
-    """Return the model for images normalized as given; the model itself if that is its own."""
-    if given == own:
-        return model
-    return Renormalized(model, given, own).to(next(model.parameters()).device)
 
 
 def fused(model: nn.Module, name: str) -> nn.Module:
@@ -115,24 +101,27 @@ def recompute_blocks(model: nn.Module, name: str) -> None:
         raise models.ModelError(message) from error
 
 
-def choose_input_size(args: Namespace, checkpoint: Mapping[str, Any], source: str) -> int:
-    """Return ``--input-size`` if given, else the checkpoint's, else the dataset's default."""
-    saved = checkpoint.get("input_size")
-    if args.input_size and saved and args.input_size != saved:
-        log(f"warning: --input-size {args.input_size}, but {source} was trained at {saved}")
-    return args.input_size or saved or datasets.input_size_of(args)
+def compare_classes(source: ModelSource, names: Sequence[str], new_head: bool) -> None:
+    """Warn if weights have other class names than the dataset.
 
-
-def compare_classes(checkpoint: Mapping[str, Any], source: str, names: Sequence[str]) -> None:
-    """Warn if a checkpoint has other class names than the dataset."""
-    saved = models.class_names(checkpoint, source) or list(names)
-    if len(saved) == len(names) and saved != list(names):
+    Raises:
+        DataError: They have another number of classes, and do not get a new classifier.
+    """
+    if not source.has_weights or new_head:
+        return
+    if source.num_classes not in (None, len(names)):
+        raise DataError(
+            f"{source.label} has {source.num_classes} classes, the dataset has {len(names)}: "
+            f"--finetune trains a new classifier"
+        )
+    saved = list(source.classes or names)
+    if saved != list(names):
         number = next(
             i for i, pair in enumerate(zip(saved, names, strict=True)) if len({*pair}) > 1
         )
         log(
-            f"warning: class {number} is {saved[number]!r} in {source}, and {names[number]!r} in "
-            f"the dataset"
+            f"warning: class {number} is {saved[number]!r} in {source.label}, and "
+            f"{names[number]!r} in the dataset"
         )
 
 
@@ -144,22 +133,24 @@ class Network:
     name: str
     kwargs: dict[str, Any]
     precision: engine.Precision
+    images: DataConfig
 
 
 def build_network(
     args: Namespace,
     given: set[str],
-    checkpoint: Mapping[str, Any],
-    source: str,
+    source: ModelSource,
+    images: DataConfig,
     num_classes: int,
     device: torch.device,
 ) -> Network:
-    """Build the model of the flags and the checkpoint, and freeze the parts flagged."""
-    name, required, optional = choose_model(args, given, checkpoint, source, num_classes)
-    model, kwargs = models.build_model(name, required, optional)
+    """Build the model of the flags and the source, and freeze the parts flagged."""
+    required, optional = model_arguments(args, given, source, num_classes)
+    model, kwargs = source.build_with_kwargs(images.side, required, optional)
+    name = source.name
     if hasattr(model, "qk_scale_factor"):
         kwargs["qk_scale_factor"] = model.qk_scale_factor
-    models.check_input_size(model, name, args.input_size)
+    models.check_input_size(model, name, images.side)
     precision = choose_precision(args, model, device)
     precision.place(model)
     if args.grad_checkpointing:
@@ -169,7 +160,7 @@ def build_network(
     whole = sum(p.numel() for p in model.parameters())
     part = "" if learning == whole else f" ({learning / 1e6:.3f} M trainable)"
     log(f"model {name} {kwargs}: {whole / 1e6:.2f} M parameters{part}, {precision}")
-    return Network(model, name, kwargs, precision)
+    return Network(model, name, kwargs, precision, images)
 
 
 def freeze(args: Namespace, model: nn.Module) -> None:

@@ -12,13 +12,21 @@ from torch import nn
 import engine
 import models
 import utils
-from pipeline.images import NORMALIZATION
+from models import ModelSource
 from samplers import RASampler
 from training import fsdp, run_state
 from training.launch import DistInfo
+from training.network import Network
 from utils import UserError, log
 
-SILENT = ("resume", "stop_epoch", "finetune", "output_dir")  # flags that may differ silently
+SILENT = (
+    "resume",
+    "stop_epoch",
+    "finetune",
+    "pretrained",
+    "output_dir",
+    "eval_crop_ratio",
+)  # flags that may differ silently
 
 
 class RunState:
@@ -26,9 +34,7 @@ class RunState:
 
     Args:
         args: Flags.
-        model: Model on its device.
-        model_name, model_kwargs: Arguments of :func:`models.build_model` that built it.
-        precision: Mixed precision.
+        network: Model on its device, with its name, arguments, precision and preprocessing.
         lr: Scaled learning rate.
         updates_per_epoch: Optimizer steps per epoch.
         sampler: Sampler of the training set.
@@ -40,10 +46,7 @@ class RunState:
     def __init__(
         self,
         args: Namespace,
-        model: nn.Module,
-        model_name: str,
-        model_kwargs: dict[str, Any],
-        precision: engine.Precision,
+        network: Network,
         lr: float,
         updates_per_epoch: int,
         sampler: RASampler,
@@ -51,13 +54,13 @@ class RunState:
         group: dist.ProcessGroup | None = None,
         classes: Sequence[str] = (),
     ):
-        self.args, self.model = args, model
-        self.model_name, self.model_kwargs = model_name, model_kwargs
-        self.precision, self.updates_per_epoch = precision, updates_per_epoch
+        self.args, self.network = args, network
+        self.model, self.precision = network.model, network.precision
+        self.updates_per_epoch = updates_per_epoch
         self.sampler, self.info, self.group = sampler, info, group
         self.classes = [str(name) for name in classes]
         self.epoch = args.start_epoch - 1
-        self.meter = engine.Meter(precision.device)
+        self.meter = engine.Meter(self.precision.device)
         self.best_acc1 = 0.0
         self.best: list[tuple[float, int]] = []  # (accuracy, epoch), best first
         self.gelu = "none"
@@ -66,7 +69,7 @@ class RunState:
             self._shard()
         else:
             self.ema = self.start_average()
-        self.optimizer = engine.build_optimizer(args, model, lr)
+        self.optimizer = engine.build_optimizer(args, self.model, lr)
         if args.layer_decay is not None:
             scales = engine.layer_scales(self.optimizer)
             low, high = scales[0], scales[-1]
@@ -123,9 +126,10 @@ class RunState:
             "ranks": ranks,
             "best_acc1": self.best_acc1,
             "best": self.best,
-            "model_name": self.model_name,
-            "model_kwargs": self.model_kwargs,
-            "input_size": self.args.input_size,
+            "model_name": self.network.name,
+            "model_kwargs": self.network.kwargs,
+            "input_size": self.network.images.side,
+            "data_config": self.network.images.to_timm(),
             "classes": self.classes,
             "gelu": self.gelu,
             "args": vars(self.args),
@@ -141,19 +145,19 @@ class RunState:
         norm = nn.utils.get_total_norm(weights)
         return (bad and not self.precision.scaler.is_enabled()) or not norm.isfinite().item()
 
-    def start(self, checkpoint: Mapping[str, Any], source: str) -> None:
-        """Resume from a checkpoint unless it is empty, else from the weights of ``--finetune``.
+    def start(self, source: ModelSource, resumes: bool) -> None:
+        """Resume the run of a checkpoint, or start from the weights of a source, if it has any.
 
         Raises:
             UserError: Parts of the model are frozen, and there are no weights to load.
         """
         args = self.args
-        if checkpoint:
-            self.restore(checkpoint, source)
-            if args.finetune:
-                log(f"--finetune {args.finetune} is not read: the run continues from {source}")
-        elif args.finetune:
-            self.finetune(args.finetune)
+        if resumes:
+            self.restore(source)
+            if start := args.finetune or (args.pretrained and f"{args.model} --pretrained"):
+                log(f"{start} is not read: the run continues from {source.label}")
+        elif source.has_weights:
+            self.finetune(source)
         elif args.linear_probe or args.freeze_stages is not None:
             raise UserError(
                 f"{args.output_dir} has no checkpoint to resume, and --linear-probe and "
@@ -161,12 +165,13 @@ class RunState:
             )
         self.set_lr()
 
-    def restore(self, checkpoint: Mapping[str, Any], source: str) -> None:
+    def restore(self, origin: ModelSource) -> None:
         """Resume from a checkpoint; weights without an optimizer start at ``--start_epoch``."""
-        self.load(checkpoint, source)
+        checkpoint, source = origin.checkpoint, origin.label
+        self.load(origin)
         self.ema = self.start_average()
         if self.ema is not None and checkpoint.get("model_ema"):
-            models.load_weights(self.ema.module, checkpoint, source, ema=True)
+            origin.load(self.ema.module, "ema")
         if "optimizer" not in checkpoint or "epoch" not in checkpoint:
             log(f"{source} has no optimizer state: its weights start a new run")
             return
@@ -206,33 +211,20 @@ class RunState:
         self._steps_before = self.meter.steps
         self._random = ranks[info.rank]["random"] if info.rank < len(ranks) else {}
 
-    def finetune(self, path: str) -> None:
-        """Load the weights of a checkpoint, with a new classifier for other classes."""
-        checkpoint = models.read_checkpoint(path)
-        others = (models.class_names(checkpoint, path) or self.classes) != self.classes
-        self.load(checkpoint, path, new_head=True, other_classes=others)
-        mean, std = models.normalization_of(checkpoint, self.model.pretrained_cfg)
-        if (mean, std) != NORMALIZATION:
-            log(
-                f"warning: {path} expects images of mean {mean} and std {std}; training images "
-                f"are normalized by {NORMALIZATION[0]} and {NORMALIZATION[1]}"
-            )
-        wanted, exponent = self.args.qk_scale_factor, self.model_kwargs.get("qk_scale_factor")
-        if wanted not in (None, exponent):
-            log(
-                f"warning: --qk-scale-factor {wanted} is ignored: {path} was trained with "
-                f"{exponent}, and another would change what the model computes"
-            )
+    def finetune(self, source: ModelSource) -> None:
+        """Load the weights of a source, with a new classifier for other classes."""
+        others = list(source.classes or self.classes) != self.classes
+        self.load(source, new_head=True, other_classes=others)
         self.ema = self.start_average()
 
-    def load(self, checkpoint: Mapping[str, Any], source: str, **options: bool) -> None:
+    def load(self, source: ModelSource, **options: bool) -> None:
         """Load weights, and keep the settings that change the model's function."""
-        log(str(models.load_weights(self.model, checkpoint, source, **options)))
+        log(str(source.load(self.model, **options) or source.label))
         if self.ema is not None and self.args.fsdp:
-            models.load_weights(self.ema.module, checkpoint, source, **options)
-        self.gelu = checkpoint.get("gelu", self.gelu)
+            source.load(self.ema.module, **options)
+        self.gelu = source.checkpoint.get("gelu", self.gelu)
         if hasattr(self.model, "qk_scale_factor"):
-            self.model_kwargs["qk_scale_factor"] = self.model.qk_scale_factor
+            self.network.kwargs["qk_scale_factor"] = self.model.qk_scale_factor
 
     def log_changed_flags(self, saved: Any) -> None:
         """Log the flags that differ from the checkpoint's; the current ones apply."""

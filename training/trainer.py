@@ -18,6 +18,7 @@ from torchvision.utils import make_grid
 import datasets
 import engine
 import utils
+from models import DataConfig
 from pipeline.prefetch import Prefetcher
 from samplers import SampleIndex
 from training import fsdp, launch
@@ -262,7 +263,9 @@ class Trainer:
         return 128 + number if number == signal.SIGINT else 0
 
 
-def example_images(feed: Prefetcher, num_images: int, count: int = 32) -> torch.Tensor:
+def example_images(
+    feed: Prefetcher, num_images: int, config: DataConfig, count: int = 32
+) -> torch.Tensor:
     """Return a grid ``3 H W`` of augmented training images, spread over the classes."""
     images = feed.batch([SampleIndex(i * num_images // count) for i in range(count)]).images
-    return make_grid(datasets.denormalize(images.float().cpu()), nrow=8)
+    return make_grid(datasets.denormalize(images.float().cpu(), config), nrow=8)

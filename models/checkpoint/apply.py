@@ -32,7 +32,7 @@ class LoadReport:
         ignored: Keys of the checkpoint that the model computes itself.
         missing: Keys of the model that keep their initial value.
         unexpected: Keys of the checkpoint that the model does not use.
-        notes: Settings of the checkpoint that were applied to the model.
+        notes: Settings of the checkpoint that were applied to the model, and removed prefixes.
     """
 
     source: str
@@ -88,8 +88,8 @@ def load_weights(
         allow_unexpected: Return True for a key of the checkpoint that the model may lack.
         other_classes: With ``new_head``, skip a classifier of the same shape, too.
     """
-    state, others = state_dict_of(checkpoint, source, ema)
     own = model.state_dict()
+    state, others, prefix = state_dict_of(checkpoint, source, ema, own)
     ignored = [k for k in state if k.rpartition(".")[2] in COMPUTED_KEYS and k not in own]
     state = {key: value for key, value in state.items() if key not in ignored}
     settings = settings_of(checkpoint, source)
@@ -119,7 +119,7 @@ def load_weights(
         ignored=(*ignored, *others),
         missing=tuple(missing),
         unexpected=tuple(unexpected),
-        notes=tuple(_apply(model, *settings)),
+        notes=tuple(_apply(model, prefix, *settings)),
     )
 
 
@@ -162,8 +162,10 @@ def _unfit_head(
     ]
 
 
-def _apply(model: nn.Module, exponent: float | None, gelu: str) -> Iterator[str]:
-    """Give the model the settings that the weights were trained with; yield the changes."""
+def _apply(model: nn.Module, prefix: str, exponent: float | None, gelu: str) -> Iterator[str]:
+    """Give the model the settings that the weights were trained with; yield what was changed."""
+    if prefix:
+        yield f"prefix {prefix} removed"
     if exponent is not None and getattr(model, "qk_scale_factor", exponent) != exponent:
         set_qk_scale_factor(model, exponent)
         yield f"pre-scale exponent {exponent}, as trained"

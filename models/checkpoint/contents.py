@@ -1,57 +1,98 @@
 """Checkpoint contents: weights, class names and training settings."""
 
-import argparse
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Container, Mapping
+from typing import Any, NamedTuple
 
 import timm
 import torch
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from models.checkpoint.mindcv_names import to_original_names
 from models.errors import CheckpointError, UnsafeFileError
 
-Normalization = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std by channel
-
-WEIGHT_KEYS = ("model", "state_dict")
-EMA_KEYS = ("model_ema", "state_dict_ema")
+WEIGHT_KEYS = ("model", "state_dict", "model_state_dict", "net", "network", "module", "weights")
+EMA_KEYS = ("model_ema", "state_dict_ema", "ema_state_dict", "model_ema_state_dict", "ema")
+# components that torch.compile, FSDP and activation checkpointing put into the names of parts
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+EMA_COUNTERS = ("n_averaged",)  # of torch.optim.swa_utils.AveragedModel
 SHOWN = 4  # keys in a message
 FREE_BYTES, SHARED = 1 << 24, 4  # all weights may have so much, and so often what is stored
 HEADS = ("head.weight", "classifier.weight", "head.fc.weight")
 
 
+class Weights(NamedTuple):
+    """Weights of a checkpoint.
+
+    Attributes:
+        state: Tensors by name, without wrappers.
+        ignored: Names that are not the model's: of a trainer, or counters of an average.
+        prefix: Removed from all names: of DDP, Lightning and others that wrap a model.
+    """
+
+    state: dict[str, torch.Tensor]
+    ignored: tuple[str, ...] = ()
+    prefix: str = ""
+
+
 def state_dict_of(
-    checkpoint: Mapping[str, Any], source: str, ema: bool = False
-) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+    checkpoint: Mapping[str, Any], source: str, ema: bool = False, own: Container[str] = ()
+) -> Weights:
     """Return the weights of a checkpoint, under whichever key they are.
 
     Args:
         checkpoint: Content of the file.
         source: Name of the file, for messages.
         ema: Return the moving average instead of the raw weights.
-
-    Returns:
-        The weights, and the ignored names of a training checkpoint of MindCV.
+        own: Names of the model's tensors; a prefix that they have, too, stays.
 
     Raises:
         CheckpointError: It does not have any.
     """
     if foreign := _mapping(checkpoint, "mindspore"):
         try:
-            return to_original_names(_named(foreign, source), ema)
+            return Weights(*to_original_names(_named(foreign, source), ema))
         except ValueError as error:
             raise CheckpointError(f"{source}: {error}") from error
     keys = EMA_KEYS if ema else WEIGHT_KEYS
-    state = next(filter(None, (_mapping(checkpoint, key) for key in keys)), {})
+    state = next(filter(_has_tensors, (_mapping(checkpoint, key) for key in keys)), {})
     if not state and not ema:
         state = checkpoint
-    if not any(torch.is_tensor(value) for value in state.values()):
+    if not _has_tensors(state):
         found = ", ".join(map(str, list(checkpoint)[:SHOWN])) or "nothing"
         raise CheckpointError(
-            f"{source} has no weights under {' or '.join(map(repr, keys))}, but {found}"
+            f"{source} has no weights under {', '.join(map(repr, keys))}, but {found}"
         )
-    weights = _named(state, source).items()
-    return {key.removeprefix("module."): value for key, value in weights}, ()
+    return _unwrapped(_named(state, source), own, source)
+
+
+def _has_tensors(state: Mapping[Any, Any]) -> bool:
+    return any(torch.is_tensor(value) for value in state.values())
+
+
+def _unwrapped(state: Mapping[str, torch.Tensor], own: Container[str], source: str) -> Weights:
+    """Remove counters and what wrappers of a model put into and in front of all names.
+
+    Raises:
+        CheckpointError: Two names become one.
+    """
+    ignored = tuple(key for key in state if key in EMA_COUNTERS and key not in own)
+    names = {key: _without_wrappers(key) for key in state if key not in ignored}
+    prefix = ""
+    while names and not any(name in own for name in names.values()):
+        first = {name.partition(".")[0] for name in names.values()}
+        if len(first) > 1 or any("." not in name for name in names.values()):
+            break
+        prefix += (part := f"{first.pop()}.")
+        names = {key: name.removeprefix(part) for key, name in names.items()}
+    found = {name: state[key] for key, name in names.items()}
+    if len(found) < len(names):
+        raise CheckpointError(f"{source}: two tensors have one name without their wrappers")
+    return Weights(found, ignored, prefix)
+
+
+def _without_wrappers(key: str) -> str:
+    for wrapper in WRAPPERS:
+        key = key.replace(wrapper, "")
+    return key
 
 
 def _mapping(checkpoint: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -103,32 +144,6 @@ def class_names(checkpoint: Mapping[str, Any], source: str) -> list[str]:
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{source}: classes must be a list of names")
     return list(names)
-
-
-def flags_of_run(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the flags of the run that made a checkpoint: of this repository, DeiT or its kin.
-
-    The dict is empty for MindCV's runs, whose files hold none. The result is None for timm's runs,
-    whose files name their ``arch``, and for weights without a run.
-    """
-    flags = {} if "mindspore" in checkpoint else checkpoint.get("args")
-    flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
-    return dict(flags) if isinstance(flags, Mapping) and "arch" not in checkpoint else None
-
-
-def normalization_of(checkpoint: Mapping[str, Any], config: Mapping[str, Any]) -> Normalization:
-    """Return mean and std of the training images, for values from 0 to 1.
-
-    They are ImageNet's for runs with :func:`flags_of_run`, whatever the model, and those of the
-    model's ``pretrained_cfg`` for other weights.
-
-    Args:
-        checkpoint: Content of the file; empty for timm's own weights.
-        config: The model's ``pretrained_cfg``.
-    """
-    if flags_of_run(checkpoint) is not None or not config.get("mean"):
-        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    return tuple(config["mean"]), tuple(config["std"])
 
 
 def settings_of(checkpoint: Mapping[str, Any], source: str) -> tuple[float | None, str]:

@@ -56,7 +56,7 @@ def compare(program: Program, source: ExportSource, batch: int | None) -> Agreem
     batches = (batch,) if batch else (1, 3)
     difference = rounding = 0.0
     for number in batches:
-        images = source.images(number, seed=number)
+        images = source.random_images(number, seed=number)
         expected, found = source.eager(images), program(images)
         if found.shape != expected.shape:
             raise UserError(
@@ -68,7 +68,7 @@ def compare(program: Program, source: ExportSource, batch: int | None) -> Agreem
         return Agreement(difference, None, batches)
     exact = copy.deepcopy(source.eager).cpu().double()
     for number in batches:
-        images = source.images(number, seed=number)
+        images = source.random_images(number, seed=number)
         double = images.cpu() if source.preprocessing else images.cpu().double()
         rounding = max(rounding, _relative(source.eager(images), exact(double)))
     if difference <= ROUNDING * rounding:
@@ -81,7 +81,7 @@ def compare(program: Program, source: ExportSource, batch: int | None) -> Agreem
 
 def speed(program: Program, runtime: str, source: ExportSource, batch: int | None) -> str:
     """Return images per second of a program and of the model in PyTorch, measured in turn."""
-    images = source.images(batch or 1)
+    images = source.random_images(batch or 1)
     steps = {runtime: lambda: program(images), "torch eager": lambda: source.eager(images)}
     if source.exported is not source.eager:
         steps["torch fused"] = lambda: source.exported(images)

@@ -56,7 +56,7 @@ def capture(source: ExportSource, batch: int | None) -> ExportedProgram:
     try:
         with _quiet():
             return torch.export.export(
-                source.exported, (source.images(batch or 2),), dynamic_shapes=shapes
+                source.exported, (source.random_images(batch or 2),), dynamic_shapes=shapes
             )
     except Exception as error:  # torch.export raises errors of many kinds
         raise UserError(f"torch.export cannot capture {source.name}: {error}") from error

@@ -2,15 +2,15 @@
 
 import argparse
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+import datasets
 import models
-from datasets import SMALL_SIZE
+from models import DataConfig
 from models.layers.fuse import Fusible
-from tools import networks
 from utils import UserError
 
 PROJECT = "visformer"
@@ -44,11 +44,8 @@ class ExportSource:
         eager: Model as trained, without gradients.
         exported: Model to export; the fused one if there is one.
         name: Registered name of the model.
-        size: Height and width of the images.
+        images: Preprocessing of the images.
         classes: Class names, empty if unknown.
-        mean, std: Normalization of values in 0..1.
-        short_side: Size of an image's short side before the centre crop of evaluation; 0 if images
-            are resized whole.
         preprocessing: ``eager`` and ``exported`` take pixels.
         notes: Lines to print.
     """
@@ -56,13 +53,21 @@ class ExportSource:
     eager: nn.Module
     exported: nn.Module
     name: str
-    size: tuple[int, int]
+    images: DataConfig
     classes: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    short_side: int
     preprocessing: bool
     notes: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return self.images.input_size
+
+    @property
+    def short_side(self) -> int:
+        """Size of an image's short side before the centre crop; 0 if both sides are resized."""
+        is_cropped = self.images.crop_mode == "center"
+        return int(max(self.size) / self.images.crop_pct) if is_cropped else 0
 
     @property
     def device(self) -> torch.device:
@@ -82,38 +87,43 @@ class ExportSource:
             "model": self.name,
             "classes": json.dumps(self.classes),
             "input_size": json.dumps(self.size),
-            "mean": json.dumps(self.mean),
-            "std": json.dumps(self.std),
+            "mean": json.dumps(self.images.mean),
+            "std": json.dumps(self.images.std),
+            "interpolation": self.images.interpolation,
+            "crop_mode": self.images.crop_mode,
+            "crop_pct": str(self.images.crop_pct),
             "short_side": str(self.short_side),
             "preprocessing": "inside" if self.preprocessing else "outside",
         }
 
-    def images(self, batch: int, seed: int = 0) -> torch.Tensor:
+    def random_images(self, batch: int, seed: int = 0) -> torch.Tensor:
         """Random images: ``B 3 H W`` of unit variance, or pixels ``B H W 3``."""
         generator = torch.Generator().manual_seed(seed)
         if self.preprocessing:
-            shape = (batch, *self.size, len(self.mean))
+            shape = (batch, *self.size, len(self.images.mean))
             images = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
         else:
-            images = torch.randn(batch, len(self.mean), *self.size, generator=generator)
+            images = torch.randn(batch, len(self.images.mean), *self.size, generator=generator)
         return images.to(self.device)
 
 
-def _model_source(args: argparse.Namespace) -> networks.ModelSource:
+def _model_source(args: argparse.Namespace) -> models.ModelSource:
     """Return the model that the flags name, if they agree."""
     if not args.checkpoint:
-        if args.weights == "ema":
-            raise UserError("--weights ema needs --checkpoint")
         if args.model is None:
             raise UserError("give --model NAME or --checkpoint FILE")
-        return networks.from_name(args.model)
-    source = networks.from_checkpoint(args.checkpoint, args.model)
-    saved, number = source.checkpoint.get("model_name"), source.required["num_classes"]
-    if saved not in (None, source.name):
-        raise UserError(f"--model {args.model}, but {args.checkpoint} is of {saved}: leave it out")
+        source = models.find_model(args.model, pretrained=args.pretrained)
+        source.weights(args.weights)
+    elif args.pretrained:
+        raise UserError(
+            f"--pretrained uses published weights: leave --checkpoint {args.checkpoint}"
+        )
+    else:
+        source = models.find_model(args.checkpoint, args.model)
+    number = source.num_classes if source.has_weights else None
     if args.num_classes is not None and number not in (None, args.num_classes):
         raise UserError(
-            f"--num-classes {args.num_classes}, but {args.checkpoint} has {number}: leave it out"
+            f"--num-classes {args.num_classes}, but {source.label} has {number}: leave it out"
         )
     return source
 
@@ -126,35 +136,35 @@ def load_source(args: argparse.Namespace, device: torch.device) -> ExportSource:
             unknown or does not take the size, or the checkpoint is unreadable or of another model.
     """
     source = _model_source(args)
-    size = source.image_size(args.input_size)
-    # a program has one size: position embeddings are resampled once, not in every run
-    source = replace(source, optional={**source.optional, "dynamic_img_size": False})
+    notes: list[str] = []
+    flags = argparse.Namespace(input_size=args.input_size, eval_crop_ratio=None)
+    images = datasets.choose_images(flags, source.data_config, source.label, notes.append)
+    size = images.input_size
     classes = {} if args.num_classes is None else {"num_classes": args.num_classes}
-    model = source.build(size, **classes)
+    # a program has one size: position embeddings are resampled once, not in every run
+    model, _ = source.build_with_kwargs(size, classes, {"dynamic_img_size": False})
     report = source.load(model, args.weights)
-    notes = [str(report) if report else f"no --checkpoint: {source.label}"]
+    notes.append(str(report) if report else f"no --checkpoint: {source.label}")
     model = model.to(device).eval().requires_grad_(False)
     channels = getattr(model, "in_chans", 3)
     if channels != 3:
         raise UserError(f"{source.name} takes images of {channels} channels, not of 3")
     models.check_input_size(model, source.name, size)
-    mean, std = source.normalization(model)
     exported = model
     if args.fuse and isinstance(model, Fusible):
         exported = model.fuse()
     elif args.fuse:
         notes.append(f"{source.name} has no fuse(): exported as it is")
     if args.with_preprocessing:
-        exported, model = (Preprocessed(m, mean, std).to(device) for m in (exported, model))
+        exported, model = (
+            Preprocessed(m, images.mean, images.std).to(device) for m in (exported, model)
+        )
     return ExportSource(
         eager=model,
         exported=exported,
         name=source.name,
-        size=size,
+        images=images,
         classes=source.classes or (),
-        mean=mean,
-        std=std,
-        short_side=0 if max(size) <= SMALL_SIZE else int(max(size) / source.crop_ratio),
         preprocessing=args.with_preprocessing,
         notes=tuple(notes),
     )

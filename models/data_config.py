@@ -1,0 +1,166 @@
+"""Preprocessing that a model expects of its images: timm's data config, checked."""
+
+import argparse
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from timm.data import resolve_data_config
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from models.errors import CheckpointError, ModelError
+
+SMALL_SIZE = 32  # pixels; images of at most this size are resized whole
+MAX_SIZE = 4096  # pixels that a file may ask for
+MINDCV_SIZE = 224  # of MindCV's evaluation, for models of any size
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+CROP_MODES = ("center", "squash", "border")
+TIMM_FLAGS = ("img_size", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+SHOWN = 40  # characters of a value in a message
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How a decoded image becomes the input of a model in evaluation; timm's names.
+
+    Attributes:
+        input_size: Height and width in pixels.
+        interpolation: Filter of the resize.
+        mean, std: Normalization of values in 0..1, per channel.
+        crop_pct: Input size over the size of the resized image.
+        crop_mode: ``center`` resizes the short side and crops the centre, ``squash`` resizes both
+            sides, ``border`` resizes the long side and pads.
+    """
+
+    input_size: tuple[int, int] = (224, 224)
+    interpolation: str = "bicubic"
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+    crop_pct: float = 0.875
+    crop_mode: str = "center"
+
+    @property
+    def side(self) -> int:
+        """Height and width of square images.
+
+        Raises:
+            ModelError: They differ.
+        """
+        height, width = self.input_size
+        if height != width:
+            raise ModelError(f"images of {height}x{width} pixels are not square: give --input-size")
+        return height
+
+    def at_size(self, size: int | tuple[int, int]) -> "DataConfig":
+        """Return the config for another input size; small images are resized whole."""
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        if max(size) <= SMALL_SIZE:
+            return replace(self, input_size=size, crop_pct=1.0, crop_mode="squash")
+        return replace(self, input_size=size)
+
+    def with_crop(self, ratio: float) -> "DataConfig":
+        """Return the config with a centre crop of this ratio; small images stay whole."""
+        cropped = replace(self, crop_pct=ratio, crop_mode="center")
+        return cropped.at_size(self.input_size)
+
+    def to_timm(self) -> dict[str, Any]:
+        """Return timm's data config: the same, with the input size as ``(3, height, width)``."""
+        return asdict(self) | {"input_size": (len(self.mean), *self.input_size)}
+
+
+def flags_of_run(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the flags of the run that made a checkpoint: of this repository, DeiT or its kin.
+
+    The dict is empty for MindCV's runs, whose files hold none. The result is None for timm's runs,
+    whose files name their ``arch``, and for weights without a run.
+    """
+    if "mindspore" in checkpoint:
+        return {}
+    return None if "arch" in checkpoint else _flags(checkpoint)
+
+
+def _flags(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+    flags = checkpoint.get("args")
+    flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
+    return dict(flags) if isinstance(flags, Mapping) else None
+
+
+def data_config_of(
+    checkpoint: Mapping[str, Any], config: Mapping[str, Any] | None, source: str
+) -> DataConfig:
+    """Return the preprocessing of a checkpoint, or of a model for an empty checkpoint.
+
+    Runs of this repository record theirs. Older ones, and DeiT's, normalize by ImageNet's mean
+    and std and crop the centre by ``--eval-crop-ratio``, by default 0.875. MindCV evaluates with
+    the same. timm's runs record flags that differ from the model's ``pretrained_cfg``, which
+    applies to all other weights.
+
+    Args:
+        checkpoint: Content of the file; empty for a model without one.
+        config: The model's ``pretrained_cfg``.
+        source: Name of the file, for messages.
+
+    Raises:
+        CheckpointError: A value is out of range.
+    """
+    config = config or {}
+    own = dict(resolve_data_config({}, pretrained_cfg=config) if config else {})
+    runs = flags_of_run(checkpoint)
+    size = checkpoint.get("input_size")
+    if runs is not None:
+        fallback = own.get("input_size", DataConfig.input_size)
+        if "mindspore" in checkpoint and not config.get("fixed_input_size"):
+            fallback = MINDCV_SIZE
+        size = size or runs.get("input_size") or fallback
+        own = {"crop_pct": runs.get("eval_crop_ratio") or DataConfig.crop_pct}
+    elif "arch" in checkpoint:
+        timms = _flags(checkpoint) or {}
+        timms = {key: timms[key] for key in TIMM_FLAGS if timms.get(key) is not None}
+        try:
+            own = resolve_data_config(timms, pretrained_cfg=config)
+        except (AssertionError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{source}: args do not describe images: {timms}") from error
+    if size is not None:
+        own["input_size"] = size
+    recorded = checkpoint.get("data_config", {})
+    if not isinstance(recorded, Mapping):
+        raise CheckpointError(f"{source}: data_config must be a dict")
+    return _checked(own | dict(recorded), source)
+
+
+def _checked(values: Mapping[str, Any], source: str) -> DataConfig:
+    """Return the config of these values, each of which may be of any type."""
+
+    def refuse(key: str, right: str) -> CheckpointError:
+        return CheckpointError(f"{source}: {key} must be {right}, not {str(values[key])[:SHOWN]}")
+
+    found = {}
+    size = values.get("input_size", DataConfig.input_size)
+    sides = (size, size) if not isinstance(size, list | tuple) else tuple(size[-2:])
+    if len(sides) != 2 or not all(type(side) is int and 0 < side <= MAX_SIZE for side in sides):
+        raise refuse("input_size", f"a number of pixels, at most {MAX_SIZE}")
+    for key, choices in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
+        if key in values:
+            if not isinstance(values[key], str) or values[key] not in choices:
+                raise refuse(key, f"one of {', '.join(choices)}")
+            found[key] = values[key]
+    for key in ("mean", "std"):
+        if key in values:
+            numbers = values[key]
+            if (
+                not isinstance(numbers, list | tuple)
+                or len(numbers) != 3
+                or not all(_is_number(n) and (key == "mean" or n > 0) for n in numbers)
+            ):
+                raise refuse(key, "three numbers")
+            found[key] = tuple(map(float, numbers))
+    if "crop_pct" in values:
+        if not _is_number(values["crop_pct"]) or not 0 < values["crop_pct"] <= 8:
+            raise refuse("crop_pct", "above 0, such as 0.875")
+        found["crop_pct"] = float(values["crop_pct"])
+    return DataConfig(**found).at_size(sides)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
