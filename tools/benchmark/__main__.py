@@ -6,11 +6,9 @@ the best configuration of ours with the best of the peers'.
 """
 
 import argparse
-import json
-import statistics
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import timm
@@ -18,7 +16,7 @@ import torch
 import yaml
 
 import models
-from tools import cli, plots, tables
+from tools import cli, files, plots, tables
 from tools.benchmark import candidates, measure
 from tools.benchmark.candidates import Case, Peer
 from tools.flops import count, our_models
@@ -70,45 +68,29 @@ def difference(case: Case) -> float | None:
 
 def peak(case: Case) -> float:
     """Return the peak memory in MiB of a fresh process after a few steps of a case."""
-    words = ("--peak", json.dumps(asdict(case), default=str))
-    return measure.in_fresh_process(
-        f"{case.mode} {case.name} {case.label}", "tools.benchmark", *words
-    )
-
-
-def print_peak(text: str) -> None:
-    """Print the peak memory of this process for the case that :func:`peak` encoded."""
-    values = json.loads(text)
-    if values["peer"]:
-        values["peer"] = Peer(Path(values["peer"]["folder"]), values["peer"]["kwargs"])
-    case = Case(**values)
-    step = case.step()
-    step()
-    step()
-    print(measure.peak_memory(case.device))
+    return measure.in_fresh_process(f"{case.mode} {case.name} {case.label}", Case.peak, case)
 
 
 def cases_of(args: argparse.Namespace, mode: str, name: str, peer: Peer | None) -> list[Case]:
     """Return all cases of a model that can run; print why others cannot."""
     size = args.input_size or timm.get_pretrained_cfg(name).input_size[-1]
+    settings = (args.batch_size, args.dtype, args.device, size, peer)
     defaults = candidates.CUDA_CONFIGS if args.device == "cuda" else candidates.CONFIGS
+    useless = "deploy" if mode == "train" else "checkpoint"
     cases = []
     for side in candidates.sides_of(name, peer):
         model = candidates.build(side, name, peer, size)
         for config in args.configs or defaults[mode]:
-            useless = "deploy" if mode == "train" else "checkpoint"
             if useless in config or not candidates.is_possible(side, config, model):
                 continue
-            settings = (args.batch_size, args.dtype, args.device, size, peer)
             case = Case(mode, name, side, config, *settings)
             layout = mode == "train" and "channels_last" in config
-            if layout and args.device == "cpu" and side != "ours":
-                try:
+            try:
+                if layout and args.device == "cpu" and side != "ours":
                     peak(case)  # PyTorch 2.15 crashes on some
-                except UserError as error:
-                    print(f"left out: {error}", file=sys.stderr)
-                    continue
-            cases.append(case)
+                cases.append(case)
+            except UserError as error:
+                print(f"left out: {error}", file=sys.stderr)
     return cases
 
 
@@ -116,16 +98,15 @@ def compare(args: argparse.Namespace, mode: str, name: str, peer: Peer | None) -
     """Measure one model in one mode; return a row per case, the best of each side marked."""
     cases = cases_of(args, mode, name, peer)
     side = MATRIX[args.device]
-    dtype = getattr(torch, args.dtype)
-    a, b = (torch.randn(side, side, device=args.device).to(dtype) for _ in range(2))
+    a, b = torch.randn(2, side, side, device=args.device).to(getattr(torch, args.dtype))
     steps = {case.label: case.step() for case in cases} | {"matrix": lambda: torch.mm(a, b)}
     times = measure.alternate(steps, args.device, args.rounds, args.min_time)
     del steps
-    medians = {label: statistics.median(values) for label, values in times.items()}
+    medians = measure.medians(times)
     best: dict[str, Case] = {}
     for case in sorted(cases, key=lambda case: medians[case.label]):
         best.setdefault(case.side, case)
-    peers = [case.label for case in best.values() if case.side not in ("ours", "ViT")]
+    peer_times = next((times[c.label] for s, c in best.items() if s not in ("ours", "ViT")), None)
     gmacs = count(name, args.input_size)[1]
     work = gmacs * (3 if mode == "train" else 1) * args.batch_size
     matrix_rate = side**3 / 1e9 / medians["matrix"]
@@ -137,8 +118,8 @@ def compare(args: argparse.Namespace, mode: str, name: str, peer: Peer | None) -
         row |= {"gmacs": gmacs, "best": best[case.side] is case}
         if case.side != "ViT":
             row["share"] = work / time / matrix_rate
-        if peers:
-            row["ratio"] = measure.ratio(times[case.label], times[peers[0]])
+        if peer_times:
+            row["ratio"] = measure.ratio(times[case.label], peer_times)
         if mode == "infer" and row["best"] and case.side not in ("ours", "ViT", "explicit"):
             row["difference"] = difference(case)
         if args.memory and row["best"]:
@@ -189,7 +170,7 @@ def markdown(rows: list[dict]) -> str:
     return tables.markdown([COLUMNS[key] for key in keys], lines)
 
 
-def plot(rows: list[dict], path: str) -> None:
+def plot(rows: list[dict], path: Path) -> None:
     """Plot bars of ours over the best peer, by model and mode."""
     chosen = [r for r in rows if r["side"] == "ours" and r["best"] and "ratio" in r]
     figure = plots.new_figure(8, 1 + 0.4 * len(chosen))
@@ -217,9 +198,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--peer-path", type=Path, metavar="FOLDER", help="checkout of an original repository")
     add("--peer-args", nargs="*", default=[], metavar="KEY=VALUE", help="for its model functions")
     add("--memory", action="store_true", help="also measure memory, in separate processes")
-    add("--csv", metavar="FILE")
-    add("--plot", metavar="FILE.png")
-    add("--peak", help=argparse.SUPPRESS)
+    add("--csv", type=Path, metavar="FILE")
+    add("--plot", type=Path, metavar="FILE.png")
     return parser
 
 
@@ -227,9 +207,7 @@ def get_parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> None:
     """Run with the flags ``argv``."""
     args = get_parser().parse_args(argv)
-    if args.peak:
-        print_peak(args.peak)
-        return
+    files.check_files({"--csv": args.csv, "--plot": args.plot})
     args.device = launch.select_device(args.device).type
     known = our_models()
     for name in args.names:

@@ -7,12 +7,12 @@ separate processes. ``layers`` are the attention layers alone, each on its own f
 
 import argparse
 import copy
-import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 from models.detection_backbone import Backbone, VisionBackbone
 from models.layers.window import WindowAttention2d
@@ -30,22 +30,12 @@ ATTENTION = (WindowAttention2d, OriginalWindowAttention)
 
 
 def build(name: str, device: str) -> Backbone:
-    """Return the backbone ``name`` with statistics of a batch.
-
-    Raises:
-        UserError: It does not have windows.
-    """
+    """Return the backbone ``name``, which must have windows, with statistics of a batch."""
     torch.manual_seed(0)
     backbone = VisionBackbone(name).to(device)
     if not any(isinstance(module, WindowAttention2d) for module in backbone.modules()):
         raise UserError(f"{name} does not have windowed attention")
-    norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = 1.0
-    with torch.no_grad():
-        backbone(torch.randn(2, 3, 256, 320, device=device))
-    for norm in norms:
-        norm.momentum = 0.1
+    update_bn([torch.randn(2, 3, 256, 320)], backbone, device)
     return backbone
 
 
@@ -106,15 +96,17 @@ def difference(backbone: Backbone, image: torch.Tensor) -> float:
         return max(((a - b).abs().max() / b.std()).item() for a, b in pairs)
 
 
-def steps_of(args: argparse.Namespace, backbone: Backbone, side: str) -> list[Callable[[], None]]:
+def steps_of(
+    args: argparse.Namespace, backbone: Backbone, side: str
+) -> dict[str, Callable[[], None]]:
     """Return the steps of the kinds of pass."""
     image = torch.randn(args.batch_size, 3, *args.input_size, device=args.device)
     inferred, trained, *rest = (copy_of(backbone, side) for _ in range(4))
-    layers = [Layers(part.eval(), image) for part in rest]
-    models = [inferred.fuse() if side == "ours" else inferred.eval(), trained]
-    models += [layers[0].eval(), layers[1].train()]
+    inferred = inferred.fuse() if side == "ours" else inferred.eval()
+    first, second = (Layers(part.eval(), image) for part in rest)
+    models = zip(KINDS, (inferred, trained, first.eval(), second.train()), strict=True)
     dtype = getattr(torch, args.dtype)
-    return [step_of(model, image, dtype, index % 2 == 1) for index, model in enumerate(models)]
+    return {kind: step_of(model, image, dtype, "backward" in kind) for kind, model in models}
 
 
 def added_memory(args: argparse.Namespace, name: str, side: str) -> float:
@@ -133,26 +125,21 @@ def added_memory(args: argparse.Namespace, name: str, side: str) -> float:
 def compare(args: argparse.Namespace, name: str) -> None:
     """Measure one backbone, and print a line for every kind of pass and for memory."""
 
-    def report(kind: str, quotient: float, values: list[str], unit: str) -> None:
-        both = " and ".join(values)
+    def report(kind: str, quotient: float, both: Iterable[str], unit: str) -> None:
+        both = " and ".join(both)
         print(f"{kind} {name} ours/original {quotient:.2f} ({both} {unit})", flush=True)
 
     image = torch.randn(1, 3, *args.input_size, device=args.device)
     backbone = build(name, args.device)
     print(f"{name}: outputs differ by {difference(backbone, image):.1e}", flush=True)
-    sides = [steps_of(args, backbone, side) for side in SIDES]
-    for kind, *pair in zip(KINDS, *sides, strict=True):
-        steps = dict(zip(SIDES, pair, strict=True))
+    sides = {side: steps_of(args, backbone, side) for side in SIDES}
+    for kind in KINDS:
+        steps = {side: steps[kind] for side, steps in sides.items()}
         times = measure.alternate(steps, args.device, args.rounds, args.min_time)
-        rates = [f"{args.batch_size / statistics.median(times[side]):.2f}" for side in SIDES]
+        rates = [f"{args.batch_size / time:.2f}" for time in measure.medians(times).values()]
         report(kind, measure.ratio(times["ours"], times["original"]), rates, "images/s")
-    words = ["--device", args.device, "--batch-size", args.batch_size, "--dtype", args.dtype]
-    words += ["--input-size", *args.input_size]
     ours, original = (
-        measure.in_fresh_process(
-            f"{name} {side}", "tools.benchmark.backbone", name, "--peak", side, *words
-        )
-        for side in SIDES
+        measure.in_fresh_process(f"{name} {side}", added_memory, args, name, side) for side in SIDES
     )
     report("memory", ours / original, [f"{ours:.0f}", f"{original:.0f}"], "MiB")
 
@@ -166,7 +153,6 @@ def get_parser() -> argparse.ArgumentParser:
     add("names", nargs="*", metavar="NAME", help=f"models with windows; default: {NAMES}")
     measure.add_timing_flags(parser, batch_size=1)
     add("--input-size", type=int, nargs=2, metavar="PIXELS", help="height and width")
-    add("--peak", choices=SIDES, help=argparse.SUPPRESS)
     return parser
 
 
@@ -176,9 +162,6 @@ def main(argv: list[str]) -> None:
     args = get_parser().parse_args(argv)
     args.device = launch.select_device(args.device).type
     args.input_size = args.input_size or SIZES[args.device]
-    if args.peak:
-        print(added_memory(args, args.names[0], args.peak))
-        return
     for name in args.names or NAMES:
         compare(args, name)
     print(measure.machine(args.device), "x".join(map(str, args.input_size)), args.dtype, sep=", ")

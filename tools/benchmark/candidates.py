@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import timm
 import torch
@@ -20,6 +21,7 @@ from timm.utils.model import reparameterize_model
 from torch import nn
 
 from models.layers import set_fused_attention
+from tools.benchmark import measure
 from tools.flops import size_options
 from utils import UserError
 
@@ -112,6 +114,13 @@ class Case:
 
         return update
 
+    def peak(self) -> float:
+        """Return the peak memory of this process in MiB after a few steps."""
+        step = self.step()
+        step()
+        step()
+        return measure.peak_memory(self.device)
+
 
 def timm_entrypoint(name: str) -> Callable[..., nn.Module] | None:
     """Return timm's own function, which this repository's replaces in the registry, or None."""
@@ -128,27 +137,26 @@ def _modules_of(folder: Path) -> Iterator[None]:
     """Import from ``folder`` first within the block; restore modules and timm's registry after."""
     tops = {path.stem for path in folder.iterdir() if path.suffix in ("", ".py")}
     hidden = {name: m for name, m in sys.modules.items() if name.split(".")[0] in tops}
-    registry = vars(timm.models._registry)
-    registered = {
-        key: copy.copy(value)
-        for key, value in registry.items()
-        if not key.startswith("__") and isinstance(value, dict | set)
+    registry = timm.models._registry
+    copies = {
+        name: copy.copy(value)
+        for name, value in vars(registry).items()
+        if not name.startswith("__") and isinstance(value, dict | set)
     }
     for name in hidden:
         del sys.modules[name]
-    sys.path.insert(0, str(folder))
     try:
-        with warnings.catch_warnings():
+        with (
+            mock.patch.multiple(registry, **copies),
+            mock.patch.object(sys, "path", [str(folder), *sys.path]),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
-        sys.path.remove(str(folder))
         for name in [name for name in sys.modules if name.split(".")[0] in tops]:
             del sys.modules[name]
         sys.modules.update(hidden)
-        for key, value in registered.items():
-            registry[key].clear()
-            registry[key].update(value)
 
 
 def peer_entrypoint(folder: Path, name: str) -> Callable[..., nn.Module]:

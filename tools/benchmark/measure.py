@@ -1,21 +1,23 @@
 """Rates by the clock, alternating between candidates; memory in fresh processes."""
 
 import argparse
+import collections
 import platform
 import resource
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+from torch import multiprocessing
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from utils import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
 Step = Callable[[], object]
 
 
@@ -34,12 +36,20 @@ def add_timing_flags(parser: argparse.ArgumentParser, batch_size: int) -> None:
     parser.add_argument("--min-time", type=float, default=0.5, help="seconds of a measurement")
 
 
-def in_turn(labels: Iterable[str], rounds: int) -> Iterator[str]:
-    """Yield every label once in each round, in another order in every round."""
-    labels = list(labels)
-    for index in range(rounds):
-        first = index % len(labels)
-        yield from labels[first:] + labels[:first]
+def in_turn(
+    measures: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 0
+) -> dict[str, list]:
+    """Return ``rounds`` results of every measurement, taken in turn, each round in another order.
+
+    Results of the first ``warm_up`` rounds are dropped.
+    """
+    found = {label: [] for label in measures}
+    order = collections.deque(measures)
+    for _ in range(warm_up + rounds):
+        for label in order:
+            found[label].append(measures[label]())
+        order.rotate(-1)
+    return {label: results[warm_up:] for label, results in found.items()}
 
 
 def seconds(step: Step, times: int, device: str) -> float:
@@ -67,15 +77,18 @@ def alternate(
     Returns:
         Seconds per step, one number per round.
     """
-    times = {}
+    measures = {}
     for label, step in steps.items():
         step()
         step()
-        times[label] = max(1, round(min_time / seconds(step, 1, device)))
-    measured = {label: [] for label in steps}
-    for label in in_turn(steps, rounds):
-        measured[label].append(seconds(steps[label], times[label], device))
-    return measured
+        times = max(1, round(min_time / seconds(step, 1, device)))
+        measures[label] = partial(seconds, step, times, device)
+    return in_turn(measures, rounds)
+
+
+def medians(found: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Return the median of each measurement."""
+    return {label: statistics.median(values) for label, values in found.items()}
 
 
 def ratio(ours: list[float], others: list[float]) -> float:
@@ -94,20 +107,24 @@ def peak_memory(device: str) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def in_fresh_process(label: str, module: str, *words: object) -> float:
-    """Run a module in a process of its own; return the number on the last line of its output.
+def _put(index: int, queue: Any, function: Callable[..., float], args: Sequence[Any]) -> None:
+    queue.put(function(*args))
+
+
+def in_fresh_process(label: str, function: Callable[..., float], *args: Any) -> float:
+    """Return what a function of a module returns in a process of its own.
 
     Raises:
         UserError: The process fails, as with some configurations of peers; names ``label``.
     """
-    command = [sys.executable, "-m", module, *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        if done.returncode < 0:
-            reason = f"killed by signal {-done.returncode}"
-        raise UserError(f"{label}: {reason.removeprefix('error: ')}")
-    return float(done.stdout.splitlines()[-1])
+    queue = multiprocessing.get_context("spawn").SimpleQueue()
+    try:
+        multiprocessing.spawn(_put, (queue, function, args))
+    except (ProcessRaisedException, ProcessExitedException) as error:
+        # the last line has the exception or the signal
+        reason = str(error).strip().splitlines()[-1].removeprefix("utils.UserError: ")
+        raise UserError(f"{label}: {reason}") from error
+    return queue.get()
 
 
 def machine(device: str) -> str:
