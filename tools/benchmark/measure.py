@@ -2,7 +2,9 @@
 
 import argparse
 import collections
+import contextlib
 import platform
+import re
 import resource
 import statistics
 import time
@@ -96,15 +98,21 @@ def ratio(ours: list[float], others: list[float]) -> float:
     return statistics.median(other / own for own, other in zip(ours, others, strict=True))
 
 
+def from_proc(file: str, name: str) -> str | None:
+    """Return the value of the first line ``name: value`` of a file in ``/proc``, None if none."""
+    with contextlib.suppress(OSError):
+        found = re.search(rf"^{name}\s*: *(.*)$", Path("/proc", file).read_text(), re.M)
+        return found and found[1]
+    return None
+
+
 def peak_memory(device: str) -> float:
     """Return the peak memory of this process in MiB: PyTorch's allocator or the resident set."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    try:  # getrusage includes what the process was before exec
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) / 1024
-    except (OSError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    found = from_proc("self/status", "VmHWM")  # getrusage includes the process before exec
+    kib = int(found.split()[0]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib / 1024
 
 
 def _put(index: int, queue: Any, function: Callable[..., float], args: Sequence[Any]) -> None:
@@ -132,15 +140,7 @@ def machine(device: str) -> str:
     if device == "cuda":
         where = torch.cuda.get_device_name()
     else:
-        where = f"{processor()}, {torch.get_num_threads()} threads"
+        processor = from_proc("cpuinfo", "model name") or platform.processor() or "CPU"
+        where = f"{processor}, {torch.get_num_threads()} threads"
     python = platform.python_version()
     return f"{where}, Python {python}, torch {torch.__version__}, timm {timm.__version__}"
-
-
-def processor() -> str:
-    """Return the name of the CPU."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "CPU"

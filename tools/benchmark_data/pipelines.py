@@ -1,23 +1,26 @@
-"""Input pipelines and their speed: by stage in this process, and with workers."""
+"""Input pipelines and their speed: by stage in this process, with workers, and in training."""
 
 import contextlib
+import itertools
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 import datasets
-from engine import build_mixup
+import engine
+import models
 from pipeline import augment_host, fast, prefetch, reference
-from pipeline.sources.base import Encoded
+from pipeline.sources.base import Encoded, Pixels, Source
 from samplers import SampleIndex
-from tools.benchmark.measure import in_turn
+from tools.benchmark.measure import from_proc
+from training.network import choose_precision
 
 CLASSES = 1000  # of mixup's targets
 REPEATS = 4  # epochs of a measurement with workers, without a pause between them
@@ -43,11 +46,7 @@ def functions_of(dataset: reference.LabelledImages) -> dict[str, list[tuple[Any,
 
 @contextlib.contextmanager
 def timed(functions: dict[str, list[tuple[Any, str]]]) -> Iterator[dict[str, float]]:
-    """Time functions in the block.
-
-    Returns:
-        Seconds by stage so far.
-    """
+    """Time functions in the block; yield seconds by stage so far."""
     seconds = dict.fromkeys(functions, 0.0)
 
     def wrapped(stage: str, function: Callable) -> Callable:
@@ -72,13 +71,11 @@ class Pipeline:
     """An input pipeline.
 
     Attributes:
-        label: Its name, and that of its images.
         dataset: Returns batches.
         finalize: What the CPU does to a batch of the dataset.
         flags: main.py's flags.
     """
 
-    label: str
     dataset: reference.LabelledImages
     finalize: Callable[[Any], Any]
     flags: Namespace
@@ -90,7 +87,7 @@ class Pipeline:
         """
         count, step = len(self.dataset), self.flags.batch_size
         indices = [SampleIndex(index) for index in range(count)]
-        mixup, targets = build_mixup(self.flags, CLASSES), torch.zeros(step, dtype=torch.long)
+        mixup, targets = engine.build_mixup(self.flags, CLASSES), torch.zeros(step).long()
         total = mixing = 0.0
         with timed(functions_of(self.dataset)) as seconds:
             for start in range(0, count, step):
@@ -106,9 +103,9 @@ class Pipeline:
         return {stage: value / count for stage, value in (seconds | found).items()}
 
 
-def pipelines(sources: dict[str, Encoded], flags: Namespace) -> list[Pipeline]:
+def pipelines(sources: dict[str, Encoded], flags: Namespace) -> dict[str, Pipeline]:
     """Return the reference, ours, and ours without the device's share, for sources by name."""
-    found = []
+    found = {}
     for name, source in sources.items():
         for side, words in (
             ("reference", {"loader": "timm"}),
@@ -120,7 +117,7 @@ def pipelines(sources: dict[str, Encoded], flags: Namespace) -> list[Pipeline]:
             finalize = datasets.identity
             if side == "fast":
                 finalize = prefetch.BatchFinalizer(dataset, torch.device("cpu"))
-            found.append(Pipeline(f"{side} {name}", dataset, finalize, args))
+            found[f"{side} {name}"] = Pipeline(dataset, finalize, args)
     return found
 
 
@@ -128,19 +125,17 @@ class Workers:
     """A pipeline's loader, whose workers live on between measurements."""
 
     def __init__(self, pipeline: Pipeline):
-        self.pipeline, flags = pipeline, pipeline.flags
-        images = range(len(pipeline.dataset))
+        self.finalize, flags, dataset = pipeline.finalize, pipeline.flags, pipeline.dataset
+        images = range(len(dataset))
         self.indices = [SampleIndex(i, copy=copy) for copy in range(REPEATS) for i in images]
         options = datasets.loader_options(flags)
-        self.loader = DataLoader(
-            pipeline.dataset, flags.batch_size, sampler=self.indices, **options
-        )
+        self.loader = DataLoader(dataset, flags.batch_size, sampler=self.indices, **options)
 
     def seconds(self) -> float:
         """Return seconds per image."""
         started = time.perf_counter()
         for batch in self.loader:
-            self.pipeline.finalize(batch)
+            self.finalize(batch)
         return (time.perf_counter() - started) / len(self.indices)
 
     def memory(self) -> float:
@@ -151,16 +146,73 @@ class Workers:
 
 def memory_of(pid: int) -> float:
     """Return the proportional set size (PSS) of a process in MiB, NaN if it has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
-    except (OSError, StopIteration):
-        return float("nan")
+    found = from_proc(f"{pid}/smaps_rollup", "Pss")
+    return int(found.split()[0]) / 1024 if found else float("nan")
 
 
-def alternate(measures: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[Any]]:
-    """Return the results of measurements, taken in turn, rotating the order; warm up once."""
-    found: dict[str, list[Any]] = {label: [] for label in measures}
-    for label in in_turn(measures, rounds + 1):
-        found[label].append(measures[label]())
-    return {label: results[1:] for label, results in found.items()}
+def in_memory(source: Source, size: int) -> Pixels:
+    """Return a source's images, decoded and resized to ``size``."""
+    images = [np.asarray(source.open(i).resize((size, size))) for i in range(len(source))]
+    return Pixels(np.stack(images), source.targets, source.classes)
+
+
+class Steps:
+    """An iterable over the next ``count`` batches of an iterator."""
+
+    def __init__(self, batches: Iterator[reference.Batch], count: int):
+        self.batches, self.count = batches, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[reference.Batch]:
+        return itertools.islice(self.batches, self.count)
+
+
+def endless(feed: prefetch.Prefetcher) -> Iterator[reference.Batch]:
+    """Yield the batches of one epoch after the other."""
+    for epoch in itertools.count():
+        feed.sampler.set_epoch(epoch)
+        yield from feed
+
+
+class Training:
+    """Trains a model on the batches of a source, and on the same batch again and again.
+
+    Args:
+        args: main.py's flags.
+        source: The training images.
+        device: Device of the model.
+    """
+
+    def __init__(self, args: Namespace, source: Source, device: torch.device):
+        classes = len(source.classes)
+        required, optional = {"num_classes": classes}, {"img_size": args.input_size}
+        self.device = device
+        self.model, _ = models.build_model(args.model, required, optional)
+        self.precision = choose_precision(args, self.model, device)
+        self.precision.place(self.model)
+        self.optimizer = engine.build_optimizer(args, self.model, 1e-5)
+        self.mixup = engine.build_mixup(args, classes)
+        self.criterion = engine.build_criterion(args, self.mixup, classes)
+        dataset = datasets.augmented(source, True, args, device)
+        loader = datasets.build_train_loader(dataset, args, 1, 0)
+        placement = (device, self.precision.dtype or torch.float32, self.precision.memory_format)
+        self.batches = endless(datasets.build_prefetcher(loader, *placement))
+        self.batch = next(self.batches)
+
+    def rate(self, fed: bool, steps: int) -> float:
+        """Return images per second of training on the loader's batches, or on the same batch."""
+        batch = self.batch  # mixup changes a copy of the images
+        same = (batch._replace(images=batch.images.clone()) for _ in itertools.count())
+        stats = engine.train_one_epoch(
+            self.model,
+            self.criterion,
+            Steps(self.batches if fed else same, steps),
+            self.optimizer,
+            self.device,
+            0,
+            self.precision,
+            mixup_fn=self.mixup,
+        )
+        return stats["images_per_second"]
