@@ -46,7 +46,7 @@ MATRIX = {"cpu": 2048, "cuda": 8192}  # size of the matrix product
 def difference(case: Case) -> float | None:
     """Return the largest difference of our logits from a peer's, in its standard deviations.
 
-    With the peer's weights, fused, in float64, or float32 where the peer supports no other. None
+    Fused, with the peer's weights, in float64, or float32 where the peer supports no other. None
     if its weights have another layout.
     """
     for dtype in (torch.float64, torch.float32):
@@ -75,12 +75,12 @@ def cases_of(args: argparse.Namespace, mode: str, name: str, peer: Peer | None) 
     """Return all cases of a model that can run; print why others cannot."""
     size = args.input_size or timm.get_pretrained_cfg(name).input_size[-1]
     settings = (args.batch_size, args.dtype, args.device, size, peer)
-    defaults = candidates.CUDA_CONFIGS if args.device == "cuda" else candidates.CONFIGS
+    configs = args.configs or candidates.default_configs(mode, args.device)
     useless = "deploy" if mode == "train" else "checkpoint"
     cases = []
     for side in candidates.sides_of(name, peer):
         model = candidates.build(side, name, peer, size)
-        for config in args.configs or defaults[mode]:
+        for config in configs:
             if useless in config or not candidates.is_possible(side, config, model):
                 continue
             case = Case(mode, name, side, config, *settings)
@@ -186,8 +186,9 @@ def plot(rows: list[dict], path: Path) -> None:
     plots.save(figure, path, dpi=150)
 
 
-def get_parser() -> argparse.ArgumentParser:
-    """Return the parser of the flags."""
+@cli.program
+def main(argv: list[str]) -> None:
+    """Run with the flags ``argv``."""
     parser = argparse.ArgumentParser("tools.benchmark", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help=f"our models; default: {', '.join(NAMES)}")
@@ -200,13 +201,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--memory", action="store_true", help="also measure memory, in separate processes")
     add("--csv", type=Path, metavar="FILE")
     add("--plot", type=Path, metavar="FILE.png")
-    return parser
-
-
-@cli.program
-def main(argv: list[str]) -> None:
-    """Run with the flags ``argv``."""
-    args = get_parser().parse_args(argv)
+    args = parser.parse_args(argv)
     files.check_files({"--csv": args.csv, "--plot": args.plot})
     args.device = launch.select_device(args.device).type
     known = our_models()

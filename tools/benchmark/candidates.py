@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from timm.utils.model import reparameterize_model
 from torch import nn
 
+from models import vit
 from models.layers import set_fused_attention
 from tools.benchmark import measure
 from tools.flops import size_options
@@ -27,21 +28,23 @@ from utils import UserError
 
 # timm's names of models that have another name here
 TIMM_NAMES = {
-    f"vit_{short}_{patch}_{size}": f"vit_{long}_patch{patch}_{size}"
-    for short, long in (("b", "base"), ("l", "large"))
-    for patch in (16, 32)
-    for size in (224, 384)
+    f"vit_{net}_{patch}_{size}": name
+    for (net, patch, size), name in zip(vit.VARIANTS, vit.TIMM_NAMES, strict=True)
 }
 TRANSFORMS = ("deploy", "channels_last", "checkpoint", "compile")
 CONFIGS = {
     "infer": ("eager", "channels_last", "deploy", "deploy+channels_last"),
     "train": ("eager", "channels_last"),
 }
-# compilation takes longer than the whole measurement on a CPU: there it must be requested
-CUDA_CONFIGS = {
-    "infer": (*CONFIGS["infer"], "channels_last+compile", "deploy+channels_last+compile"),
-    "train": (*CONFIGS["train"], "channels_last+compile"),
-}
+
+
+def default_configs(mode: str, device: str) -> list[str]:
+    """Return the configurations to compare.
+
+    Compilation takes longer than the whole measurement on a CPU: there it must be requested.
+    """
+    compiled = [name for name in CONFIGS[mode] if "channels_last" in name and device == "cuda"]
+    return [*CONFIGS[mode], *(f"{name}+compile" for name in compiled)]
 
 
 @dataclass(frozen=True)
@@ -59,27 +62,16 @@ class Peer:
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement.
+    """One measurement."""
 
-    Attributes:
-        mode: ``"infer"`` or ``"train"``.
-        name: Model name.
-        side, config: Implementation and configuration.
-        batch: Images per step.
-        dtype: ``float32``, or the dtype of inference models and of training under autocast.
-        device: ``cpu`` or ``cuda``.
-        size: Height and width of the images.
-        peer: Original repository, if ``side`` is its name.
-    """
-
-    mode: str
+    mode: str  # infer or train
     name: str
-    side: str
+    side: str  # implementation, see :func:`build`
     config: str
     batch: int
-    dtype: str
-    device: str
-    size: int
+    dtype: str  # of inference models, and of training under autocast
+    device: str  # cpu or cuda
+    size: int  # height and width of the images
     peer: Peer | None = None
 
     @property
@@ -125,11 +117,9 @@ class Case:
 def timm_entrypoint(name: str) -> Callable[..., nn.Module] | None:
     """Return timm's own function, which this repository's replaces in the registry, or None."""
     name = TIMM_NAMES.get(name, name)
-    for family in ("visformer", "convit", "fastvit", "vision_transformer"):
-        module = importlib.import_module(f"timm.models.{family}")
-        if hasattr(module, name):
-            return getattr(module, name)
-    return None
+    own = timm.models
+    modules = (own.visformer, own.convit, own.fastvit, own.vision_transformer)
+    return next((getattr(module, name) for module in modules if hasattr(module, name)), None)
 
 
 @contextmanager
@@ -162,9 +152,7 @@ def _modules_of(folder: Path) -> Iterator[None]:
 def peer_entrypoint(folder: Path, name: str) -> Callable[..., nn.Module]:
     """Return the function ``name`` of a top-level module or package of an original repository.
 
-    Raises:
-        UserError: The folder does not exist, or none of its modules has the function; modules
-            that cannot be imported are named with the reason.
+    Modules that cannot be imported are named with the reason.
     """
     if not folder.is_dir():
         raise UserError(f"--peer-path {folder} is not a folder")
@@ -205,12 +193,8 @@ def equal_vit(name: str, **options) -> nn.Module:
 def build(side: str, name: str, peer: Peer | None = None, size: int | None = None) -> nn.Module:
     """Return the model ``name`` as ``side`` implements it, with random weights.
 
-    Args:
-        side: ``ours``; ``timm``; ``explicit``, ours with attention written out; ``ViT``, a plain
-            one of equal width; else the ``side`` of ``peer``.
-        name: Registered name.
-        peer: Original repository.
-        size: Height and width of images; the model's default if not given.
+    ``side`` is ``ours``; ``timm``; ``explicit``, ours with attention written out; ``ViT``, a plain
+    one of equal width; else the ``side`` of ``peer``.
     """
     options = size_options(name, size)
     if side in ("ours", "explicit"):
@@ -254,11 +238,7 @@ def is_possible(side: str, config: str, model: nn.Module) -> bool:
 
 
 def configure(model: nn.Module, side: str, config: str) -> nn.Module:
-    """Return ``model`` in a configuration.
-
-    Raises:
-        UserError: The configuration is unknown.
-    """
+    """Return ``model`` in a configuration."""
     for transform in config.split("+"):
         if transform == "deploy":
             model = model.fuse() if side == "ours" else reparameterize_model(model.eval())

@@ -68,16 +68,9 @@ def seconds(step: Step, times: int, device: str) -> float:
 def alternate(
     steps: Mapping[str, Step], device: str, rounds: int, min_time: float
 ) -> dict[str, list[float]]:
-    """Time every step in turn, in another order in every round.
+    """Time every step in turn; return seconds per step, one number per round.
 
-    Args:
-        steps: Candidates by label.
-        device: ``cpu`` or ``cuda``.
-        rounds: Measurements of each.
-        min_time: Minimum seconds of a measurement.
-
-    Returns:
-        Seconds per step, one number per round.
+    A measurement takes at least ``min_time`` seconds.
     """
     measures = {}
     for label, step in steps.items():

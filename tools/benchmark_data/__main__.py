@@ -8,7 +8,6 @@ device``. Measurements alternate; medians count.
 
 import argparse
 import contextlib
-import functools
 import os
 import sys
 import tempfile
@@ -30,11 +29,7 @@ from training.launch import select_device
 
 
 def open_folder(path: Path, count: int) -> Files:
-    """Return at most ``count`` images of a folder of classes, spread evenly.
-
-    Raises:
-        DataError: The folder is missing or has no images.
-    """
+    """Return at most ``count`` images of a folder of classes, spread evenly."""
     found = open_folder_of_classes(path, hidden=True)
     chosen = range(0, len(found), max(1, len(found) // count))[:count]
     return Files([found.name(i) for i in chosen], found.targets[list(chosen)], found.classes)
@@ -116,7 +111,7 @@ def plot(rows: Sequence[dict], path: Path) -> None:
     for stage in [key for key in rows[0] if key not in ("side", "total")]:
         widths = torch.tensor([row[stage] for row in rows])
         axes.barh(sides, widths, left=left, label=stage)
-        left += widths
+        left = left + widths
     axes.set_xlabel("milliseconds per image on one core")
     figure.legend(loc="outside right upper")
     axes.invert_yaxis()
@@ -189,8 +184,8 @@ def feed(args: argparse.Namespace) -> None:
         kinds["memory"] = in_memory(source, args.input_size)
     rows = []
     for name, images in kinds.items():
-        rate = functools.partial(Training(args, images, device).rate, steps=args.steps)
-        measures = {"fed": lambda rate=rate: rate(True), "at hand": lambda rate=rate: rate(False)}
+        training = Training(args, images, device)
+        measures = {"fed": training.fed, "at hand": training.at_hand}
         rates = medians(in_turn(measures, args.rounds, warm_up=1))
         rows.append({"from": name} | rates | {"fed / at hand": rates["fed"] / rates["at hand"]})
     show(f"{args.model}, images per second of training", rows)

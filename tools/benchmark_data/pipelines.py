@@ -68,16 +68,10 @@ def timed(functions: dict[str, list[tuple[Any, str]]]) -> Iterator[dict[str, flo
 
 @dataclass(frozen=True)
 class Pipeline:
-    """An input pipeline.
-
-    Attributes:
-        dataset: Returns batches.
-        finalize: What the CPU does to a batch of the dataset.
-        flags: main.py's flags.
-    """
+    """An input pipeline."""
 
     dataset: reference.LabelledImages
-    finalize: Callable[[Any], Any]
+    finalize: Callable[[Any], Any]  # what the CPU does to a batch of the dataset
     flags: Namespace
 
     def measure(self) -> dict[str, float]:
@@ -177,18 +171,12 @@ def endless(feed: prefetch.Prefetcher) -> Iterator[reference.Batch]:
 
 
 class Training:
-    """Trains a model on the batches of a source, and on the same batch again and again.
-
-    Args:
-        args: main.py's flags.
-        source: The training images.
-        device: Device of the model.
-    """
+    """Trains a model on the batches of a source, and on the same batch again and again."""
 
     def __init__(self, args: Namespace, source: Source, device: torch.device):
         classes = len(source.classes)
         required, optional = {"num_classes": classes}, {"img_size": args.input_size}
-        self.device = device
+        self.args, self.device = args, device
         self.model, _ = models.build_model(args.model, required, optional)
         self.precision = choose_precision(args, self.model, device)
         self.precision.place(self.model)
@@ -201,14 +189,12 @@ class Training:
         self.batches = endless(datasets.build_prefetcher(loader, *placement))
         self.batch = next(self.batches)
 
-    def rate(self, fed: bool, steps: int) -> float:
-        """Return images per second of training on the loader's batches, or on the same batch."""
-        batch = self.batch  # mixup changes a copy of the images
-        same = (batch._replace(images=batch.images.clone()) for _ in itertools.count())
+    def rate(self, batches: Iterator[reference.Batch]) -> float:
+        """Return images per second of training on ``--steps`` batches."""
         stats = engine.train_one_epoch(
             self.model,
             self.criterion,
-            Steps(self.batches if fed else same, steps),
+            Steps(batches, self.args.steps),
             self.optimizer,
             self.device,
             0,
@@ -216,3 +202,12 @@ class Training:
             mixup_fn=self.mixup,
         )
         return stats["images_per_second"]
+
+    def fed(self) -> float:
+        """Return the rate on the loader's batches."""
+        return self.rate(self.batches)
+
+    def at_hand(self) -> float:
+        """Return the rate on one batch in memory; mixup changes a copy."""
+        batch = self.batch
+        return self.rate(batch._replace(images=batch.images.clone()) for _ in itertools.count())
