@@ -14,9 +14,10 @@ from typing import Any
 import safetensors.torch
 
 import models
-from tools import cli
+from tools import cli, files
 from tools.networks import ModelSource, from_checkpoint
-from training import checkpoints, files
+from training import checkpoints
+from training.files import OutputError, write_atomically
 from training.flags import Parser
 
 SUFFIXES = (".safetensors", ".pth")
@@ -31,7 +32,7 @@ def write(path: Path, content: Mapping[str, Any], layout: str) -> None:
         texts = {} if layout == "timm" else {k: v for k, v in content.items() if k != name}
         metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in texts.items()}
         data = safetensors.torch.save(weights, metadata={"format": "pt", **metadata})
-        files.write_atomically(path, lambda file: file.write(data))
+        write_atomically(path, lambda file: file.write(data))
     else:
         checkpoints.save_checkpoint(weights if layout == "timm" else content, path)
 
@@ -39,7 +40,8 @@ def write(path: Path, content: Mapping[str, Any], layout: str) -> None:
 def convert(args: argparse.Namespace) -> str:
     """Convert ``args.input`` to ``args.output``; return the report."""
     if args.output.suffix not in SUFFIXES:
-        raise files.OutputError(f"{args.output} must end in {' or '.join(SUFFIXES)}")
+        raise OutputError(f"{args.output} must end in {' or '.join(SUFFIXES)}")
+    files.check_files({"output": args.output})
     source = from_checkpoint(args.input, args.model)
     to = convert_for_detection if args.to == "detection" else convert_classifier
     report, content = to(args, source)

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import models
-from tools import cli
+from tools import cli, files
 from tools.flops.counting import PartCost, Request, our_models, run, total
 from tools.flops.stages import by_stage
 from tools.tables import markdown, write_csv
@@ -106,13 +106,26 @@ def requests(args: argparse.Namespace) -> list[Request]:
 @cli.program
 def main(argv: list[str]) -> None:
     """Run with the flags ``argv``; count, print and write."""
-    args = get_parser().parse_args(argv)
+    parser = argparse.ArgumentParser("tools.flops", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help="models, any of timm's; ours if none")
+    cli.add_input_size(parser)
+    add("--batch", type=positive, default=1, help="batch size (1)")
+    add("--stages", action="store_true", help="a table by stage for each model")
+    add("--blocks", action="store_true", help="the same, with plain transformers by block")
+    add("--fuse", action="store_true", help="count the models after fuse()")
+    explicit = {"dest": "fused_attention", "action": "store_false"}
+    add("--no-fused-attention", help="count attention written out", **explicit)
+    add("--checkpoint", help="file or URL that contains the model, its classes and input size")
+    add("--csv", type=Path, help="file for exact counts")
+    args = parser.parse_args(argv)
+    files.check_files({"--csv": args.csv}, [args.checkpoint])
+    by_part = args.stages or args.blocks
     wholes, exact = {}, []
     for request in requests(args):
         model, counter = run(request)
-        whole = total(model, counter)
-        wholes[request.name] = whole
-        if args.stages or args.blocks:
+        wholes[request.name] = whole = total(model, counter)
+        if by_part:
             rows = [*by_stage(model, counter, args.blocks), whole]
             print(
                 f"{request.name}, images {_shape(counter.image)}", stage_table(rows), "", sep="\n\n"
@@ -122,7 +135,7 @@ def main(argv: list[str]) -> None:
         for row in rows:
             counts = (row.parameters, row.macs, row.activations)
             exact.append((request.name, row.name, *counts, _shape(row.shape)))
-    if not (args.stages or args.blocks):
+    if not by_part:
         print(table(wholes), end="\n\n")
     print(FUSED if args.fused_attention else EXPLICIT)
     if not args.names and not args.checkpoint:
@@ -131,27 +144,6 @@ def main(argv: list[str]) -> None:
         heads = ["model", "part", "parameters", "macs", "activations", "output"]
         write_csv(args.csv, heads, exact)
         print(f"written to {args.csv}")
-
-
-def get_parser() -> argparse.ArgumentParser:
-    """Return the parser of the flags."""
-    parser = argparse.ArgumentParser("tools.flops", description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("names", nargs="*", metavar="NAME", help="models, any of timm's; ours if none")
-    cli.add_input_size(parser)
-    add("--batch", type=positive, default=1, help="batch size (1)")
-    add("--stages", action="store_true", help="a table by stage for each model")
-    add("--blocks", action="store_true", help="the same, with plain transformers by block")
-    add("--fuse", action="store_true", help="count the models after fuse()")
-    add(
-        "--no-fused-attention",
-        dest="fused_attention",
-        action="store_false",
-        help="count attention written out",
-    )
-    add("--checkpoint", help="file or URL that contains the model, its classes and input size")
-    add("--csv", type=Path, help="file for exact counts")
-    return parser
 
 
 if __name__ == "__main__":
