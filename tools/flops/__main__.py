@@ -54,10 +54,8 @@ ConViT's paper leaves the two attention products out of its GMACs, and cuts mill
 to whole ones.
 FastViT's paper prints fewer parameters than its released code has; ours are the code's, before
 reparameterisation. For MA36 it prints 7.9 GMACs, of which 7.83 are counted here."""
-FUSED = """\
-Attention is counted as it runs, ConViT's positional attention as two small products."""
-EXPLICIT = """\
-Attention is counted written out, ConViT's positional attention as scores and weights."""
+FUSED = "Attention is counted as it runs, ConViT's positional attention as two small products."
+EXPLICIT = "Attention is counted written out, ConViT's positional attention as scores and weights."
 
 
 def _shape(shape: Sequence[int]) -> str:
@@ -69,10 +67,9 @@ def table(rows: dict[str, PartCost]) -> str:
     head = ["name", "parameters (M)", "paper", "GMACs", "paper", "activations (M)"]
     body = []
     for name, row in rows.items():
-        parameters, gmacs, top1 = PAPER.get(name, ("", "", ""))
-        cost = row.cost
-        ours = [f"{cost.parameters:.1f}", f"{cost.gmacs:.2f}", f"{cost.activations:.2f}"]
-        body.append([f"`{name}`", ours[0], parameters, ours[1], gmacs, ours[2], top1])
+        paper, (parameters, gmacs, activations) = PAPER.get(name, ("", "", "")), row.cost
+        figures = [f"{parameters:.1f}", paper[0], f"{gmacs:.2f}", paper[1], f"{activations:.2f}"]
+        body.append([f"`{name}`", *figures, paper[2]])
     return markdown([*head, "ImageNet top-1 of the paper"], body)
 
 
@@ -81,8 +78,8 @@ def stage_table(rows: Sequence[PartCost]) -> str:
     head = ["part", "parameters (M)", "GMACs", "activations (M)", "output"]
     body = []
     for row in rows:
-        cost = row.cost
-        figures = [f"{cost.parameters:.3f}", f"{cost.gmacs:.4f}", f"{cost.activations:.3f}"]
+        parameters, gmacs, activations = row.cost
+        figures = [f"{parameters:.3f}", f"{gmacs:.4f}", f"{activations:.3f}"]
         body.append([row.name, *figures, _shape(row.shape)])
     return markdown(head, body)
 
@@ -127,9 +124,8 @@ def main(argv: list[str]) -> None:
         wholes[request.name] = whole = total(model, counter)
         if by_part:
             rows = [*by_stage(model, counter, args.blocks), whole]
-            print(
-                f"{request.name}, images {_shape(counter.image)}", stage_table(rows), "", sep="\n\n"
-            )
+            images = _shape(counter.image)
+            print(f"{request.name}, images {images}", stage_table(rows), "", sep="\n\n")
         else:
             rows = [whole]
         for row in rows:

@@ -34,19 +34,13 @@ class Cost(NamedTuple):
 
 @dataclass
 class PartCost:
-    """Cost of a part of a model.
-
-    Attributes:
-        name: Name of the part.
-        parameters, macs, activations: Exact counts.
-        shape: Output shape of its last module, empty if there is none.
-    """
+    """Exact counts of a part of a model."""
 
     name: str
     parameters: int = 0
     macs: int = 0
     activations: int = 0
-    shape: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()  # of the output of its last module
 
     @property
     def cost(self) -> Cost:
@@ -178,22 +172,13 @@ def trace(model: nn.Module, size: tuple[int, int], batch: int = 1) -> ForwardCou
 
 @dataclass(frozen=True)
 class Request:
-    """A model to count.
-
-    Attributes:
-        name: Model name.
-        size: Height and width of the images; by default the checkpoint's or the native ones.
-        batch: Batch size.
-        fuse: Count the fused model.
-        fused_attention: Count attention as it runs, instead of written out.
-        checkpoint: File with the weights.
-    """
+    """A model to count."""
 
     name: str
-    size: tuple[int, int] | None = None
+    size: tuple[int, int] | None = None  # by default the checkpoint's or the native one
     batch: int = 1
-    fuse: bool = False
-    fused_attention: bool = True
+    fuse: bool = False  # count the fused model
+    fused_attention: bool = True  # count attention as it runs, instead of written out
     checkpoint: str | None = None
 
     def build(self, device: str) -> tuple[nn.Module, tuple[int, int]]:
@@ -217,12 +202,7 @@ class Request:
 
 
 def run(request: Request) -> tuple[nn.Module, ForwardCounter]:
-    """Build and run a model, on the meta device if it can be, else on the CPU.
-
-    Raises:
-        ModelError: The name is unknown, or the model does not take the size.
-        CheckpointError: The checkpoint is unreadable, or of another model.
-    """
+    """Build and run a model, on the meta device if it can be, else on the CPU."""
     try:
         model, size = request.build("meta")
         return model, trace(model, size, request.batch)
@@ -235,13 +215,7 @@ def run(request: Request) -> tuple[nn.Module, ForwardCounter]:
 
 
 def count(name: str, size: int | None = None, fused_attention: bool = True) -> Cost:
-    """Return the cost of a model for one image.
-
-    Args:
-        name: Model name.
-        size: Height and width of the image; by default the native ones.
-        fused_attention: Count attention as it runs, instead of written out.
-    """
+    """Return the cost of a model for one image, as :class:`Request` says."""
     request = Request(name, size and (size, size), fused_attention=fused_attention)
     return total(*run(request)).cost
 
