@@ -58,11 +58,7 @@ def read_epochs(folder: Path) -> list[dict[str, float]]:
 
 
 def train(args: Namespace, arm: Arm, seed: int) -> None:
-    """Train an arm in its own process, from its last checkpoint if there is one.
-
-    Raises:
-        UserError: The run failed.
-    """
+    """Train an arm in its own process, from its last checkpoint if there is one."""
     folder, flags = folder_of(args, arm, seed), flags_of(args, arm, seed)
     wanted = parse_args(flags)[0].epochs
     if len(read_epochs(folder)) >= wanted:
