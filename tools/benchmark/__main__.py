@@ -193,7 +193,7 @@ def main(argv: list[str]) -> None:
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help=f"our models; default: {', '.join(NAMES)}")
     add("--mode", nargs="+", choices=["infer", "train"], default=["infer", "train"])
-    measure.add_timing_flags(parser, batch_size=8)
+    measure.add_flags(parser, batch_size=8, rounds=10, timing=True)
     add("--input-size", type=int, help="pixels; the model's default if not given")
     add("--configs", nargs="+", metavar="CONFIG", help="for example deploy+channels_last+compile")
     add("--peer-path", type=Path, metavar="FOLDER", help="checkout of an original repository")

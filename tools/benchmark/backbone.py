@@ -224,7 +224,7 @@ def main(argv: list[str]) -> None:
     )
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help=f"models with windows; default: {NAMES}")
-    measure.add_timing_flags(parser, batch_size=1)
+    measure.add_flags(parser, batch_size=1, rounds=10, timing=True)
     add("--input-size", type=int, nargs=2, metavar="PIXELS", help="height and width")
     args = parser.parse_args(argv)
     args.device = launch.select_device(args.device).type

@@ -23,19 +23,17 @@ from utils import UserError
 Step = Callable[[], object]
 
 
-def add_flags(parser: argparse.ArgumentParser, batch_size: int, rounds: int = 7) -> None:
-    """Add the flags of every benchmark."""
+def add_flags(
+    parser: argparse.ArgumentParser, batch_size: int, rounds: int = 7, timing: bool = False
+) -> None:
+    """Add the flags of every benchmark; with ``timing``, those of a number of steps by time."""
     add = parser.add_argument
     add("--batch-size", type=int, default=batch_size)
     add("--device", choices=["cpu", "cuda"], help="cuda if available, if not given")
     add("--rounds", type=int, default=rounds, help="measurements of each; the median counts")
-
-
-def add_timing_flags(parser: argparse.ArgumentParser, batch_size: int) -> None:
-    """Add the flags of benchmarks that choose the number of steps by time."""
-    add_flags(parser, batch_size, rounds=10)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--min-time", type=float, default=0.5, help="seconds of a measurement")
+    if timing:
+        add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+        add("--min-time", type=float, default=0.5, help="seconds of a measurement")
 
 
 def in_turn(

@@ -23,7 +23,7 @@ from pipeline.sources.folder import open_folder_of_classes
 from pipeline.sources.shards import open_shards
 from tools import cli, files, pack_dataset, plots
 from tools.benchmark.measure import add_flags, in_turn, machine, medians
-from tools.benchmark_data.pipelines import Training, Workers, in_memory, pipelines
+from tools.benchmark_data.pipelines import Training, in_memory, pipelines
 from tools.tables import markdown, write_csv
 from training.launch import select_device
 
@@ -155,11 +155,10 @@ def run(args: argparse.Namespace) -> None:
         share = {row["side"]: row["of reference raw"] for row in rates}
         memory = []
         if args.num_workers:
-            loaders = {label: Workers(one) for label, one in candidates.items()}
-            measures = {label: loader.seconds for label, loader in loaders.items()}
+            measures = {label: one.seconds for label, one in candidates.items()}
             seconds = in_turn(measures, args.rounds, warm_up=1)
             rates += rate_rows(seconds, f"{args.num_workers} workers")
-            memory = [{"side": k, "MiB per worker": v.memory()} for k, v in loaders.items()]
+            memory = [{"side": k, "MiB per worker": v.memory()} for k, v in candidates.items()]
         show("images per second", rates)
         if memory:
             show("largest memory of a worker (PSS)", memory)

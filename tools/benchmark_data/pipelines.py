@@ -1,6 +1,7 @@
 """Input pipelines and their speed: by stage in this process, with workers, and in training."""
 
 import contextlib
+import functools
 import itertools
 import time
 from argparse import Namespace
@@ -35,18 +36,13 @@ STAGES = {  # functions of our pipeline, by stage of the augmentation and before
 }
 
 
-def functions_of(dataset: reference.LabelledImages) -> dict[str, list[tuple[Any, str]]]:
-    """Return the functions of each stage as (module or class, name), transforms included."""
+@contextlib.contextmanager
+def timed(dataset: reference.LabelledImages) -> Iterator[dict[str, float]]:
+    """Time a dataset's stages, transforms included, in the block; yield seconds by stage so far."""
     functions = {"read": [(type(dataset.source), "read")]} | STAGES
     for name, steps in dataset.augmentation.stages()._asdict().items():
         stage = "crop" if name == "resize" else name
         functions[stage] = functions[stage] + [(type(step), "__call__") for step in steps]
-    return functions
-
-
-@contextlib.contextmanager
-def timed(functions: dict[str, list[tuple[Any, str]]]) -> Iterator[dict[str, float]]:
-    """Time functions in the block; yield seconds by stage so far."""
     seconds = dict.fromkeys(functions, 0.0)
 
     def wrapped(stage: str, function: Callable) -> Callable:
@@ -66,9 +62,9 @@ def timed(functions: dict[str, list[tuple[Any, str]]]) -> Iterator[dict[str, flo
         yield seconds
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pipeline:
-    """An input pipeline."""
+    """An input pipeline, in this process and with workers, which live on between measurements."""
 
     dataset: reference.LabelledImages
     finalize: Callable[[Any], Any]  # what the CPU does to a batch of the dataset
@@ -83,7 +79,7 @@ class Pipeline:
         indices = [SampleIndex(index) for index in range(count)]
         mixup, targets = engine.build_mixup(self.flags, CLASSES), torch.zeros(step).long()
         total = mixing = 0.0
-        with timed(functions_of(self.dataset)) as seconds:
+        with timed(self.dataset) as seconds:
             for start in range(0, count, step):
                 started = time.perf_counter()
                 batch = self.finalize(self.dataset.__getitems__(indices[start : start + step]))
@@ -95,6 +91,26 @@ class Pipeline:
                     mixing += time.perf_counter() - started
         found = {"other": total - sum(seconds.values()), "total": total, "mixup": mixing}
         return {stage: value / count for stage, value in (seconds | found).items()}
+
+    @functools.cached_property
+    def loader(self) -> DataLoader:
+        """Loader of several repeats of all images."""
+        images = range(len(self.dataset))
+        indices = [SampleIndex(i, copy=copy) for copy in range(REPEATS) for i in images]
+        options = datasets.loader_options(self.flags)
+        return DataLoader(self.dataset, self.flags.batch_size, sampler=indices, **options)
+
+    def seconds(self) -> float:
+        """Return seconds per image with workers."""
+        started = time.perf_counter()
+        for batch in self.loader:
+            self.finalize(batch)
+        return (time.perf_counter() - started) / len(self.loader.sampler)
+
+    def memory(self) -> float:
+        """Return the largest memory of a worker seen during an epoch, in MiB."""
+        iterator = iter(self.loader)
+        return max(max(memory_of(w.pid) for w in iterator._workers) for _ in iterator)
 
 
 def pipelines(sources: dict[str, Encoded], flags: Namespace) -> dict[str, Pipeline]:
@@ -113,29 +129,6 @@ def pipelines(sources: dict[str, Encoded], flags: Namespace) -> dict[str, Pipeli
                 finalize = prefetch.BatchFinalizer(dataset, torch.device("cpu"))
             found[f"{side} {name}"] = Pipeline(dataset, finalize, args)
     return found
-
-
-class Workers:
-    """A pipeline's loader, whose workers live on between measurements."""
-
-    def __init__(self, pipeline: Pipeline):
-        self.finalize, flags, dataset = pipeline.finalize, pipeline.flags, pipeline.dataset
-        images = range(len(dataset))
-        self.indices = [SampleIndex(i, copy=copy) for copy in range(REPEATS) for i in images]
-        options = datasets.loader_options(flags)
-        self.loader = DataLoader(dataset, flags.batch_size, sampler=self.indices, **options)
-
-    def seconds(self) -> float:
-        """Return seconds per image."""
-        started = time.perf_counter()
-        for batch in self.loader:
-            self.finalize(batch)
-        return (time.perf_counter() - started) / len(self.indices)
-
-    def memory(self) -> float:
-        """Return the largest memory of a worker seen during an epoch, in MiB."""
-        iterator = iter(self.loader)
-        return max(max(memory_of(w.pid) for w in iterator._workers) for _ in iterator)
 
 
 def memory_of(pid: int) -> float:
