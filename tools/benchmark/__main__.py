@@ -50,8 +50,8 @@ def difference(case: Case) -> float | None:
     if its weights have another layout.
     """
     for dtype in (torch.float64, torch.float32):
-        theirs = candidates.build(case.side, case.name, case.peer, case.size).to(dtype).eval()
-        ours = candidates.build("ours", case.name, None, case.size).to(dtype)
+        theirs = candidates.build(case.side, case.model, case.peer, case.size).to(dtype).eval()
+        ours = candidates.build("ours", case.model, None, case.size).to(dtype)
         image = torch.randn(2, 3, case.size, case.size, dtype=dtype)
         try:
             models.load_weights(ours, {"model": theirs.state_dict()}, case.side)
@@ -68,7 +68,7 @@ def difference(case: Case) -> float | None:
 
 def peak(case: Case) -> float:
     """Return the peak memory in MiB of a fresh process after a few steps of a case."""
-    return measure.in_fresh_process(f"{case.mode} {case.name} {case.label}", Case.peak, case)
+    return measure.in_fresh_process(f"{case.mode} {case.model} {case.label}", Case.peak, case)
 
 
 def cases_of(args: argparse.Namespace, mode: str, name: str, peer: Peer | None) -> list[Case]:
@@ -113,9 +113,8 @@ def compare(args: argparse.Namespace, mode: str, name: str, peer: Peer | None) -
     rows = []
     for case in cases:
         time = medians[case.label]
-        row = {"mode": mode, "model": name, "batch": case.batch, "dtype": case.dtype}
-        row |= {"side": case.side, "config": case.config, "rate": case.batch / time}
-        row |= {"gmacs": gmacs, "best": best[case.side] is case}
+        row = vars(case) | {"rate": case.batch / time, "gmacs": gmacs}
+        row["best"] = best[case.side] is case
         if case.side != "ViT":
             row["share"] = work / time / matrix_rate
         if peer_times:
@@ -134,16 +133,15 @@ def compare(args: argparse.Namespace, mode: str, name: str, peer: Peer | None) -
 
 def verdicts(rows: list[dict]) -> Iterable[str]:
     """Yield ``MODE MODEL ours/best peer R``, the cost relative to a ViT, and memory."""
-    for row in rows:
-        if row["side"] != "ours" or not row["best"]:
-            continue
+    best = [row for row in rows if row["best"]]
+    for row in (row for row in best if row["side"] == "ours"):
         name = f"{row['mode']} {row['model']}"
         if "ratio" in row:
             yield f"{name} ours/best peer {row['ratio']:.2f}"
         if "cost" in row:
             yield f"{name} cost/ViT {row['cost']:.2f}"
-        for other in rows:
-            same = other["best"] and (other["mode"], other["model"]) == (row["mode"], row["model"])
+        for other in best:
+            same = (other["mode"], other["model"]) == (row["mode"], row["model"])
             if same and other is not row and "per_image" in other:
                 share = row["per_image"] / other["per_image"]
                 yield f"{name} memory per image ours/{other['side']} {share:.2f}"
@@ -210,8 +208,8 @@ def main(argv: list[str]) -> None:
             raise UserError(f"unknown model {name!r}; choose of {', '.join(known)}")
     peer = None
     if args.peer_path is not None:
-        kwargs = dict(word.partition("=")[::2] for word in args.peer_args)
-        peer = Peer(args.peer_path, {key: yaml.safe_load(value) for key, value in kwargs.items()})
+        pairs = (word.partition("=") for word in args.peer_args)
+        peer = Peer(args.peer_path, {key: yaml.safe_load(value) for key, _, value in pairs})
     rows = []
     for mode in args.mode:
         for name in args.names or NAMES:

@@ -65,7 +65,7 @@ class Case:
     """One measurement."""
 
     mode: str  # infer or train
-    name: str
+    model: str
     side: str  # implementation, see :func:`build`
     config: str
     batch: int
@@ -86,7 +86,7 @@ class Case:
         backward pass and fused AdamW, the same for all.
         """
         train, dtype = self.mode == "train", getattr(torch, self.dtype)
-        model = build(self.side, self.name, self.peer, self.size).train(train).to(self.device)
+        model = build(self.side, self.model, self.peer, self.size).train(train).to(self.device)
         model = configure(model if train else model.to(dtype), self.side, self.config)
         last = "channels_last" in self.config
         image = torch.randn(self.batch, 3, self.size, self.size, device=self.device)
