@@ -114,7 +114,7 @@ class Split:
         if self._is_packed():
             print(f"{self.output / self.name}.json is complete: nothing to do")
         else:
-            self.partial.mkdir(exist_ok=True)
+            self.partial.mkdir(parents=True, exist_ok=True)
             with locked(self.partial / "lock"):
                 if not self._is_packed():  # by another process, meanwhile
                     records = self._records()

@@ -1,8 +1,9 @@
 """Multiply-accumulates and activations of a forward pass, counted as it runs, by module."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import timm
@@ -108,8 +109,8 @@ class ForwardCounter(TorchFunctionMode):
 
     def __enter__(self) -> "ForwardCounter":
         for name, module in self._model.named_modules():
-            self._hooks.append(module.register_forward_pre_hook(self._begin(name)))
-            self._hooks.append(module.register_forward_hook(self._end(name)))
+            self._hooks.append(module.register_forward_pre_hook(partial(self._begin, name)))
+            self._hooks.append(module.register_forward_hook(partial(self._end, name)))
         self.flops.__enter__()
         return super().__enter__()
 
@@ -134,24 +135,18 @@ class ForwardCounter(TorchFunctionMode):
         linear = len(weight) == 2
         return 2 * count * (weight[1] if linear else math.prod(weight) // out_shape[1])
 
-    def _begin(self, name: str) -> Callable[..., None]:
-        def begin(module: nn.Module, inputs: tuple) -> None:
-            self.within.setdefault(name, set()).update(outer for outer, *_ in self._running)
-            self._running.append((name, self.macs, self.activations))
+    def _begin(self, name: str, module: nn.Module, inputs: tuple) -> None:
+        self.within.setdefault(name, set()).update(outer for outer, *_ in self._running)
+        self._running.append((name, self.macs, self.activations))
 
-        return begin
-
-    def _end(self, name: str) -> Callable[..., None]:
-        def end(module: nn.Module, inputs: tuple, out: Any) -> None:
-            _, macs, activations = self._running.pop()
-            while isinstance(out, list | tuple) and out:
-                out = out[0]
-            call = self.calls.setdefault(name, PartCost(name))
-            call.macs += self.macs - macs
-            call.activations += self.activations - activations
-            call.shape = tuple(out.shape) if torch.is_tensor(out) else ()
-
-        return end
+    def _end(self, name: str, module: nn.Module, inputs: tuple, out: Any) -> None:
+        _, macs, activations = self._running.pop()
+        while isinstance(out, list | tuple) and out:
+            out = out[0]
+        call = self.calls.setdefault(name, PartCost(name))
+        call.macs += self.macs - macs
+        call.activations += self.activations - activations
+        call.shape = tuple(out.shape) if torch.is_tensor(out) else ()
 
 
 def channels_of(model: nn.Module) -> int:
