@@ -14,9 +14,10 @@ from typing import Any
 import safetensors.torch
 
 import models
-from tools import cli
+from tools import cli, files
 from tools.networks import ModelSource, from_checkpoint
-from training import checkpoints, files
+from training import checkpoints
+from training.files import OutputError, write_atomically
 from training.flags import Parser
 
 SUFFIXES = (".safetensors", ".pth")
@@ -31,7 +32,7 @@ def write(path: Path, content: Mapping[str, Any], layout: str) -> None:
         texts = {} if layout == "timm" else {k: v for k, v in content.items() if k != name}
         metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in texts.items()}
         data = safetensors.torch.save(weights, metadata={"format": "pt", **metadata})
-        files.write_atomically(path, lambda file: file.write(data))
+        write_atomically(path, lambda file: file.write(data))
     else:
         checkpoints.save_checkpoint(weights if layout == "timm" else content, path)
 
@@ -39,7 +40,8 @@ def write(path: Path, content: Mapping[str, Any], layout: str) -> None:
 def convert(args: argparse.Namespace) -> str:
     """Convert ``args.input`` to ``args.output``; return the report."""
     if args.output.suffix not in SUFFIXES:
-        raise files.OutputError(f"{args.output} must end in {' or '.join(SUFFIXES)}")
+        raise OutputError(f"{args.output} must end in {' or '.join(SUFFIXES)}")
+    files.check_files({"output": args.output})
     source = from_checkpoint(args.input, args.model)
     to = convert_for_detection if args.to == "detection" else convert_classifier
     report, content = to(args, source)
@@ -51,12 +53,10 @@ def convert_classifier(
     args: argparse.Namespace, source: ModelSource
 ) -> tuple[models.LoadReport, dict[str, Any]]:
     """Return the report and a checkpoint of the whole model."""
-    checkpoint, required = source.checkpoint, {}
-    if args.qk_scale_factor is not None:
-        required["qk_scale_factor"] = args.qk_scale_factor
-    if args.input_size is not None:
-        required["img_size"] = args.input_size
-    model, kwargs = source.build_with_kwargs(**required)
+    checkpoint = source.checkpoint
+    given = {"qk_scale_factor": args.qk_scale_factor, "img_size": args.input_size}
+    given = {name: value for name, value in given.items() if value is not None}
+    model, kwargs = source.build_with_kwargs(**given)
     report = source.load(model, "ema" if args.ema else "model")
     if hasattr(model, "qk_scale_factor"):
         kwargs["qk_scale_factor"] = model.qk_scale_factor
@@ -82,9 +82,8 @@ def convert_for_detection(
 
     It lacks position embeddings, head and whatever else is not in :class:`models.VisionBackbone`.
     """
-    kwargs = {}
-    if args.qk_scale_factor is not None:
-        kwargs["qk_scale_factor"] = args.qk_scale_factor
+    exponent = args.qk_scale_factor
+    kwargs = {} if exponent is None else {"qk_scale_factor": exponent}
     backbone = models.VisionBackbone(source.name, model_kwargs=kwargs)
     report = models.load_backbone(backbone, args.input, ema=args.ema)
     new = {key.rpartition(".")[0] for key in report.missing}
@@ -93,11 +92,11 @@ def convert_for_detection(
         for key, value in backbone.state_dict().items()
         if key.rpartition(".")[0] not in new
     }
-    kwargs = {"qk_scale_factor": getattr(backbone, "qk_scale_factor", None)}
+    exponent = getattr(backbone, "qk_scale_factor", None)
     return report, {
         "state_dict": weights,
         "model_name": source.name,
-        "model_kwargs": {key: value for key, value in kwargs.items() if value is not None},
+        "model_kwargs": {} if exponent is None else {"qk_scale_factor": exponent},
         "gelu": source.checkpoint.get("gelu", "none"),
     }
 

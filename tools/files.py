@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from training.files import TEMPORARY, OutputError
@@ -52,6 +52,20 @@ def check_writable(flag: str, path: Path) -> None:
             pass
     except OSError as error:
         raise OutputError(f"{flag} {path} cannot be written: {error.strerror}") from error
+
+
+def check_files(
+    outputs: Mapping[str, Path | None], inputs: Iterable[str | Path | None] = ()
+) -> None:
+    """Check that files can be written, by flag; those that are None are not given.
+
+    Raises:
+        OutputError: As by :func:`check_outputs` and :func:`check_writable`.
+    """
+    given = [(flag, path) for flag, path in outputs.items() if path is not None]
+    check_outputs(given, filter(None, inputs))
+    for flag, path in given:
+        check_writable(flag, path)
 
 
 @contextlib.contextmanager

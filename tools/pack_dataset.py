@@ -36,6 +36,7 @@ from pipeline.sources.folder import open_image_folder
 from pipeline.sources.shards import scan_shards
 from pipeline.workers import worker_init_fn
 from tools import cli
+from tools.files import folder_for
 from training.files import OutputError, write_atomically
 from training.flags import usable_cpus
 
@@ -52,11 +53,6 @@ class Encoder(Dataset):
 
     Larger ones are resized as in evaluation, bicubic with antialiasing and torchvision's
     rounding, so that evaluation at that size does not resize again. All others keep their bytes.
-
-    Args:
-        images: Image files.
-        short_side: Largest short side in pixels; ``None`` for any.
-        quality: JPEG quality of resized images.
     """
 
     def __init__(self, images: Encoded, short_side: int | None, quality: int):
@@ -94,15 +90,7 @@ def make_keys(images: Encoded, root: Path) -> list[str]:
 
 
 class Split:
-    """One split of an image folder, to be packed.
-
-    Args:
-        name: ``train`` or ``val``.
-        args: Parsed flags.
-
-    Raises:
-        DataError: The image folder cannot be used.
-    """
+    """One split of an image folder, ``train`` or ``val``, to be packed."""
 
     def __init__(self, name: str, args: argparse.Namespace):
         self.name, self.args = name, args
@@ -122,12 +110,7 @@ class Split:
         }
 
     def pack(self) -> None:
-        """Write the missing shards and the index.
-
-        Raises:
-            DataError: An image is corrupt and ``--on-corrupt skip`` is not given.
-            OutputError: There are other shards, or these cannot be written.
-        """
+        """Write the missing shards and the index."""
         if self._is_packed():
             print(f"{self.output / self.name}.json is complete: nothing to do")
         else:
@@ -291,18 +274,19 @@ def index_shards(args: argparse.Namespace) -> None:
         raise DataError(f"{args.index} is remote: name a folder for its index (--output)")
     classes = args.classes.read_text().splitlines() if args.classes else None
     cache = Cache(args.shard_cache or default_folder(args.index)) if remote else None
-    index = scan_shards(paths, cache, classes, with_checksums=True)
     stem = Path(args.output or folders.pop()) / shard_index.index_name(args.index)
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    write_index(index, stem)
+    with folder_for("--output" if args.output else "--index", stem.parent):
+        index = scan_shards(paths, cache, classes, with_checksums=True)
+        write_index(index, stem)
     print(
         f"{stem}.json: {len(index.members.sizes):,} images of {len(index.classes):,} classes in"
         f" {len(paths)} shards"
     )
 
 
-def get_parser() -> argparse.ArgumentParser:
-    """Return the parser of the flags."""
+@cli.program
+def main(argv: list[str]) -> None:
+    """Run with the flags ``argv``; pack or index."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--data-path", type=Path, help="image folder with train/ and val/")
@@ -321,13 +305,6 @@ def get_parser() -> argparse.ArgumentParser:
     add("--index", metavar="PATTERN", help="only write the index of these shards")
     add("--classes", type=Path, metavar="FILE", help="with --index: class names, one per line")
     add("--shard-cache", type=Path, help="with --index: folder for remote shards")
-    return parser
-
-
-@cli.program
-def main(argv: list[str]) -> None:
-    """Run with the flags ``argv``; pack or index."""
-    parser = get_parser()
     args = parser.parse_args(argv)
     if args.index is None and (args.data_path is None or args.output is None):
         parser.error("give --data-path and --output, or --index")
@@ -339,8 +316,9 @@ def main(argv: list[str]) -> None:
         if args.index is not None:
             index_shards(args)
         else:
-            for split in [Split(name, args) for name in args.splits]:
-                split.pack()
+            with folder_for("--output", args.output):
+                for split in [Split(name, args) for name in args.splits]:
+                    split.pack()
     except OSError as error:
         raise OutputError(str(error)) from error
 

@@ -158,6 +158,8 @@ def test_memory_grows_with_the_batch():
 def test_bad_input(tmp_path, original):
     error = partial(error_of, command.main, "--mode", "infer", "--device", "cpu", *QUICK)
     assert re.search("'resnet50'.*convit_base, ", error("resnet50"))
+    for flag in ("--csv", "--plot"):
+        assert f"{flag} {tmp_path}/none/x" in error("resnet50", flag, tmp_path / "none" / "x")
     assert "--peer-path /none" in error("visformer_tiny", "--peer-path", "/none")
     assert "convit_tiny" in error("convit_tiny", "--peer-path", original)
     assert re.search("'fast'.*deploy, channels_last", error("visformer_tiny", "--configs", "fast"))

@@ -62,6 +62,8 @@ def test_what_cannot_be_measured_is_named(images, tmp_path, capsys):
     for words, message in (
         (["--data-path", str(tmp_path / "none")], "none"),
         (["--data-path", str(images), "--input-size", "32"], "--input-size 32"),
+        (["--data-path", str(tmp_path / "none"), "--csv", "none/x.csv"], "--csv none/x.csv"),
+        (["--data-path", str(tmp_path / "none"), "--plot", "none/x.png"], "--plot none/x.png"),
     ):
         assert benchmark([*words, *QUICK]) == 1
         assert message in capsys.readouterr().err

@@ -172,3 +172,11 @@ def test_other_shards_are_not_overwritten(small, tmp_path, monkeypatch, capsys):
     assert pack(root, tmp_path / "new", *flags, "--seed", 3) == 0
     assert files_of(tmp_path / "new").keys() == before.keys()
     assert files_of(tmp_path / "new")["train-000000.tar"] != before["train-000000.tar"]
+
+
+def test_the_output_is_checked_before_images_are_listed(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert pack(tmp_path / "none", tmp_path / "file") == 1
+    assert str(tmp_path / "file") in capsys.readouterr().err
+    assert pack(tmp_path / "none", tmp_path / "new") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -103,8 +103,9 @@ def test_runs_are_real_resume_and_are_not_repeated(image_folder, tmp_path, capsy
         (["--seeds", "1", "1"], "--seeds [1, 1]"),
         (["--jobs", "0"], "--jobs 0"),
         (["--config", "none.yaml"], "none.yaml"),
+        (["--output_dir", __file__], __file__),
     ],
 )
 def test_bad_input_is_named(tmp_path, capsys, words, named):
     base = ["--data-path", "data", "--output_dir", str(tmp_path)]
-    refuses(caller(capsys, results, more=())(*words, *base), named)
+    refuses(caller(capsys, results, more=())(*base, *words), named)

@@ -105,6 +105,7 @@ def test_convert_for_detection(tmp_path, convert):
         ("none.pth out.pth", ["none.pth", "No such file"]),
         ("in.pth out.pth", ["in.pth", "--model NAME"]),
         ("in.pth out.txt --model test_vit", ["out.txt", ".safetensors", ".pth"]),
+        ("none.pth none/out.pth", ["none/out.pth"]),  # before anything is read
         ("in.pth out.pth --model convit_tiny", ["in.pth"]),
         ("in.pth out.pth --model visformer_tinyy", ["'visformer_tinyy'", "visformer_tiny,"]),
     ],

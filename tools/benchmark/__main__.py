@@ -6,11 +6,9 @@ the best configuration of ours with the best of the peers'.
 """
 
 import argparse
-import json
-import statistics
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import timm
@@ -18,7 +16,7 @@ import torch
 import yaml
 
 import models
-from tools import cli, plots, tables
+from tools import cli, files, plots, tables
 from tools.benchmark import candidates, measure
 from tools.benchmark.candidates import Case, Peer
 from tools.flops import count, our_models
@@ -48,12 +46,12 @@ MATRIX = {"cpu": 2048, "cuda": 8192}  # size of the matrix product
 def difference(case: Case) -> float | None:
     """Return the largest difference of our logits from a peer's, in its standard deviations.
 
-    With the peer's weights, fused, in float64, or float32 where the peer supports no other. None
+    Fused, with the peer's weights, in float64, or float32 where the peer supports no other. None
     if its weights have another layout.
     """
     for dtype in (torch.float64, torch.float32):
-        theirs = candidates.build(case.side, case.name, case.peer, case.size).to(dtype).eval()
-        ours = candidates.build("ours", case.name, None, case.size).to(dtype)
+        theirs = candidates.build(case.side, case.model, case.peer, case.size).to(dtype).eval()
+        ours = candidates.build("ours", case.model, None, case.size).to(dtype)
         image = torch.randn(2, 3, case.size, case.size, dtype=dtype)
         try:
             models.load_weights(ours, {"model": theirs.state_dict()}, case.side)
@@ -70,45 +68,29 @@ def difference(case: Case) -> float | None:
 
 def peak(case: Case) -> float:
     """Return the peak memory in MiB of a fresh process after a few steps of a case."""
-    words = ("--peak", json.dumps(asdict(case), default=str))
-    return measure.in_fresh_process(
-        f"{case.mode} {case.name} {case.label}", "tools.benchmark", *words
-    )
-
-
-def print_peak(text: str) -> None:
-    """Print the peak memory of this process for the case that :func:`peak` encoded."""
-    values = json.loads(text)
-    if values["peer"]:
-        values["peer"] = Peer(Path(values["peer"]["folder"]), values["peer"]["kwargs"])
-    case = Case(**values)
-    step = case.step()
-    step()
-    step()
-    print(measure.peak_memory(case.device))
+    return measure.in_fresh_process(f"{case.mode} {case.model} {case.label}", Case.peak, case)
 
 
 def cases_of(args: argparse.Namespace, mode: str, name: str, peer: Peer | None) -> list[Case]:
     """Return all cases of a model that can run; print why others cannot."""
     size = args.input_size or timm.get_pretrained_cfg(name).input_size[-1]
-    defaults = candidates.CUDA_CONFIGS if args.device == "cuda" else candidates.CONFIGS
+    settings = (args.batch_size, args.dtype, args.device, size, peer)
+    configs = args.configs or candidates.default_configs(mode, args.device)
+    useless = "deploy" if mode == "train" else "checkpoint"
     cases = []
     for side in candidates.sides_of(name, peer):
         model = candidates.build(side, name, peer, size)
-        for config in args.configs or defaults[mode]:
-            useless = "deploy" if mode == "train" else "checkpoint"
+        for config in configs:
             if useless in config or not candidates.is_possible(side, config, model):
                 continue
-            settings = (args.batch_size, args.dtype, args.device, size, peer)
             case = Case(mode, name, side, config, *settings)
             layout = mode == "train" and "channels_last" in config
-            if layout and args.device == "cpu" and side != "ours":
-                try:
+            try:
+                if layout and args.device == "cpu" and side != "ours":
                     peak(case)  # PyTorch 2.15 crashes on some
-                except UserError as error:
-                    print(f"left out: {error}", file=sys.stderr)
-                    continue
-            cases.append(case)
+                cases.append(case)
+            except UserError as error:
+                print(f"left out: {error}", file=sys.stderr)
     return cases
 
 
@@ -116,29 +98,27 @@ def compare(args: argparse.Namespace, mode: str, name: str, peer: Peer | None) -
     """Measure one model in one mode; return a row per case, the best of each side marked."""
     cases = cases_of(args, mode, name, peer)
     side = MATRIX[args.device]
-    dtype = getattr(torch, args.dtype)
-    a, b = (torch.randn(side, side, device=args.device).to(dtype) for _ in range(2))
+    a, b = torch.randn(2, side, side, device=args.device).to(getattr(torch, args.dtype))
     steps = {case.label: case.step() for case in cases} | {"matrix": lambda: torch.mm(a, b)}
     times = measure.alternate(steps, args.device, args.rounds, args.min_time)
     del steps
-    medians = {label: statistics.median(values) for label, values in times.items()}
+    medians = measure.medians(times)
     best: dict[str, Case] = {}
     for case in sorted(cases, key=lambda case: medians[case.label]):
         best.setdefault(case.side, case)
-    peers = [case.label for case in best.values() if case.side not in ("ours", "ViT")]
+    peer_times = next((times[c.label] for s, c in best.items() if s not in ("ours", "ViT")), None)
     gmacs = count(name, args.input_size)[1]
     work = gmacs * (3 if mode == "train" else 1) * args.batch_size
     matrix_rate = side**3 / 1e9 / medians["matrix"]
     rows = []
     for case in cases:
         time = medians[case.label]
-        row = {"mode": mode, "model": name, "batch": case.batch, "dtype": case.dtype}
-        row |= {"side": case.side, "config": case.config, "rate": case.batch / time}
-        row |= {"gmacs": gmacs, "best": best[case.side] is case}
+        row = vars(case) | {"rate": case.batch / time, "gmacs": gmacs}
+        row["best"] = best[case.side] is case
         if case.side != "ViT":
             row["share"] = work / time / matrix_rate
-        if peers:
-            row["ratio"] = measure.ratio(times[case.label], times[peers[0]])
+        if peer_times:
+            row["ratio"] = measure.ratio(times[case.label], peer_times)
         if mode == "infer" and row["best"] and case.side not in ("ours", "ViT", "explicit"):
             row["difference"] = difference(case)
         if args.memory and row["best"]:
@@ -153,16 +133,15 @@ def compare(args: argparse.Namespace, mode: str, name: str, peer: Peer | None) -
 
 def verdicts(rows: list[dict]) -> Iterable[str]:
     """Yield ``MODE MODEL ours/best peer R``, the cost relative to a ViT, and memory."""
-    for row in rows:
-        if row["side"] != "ours" or not row["best"]:
-            continue
+    best = [row for row in rows if row["best"]]
+    for row in (row for row in best if row["side"] == "ours"):
         name = f"{row['mode']} {row['model']}"
         if "ratio" in row:
             yield f"{name} ours/best peer {row['ratio']:.2f}"
         if "cost" in row:
             yield f"{name} cost/ViT {row['cost']:.2f}"
-        for other in rows:
-            same = other["best"] and (other["mode"], other["model"]) == (row["mode"], row["model"])
+        for other in best:
+            same = (other["mode"], other["model"]) == (row["mode"], row["model"])
             if same and other is not row and "per_image" in other:
                 share = row["per_image"] / other["per_image"]
                 yield f"{name} memory per image ours/{other['side']} {share:.2f}"
@@ -189,7 +168,7 @@ def markdown(rows: list[dict]) -> str:
     return tables.markdown([COLUMNS[key] for key in keys], lines)
 
 
-def plot(rows: list[dict], path: str) -> None:
+def plot(rows: list[dict], path: Path) -> None:
     """Plot bars of ours over the best peer, by model and mode."""
     chosen = [r for r in rows if r["side"] == "ours" and r["best"] and "ratio" in r]
     figure = plots.new_figure(8, 1 + 0.4 * len(chosen))
@@ -205,31 +184,23 @@ def plot(rows: list[dict], path: str) -> None:
     plots.save(figure, path, dpi=150)
 
 
-def get_parser() -> argparse.ArgumentParser:
-    """Return the parser of the flags."""
+@cli.program
+def main(argv: list[str]) -> None:
+    """Run with the flags ``argv``."""
     parser = argparse.ArgumentParser("tools.benchmark", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help=f"our models; default: {', '.join(NAMES)}")
     add("--mode", nargs="+", choices=["infer", "train"], default=["infer", "train"])
-    measure.add_timing_flags(parser, batch_size=8)
+    measure.add_flags(parser, batch_size=8, rounds=10, timing=True)
     add("--input-size", type=int, help="pixels; the model's default if not given")
     add("--configs", nargs="+", metavar="CONFIG", help="for example deploy+channels_last+compile")
     add("--peer-path", type=Path, metavar="FOLDER", help="checkout of an original repository")
     add("--peer-args", nargs="*", default=[], metavar="KEY=VALUE", help="for its model functions")
     add("--memory", action="store_true", help="also measure memory, in separate processes")
-    add("--csv", metavar="FILE")
-    add("--plot", metavar="FILE.png")
-    add("--peak", help=argparse.SUPPRESS)
-    return parser
-
-
-@cli.program
-def main(argv: list[str]) -> None:
-    """Run with the flags ``argv``."""
-    args = get_parser().parse_args(argv)
-    if args.peak:
-        print_peak(args.peak)
-        return
+    add("--csv", type=Path, metavar="FILE")
+    add("--plot", type=Path, metavar="FILE.png")
+    args = parser.parse_args(argv)
+    files.check_files({"--csv": args.csv, "--plot": args.plot})
     args.device = launch.select_device(args.device).type
     known = our_models()
     for name in args.names:
@@ -237,8 +208,8 @@ def main(argv: list[str]) -> None:
             raise UserError(f"unknown model {name!r}; choose of {', '.join(known)}")
     peer = None
     if args.peer_path is not None:
-        kwargs = dict(word.partition("=")[::2] for word in args.peer_args)
-        peer = Peer(args.peer_path, {key: yaml.safe_load(value) for key, value in kwargs.items()})
+        pairs = (word.partition("=") for word in args.peer_args)
+        peer = Peer(args.peer_path, {key: yaml.safe_load(value) for key, _, value in pairs})
     rows = []
     for mode in args.mode:
         for name in args.names or NAMES:

@@ -3,22 +3,29 @@
 ``python -m tools.benchmark.backbone [NAME ...]``: the same model with the same weights, its
 attention as here and as the original detector computes it, in turn, in one process; memory in
 separate processes. ``layers`` are the attention layers alone, each on its own feature map.
+
+The original (Danczs/Visformer, ObjectDetection) cuts windows and heads by copies, writes out the
+product of queries and keys, gathers the bias in every block, and makes the mask in every forward
+pass.
 """
 
 import argparse
 import copy
-import statistics
+import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 from models.detection_backbone import Backbone, VisionBackbone
+from models.layers import set_recompute_activations
 from models.layers.window import WindowAttention2d
 from tools import cli
 from tools.benchmark import measure
-from tools.benchmark.original import OriginalWindowAttention, as_original
 from training import launch
 from utils import UserError
 
@@ -26,26 +33,81 @@ NAMES = ("swin_visformer_small_v2", "swin_visformer_tiny_v2", "swin_visformer_sm
 SIZES = {"cpu": (512, 640), "cuda": (800, 1344)}
 SIDES = ("ours", "original")
 KINDS = ("forward", "forward+backward", "layers forward", "layers forward+backward")
-ATTENTION = (WindowAttention2d, OriginalWindowAttention)
+
+
+def _cut(x: torch.Tensor, window: int) -> torch.Tensor:
+    return rearrange(x, "b c (y h) (x w) -> (b y x) c h w", h=window, w=window).contiguous()
+
+
+def _mask(height: int, width: int, window: int, device: torch.device) -> torch.Tensor:
+    """Return the mask ``W N N`` of a padded feature map: -100 across regions."""
+    region, shift = torch.zeros(1, 1, height, width, device=device), window // 2
+    parts = (slice(0, -window), slice(-window, -shift), slice(-shift, None))
+    for number, (rows, columns) in enumerate((r, c) for r in parts for c in parts):
+        region[:, :, rows, columns] = number
+    region = _cut(region, window).flatten(1)
+    return -100.0 * (region.unsqueeze(1) != region.unsqueeze(2))
+
+
+def original_attention(
+    layer: WindowAttention2d, x: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Attention within windows, ``(B W) C w w -> (B W) C w w``; ``mask`` is ``W N N``."""
+    qkv = rearrange(layer.qkv(x), "b (t n d) h w -> t b n (h w) d", t=3, n=layer.num_heads)
+    q, k, v = qkv.unbind(0)
+    scores = (q * layer.scale) @ (k.transpose(-2, -1) * layer.scale)
+    index = layer.relative_position_index
+    bias = layer.relative_position_bias_table[index.view(-1)].view(*index.shape, -1)
+    scores = scores + bias.permute(2, 0, 1).contiguous().unsqueeze(0)
+    if mask is not None:
+        shape = scores.shape
+        scores = (scores.unflatten(0, (-1, len(mask))) + mask[None, :, None]).view(shape)
+    x = scores.softmax(-1) @ v
+    return layer.proj(rearrange(x, "b n (h w) d -> b (n d) h w", h=layer.window))
+
+
+def original_forward(
+    layer: WindowAttention2d, masks: dict[str, torch.Tensor], x: torch.Tensor
+) -> torch.Tensor:
+    """``B C H W -> B C H W``; ``masks`` has the ``mask`` of the stage."""
+    (height, width), window, shift = x.shape[-2:], layer.window, layer.shift
+    x = F.pad(x, (0, -width % window, 0, -height % window))
+    if shift:
+        x = torch.roll(x, (-shift, -shift), dims=(2, 3))
+    rows, batch = x.shape[-2] // window, len(x)
+    x = original_attention(layer, _cut(x, window), masks["mask"] if shift else None)
+    x = rearrange(x, "(b y x) c h w -> b c (y h) (x w)", b=batch, y=rows).contiguous()
+    if shift:
+        x = torch.roll(x, (shift, shift), dims=(2, 3))
+    return x[:, :, :height, :width].contiguous()
+
+
+def as_original(backbone: Backbone) -> Backbone:
+    """Replace the attention of ``backbone`` in place; its function stays the same."""
+    for stage in backbone.net.children():
+        layers = [module for module in stage.modules() if isinstance(module, WindowAttention2d)]
+        masks: dict[str, torch.Tensor] = {}
+        for layer in layers:
+            layer.forward = functools.partial(original_forward, layer, masks)
+        if layers:
+
+            def make_mask(_, inputs, masks=masks, window=layers[0].window) -> None:
+                height, width = (size + -size % window for size in inputs[0].shape[-2:])
+                masks["mask"] = _mask(height, width, window, inputs[0].device)
+
+            stage.register_forward_pre_hook(make_mask)
+    backbone.net.channels_last = False
+    set_recompute_activations(backbone, False)
+    return backbone.to(memory_format=torch.contiguous_format)
 
 
 def build(name: str, device: str) -> Backbone:
-    """Return the backbone ``name`` with statistics of a batch.
-
-    Raises:
-        UserError: It does not have windows.
-    """
+    """Return the backbone ``name``, which must have windows, with statistics of a batch."""
     torch.manual_seed(0)
     backbone = VisionBackbone(name).to(device)
     if not any(isinstance(module, WindowAttention2d) for module in backbone.modules()):
         raise UserError(f"{name} does not have windowed attention")
-    norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = 1.0
-    with torch.no_grad():
-        backbone(torch.randn(2, 3, 256, 320, device=device))
-    for norm in norms:
-        norm.momentum = 0.1
+    update_bn([torch.randn(2, 3, 256, 320)], backbone, device)
     return backbone
 
 
@@ -82,7 +144,7 @@ class Layers(nn.Module):
             self.layers.append(layer)
             self.maps.append(inputs[0].detach().clone(memory_format=torch.preserve_format))
 
-        layers = [module for module in backbone.modules() if isinstance(module, ATTENTION)]
+        layers = [module for module in backbone.modules() if isinstance(module, WindowAttention2d)]
         hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
         with torch.no_grad():
             backbone(image)
@@ -106,15 +168,17 @@ def difference(backbone: Backbone, image: torch.Tensor) -> float:
         return max(((a - b).abs().max() / b.std()).item() for a, b in pairs)
 
 
-def steps_of(args: argparse.Namespace, backbone: Backbone, side: str) -> list[Callable[[], None]]:
+def steps_of(
+    args: argparse.Namespace, backbone: Backbone, side: str
+) -> dict[str, Callable[[], None]]:
     """Return the steps of the kinds of pass."""
     image = torch.randn(args.batch_size, 3, *args.input_size, device=args.device)
     inferred, trained, *rest = (copy_of(backbone, side) for _ in range(4))
-    layers = [Layers(part.eval(), image) for part in rest]
-    models = [inferred.fuse() if side == "ours" else inferred.eval(), trained]
-    models += [layers[0].eval(), layers[1].train()]
+    inferred = inferred.fuse() if side == "ours" else inferred.eval()
+    first, second = (Layers(part.eval(), image) for part in rest)
+    models = zip(KINDS, (inferred, trained, first.eval(), second.train()), strict=True)
     dtype = getattr(torch, args.dtype)
-    return [step_of(model, image, dtype, index % 2 == 1) for index, model in enumerate(models)]
+    return {kind: step_of(model, image, dtype, "backward" in kind) for kind, model in models}
 
 
 def added_memory(args: argparse.Namespace, name: str, side: str) -> float:
@@ -133,52 +197,38 @@ def added_memory(args: argparse.Namespace, name: str, side: str) -> float:
 def compare(args: argparse.Namespace, name: str) -> None:
     """Measure one backbone, and print a line for every kind of pass and for memory."""
 
-    def report(kind: str, quotient: float, values: list[str], unit: str) -> None:
-        both = " and ".join(values)
+    def report(kind: str, quotient: float, both: Iterable[str], unit: str) -> None:
+        both = " and ".join(both)
         print(f"{kind} {name} ours/original {quotient:.2f} ({both} {unit})", flush=True)
 
     image = torch.randn(1, 3, *args.input_size, device=args.device)
     backbone = build(name, args.device)
     print(f"{name}: outputs differ by {difference(backbone, image):.1e}", flush=True)
-    sides = [steps_of(args, backbone, side) for side in SIDES]
-    for kind, *pair in zip(KINDS, *sides, strict=True):
-        steps = dict(zip(SIDES, pair, strict=True))
+    sides = {side: steps_of(args, backbone, side) for side in SIDES}
+    for kind in KINDS:
+        steps = {side: steps[kind] for side, steps in sides.items()}
         times = measure.alternate(steps, args.device, args.rounds, args.min_time)
-        rates = [f"{args.batch_size / statistics.median(times[side]):.2f}" for side in SIDES]
+        rates = [f"{args.batch_size / time:.2f}" for time in measure.medians(times).values()]
         report(kind, measure.ratio(times["ours"], times["original"]), rates, "images/s")
-    words = ["--device", args.device, "--batch-size", args.batch_size, "--dtype", args.dtype]
-    words += ["--input-size", *args.input_size]
     ours, original = (
-        measure.in_fresh_process(
-            f"{name} {side}", "tools.benchmark.backbone", name, "--peak", side, *words
-        )
-        for side in SIDES
+        measure.in_fresh_process(f"{name} {side}", added_memory, args, name, side) for side in SIDES
     )
     report("memory", ours / original, [f"{ours:.0f}", f"{original:.0f}"], "MiB")
-
-
-def get_parser() -> argparse.ArgumentParser:
-    """Return the parser of the flags."""
-    parser = argparse.ArgumentParser(
-        "tools.benchmark.backbone", description=__doc__.splitlines()[0]
-    )
-    add = parser.add_argument
-    add("names", nargs="*", metavar="NAME", help=f"models with windows; default: {NAMES}")
-    measure.add_timing_flags(parser, batch_size=1)
-    add("--input-size", type=int, nargs=2, metavar="PIXELS", help="height and width")
-    add("--peak", choices=SIDES, help=argparse.SUPPRESS)
-    return parser
 
 
 @cli.program
 def main(argv: list[str]) -> None:
     """Run with the flags ``argv``."""
-    args = get_parser().parse_args(argv)
+    parser = argparse.ArgumentParser(
+        "tools.benchmark.backbone", description=__doc__.splitlines()[0]
+    )
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help=f"models with windows; default: {NAMES}")
+    measure.add_flags(parser, batch_size=1, rounds=10, timing=True)
+    add("--input-size", type=int, nargs=2, metavar="PIXELS", help="height and width")
+    args = parser.parse_args(argv)
     args.device = launch.select_device(args.device).type
     args.input_size = args.input_size or SIZES[args.device]
-    if args.peak:
-        print(added_memory(args, args.names[0], args.peak))
-        return
     for name in args.names or NAMES:
         compare(args, name)
     print(measure.machine(args.device), "x".join(map(str, args.input_size)), args.dtype, sep=", ")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import timm
 import torch
@@ -19,27 +20,31 @@ import torch.nn.functional as F
 from timm.utils.model import reparameterize_model
 from torch import nn
 
+from models import vit
 from models.layers import set_fused_attention
+from tools.benchmark import measure
 from tools.flops import size_options
 from utils import UserError
 
 # timm's names of models that have another name here
 TIMM_NAMES = {
-    f"vit_{short}_{patch}_{size}": f"vit_{long}_patch{patch}_{size}"
-    for short, long in (("b", "base"), ("l", "large"))
-    for patch in (16, 32)
-    for size in (224, 384)
+    f"vit_{net}_{patch}_{size}": name
+    for (net, patch, size), name in zip(vit.VARIANTS, vit.TIMM_NAMES, strict=True)
 }
 TRANSFORMS = ("deploy", "channels_last", "checkpoint", "compile")
 CONFIGS = {
     "infer": ("eager", "channels_last", "deploy", "deploy+channels_last"),
     "train": ("eager", "channels_last"),
 }
-# compilation takes longer than the whole measurement on a CPU: there it must be requested
-CUDA_CONFIGS = {
-    "infer": (*CONFIGS["infer"], "channels_last+compile", "deploy+channels_last+compile"),
-    "train": (*CONFIGS["train"], "channels_last+compile"),
-}
+
+
+def default_configs(mode: str, device: str) -> list[str]:
+    """Return the configurations to compare.
+
+    Compilation takes longer than the whole measurement on a CPU: there it must be requested.
+    """
+    compiled = [name for name in CONFIGS[mode] if "channels_last" in name and device == "cuda"]
+    return [*CONFIGS[mode], *(f"{name}+compile" for name in compiled)]
 
 
 @dataclass(frozen=True)
@@ -57,27 +62,16 @@ class Peer:
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement.
+    """One measurement."""
 
-    Attributes:
-        mode: ``"infer"`` or ``"train"``.
-        name: Model name.
-        side, config: Implementation and configuration.
-        batch: Images per step.
-        dtype: ``float32``, or the dtype of inference models and of training under autocast.
-        device: ``cpu`` or ``cuda``.
-        size: Height and width of the images.
-        peer: Original repository, if ``side`` is its name.
-    """
-
-    mode: str
-    name: str
-    side: str
+    mode: str  # infer or train
+    model: str
+    side: str  # implementation, see :func:`build`
     config: str
     batch: int
-    dtype: str
-    device: str
-    size: int
+    dtype: str  # of inference models, and of training under autocast
+    device: str  # cpu or cuda
+    size: int  # height and width of the images
     peer: Peer | None = None
 
     @property
@@ -92,7 +86,7 @@ class Case:
         backward pass and fused AdamW, the same for all.
         """
         train, dtype = self.mode == "train", getattr(torch, self.dtype)
-        model = build(self.side, self.name, self.peer, self.size).train(train).to(self.device)
+        model = build(self.side, self.model, self.peer, self.size).train(train).to(self.device)
         model = configure(model if train else model.to(dtype), self.side, self.config)
         last = "channels_last" in self.config
         image = torch.randn(self.batch, 3, self.size, self.size, device=self.device)
@@ -112,15 +106,20 @@ class Case:
 
         return update
 
+    def peak(self) -> float:
+        """Return the peak memory of this process in MiB after a few steps."""
+        step = self.step()
+        step()
+        step()
+        return measure.peak_memory(self.device)
+
 
 def timm_entrypoint(name: str) -> Callable[..., nn.Module] | None:
     """Return timm's own function, which this repository's replaces in the registry, or None."""
     name = TIMM_NAMES.get(name, name)
-    for family in ("visformer", "convit", "fastvit", "vision_transformer"):
-        module = importlib.import_module(f"timm.models.{family}")
-        if hasattr(module, name):
-            return getattr(module, name)
-    return None
+    own = timm.models
+    modules = (own.visformer, own.convit, own.fastvit, own.vision_transformer)
+    return next((getattr(module, name) for module in modules if hasattr(module, name)), None)
 
 
 @contextmanager
@@ -128,35 +127,32 @@ def _modules_of(folder: Path) -> Iterator[None]:
     """Import from ``folder`` first within the block; restore modules and timm's registry after."""
     tops = {path.stem for path in folder.iterdir() if path.suffix in ("", ".py")}
     hidden = {name: m for name, m in sys.modules.items() if name.split(".")[0] in tops}
-    registry = vars(timm.models._registry)
-    registered = {
-        key: copy.copy(value)
-        for key, value in registry.items()
-        if not key.startswith("__") and isinstance(value, dict | set)
+    registry = timm.models._registry
+    copies = {
+        name: copy.copy(value)
+        for name, value in vars(registry).items()
+        if not name.startswith("__") and isinstance(value, dict | set)
     }
     for name in hidden:
         del sys.modules[name]
-    sys.path.insert(0, str(folder))
     try:
-        with warnings.catch_warnings():
+        with (
+            mock.patch.multiple(registry, **copies),
+            mock.patch.object(sys, "path", [str(folder), *sys.path]),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
-        sys.path.remove(str(folder))
         for name in [name for name in sys.modules if name.split(".")[0] in tops]:
             del sys.modules[name]
         sys.modules.update(hidden)
-        for key, value in registered.items():
-            registry[key].clear()
-            registry[key].update(value)
 
 
 def peer_entrypoint(folder: Path, name: str) -> Callable[..., nn.Module]:
     """Return the function ``name`` of a top-level module or package of an original repository.
 
-    Raises:
-        UserError: The folder does not exist, or none of its modules has the function; modules
-            that cannot be imported are named with the reason.
+    Modules that cannot be imported are named with the reason.
     """
     if not folder.is_dir():
         raise UserError(f"--peer-path {folder} is not a folder")
@@ -197,12 +193,8 @@ def equal_vit(name: str, **options) -> nn.Module:
 def build(side: str, name: str, peer: Peer | None = None, size: int | None = None) -> nn.Module:
     """Return the model ``name`` as ``side`` implements it, with random weights.
 
-    Args:
-        side: ``ours``; ``timm``; ``explicit``, ours with attention written out; ``ViT``, a plain
-            one of equal width; else the ``side`` of ``peer``.
-        name: Registered name.
-        peer: Original repository.
-        size: Height and width of images; the model's default if not given.
+    ``side`` is ``ours``; ``timm``; ``explicit``, ours with attention written out; ``ViT``, a plain
+    one of equal width; else the ``side`` of ``peer``.
     """
     options = size_options(name, size)
     if side in ("ours", "explicit"):
@@ -246,11 +238,7 @@ def is_possible(side: str, config: str, model: nn.Module) -> bool:
 
 
 def configure(model: nn.Module, side: str, config: str) -> nn.Module:
-    """Return ``model`` in a configuration.
-
-    Raises:
-        UserError: The configuration is unknown.
-    """
+    """Return ``model`` in a configuration."""
     for transform in config.split("+"):
         if transform == "deploy":
             model = model.fuse() if side == "ours" else reparameterize_model(model.eval())

@@ -1,45 +1,55 @@
 """Rates by the clock, alternating between candidates; memory in fresh processes."""
 
 import argparse
+import collections
+import contextlib
 import platform
+import re
 import resource
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+from torch import multiprocessing
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from utils import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
 Step = Callable[[], object]
 
 
-def add_flags(parser: argparse.ArgumentParser, batch_size: int, rounds: int = 7) -> None:
-    """Add the flags of every benchmark."""
+def add_flags(
+    parser: argparse.ArgumentParser, batch_size: int, rounds: int = 7, timing: bool = False
+) -> None:
+    """Add the flags of every benchmark; with ``timing``, those of a number of steps by time."""
     add = parser.add_argument
     add("--batch-size", type=int, default=batch_size)
     add("--device", choices=["cpu", "cuda"], help="cuda if available, if not given")
     add("--rounds", type=int, default=rounds, help="measurements of each; the median counts")
+    if timing:
+        add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+        add("--min-time", type=float, default=0.5, help="seconds of a measurement")
 
 
-def add_timing_flags(parser: argparse.ArgumentParser, batch_size: int) -> None:
-    """Add the flags of benchmarks that choose the number of steps by time."""
-    add_flags(parser, batch_size, rounds=10)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--min-time", type=float, default=0.5, help="seconds of a measurement")
+def in_turn(
+    measures: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 0
+) -> dict[str, list]:
+    """Return ``rounds`` results of every measurement, taken in turn, each round in another order.
 
-
-def in_turn(labels: Iterable[str], rounds: int) -> Iterator[str]:
-    """Yield every label once in each round, in another order in every round."""
-    labels = list(labels)
-    for index in range(rounds):
-        first = index % len(labels)
-        yield from labels[first:] + labels[:first]
+    Results of the first ``warm_up`` rounds are dropped.
+    """
+    found = {label: [] for label in measures}
+    order = collections.deque(measures)
+    for _ in range(warm_up + rounds):
+        for label in order:
+            found[label].append(measures[label]())
+        order.rotate(-1)
+    return {label: results[warm_up:] for label, results in found.items()}
 
 
 def seconds(step: Step, times: int, device: str) -> float:
@@ -56,26 +66,22 @@ def seconds(step: Step, times: int, device: str) -> float:
 def alternate(
     steps: Mapping[str, Step], device: str, rounds: int, min_time: float
 ) -> dict[str, list[float]]:
-    """Time every step in turn, in another order in every round.
+    """Time every step in turn; return seconds per step, one number per round.
 
-    Args:
-        steps: Candidates by label.
-        device: ``cpu`` or ``cuda``.
-        rounds: Measurements of each.
-        min_time: Minimum seconds of a measurement.
-
-    Returns:
-        Seconds per step, one number per round.
+    A measurement takes at least ``min_time`` seconds.
     """
-    times = {}
+    measures = {}
     for label, step in steps.items():
         step()
         step()
-        times[label] = max(1, round(min_time / seconds(step, 1, device)))
-    measured = {label: [] for label in steps}
-    for label in in_turn(steps, rounds):
-        measured[label].append(seconds(steps[label], times[label], device))
-    return measured
+        times = max(1, round(min_time / seconds(step, 1, device)))
+        measures[label] = partial(seconds, step, times, device)
+    return in_turn(measures, rounds)
+
+
+def medians(found: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Return the median of each measurement."""
+    return {label: statistics.median(values) for label, values in found.items()}
 
 
 def ratio(ours: list[float], others: list[float]) -> float:
@@ -83,31 +89,41 @@ def ratio(ours: list[float], others: list[float]) -> float:
     return statistics.median(other / own for own, other in zip(ours, others, strict=True))
 
 
+def from_proc(file: str, name: str) -> str | None:
+    """Return the value of the first line ``name: value`` of a file in ``/proc``, None if none."""
+    with contextlib.suppress(OSError):
+        found = re.search(rf"^{name}\s*: *(.*)$", Path("/proc", file).read_text(), re.M)
+        return found and found[1]
+    return None
+
+
 def peak_memory(device: str) -> float:
     """Return the peak memory of this process in MiB: PyTorch's allocator or the resident set."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    try:  # getrusage includes what the process was before exec
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) / 1024
-    except (OSError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    found = from_proc("self/status", "VmHWM")  # getrusage includes the process before exec
+    kib = int(found.split()[0]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib / 1024
 
 
-def in_fresh_process(label: str, module: str, *words: object) -> float:
-    """Run a module in a process of its own; return the number on the last line of its output.
+def _put(index: int, queue: Any, function: Callable[..., float], args: Sequence[Any]) -> None:
+    queue.put(function(*args))
+
+
+def in_fresh_process(label: str, function: Callable[..., float], *args: Any) -> float:
+    """Return what a function of a module returns in a process of its own.
 
     Raises:
         UserError: The process fails, as with some configurations of peers; names ``label``.
     """
-    command = [sys.executable, "-m", module, *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        if done.returncode < 0:
-            reason = f"killed by signal {-done.returncode}"
-        raise UserError(f"{label}: {reason.removeprefix('error: ')}")
-    return float(done.stdout.splitlines()[-1])
+    queue = multiprocessing.get_context("spawn").SimpleQueue()
+    try:
+        multiprocessing.spawn(_put, (queue, function, args))
+    except (ProcessRaisedException, ProcessExitedException) as error:
+        # the last line has the exception or the signal
+        reason = str(error).strip().splitlines()[-1].removeprefix("utils.UserError: ")
+        raise UserError(f"{label}: {reason}") from error
+    return queue.get()
 
 
 def machine(device: str) -> str:
@@ -115,15 +131,7 @@ def machine(device: str) -> str:
     if device == "cuda":
         where = torch.cuda.get_device_name()
     else:
-        where = f"{processor()}, {torch.get_num_threads()} threads"
+        processor = from_proc("cpuinfo", "model name") or platform.processor() or "CPU"
+        where = f"{processor}, {torch.get_num_threads()} threads"
     python = platform.python_version()
     return f"{where}, Python {python}, torch {torch.__version__}, timm {timm.__version__}"
-
-
-def processor() -> str:
-    """Return the name of the CPU."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "CPU"

@@ -7,13 +7,13 @@ watchdog and background checkpoints, and without; under
 
 import argparse
 import contextlib
+import functools
 import io
-import statistics
 import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -37,21 +37,12 @@ from utils import log
 CLASSES = 1000
 
 
-class OneBatch:
-    """A loader that yields the same batch ``steps`` times."""
+class Batches(list):
+    """A loader of batches that are in memory already."""
 
-    def __init__(self, batch_size: int, size: int, steps: int, place: DistInfo):
-        self.batch_size, self.steps = batch_size, steps
-        images = torch.randn(batch_size, 3, size, size)
-        self.batch = Batch(images, torch.randint(CLASSES, (batch_size,)), [])
-        count = steps * batch_size * place.world_size
-        self.sampler = RASampler(count, place.world_size, place.rank, batch_size, 1)
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter([self.batch] * self.steps)
+    def __init__(self, batches: Sequence[Batch]):
+        super().__init__(batches)
+        self.batch_size = len(batches[0].images)
 
 
 class Bare(Trainer):
@@ -66,15 +57,19 @@ def build(
     kind: type[Trainer], args: Namespace, place: DistInfo, group: dist.ProcessGroup | None
 ) -> Trainer:
     """Return a trainer of its own model; only :class:`Trainer` itself has an output folder."""
-    size = args.input_size
+    size, count = args.input_size, args.batch_size
     model, kwargs = models.build_model(args.model, {"num_classes": CLASSES}, {"img_size": size})
     precision = choose_precision(args, model, torch.device(args.device))
     precision.place(model)
-    loader = OneBatch(args.batch_size, size, args.steps, place)
-    loader.batch = to_device(loader.batch, precision.device, memory_format=precision.memory_format)
-    parts = (args, model, args.model, kwargs, precision, 1e-4, args.steps, loader.sampler)
+    batch = Batch(torch.randn(count, 3, size, size), torch.randint(CLASSES, (count,)), [])
+    batch = to_device(batch, precision.device, memory_format=precision.memory_format)
+    images = args.steps * count * place.world_size
+    sampler = RASampler(images, place.world_size, place.rank, count, 1)
+    state = RunState(
+        args, model, args.model, kwargs, precision, 1e-4, args.steps, sampler, place, group
+    )
     output = Output(args.output_dir if kind is Trainer else "")
-    state = RunState(*parts, place, group)
+    loader = Batches([batch] * args.steps)
     return kind(state, output, loader, None, None, torch.nn.CrossEntropyLoss())
 
 
@@ -93,19 +88,17 @@ def seconds(trainer: Trainer, model: torch.nn.Module) -> float:
 def compare(args: Namespace, place: DistInfo) -> None:
     """Measure both trainers in turn, and print the ratio of their rates."""
     group = utils.control_group(args.dist_timeout)
-    trainers = [build(kind, args, place, group) for kind in (Trainer, Bare)]
-    times: list[list[float]] = [[], []]
-    with trainers[0].signals, trainers[0].watchdog:
-        wrapped = [trainer.wrapped() for trainer in trainers]
-        for _ in range(args.rounds + 1):
-            for trainer, model, series in zip(trainers, wrapped, times, strict=True):
-                series.append(seconds(trainer, model))
-    trainers[0].output.close()
-    safe, bare = (statistics.median(series[1:]) for series in times)  # the first warms up
+    trainers = {kind: build(kind, args, place, group) for kind in (Trainer, Bare)}
+    safe = trainers[Trainer]
+    with safe.signals, safe.watchdog:
+        epochs = {k: functools.partial(seconds, t, t.wrapped()) for k, t in trainers.items()}
+        times = measure.medians(measure.in_turn(epochs, args.rounds, warm_up=1))
+    safe.output.close()
     log(
         f"{args.model} {place.world_size} process(es), a checkpoint every "
         f"{args.save_every_steps} of {args.steps} steps: with/without steps per second "
-        f"{bare / safe:.3f} ({args.steps / safe:.2f} and {args.steps / bare:.2f})"
+        f"{times[Bare] / times[Trainer]:.3f} "
+        f"({args.steps / times[Trainer]:.2f} and {args.steps / times[Bare]:.2f})"
     )
     log(f"{measure.machine(args.device)}, {args.input_size} pixels, batch {args.batch_size}")
 

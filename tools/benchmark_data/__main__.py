@@ -8,12 +8,10 @@ device``. Measurements alternate; medians count.
 
 import argparse
 import contextlib
-import functools
 import os
-import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -23,20 +21,15 @@ from pipeline.images import DataError
 from pipeline.sources.base import Encoded, Files
 from pipeline.sources.folder import open_folder_of_classes
 from pipeline.sources.shards import open_shards
-from tools import cli, pack_dataset, plots
-from tools.benchmark import measure
-from tools.benchmark_data.feeding import Training, in_memory
-from tools.benchmark_data.pipelines import Workers, alternate, pipelines
+from tools import cli, files, pack_dataset, plots
+from tools.benchmark.measure import add_flags, in_turn, machine, medians
+from tools.benchmark_data.pipelines import Training, in_memory, pipelines
 from tools.tables import markdown, write_csv
 from training.launch import select_device
 
 
 def open_folder(path: Path, count: int) -> Files:
-    """Return at most ``count`` images of a folder of classes, spread evenly.
-
-    Raises:
-        DataError: The folder is missing or has no images.
-    """
+    """Return at most ``count`` images of a folder of classes, spread evenly."""
     found = open_folder_of_classes(path, hidden=True)
     chosen = range(0, len(found), max(1, len(found) // count))[:count]
     return Files([found.name(i) for i in chosen], found.targets[list(chosen)], found.classes)
@@ -52,9 +45,9 @@ def packed(source: Files, short_side: int, quality: int) -> Iterator[Encoded]:
             link = images / "train" / source.classes[target] / path.name
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(path)
-        words = ["--data-path", str(images), "--output", str(shards), "--splits", "train"]
-        words += ["--short-side", str(short_side), "--quality", str(quality)]
-        if pack_dataset.main(words):
+        words = ["--data-path", images, "--output", shards, "--splits", "train"]
+        words += ["--short-side", short_side, "--quality", quality]
+        if pack_dataset.main([str(word) for word in words]):
             raise DataError(f"cannot pack {source.name(0)} and other images")
         yield open_shards(str(shards), True)
 
@@ -75,28 +68,28 @@ def one_core() -> Iterator[None]:
             os.sched_setaffinity(0, cores)
 
 
-def stage_rows(found: dict[str, list[dict[str, float]]]) -> list[dict]:
+def stage_rows(found: Mapping[str, Sequence[Mapping[str, float]]]) -> list[dict]:
     """Return rows of milliseconds per image by stage, of the complete pipelines."""
     rows = []
     for label, measured in found.items():
         if not label.startswith("host"):
-            medians = {key: statistics.median(one[key] for one in measured) for key in measured[0]}
-            rows.append({"side": label} | {key: 1000 * value for key, value in medians.items()})
+            stages = medians({key: [1000 * one[key] for one in measured] for key in measured[0]})
+            rows.append({"side": label} | stages)
     return rows
 
 
-def rate_rows(found: dict[str, list[float]], where: str) -> list[dict]:
+def rate_rows(found: Mapping[str, Sequence[float]], where: str) -> list[dict]:
     """Return rows of images per second, with ratios to the reference on raw and same images."""
-    medians = {label: statistics.median(times) for label, times in found.items()}
+    times = medians(found)
     return [
         {
             "side": label,
             "where": where,
             "images/s": 1 / seconds,
-            "of reference raw": medians["reference raw"] / seconds,
-            "of reference, same images": medians[f"reference {label.split()[1]}"] / seconds,
+            "of reference raw": times["reference raw"] / seconds,
+            "of reference, same images": times[f"reference {label.split()[1]}"] / seconds,
         }
-        for label, seconds in medians.items()
+        for label, seconds in times.items()
     ]
 
 
@@ -110,15 +103,15 @@ def show(title: str, rows: Sequence[dict]) -> None:
     print("", title, "", markdown(list(rows[0]), cells), sep="\n", flush=True)
 
 
-def plot(rows: Sequence[dict], path: str) -> None:
+def plot(rows: Sequence[dict], path: Path) -> None:
     """Save stacked bars of the stages."""
     figure = plots.new_figure(9, 1.2 + 0.5 * len(rows))
     axes = figure.add_subplot()
-    left = [0.0] * len(rows)
+    sides, left = [row["side"] for row in rows], torch.zeros(len(rows))
     for stage in [key for key in rows[0] if key not in ("side", "total")]:
-        widths = [row[stage] for row in rows]
-        axes.barh([row["side"] for row in rows], widths, left=left, label=stage)
-        left = [start + width for start, width in zip(left, widths, strict=True)]
+        widths = torch.tensor([row[stage] for row in rows])
+        axes.barh(sides, widths, left=left, label=stage)
+        left = left + widths
     axes.set_xlabel("milliseconds per image on one core")
     figure.legend(loc="outside right upper")
     axes.invert_yaxis()
@@ -134,13 +127,13 @@ def get_parser() -> argparse.ArgumentParser:
     add("--input-size", type=int, default=224)
     add("--short-side", type=int, default=256, help="of packed images, in pixels")
     add("--quality", type=int, default=90, help="of packed images")
-    measure.add_flags(parser, batch_size=64)
+    add_flags(parser, batch_size=64)
     add("--num_workers", type=int, default=os.cpu_count(), help="0 skips this part")
     add("--model", help="instead, train this model on the images, and on a batch in memory")
     add("--steps", type=int, default=20, help="of a measurement with --model")
     add("--amp", action="store_true", help="for --model: float16 on cuda")
-    add("--csv", metavar="FILE", help="of the stages")
-    add("--plot", metavar="FILE.png", help="of the stages")
+    add("--csv", type=Path, metavar="FILE", help="of the stages")
+    add("--plot", type=Path, metavar="FILE.png", help="of the stages")
     return parser
 
 
@@ -149,32 +142,34 @@ def run(args: argparse.Namespace) -> None:
     if args.input_size <= SMALL_SIZE:
         raise DataError(f"--input-size {args.input_size} must be above {SMALL_SIZE}")
     raw = open_folder(args.data_path, args.images)
-    print(f"{len(raw)} images of {args.data_path}; {measure.machine('cpu')}", flush=True)
+    print(f"{len(raw)} images of {args.data_path}; {machine('cpu')}", flush=True)
     with packed(raw, args.short_side, args.quality) as shards:
         candidates = pipelines({"raw": raw, "packed": shards}, args)
         with one_core():
-            found = alternate({one.label: one.measure for one in candidates}, args.rounds)
+            measures = {label: one.measure for label, one in candidates.items()}
+            found = in_turn(measures, args.rounds, warm_up=1)
         stages = stage_rows(found)
         show("milliseconds per image, one core; the total is without mixup", stages)
         totals = {label: [one["total"] for one in measured] for label, measured in found.items()}
         rates = rate_rows(totals, "one core")
+        share = {row["side"]: row["of reference raw"] for row in rates}
+        memory = []
         if args.num_workers:
-            loaders = {one.label: Workers(one) for one in candidates}
-            seconds = alternate({k: v.seconds for k, v in loaders.items()}, args.rounds)
+            measures = {label: one.seconds for label, one in candidates.items()}
+            seconds = in_turn(measures, args.rounds, warm_up=1)
             rates += rate_rows(seconds, f"{args.num_workers} workers")
-            memory = [{"side": k, "MiB per worker": v.memory()} for k, v in loaders.items()]
+            memory = [{"side": k, "MiB per worker": v.memory()} for k, v in candidates.items()]
         show("images per second", rates)
-        if args.num_workers:
+        if memory:
             show("largest memory of a worker (PSS)", memory)
     if args.csv:
         write_csv(args.csv, list(stages[0]), stages)
     if args.plot:
         plot(stages, args.plot)
-    ratio = {row["side"]: row["of reference raw"] for row in rates if row["where"] == "one core"}
     print(
-        f"\nfast/reference images/s per core: raw {ratio['fast raw']:.2f} packed "
-        f"{ratio['fast packed']:.2f} host-raw {ratio['host raw']:.2f} host-packed "
-        f"{ratio['host packed']:.2f}"
+        f"\nfast/reference images/s per core: raw {share['fast raw']:.2f} packed "
+        f"{share['fast packed']:.2f} host-raw {share['host raw']:.2f} host-packed "
+        f"{share['host packed']:.2f}"
     )
 
 
@@ -182,21 +177,16 @@ def feed(args: argparse.Namespace) -> None:
     """Train from files, from memory, and on one batch in memory; print the rates."""
     device = select_device(args.device)
     source = open_folder(args.data_path, args.images)
-    print(f"{len(source)} images of {args.data_path}; {measure.machine(device.type)}", flush=True)
+    print(f"{len(source)} images of {args.data_path}; {machine(device.type)}", flush=True)
     kinds = {"files": source}
     if args.input_size <= SMALL_SIZE:
         kinds["memory"] = in_memory(source, args.input_size)
     rows = []
     for name, images in kinds.items():
         training = Training(args, images, device)
-        measures = {
-            label: functools.partial(training.seconds, label == "fed", args.steps)
-            for label in ("fed", "at hand")
-        }
-        times = alternate(measures, args.rounds)
-        medians = {label: statistics.median(seconds) for label, seconds in times.items()}
-        row = {"from": name} | {label: 1 / seconds for label, seconds in medians.items()}
-        rows.append(row | {"fed / at hand": medians["at hand"] / medians["fed"]})
+        measures = {"fed": training.fed, "at hand": training.at_hand}
+        rates = medians(in_turn(measures, args.rounds, warm_up=1))
+        rows.append({"from": name} | rates | {"fed / at hand": rates["fed"] / rates["at hand"]})
     show(f"{args.model}, images per second of training", rows)
 
 
@@ -204,6 +194,7 @@ def feed(args: argparse.Namespace) -> None:
 def main(argv: list[str]) -> None:
     """Run with the flags ``argv``."""
     args = cli.parse(get_parser, argv)
+    files.check_files({"--csv": args.csv, "--plot": args.plot})
     args.data_set = "IMNET"
     (feed if args.model else run)(args)
 

@@ -1,23 +1,27 @@
-"""Input pipelines and their speed: by stage in this process, and with workers."""
+"""Input pipelines and their speed: by stage in this process, with workers, and in training."""
 
 import contextlib
+import functools
+import itertools
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 import datasets
-from engine import build_mixup
+import engine
+import models
 from pipeline import augment_host, fast, prefetch, reference
-from pipeline.sources.base import Encoded
+from pipeline.sources.base import Encoded, Pixels, Source
 from samplers import SampleIndex
-from tools.benchmark.measure import in_turn
+from tools.benchmark.measure import from_proc
+from training.network import choose_precision
 
 CLASSES = 1000  # of mixup's targets
 REPEATS = 4  # epochs of a measurement with workers, without a pause between them
@@ -32,22 +36,13 @@ STAGES = {  # functions of our pipeline, by stage of the augmentation and before
 }
 
 
-def functions_of(dataset: reference.LabelledImages) -> dict[str, list[tuple[Any, str]]]:
-    """Return the functions of each stage as (module or class, name), transforms included."""
+@contextlib.contextmanager
+def timed(dataset: reference.LabelledImages) -> Iterator[dict[str, float]]:
+    """Time a dataset's stages, transforms included, in the block; yield seconds by stage so far."""
     functions = {"read": [(type(dataset.source), "read")]} | STAGES
     for name, steps in dataset.augmentation.stages()._asdict().items():
         stage = "crop" if name == "resize" else name
         functions[stage] = functions[stage] + [(type(step), "__call__") for step in steps]
-    return functions
-
-
-@contextlib.contextmanager
-def timed(functions: dict[str, list[tuple[Any, str]]]) -> Iterator[dict[str, float]]:
-    """Time functions in the block.
-
-    Returns:
-        Seconds by stage so far.
-    """
     seconds = dict.fromkeys(functions, 0.0)
 
     def wrapped(stage: str, function: Callable) -> Callable:
@@ -67,20 +62,12 @@ def timed(functions: dict[str, list[tuple[Any, str]]]) -> Iterator[dict[str, flo
         yield seconds
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pipeline:
-    """An input pipeline.
+    """An input pipeline, in this process and with workers, which live on between measurements."""
 
-    Attributes:
-        label: Its name, and that of its images.
-        dataset: Returns batches.
-        finalize: What the CPU does to a batch of the dataset.
-        flags: main.py's flags.
-    """
-
-    label: str
     dataset: reference.LabelledImages
-    finalize: Callable[[Any], Any]
+    finalize: Callable[[Any], Any]  # what the CPU does to a batch of the dataset
     flags: Namespace
 
     def measure(self) -> dict[str, float]:
@@ -90,9 +77,9 @@ class Pipeline:
         """
         count, step = len(self.dataset), self.flags.batch_size
         indices = [SampleIndex(index) for index in range(count)]
-        mixup, targets = build_mixup(self.flags, CLASSES), torch.zeros(step, dtype=torch.long)
+        mixup, targets = engine.build_mixup(self.flags, CLASSES), torch.zeros(step).long()
         total = mixing = 0.0
-        with timed(functions_of(self.dataset)) as seconds:
+        with timed(self.dataset) as seconds:
             for start in range(0, count, step):
                 started = time.perf_counter()
                 batch = self.finalize(self.dataset.__getitems__(indices[start : start + step]))
@@ -105,10 +92,30 @@ class Pipeline:
         found = {"other": total - sum(seconds.values()), "total": total, "mixup": mixing}
         return {stage: value / count for stage, value in (seconds | found).items()}
 
+    @functools.cached_property
+    def loader(self) -> DataLoader:
+        """Loader of several repeats of all images."""
+        images = range(len(self.dataset))
+        indices = [SampleIndex(i, copy=copy) for copy in range(REPEATS) for i in images]
+        options = datasets.loader_options(self.flags)
+        return DataLoader(self.dataset, self.flags.batch_size, sampler=indices, **options)
 
-def pipelines(sources: dict[str, Encoded], flags: Namespace) -> list[Pipeline]:
+    def seconds(self) -> float:
+        """Return seconds per image with workers."""
+        started = time.perf_counter()
+        for batch in self.loader:
+            self.finalize(batch)
+        return (time.perf_counter() - started) / len(self.loader.sampler)
+
+    def memory(self) -> float:
+        """Return the largest memory of a worker seen during an epoch, in MiB."""
+        iterator = iter(self.loader)
+        return max(max(memory_of(w.pid) for w in iterator._workers) for _ in iterator)
+
+
+def pipelines(sources: dict[str, Encoded], flags: Namespace) -> dict[str, Pipeline]:
     """Return the reference, ours, and ours without the device's share, for sources by name."""
-    found = []
+    found = {}
     for name, source in sources.items():
         for side, words in (
             ("reference", {"loader": "timm"}),
@@ -120,47 +127,80 @@ def pipelines(sources: dict[str, Encoded], flags: Namespace) -> list[Pipeline]:
             finalize = datasets.identity
             if side == "fast":
                 finalize = prefetch.BatchFinalizer(dataset, torch.device("cpu"))
-            found.append(Pipeline(f"{side} {name}", dataset, finalize, args))
+            found[f"{side} {name}"] = Pipeline(dataset, finalize, args)
     return found
-
-
-class Workers:
-    """A pipeline's loader, whose workers live on between measurements."""
-
-    def __init__(self, pipeline: Pipeline):
-        self.pipeline, flags = pipeline, pipeline.flags
-        images = range(len(pipeline.dataset))
-        self.indices = [SampleIndex(i, copy=copy) for copy in range(REPEATS) for i in images]
-        options = datasets.loader_options(flags)
-        self.loader = DataLoader(
-            pipeline.dataset, flags.batch_size, sampler=self.indices, **options
-        )
-
-    def seconds(self) -> float:
-        """Return seconds per image."""
-        started = time.perf_counter()
-        for batch in self.loader:
-            self.pipeline.finalize(batch)
-        return (time.perf_counter() - started) / len(self.indices)
-
-    def memory(self) -> float:
-        """Return the largest memory of a worker seen during an epoch, in MiB."""
-        iterator = iter(self.loader)
-        return max(max(memory_of(w.pid) for w in iterator._workers) for _ in iterator)
 
 
 def memory_of(pid: int) -> float:
     """Return the proportional set size (PSS) of a process in MiB, NaN if it has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
-    except (OSError, StopIteration):
-        return float("nan")
+    found = from_proc(f"{pid}/smaps_rollup", "Pss")
+    return int(found.split()[0]) / 1024 if found else float("nan")
 
 
-def alternate(measures: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[Any]]:
-    """Return the results of measurements, taken in turn, rotating the order; warm up once."""
-    found: dict[str, list[Any]] = {label: [] for label in measures}
-    for label in in_turn(measures, rounds + 1):
-        found[label].append(measures[label]())
-    return {label: results[1:] for label, results in found.items()}
+def in_memory(source: Source, size: int) -> Pixels:
+    """Return a source's images, decoded and resized to ``size``."""
+    images = [np.asarray(source.open(i).resize((size, size))) for i in range(len(source))]
+    return Pixels(np.stack(images), source.targets, source.classes)
+
+
+class Steps:
+    """An iterable over the next ``count`` batches of an iterator."""
+
+    def __init__(self, batches: Iterator[reference.Batch], count: int):
+        self.batches, self.count = batches, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[reference.Batch]:
+        return itertools.islice(self.batches, self.count)
+
+
+def endless(feed: prefetch.Prefetcher) -> Iterator[reference.Batch]:
+    """Yield the batches of one epoch after the other."""
+    for epoch in itertools.count():
+        feed.sampler.set_epoch(epoch)
+        yield from feed
+
+
+class Training:
+    """Trains a model on the batches of a source, and on the same batch again and again."""
+
+    def __init__(self, args: Namespace, source: Source, device: torch.device):
+        classes = len(source.classes)
+        required, optional = {"num_classes": classes}, {"img_size": args.input_size}
+        self.args, self.device = args, device
+        self.model, _ = models.build_model(args.model, required, optional)
+        self.precision = choose_precision(args, self.model, device)
+        self.precision.place(self.model)
+        self.optimizer = engine.build_optimizer(args, self.model, 1e-5)
+        self.mixup = engine.build_mixup(args, classes)
+        self.criterion = engine.build_criterion(args, self.mixup, classes)
+        dataset = datasets.augmented(source, True, args, device)
+        loader = datasets.build_train_loader(dataset, args, 1, 0)
+        placement = (device, self.precision.dtype or torch.float32, self.precision.memory_format)
+        self.batches = endless(datasets.build_prefetcher(loader, *placement))
+        self.batch = next(self.batches)
+
+    def rate(self, batches: Iterator[reference.Batch]) -> float:
+        """Return images per second of training on ``--steps`` batches."""
+        stats = engine.train_one_epoch(
+            self.model,
+            self.criterion,
+            Steps(batches, self.args.steps),
+            self.optimizer,
+            self.device,
+            0,
+            self.precision,
+            mixup_fn=self.mixup,
+        )
+        return stats["images_per_second"]
+
+    def fed(self) -> float:
+        """Return the rate on the loader's batches."""
+        return self.rate(self.batches)
+
+    def at_hand(self) -> float:
+        """Return the rate on one batch in memory; mixup changes a copy."""
+        batch = self.batch
+        return self.rate(batch._replace(images=batch.images.clone()) for _ in itertools.count())

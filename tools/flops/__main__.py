@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import models
-from tools import cli
+from tools import cli, files
 from tools.flops.counting import PartCost, Request, our_models, run, total
 from tools.flops.stages import by_stage
 from tools.tables import markdown, write_csv
@@ -54,10 +54,8 @@ ConViT's paper leaves the two attention products out of its GMACs, and cuts mill
 to whole ones.
 FastViT's paper prints fewer parameters than its released code has; ours are the code's, before
 reparameterisation. For MA36 it prints 7.9 GMACs, of which 7.83 are counted here."""
-FUSED = """\
-Attention is counted as it runs, ConViT's positional attention as two small products."""
-EXPLICIT = """\
-Attention is counted written out, ConViT's positional attention as scores and weights."""
+FUSED = "Attention is counted as it runs, ConViT's positional attention as two small products."
+EXPLICIT = "Attention is counted written out, ConViT's positional attention as scores and weights."
 
 
 def _shape(shape: Sequence[int]) -> str:
@@ -69,10 +67,9 @@ def table(rows: dict[str, PartCost]) -> str:
     head = ["name", "parameters (M)", "paper", "GMACs", "paper", "activations (M)"]
     body = []
     for name, row in rows.items():
-        parameters, gmacs, top1 = PAPER.get(name, ("", "", ""))
-        cost = row.cost
-        ours = [f"{cost.parameters:.1f}", f"{cost.gmacs:.2f}", f"{cost.activations:.2f}"]
-        body.append([f"`{name}`", ours[0], parameters, ours[1], gmacs, ours[2], top1])
+        paper, (parameters, gmacs, activations) = PAPER.get(name, ("", "", "")), row.cost
+        figures = [f"{parameters:.1f}", paper[0], f"{gmacs:.2f}", paper[1], f"{activations:.2f}"]
+        body.append([f"`{name}`", *figures, paper[2]])
     return markdown([*head, "ImageNet top-1 of the paper"], body)
 
 
@@ -81,8 +78,8 @@ def stage_table(rows: Sequence[PartCost]) -> str:
     head = ["part", "parameters (M)", "GMACs", "activations (M)", "output"]
     body = []
     for row in rows:
-        cost = row.cost
-        figures = [f"{cost.parameters:.3f}", f"{cost.gmacs:.4f}", f"{cost.activations:.3f}"]
+        parameters, gmacs, activations = row.cost
+        figures = [f"{parameters:.3f}", f"{gmacs:.4f}", f"{activations:.3f}"]
         body.append([row.name, *figures, _shape(row.shape)])
     return markdown(head, body)
 
@@ -106,35 +103,6 @@ def requests(args: argparse.Namespace) -> list[Request]:
 @cli.program
 def main(argv: list[str]) -> None:
     """Run with the flags ``argv``; count, print and write."""
-    args = get_parser().parse_args(argv)
-    wholes, exact = {}, []
-    for request in requests(args):
-        model, counter = run(request)
-        whole = total(model, counter)
-        wholes[request.name] = whole
-        if args.stages or args.blocks:
-            rows = [*by_stage(model, counter, args.blocks), whole]
-            print(
-                f"{request.name}, images {_shape(counter.image)}", stage_table(rows), "", sep="\n\n"
-            )
-        else:
-            rows = [whole]
-        for row in rows:
-            counts = (row.parameters, row.macs, row.activations)
-            exact.append((request.name, row.name, *counts, _shape(row.shape)))
-    if not (args.stages or args.blocks):
-        print(table(wholes), end="\n\n")
-    print(FUSED if args.fused_attention else EXPLICIT)
-    if not args.names and not args.checkpoint:
-        print(NOTES)
-    if args.csv:
-        heads = ["model", "part", "parameters", "macs", "activations", "output"]
-        write_csv(args.csv, heads, exact)
-        print(f"written to {args.csv}")
-
-
-def get_parser() -> argparse.ArgumentParser:
-    """Return the parser of the flags."""
     parser = argparse.ArgumentParser("tools.flops", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help="models, any of timm's; ours if none")
@@ -143,15 +111,35 @@ def get_parser() -> argparse.ArgumentParser:
     add("--stages", action="store_true", help="a table by stage for each model")
     add("--blocks", action="store_true", help="the same, with plain transformers by block")
     add("--fuse", action="store_true", help="count the models after fuse()")
-    add(
-        "--no-fused-attention",
-        dest="fused_attention",
-        action="store_false",
-        help="count attention written out",
-    )
+    explicit = {"dest": "fused_attention", "action": "store_false"}
+    add("--no-fused-attention", help="count attention written out", **explicit)
     add("--checkpoint", help="file or URL that contains the model, its classes and input size")
     add("--csv", type=Path, help="file for exact counts")
-    return parser
+    args = parser.parse_args(argv)
+    files.check_files({"--csv": args.csv}, [args.checkpoint])
+    by_part = args.stages or args.blocks
+    wholes, exact = {}, []
+    for request in requests(args):
+        model, counter = run(request)
+        wholes[request.name] = whole = total(model, counter)
+        if by_part:
+            rows = [*by_stage(model, counter, args.blocks), whole]
+            images = _shape(counter.image)
+            print(f"{request.name}, images {images}", stage_table(rows), "", sep="\n\n")
+        else:
+            rows = [whole]
+        for row in rows:
+            counts = (row.parameters, row.macs, row.activations)
+            exact.append((request.name, row.name, *counts, _shape(row.shape)))
+    if not by_part:
+        print(table(wholes), end="\n\n")
+    print(FUSED if args.fused_attention else EXPLICIT)
+    if not args.names and not args.checkpoint:
+        print(NOTES)
+    if args.csv:
+        heads = ["model", "part", "parameters", "macs", "activations", "output"]
+        write_csv(args.csv, heads, exact)
+        print(f"written to {args.csv}")
 
 
 if __name__ == "__main__":

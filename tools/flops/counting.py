@@ -1,8 +1,9 @@
 """Multiply-accumulates and activations of a forward pass, counted as it runs, by module."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import timm
@@ -34,19 +35,13 @@ class Cost(NamedTuple):
 
 @dataclass
 class PartCost:
-    """Cost of a part of a model.
-
-    Attributes:
-        name: Name of the part.
-        parameters, macs, activations: Exact counts.
-        shape: Output shape of its last module, empty if there is none.
-    """
+    """Exact counts of a part of a model."""
 
     name: str
     parameters: int = 0
     macs: int = 0
     activations: int = 0
-    shape: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()  # of the output of its last module
 
     @property
     def cost(self) -> Cost:
@@ -114,8 +109,8 @@ class ForwardCounter(TorchFunctionMode):
 
     def __enter__(self) -> "ForwardCounter":
         for name, module in self._model.named_modules():
-            self._hooks.append(module.register_forward_pre_hook(self._begin(name)))
-            self._hooks.append(module.register_forward_hook(self._end(name)))
+            self._hooks.append(module.register_forward_pre_hook(partial(self._begin, name)))
+            self._hooks.append(module.register_forward_hook(partial(self._end, name)))
         self.flops.__enter__()
         return super().__enter__()
 
@@ -140,24 +135,18 @@ class ForwardCounter(TorchFunctionMode):
         linear = len(weight) == 2
         return 2 * count * (weight[1] if linear else math.prod(weight) // out_shape[1])
 
-    def _begin(self, name: str) -> Callable[..., None]:
-        def begin(module: nn.Module, inputs: tuple) -> None:
-            self.within.setdefault(name, set()).update(outer for outer, *_ in self._running)
-            self._running.append((name, self.macs, self.activations))
+    def _begin(self, name: str, module: nn.Module, inputs: tuple) -> None:
+        self.within.setdefault(name, set()).update(outer for outer, *_ in self._running)
+        self._running.append((name, self.macs, self.activations))
 
-        return begin
-
-    def _end(self, name: str) -> Callable[..., None]:
-        def end(module: nn.Module, inputs: tuple, out: Any) -> None:
-            _, macs, activations = self._running.pop()
-            while isinstance(out, list | tuple) and out:
-                out = out[0]
-            call = self.calls.setdefault(name, PartCost(name))
-            call.macs += self.macs - macs
-            call.activations += self.activations - activations
-            call.shape = tuple(out.shape) if torch.is_tensor(out) else ()
-
-        return end
+    def _end(self, name: str, module: nn.Module, inputs: tuple, out: Any) -> None:
+        _, macs, activations = self._running.pop()
+        while isinstance(out, list | tuple) and out:
+            out = out[0]
+        call = self.calls.setdefault(name, PartCost(name))
+        call.macs += self.macs - macs
+        call.activations += self.activations - activations
+        call.shape = tuple(out.shape) if torch.is_tensor(out) else ()
 
 
 def channels_of(model: nn.Module) -> int:
@@ -178,22 +167,13 @@ def trace(model: nn.Module, size: tuple[int, int], batch: int = 1) -> ForwardCou
 
 @dataclass(frozen=True)
 class Request:
-    """A model to count.
-
-    Attributes:
-        name: Model name.
-        size: Height and width of the images; by default the checkpoint's or the native ones.
-        batch: Batch size.
-        fuse: Count the fused model.
-        fused_attention: Count attention as it runs, instead of written out.
-        checkpoint: File with the weights.
-    """
+    """A model to count."""
 
     name: str
-    size: tuple[int, int] | None = None
+    size: tuple[int, int] | None = None  # by default the checkpoint's or the native one
     batch: int = 1
-    fuse: bool = False
-    fused_attention: bool = True
+    fuse: bool = False  # count the fused model
+    fused_attention: bool = True  # count attention as it runs, instead of written out
     checkpoint: str | None = None
 
     def build(self, device: str) -> tuple[nn.Module, tuple[int, int]]:
@@ -217,12 +197,7 @@ class Request:
 
 
 def run(request: Request) -> tuple[nn.Module, ForwardCounter]:
-    """Build and run a model, on the meta device if it can be, else on the CPU.
-
-    Raises:
-        ModelError: The name is unknown, or the model does not take the size.
-        CheckpointError: The checkpoint is unreadable, or of another model.
-    """
+    """Build and run a model, on the meta device if it can be, else on the CPU."""
     try:
         model, size = request.build("meta")
         return model, trace(model, size, request.batch)
@@ -235,13 +210,7 @@ def run(request: Request) -> tuple[nn.Module, ForwardCounter]:
 
 
 def count(name: str, size: int | None = None, fused_attention: bool = True) -> Cost:
-    """Return the cost of a model for one image.
-
-    Args:
-        name: Model name.
-        size: Height and width of the image; by default the native ones.
-        fused_attention: Count attention as it runs, instead of written out.
-    """
+    """Return the cost of a model for one image, as :class:`Request` says."""
     request = Request(name, size and (size, size), fused_attention=fused_attention)
     return total(*run(request)).cost
 

@@ -1,5 +1,6 @@
 """Cost of a model by stage, from the tree of its modules."""
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -60,16 +61,13 @@ def join_blocks(
     rows: Sequence[tuple[str, list[str]]], stages: Sequence[str]
 ) -> Iterator[tuple[str, list[str]]]:
     """Yield the rows, with all blocks as one."""
-    blocks = [name for name, _ in rows if name in stages]
-    if not blocks:
-        yield from rows
-        return
-    joined = [part for name, parts in rows if name in stages for part in parts]
-    for name, members in rows:
-        if name == blocks[0]:
-            yield f"{name.rpartition('.')[0] or 'blocks'} ({len(blocks)})", joined
-        elif name not in stages:
-            yield name, members
+    for are_blocks, same in itertools.groupby(rows, lambda row: row[0] in stages):
+        same = list(same)
+        if are_blocks:
+            name = same[0][0].rpartition(".")[0] or "blocks"
+            yield f"{name} ({len(same)})", [part for _, members in same for part in members]
+        else:
+            yield from same
 
 
 def _part_of(name: str, owner: Mapping[str, PartCost]) -> str:
@@ -125,10 +123,6 @@ def by_stage(model: nn.Module, counter: ForwardCounter, blocks: bool = False) ->
     share_parameters(model, rows, owner)
     rows = [row for row in rows if row.parameters or row.macs]
     whole = total(model, counter)
-    rest = PartCost(
-        "rest",
-        whole.parameters - sum(row.parameters for row in rows),
-        whole.macs - sum(row.macs for row in rows),
-        whole.activations - sum(row.activations for row in rows),
-    )
-    return [*rows, rest] if rest.parameters or rest.macs or rest.activations else rows
+    keys = ("parameters", "macs", "activations")
+    rest = [getattr(whole, key) - sum(getattr(row, key) for row in rows) for key in keys]
+    return [*rows, PartCost("rest", *rest)] if any(rest) else rows

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from tools.files import folder_for
 from tools.results.claims import CLAIMS, Arm
 from tools.tables import markdown
 from training.flags import parse_args, usable_cpus
@@ -57,11 +58,7 @@ def read_epochs(folder: Path) -> list[dict[str, float]]:
 
 
 def train(args: Namespace, arm: Arm, seed: int) -> None:
-    """Train an arm in its own process, from its last checkpoint if there is one.
-
-    Raises:
-        UserError: The run failed.
-    """
+    """Train an arm in its own process, from its last checkpoint if there is one."""
     folder, flags = folder_of(args, arm, seed), flags_of(args, arm, seed)
     wanted = parse_args(flags)[0].epochs
     if len(read_epochs(folder)) >= wanted:
@@ -147,7 +144,8 @@ def start(argv: list[str]) -> int:
         raise UserError(f"--jobs {args.jobs} must be positive and --seeds {args.seeds} distinct")
     names = args.claims or list(CLAIMS)
     if not args.no_train:
-        train_all(args, [arm for name in names for arm in CLAIMS[name].arms])
+        with folder_for("--output_dir", Path(args.output_dir)):
+            train_all(args, [arm for name in names for arm in CLAIMS[name].arms])
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"torch {torch.__version__}, {device}, {usable_cpus()} cores\n")
     for part in tables(args, names):

@@ -7,34 +7,22 @@ SHARES = (0.05, 0.1, 0.3, 1.0)
 
 @dataclass(frozen=True)
 class Arm:
-    """One training of a claim.
+    """One training of a claim."""
 
-    Attributes:
-        name: Name of its folder.
-        flags: Flags added to the common recipe.
-        teacher: Arm whose run with the same seed is the teacher.
-        share: Fraction of the training set. The number of epochs is divided by it, so that every
-            arm sees as many images (ConViT, section 3).
-    """
-
-    name: str
-    flags: tuple[str, ...]
-    teacher: "Arm | None" = None
+    name: str  # of its folder
+    flags: tuple[str, ...]  # added to the common recipe
+    teacher: "Arm | None" = None  # its run with the same seed is the teacher
+    # Fraction of the training set. The number of epochs is divided by it, so that every arm sees
+    # as many images (ConViT, section 3).
     share: float = 1.0
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement of a paper, and its arms, which differ in its subject.
+    """A statement of a paper, and its arms, which differ in its subject."""
 
-    Attributes:
-        title: What is compared.
-        paper: What the paper says.
-        arms: The trainings.
-    """
-
-    title: str
-    paper: str
+    title: str  # what is compared
+    paper: str  # what the paper says
     arms: tuple[Arm, ...]
 
 
@@ -43,6 +31,7 @@ def _model(name: str, *flags: str, suffix: str = "", **options: object) -> Arm:
 
 
 DEIT, VISFORMER = _model("deit_tiny_patch16_224"), _model("visformer_tiny")
+HARD = ("--distillation-type", "hard")
 HALF = ("--amp", "--amp-dtype", "float16", "--qk-scale-factor", "-0.5")
 
 
@@ -84,15 +73,6 @@ CLAIMS = {
     "distillation": Claim(
         "DeiT-Ti alone and taught by Visformer-Ti",
         "DeiT (arXiv 2012.12877), section 4: better with a teacher that convolves",
-        (
-            DEIT,
-            _model(
-                "deit_tiny_patch16_224",
-                "--distillation-type",
-                "hard",
-                suffix="_distilled",
-                teacher=VISFORMER,
-            ),
-        ),
+        (DEIT, _model(DEIT.name, *HARD, suffix="_distilled", teacher=VISFORMER)),
     ),
 }

@@ -48,9 +48,6 @@ def flags_of_run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[list
 
     Without ``--output_dir`` a run is saved in ``--job-dir``; without ``--resume`` it resumes from
     there.
-
-    Raises:
-        UserError: A flag is out of range, or flags contradict each other.
     """
     flags = ["--output_dir", str(Path(options.job_dir).absolute()), *argv]
     args, _ = parse_args(flags)
@@ -58,11 +55,7 @@ def flags_of_run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[list
 
 
 def submit(options: argparse.Namespace, argv: Sequence[str]) -> Any:
-    """Submit ``main.py`` with the flags ``argv``; return submitit's job.
-
-    Raises:
-        UserError: submitit or Slurm is not installed, or does not accept the job.
-    """
+    """Submit ``main.py`` with the flags ``argv``; return submitit's job."""
     try:
         import submitit
 

@@ -47,11 +47,7 @@ class Job:
         return {"argv": self.argv, "_child": None}
 
     def __call__(self) -> None:
-        """Run to the end.
-
-        Raises:
-            UserError: The exit status of ``main.py`` is not 0.
-        """
+        """Run to the end; raise UserError if the exit status of ``main.py`` is not 0."""
         env = JobEnvironment()
         argv = [word.replace("%j", env.job_id) for word in self.argv]
         # Slurm sends this signal to all processes of a task; main.py does not handle it
