@@ -151,6 +151,8 @@ def _content(path: Path) -> dict[str, Any]:
     names = own.get("label_names", images.get("label_names", images.get("labels")))
     if isinstance(names, Mapping):  # by the number of the output
         names = [names.get(str(i)) for i in range(len(names))]
+    if "gelu" in own:
+        content["gelu"] = own["gelu"]
     return content | ({"classes": names} if names else {})
 
 

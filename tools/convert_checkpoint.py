@@ -1,7 +1,7 @@
-"""Convert a checkpoint of any known layout to ours, to timm's, or to a detector's backbone.
+"""Convert weights from any source to ours, timm's or the Hub's layout, or a detector's backbone.
 
 ``python -m tools.convert_checkpoint IN OUT --model NAME`` prints which keys are loaded, renamed,
-resampled and dropped. OUT ends in ``.safetensors`` or ``.pth``.
+resampled and dropped. OUT ends in ``.safetensors`` or ``.pth``; with ``--to hub``, it is a folder.
 """
 
 import argparse
@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from torch import nn
 
 import models
+from models import DataConfig, ModelSource
 from tools import cli, files
-from tools.networks import ModelSource, from_checkpoint
+from tools.hub_folder import push_folder, write_folder
 from training import checkpoints
 from training.files import OutputError, write_atomically
 from training.flags import Parser
+from utils import UserError
 
 SUFFIXES = (".safetensors", ".pth")
-KEPT_FLAGS = ("eval_crop_ratio",)  # of a run's flags: how its images are preprocessed
 
 
 def write(path: Path, content: Mapping[str, Any], layout: str) -> None:
@@ -39,39 +41,81 @@ def write(path: Path, content: Mapping[str, Any], layout: str) -> None:
 
 def convert(args: argparse.Namespace) -> str:
     """Convert ``args.input`` to ``args.output``; return the report."""
+    if args.push and args.to != "hub":
+        raise UserError(f"--push {args.push} needs --to hub")
+    if args.to == "hub":
+        return convert_to_folder(args)
     if args.output.suffix not in SUFFIXES:
         raise OutputError(f"{args.output} must end in {' or '.join(SUFFIXES)}")
-    files.check_files({"output": args.output})
-    source = from_checkpoint(args.input, args.model)
+    files.check_files({"output": args.output}, [args.input])
+    source = find_source(args)
     to = convert_for_detection if args.to == "detection" else convert_classifier
     report, content = to(args, source)
     write(args.output, checkpoints.plain(content), args.to)
     return f"{report}\nwritten to {args.output}"
 
 
-def convert_classifier(
+def find_source(args: argparse.Namespace) -> ModelSource:
+    """Return the model of ``args.input``; of a model name, with its published weights."""
+    source = models.find_model(args.input, args.model, pretrained=True)
+    source.weights("ema" if args.ema else "model")
+    return source
+
+
+def load(
     args: argparse.Namespace, source: ModelSource
-) -> tuple[models.LoadReport, dict[str, Any]]:
-    """Return the report and a checkpoint of the whole model."""
-    checkpoint = source.checkpoint
-    given = {"qk_scale_factor": args.qk_scale_factor, "img_size": args.input_size}
-    given = {name: value for name, value in given.items() if value is not None}
-    model, kwargs = source.build_with_kwargs(**given)
-    report = source.load(model, "ema" if args.ema else "model")
+) -> tuple[nn.Module, dict[str, Any], models.LoadReport | str, DataConfig]:
+    """Return the model with its weights, its arguments, a report and its preprocessing."""
+    exponent = args.qk_scale_factor
+    images = source.data_config
+    if args.input_size is not None:
+        images = images.at_size(args.input_size)
+    given = {} if exponent is None else {"qk_scale_factor": exponent}
+    model, kwargs = source.build_with_kwargs(images.side, given)
+    report = source.load(model, "ema" if args.ema else "model") or source.label
     if hasattr(model, "qk_scale_factor"):
         kwargs["qk_scale_factor"] = model.qk_scale_factor
+    source.describe(model, images)
+    return model.eval(), kwargs, report, images
+
+
+def convert_to_folder(args: argparse.Namespace) -> str:
+    """Write a folder in the Hub's layout, and push it if wanted; return the report."""
+    output = args.output
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OutputError(f"{output} exists: give the name of a new folder")
+    files.check_writable("output", output)
+    source = find_source(args)
+    model, kwargs, report, _ = load(args, source)
+    try:
+        with files.folder_beside(output) as place:
+            folder = place / output.name
+            folder.mkdir()
+            note = write_folder(folder, model, source, kwargs)
+            folder.replace(output)
+    except OSError as error:
+        raise OutputError(f"cannot write {output}: {error.strerror or error}") from error
+    lines = [str(report), f"written to {output}: {note}"]
+    if args.push:
+        lines.append(f"pushed to {push_folder(output, args.push)}")
+    return "\n".join(lines)
+
+
+def convert_classifier(
+    args: argparse.Namespace, source: ModelSource
+) -> tuple[models.LoadReport | str, dict[str, Any]]:
+    """Return the report and a checkpoint of the whole model."""
+    model, kwargs, report, images = load(args, source)
     content = {
         "model": model.state_dict(),
         "model_name": source.name,
         "model_kwargs": kwargs,
-        "gelu": checkpoint.get("gelu", "none"),
+        "input_size": images.side,
+        "data_config": images.to_timm(),
+        "gelu": source.checkpoint.get("gelu", "none"),
     }
     if source.classes:
         content["classes"] = list(source.classes)
-    if size := args.input_size or source.input_size:
-        content["input_size"] = size
-    if (flags := models.flags_of_run(checkpoint)) is not None:
-        content["args"] = {key: flags.get(key) for key in KEPT_FLAGS}
     return report, content
 
 
@@ -106,10 +150,12 @@ def main(argv: list[str]) -> None:
     """Run with the flags ``argv``."""
     parser = Parser("tools.convert_checkpoint", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("input", help="file or address of the checkpoint")
-    add("output", type=Path, help="file to write, .safetensors or .pth")
+    add("input", help="file, address, hf-hub:ORG/NAME, local-dir:FOLDER or published model name")
+    add("output", type=Path, help="file to write, .safetensors or .pth; for hub a folder")
     add("--model", help="model name, unless the checkpoint contains it")
-    add("--to", choices=["ours", "timm", "detection"], default="ours", help="layout to write")
+    layouts = ["ours", "timm", "hub", "detection"]
+    add("--to", choices=layouts, default="ours", help="layout to write")
+    add("--push", metavar="ORG/NAME", help="with --to hub: upload the folder")
     add("--ema", action="store_true", help="convert the moving average")
     add("--input-size", type=int, help="resample to this size")
     add("--qk-scale-factor", type=float, help="exponent of the training")

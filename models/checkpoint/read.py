@@ -18,7 +18,13 @@ from models.checkpoint.mindspore import looks_like_mindspore, read_mindspore
 from models.checkpoint.numpy_scalars import DTYPE, NUMBER_GLOBALS
 from models.errors import CheckpointError, UnsafeFileError
 
-JSON_METADATA = {"model_kwargs", "classes", "input_size", "args"}  # of a header with the first
+JSON_METADATA = {
+    "model_kwargs",
+    "classes",
+    "input_size",
+    "data_config",
+    "args",
+}  # of a header with the first
 START_BYTES = 256  # enough to tell the formats apart
 
 
