@@ -37,10 +37,6 @@ def warn(messages: Iterable[str], told: set[str]) -> None:
             told.add(message)
 
 
-def silent(message: str) -> None:
-    """Print nothing."""
-
-
 def program(command: Callable[[list[str]], int | None]) -> Callable[[list[str]], int]:
     """Decorate a function of the command line so that it prints errors and returns a status."""
 

@@ -2,7 +2,8 @@
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,16 @@ def write_csv(
     writer = csv.writer(text)
     writer.writerow(heads)
     for row in rows:
-        cells = [row.get(head) for head in heads] if isinstance(row, Mapping) else row
-        writer.writerow(["" if cell is None else cell for cell in cells])
+        writer.writerow([row.get(head) for head in heads] if isinstance(row, Mapping) else row)
     data = text.getvalue().encode("utf-8", "surrogateescape")
     write_atomically(Path(path), lambda file: file.write(data))
+
+
+def csv_output(
+    path: Path | None, heads: Sequence[str], rows: Sequence[Sequence[Any] | Mapping[str, Any]]
+) -> list[tuple[Path, Callable[[Path], None]]]:
+    """Return the CSV file for :func:`tools.cli.finish`, none without a path or rows."""
+    return [(path, partial(write_csv, heads=heads, rows=rows))] if path and rows else []
 
 
 def aligned(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

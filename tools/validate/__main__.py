@@ -20,7 +20,7 @@ from utils import UserError
 
 ENDINGS = {"csv": ".csv", "per_class": ".csv", "confusion": ".png", "reliability": ".png"}
 NETWORK = ("batch_size", "qk_scale_factor", "amp", "amp_dtype", "channels_last", "compile")
-OF_SETS = (*rows.PER_ROW, "real_labels", "data_path", "data_set")  # not with --corruptions
+OF_SETS = (*rows.WRITERS, "real_labels", "data_path", "data_set")  # not with --corruptions
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -4,7 +4,6 @@ import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +155,7 @@ def validate(args: Namespace, device: torch.device) -> int:
     failed: list[str] = []
     told: set[str] = set()
     try:
-        for subject in eval_models(args.checkpoints, args, device, say=cli.silent):
+        for subject in eval_models(args.checkpoints, args, device, quiet=True):
             measured: list[Corruption] = []
             try:
                 for name, paths in folders.items():
@@ -164,14 +163,11 @@ def validate(args: Namespace, device: torch.device) -> int:
             finally:
                 failed += subject.complaints(sum(one.nonfinite for one in measured))
                 found = rows_of(measured, len(measured) == len(folders))
-                head = {"checkpoint": subject.source.label, "weights": subject.weights}
-                head["size"] = subject.args.input_size
-                rows += [head | row for row in found]
+                rows += [subject.row | row for row in found]
                 if found:
                     print(cli.shown(f"{subject.label} on {args.corruptions}"))
                     print(table(found), flush=True)
     finally:
         heads = ("checkpoint", "weights", "size", *COLUMNS)
-        write = partial(tables.write_csv, heads=heads, rows=rows)
-        status = cli.finish([(args.csv, write)] if args.csv and rows else [], failed)
+        status = cli.finish(tables.csv_output(args.csv, heads, rows), failed)
     return status
