@@ -64,11 +64,7 @@ class Prediction(NamedTuple):
 
 
 def find_images(places: Sequence[str]) -> list[Path]:
-    """Return files, and the images of folders sorted by name; each file once.
-
-    Raises:
-        DataError: A folder has no images, or cannot be read.
-    """
+    """Return files, and the images of folders sorted by name; each file once."""
     found: dict[str, Path] = {}
     for place in map(Path, places):
         for path in images_in(place) if os.path.isdir(place) else [place]:
@@ -88,11 +84,7 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def names_of(subject: EvalModel, file: Path | None) -> list[str]:
-    """Return the class names: of a file, the checkpoint, ImageNet, or their numbers.
-
-    Raises:
-        DataError: The file cannot be read, or has another number of names.
-    """
+    """Return the class names: of a file, the checkpoint, ImageNet, or their numbers."""
     if file is not None:
         names = read_names(file)
         if len(names) != subject.num_outputs:
@@ -205,12 +197,7 @@ def figure_of(
 
 
 def picture_paths(output: Path, images: Sequence[Path]) -> list[Path]:
-    """Return the path of each image's picture: ``output`` itself, or a file in it.
-
-    Raises:
-        UserError: The name has the suffix of another file type.
-        OutputError: ``output`` is one file for several images.
-    """
+    """Return the path of each image's picture: ``output`` itself, or a file in it."""
     suffix = output.suffix.lower()
     if suffix in FILES and not os.path.isdir(output):
         if suffix != ".png":

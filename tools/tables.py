@@ -62,6 +62,23 @@ def _is_number(text: str) -> bool:
     return True
 
 
+def result_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, int]]) -> str:
+    """Return an aligned table of rows, without empty columns and without ``corrupt`` files of none.
+
+    ``columns`` maps the keys of rows to their headings and decimals.
+    """
+    keys = [key for key in columns if any(row.get(key) not in (None, "") for row in rows)]
+    if not any(row.get("corrupt") for row in rows):
+        keys.remove("corrupt")
+
+    def cell(value: object, decimals: int) -> str:
+        text = "" if value is None else str(value)
+        return f"{value:.{decimals}f}" if isinstance(value, float) else text
+
+    cells = [[cell(row.get(key), columns[key][1]) for key in keys] for row in rows]
+    return aligned([columns[key][0] for key in keys], cells)
+
+
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table in Markdown."""
     lines = ["| " + " | ".join(line) + " |" for line in (heads, *rows)]

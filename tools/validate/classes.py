@@ -22,19 +22,12 @@ NUMBER, WNID = re.compile("[0-9]+"), re.compile("n[0-9]{8}")
 
 @dataclass(frozen=True)
 class ClassMap:
-    """Outputs of a model for the classes of a test set.
+    """Outputs of a model for the classes of a test set."""
 
-    Attributes:
-        rule: How they were matched: ``name``, ``wnid``, ``number`` or ``position``.
-        outputs: Index of the output of each class of the test set, ``C``.
-        names: Class names of the test set, ``C``.
-        num_outputs: Number of outputs of the model.
-    """
-
-    rule: str
-    outputs: tuple[int, ...]
-    names: tuple[str, ...]
-    num_outputs: int
+    rule: str  # how they were matched: name, wnid, number or position
+    outputs: tuple[int, ...]  # index of the output of each class of the test set, C
+    names: tuple[str, ...]  # class names of the test set, C
+    num_outputs: int  # of the model
 
     @property
     def is_subset(self) -> bool:
@@ -81,12 +74,7 @@ def synonyms(name: str) -> list[str]:
 
 
 def labels(names: Sequence[str], numbers: Iterable[int], width: int = NAME_WIDTH) -> list[str]:
-    """Return short class names, with their numbers where two would be equal.
-
-    Args:
-        names, numbers: Name and number of each class, ``K``.
-        width: Maximum number of characters of a name.
-    """
+    """Return class names of at most ``width`` characters, with numbers where two are equal."""
     texts = [shortened(shown(synonyms(name)[0]), width) for name in names]
     count = Counter(texts)
     return [
@@ -111,8 +99,7 @@ def match_classes(
 
     Args:
         names: Class names of the test set, in its order.
-        num_outputs: Number of outputs of the model.
-        known: Class names of the model.
+        num_outputs, known: Number of outputs of the model, and their class names.
         rule: One of ``RULES``.
         title, source: Names of the test set and the model in messages.
 

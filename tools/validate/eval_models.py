@@ -21,20 +21,12 @@ from utils import UserError
 
 @dataclass(frozen=True)
 class EvalModel:
-    """A model ready to run.
-
-    Attributes:
-        source: Name, arguments and weights of the model.
-        weights: ``model`` or ``ema``.
-        args: The flags, with its ``input_size``.
-        model: The model with its weights on the device; the next EvalModel may overwrite them.
-        precision: Autocast and memory format.
-    """
+    """A model ready to run."""
 
     source: ModelSource
-    weights: str
-    args: Namespace
-    model: nn.Module
+    weights: str  # model or ema
+    args: Namespace  # the flags, with its input_size
+    model: nn.Module  # with its weights on the device; the next EvalModel may overwrite them
     precision: engine.Precision
 
     @property
@@ -59,11 +51,7 @@ class EvalModel:
         return [message] if nonfinite else []
 
     def match(self, names: Sequence[str], title: str) -> ClassMap:
-        """Return the outputs for the classes of a test set, which messages call ``title``.
-
-        Raises:
-            DataError: The model does not have one of the classes.
-        """
+        """Return the outputs for the classes of a test set, which messages call ``title``."""
         source, rule = self.source, self.args.classes
         return match_classes(names, self.num_outputs, source.classes, rule, title, source.label)
 
@@ -83,11 +71,7 @@ def eval_models(
 ) -> Iterator[EvalModel]:
     """Yield the models of the flags, one at a time: file by file, size by size, then the weights.
 
-    Args:
-        files: Checkpoints.
-        args: The flags.
-        device: Device of the models.
-        quiet: Do not warn about flags that have no effect.
+    Unless ``quiet``, flags that have no effect are warned about.
 
     Raises:
         CheckpointError, ModelError: A model cannot be loaded, or does not accept a size.

@@ -15,7 +15,6 @@ from tools import cli, tables
 from tools.validate.classes import NUM_IMAGENET
 from tools.validate.eval_models import EvalModel, eval_models
 from tools.validate.metrics import evaluate
-from tools.validate.rows import result_table
 from tools.validate.sets import open_class_folders
 
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -67,11 +66,7 @@ class Corruption(NamedTuple):
 
 
 def find_corruptions(folder: Path) -> dict[str, list[Path]]:
-    """Return the folders of each corruption, severity 1 to 5, the paper's corruptions first.
-
-    Raises:
-        DataError: The folder is missing or empty, or a severity is missing.
-    """
+    """Return the folders of each corruption, severity 1 to 5, the paper's corruptions first."""
     if not os.path.isdir(folder):
         raise DataError(f"--corruptions {folder} is not a folder")
     names = list_folders(folder)
@@ -109,7 +104,7 @@ def rows_of(measured: Sequence[Corruption], is_complete: bool) -> list[dict[str,
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the table of a model's rows, and its mCE if it is known."""
     mean = rows[-1]["relative"] if rows[-1]["corruption"] == "mean" else None
-    text = result_table(rows, COLUMNS)
+    text = tables.result_table(rows, COLUMNS)
     return text if mean is None else f"{text}\nmCE {mean:.1f}"
 
 

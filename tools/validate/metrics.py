@@ -3,7 +3,6 @@
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,22 +17,16 @@ from tools.validate.sets import EvalSet
 NUM_BINS = 15
 
 
-@dataclass(frozen=True)
-class Bins:
+class Bins(NamedTuple):
     """Images by the confidence of their prediction, in ``M`` bins of equal width.
 
     Bin m holds confidences above (m - 1) / M and up to m / M (Guo et al., On Calibration of Modern
     Neural Networks, ICML 2017, section 2).
-
-    Attributes:
-        counts: Images, ``M``.
-        hits: Correct predictions, ``M``.
-        confidence: Sum of confidences, ``M``.
     """
 
-    counts: np.ndarray
-    hits: np.ndarray
-    confidence: np.ndarray
+    counts: np.ndarray  # images, M
+    hits: np.ndarray  # correct predictions, M
+    confidence: np.ndarray  # sum of confidences, M
 
     @property
     def total(self) -> float:

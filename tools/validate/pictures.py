@@ -79,8 +79,7 @@ def _many_classes(
 def largest_of_blocks(shares: np.ndarray, block: int) -> np.ndarray:
     """Return the maximum of each ``block`` rows and columns; a mean would hide single values."""
     cells = math.ceil(len(shares) / block)
-    whole = np.zeros((cells * block, cells * block))
-    whole[: len(shares), : len(shares)] = shares
+    whole = np.pad(shares, (0, cells * block - len(shares)))
     return whole.reshape(cells, block, cells, block).max((1, 3))
 
 

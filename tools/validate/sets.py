@@ -25,14 +25,8 @@ NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})")
 class EvalSet:
     """Images of a test set at one size, with their indices as targets.
 
-    Args:
-        dataset: The images.
-        title: Name in messages.
-
-    Attributes:
-        classes: Class names.
-        targets: Class of each image, ``N`` of int64.
-        real: ImageNet-ReaL labels of each image, ``N 1000`` of bool, after :meth:`add_real_labels`.
+    Messages call them ``title``. ``targets`` has the class of each image, ``N`` of int64, and
+    ``real``, after :meth:`add_real_labels`, its ImageNet-ReaL labels, ``N 1000`` of bool.
     """
 
     def __init__(self, dataset: datasets.LoadedDataset, title: str):
@@ -84,9 +78,6 @@ def open_set(args: Namespace, device: torch.device) -> EvalSet:
 
     Of an image folder, ``val`` or ``validation`` is read, or, without these and ``train``, the
     folder itself.
-
-    Raises:
-        DataError: The test set is missing or unusable.
     """
     name = datasets.data_set_name(args)
     title = str(args.data_path or name)
@@ -103,11 +94,7 @@ def open_set(args: Namespace, device: torch.device) -> EvalSet:
 
 
 def open_class_folders(folder: Path, args: Namespace, title: str | None = None) -> EvalSet:
-    """Open ``folder/CLASS/*``, which messages call ``title``, with the evaluation transform.
-
-    Raises:
-        DataError: There are no classes, or a class has no image.
-    """
+    """Open ``folder/CLASS/*``, which messages call ``title``, with the evaluation transform."""
     source = open_folder_of_classes(folder)
     return EvalSet(datasets.augmented(source, False, args), title or str(folder))
 
@@ -120,9 +107,6 @@ def read_real_labels(place: str) -> list[list[int]]:
 
     Returns:
         Labels, possibly none, by the number in the image's file name, from 1.
-
-    Raises:
-        DataError: The file cannot be read, or is not a list of lists of classes.
     """
     copy = resources.files("timm.data") / "_info" / "imagenet_real_labels.json"
     try:
