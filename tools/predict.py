@@ -135,14 +135,13 @@ def predict(
             logits = subject.model(subject.precision.move(images))
         probabilities = logits.float().softmax(1).cpu()
         best = probabilities.topk(min(topk, probabilities.shape[1]), dim=1)
-        finite = logits.isfinite().all(1).tolist()
-        for row, path in enumerate(good):
-            if not finite[row]:
+        others = [None] * len(good) if asked is None else probabilities[:, asked].tolist()
+        parts = (logits.isfinite().all(1).tolist(), best.indices.tolist(), best.values.tolist())
+        for path, finite, classes, values, other in zip(good, *parts, others, strict=True):
+            if finite:
+                yield Prediction(path, tuple(classes), tuple(values), other)
+            else:
                 failed.append(f"the outputs for {path} are not finite: {subject.label}")
-                continue
-            classes, values = best.indices[row].tolist(), best.values[row].tolist()
-            other = None if asked is None else probabilities[row, asked].item()
-            yield Prediction(path, tuple(classes), tuple(values), other)
 
 
 def csv_rows(found: Prediction, names: Sequence[str], asked: int | None) -> list[tuple]:
@@ -175,8 +174,7 @@ def figure_of(
     bars = dict(zip(found.classes[:BARS], found.probabilities, strict=False))
     if asked is not None:
         bars.setdefault(asked, found.asked)
-    height = max(3.0, 0.45 * len(bars) + 1)
-    figure = new_figure(9, height)
+    figure = new_figure(9, max(3.0, 0.45 * len(bars) + 1))
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.2])
     image = image.copy()
     image.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
@@ -189,9 +187,8 @@ def figure_of(
     texts = [labels[index] + MARK * (index == asked) for index in bars]
     right.set_yticks(range(len(bars)), [plain_text(text) for text in texts])
     right.invert_yaxis()
+    right.set(xlabel="probability (%)", xticks=range(0, 101, 25))
     right.set_xlim(0, 118)  # room for the number at a full bar
-    right.set_xticks(range(0, 101, 25))
-    right.set_xlabel("probability (%)")
     right.spines[["top", "right"]].set_visible(False)
     return figure
 

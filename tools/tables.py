@@ -16,10 +16,7 @@ def write_csv(
 ) -> None:
     """Write a CSV file atomically; cells of None are empty.
 
-    Args:
-        path: File to write.
-        heads: Column names.
-        rows: Cells in the order of ``heads``, or by column name; other names are ignored.
+    Rows have cells in the order of ``heads``, or by column name, where other names are ignored.
 
     Raises:
         OutputError: The file cannot be written; a previous file is unchanged.
@@ -42,7 +39,7 @@ def csv_output(
 
 def aligned(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table with aligned columns, text to the left and numbers to the right."""
-    lines = [[shown(text) for text in line] for line in (heads, *rows)]
+    lines = [[*map(shown, line)] for line in (heads, *rows)]
     columns = list(zip(*lines, strict=True))
     aligns = [str.rjust if all(map(_is_number, cells[1:])) else str.ljust for cells in columns]
     widths = [max(map(len, cells)) for cells in columns]

@@ -142,13 +142,12 @@ def paths_of(args: Namespace, row: Row, rows: Sequence[Row]) -> Iterator[tuple[s
 def check(args: Namespace) -> None:
     """Raise UserError if flags contradict each other, OutputError if a file cannot be written."""
     check_sources(args.checkpoints, args)
-    if args.corruptions is not None:
-        for name in OF_SETS:
-            if getattr(args, name) is not None:
-                raise UserError(
-                    f"{flag_of(name)} cannot be used with --corruptions, which reads its own "
-                    f"folders and counts errors only"
-                )
+    given = [flag_of(name) for name in OF_SETS if getattr(args, name) is not None]
+    if args.corruptions is not None and given:
+        raise UserError(
+            f"{given[0]} cannot be used with --corruptions, which reads its own folders and counts "
+            f"errors only"
+        )
     for name, ending in ENDINGS.items():
         files.check_suffix(flag_of(name), getattr(args, name), ending)
     check_outputs(args, [{}])

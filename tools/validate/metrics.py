@@ -149,10 +149,10 @@ class Clock:
     def rate(self) -> float:
         """Return images/s, without the first batch, which warms up, if there are others."""
         counted = self._batches[1:] or self._batches
-        if self._cuda:
-            seconds = sum(start.elapsed_time(end) for _, start, end in counted) / 1000
-        else:
-            seconds = sum(end - start for _, start, end in counted)
+        seconds = sum(
+            start.elapsed_time(end) / 1000 if self._cuda else end - start
+            for _, start, end in counted
+        )
         return sum(images for images, *_ in counted) / max(seconds, 1e-9)
 
 
@@ -161,11 +161,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate a model on a test set, among the outputs of the test set's classes.
 
-    Args:
-        subject: The model.
-        test_set: The images.
-        matched: Outputs of their classes.
-        pairs: Count the confusion matrix.
+    ``matched`` has the outputs of those classes; the confusion matrix is counted with ``pairs``.
 
     Returns:
         ``top1``, ``top5``, ``ece`` (expected calibration error) and ``confidence`` (mean
