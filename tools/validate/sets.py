@@ -85,7 +85,8 @@ def open_set(args: Namespace, device: torch.device) -> EvalSet:
         return EvalSet(datasets.build_dataset(False, args, device)[0], title)
     folder = Path(args.data_path)
     if not os.path.isdir(folder):
-        raise DataError(f"--data-path {folder} is not a folder")
+        what = "is not a folder" if os.path.exists(folder) else "does not exist"
+        raise DataError(f"--data-path {folder} {what}")
     names = list_classes(folder)
     split = next((split for split in ("val", "validation") if split in names), "")
     if not split and "train" in names:
