@@ -37,10 +37,6 @@ def warn(messages: Iterable[str], told: set[str]) -> None:
             told.add(message)
 
 
-def silent(message: str) -> None:
-    """Print nothing."""
-
-
 def program(command: Callable[[list[str]], int | None]) -> Callable[[list[str]], int]:
     """Decorate a function of the command line so that it prints errors and returns a status."""
 
@@ -52,14 +48,9 @@ def program(command: Callable[[list[str]], int | None]) -> Callable[[list[str]],
 
 
 def finish(files: Sequence[tuple[Path, Callable[[Path], None]]], failed: Sequence[str]) -> int:
-    """Write every file that can be written, then print the errors.
+    """Write every file that can be written, then print the errors and those that ``failed`` has.
 
-    Args:
-        files: Files, and the function that writes each.
-        failed: Other errors.
-
-    Returns:
-        The exit status, 1 if anything failed.
+    Returns the exit status, 1 if anything failed.
     """
     written, failed = [], list(failed)
     for path, write in files:

@@ -18,11 +18,7 @@ def check_suffix(flag: str, path: Path | None, suffix: str) -> None:
 
 
 def check_outputs(outputs: Iterable[tuple[str, Path]], inputs: Iterable[str | Path] = ()) -> None:
-    """Check that output files overwrite neither inputs nor each other.
-
-    Args:
-        outputs: Flags and files.
-        inputs: Files that are read.
+    """Check that output files, given with their flags, overwrite neither inputs nor each other.
 
     Raises:
         OutputError: A file is read, or is the output of another flag, or is not a regular file.

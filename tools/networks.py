@@ -18,32 +18,21 @@ CROP_RATIO = 0.875  # default of --eval-crop-ratio
 class ModelSource:
     """A model that can be built: its name, arguments and weights.
 
-    Attributes:
-        label: File name, or a description of timm's weights, for messages.
-        name: Registered name of the model.
-        required: Keyword arguments that the model must accept; None for its default.
-        optional: Keyword arguments that are left out if the model does not accept them.
-        checkpoint: Content of the file; empty for a model without one.
-        input_size: Image size of the training in pixels, None if unknown.
-        classes: Class names in the order of the outputs, None if unknown.
-        pretrained: Build with timm's weights.
+    The model must accept the keyword arguments ``required``, where None is its default; those of
+    ``optional`` are left out if it does not accept them.
     """
 
-    label: str
-    name: str
+    label: str  # file name, or a description of timm's weights, for messages
+    name: str  # registered name of the model
     required: Mapping[str, Any] = field(default_factory=dict)
     optional: Mapping[str, Any] = field(default_factory=dict)
-    checkpoint: Mapping[str, Any] = field(default_factory=dict)
-    input_size: int | None = None
-    classes: tuple[str, ...] | None = None
-    pretrained: bool = False
+    checkpoint: Mapping[str, Any] = field(default_factory=dict)  # empty without a file
+    input_size: int | None = None  # of the training, in pixels; None if unknown
+    classes: tuple[str, ...] | None = None  # in the order of the outputs; None if unknown
+    pretrained: bool = False  # build with timm's weights
 
     def weights(self, choice: str = "both") -> tuple[str, ...]:
-        """Return the chosen weights, of ``both`` those that exist: ``model``, ``ema``.
-
-        Raises:
-            CheckpointError: The chosen weights do not exist.
-        """
+        """Return the chosen weights, of ``both`` those that exist; CheckpointError if none."""
         if self.checkpoint:
             wanted = WEIGHTS if choice == "both" else (choice,)
             return tuple(_states(self.checkpoint, self.label, wanted))
@@ -52,21 +41,24 @@ class ModelSource:
         return ("model",)
 
     def build(self, size: int | Sequence[int] | None = None, **required: Any) -> nn.Module:
+        """Return the model of :meth:`build_with_kwargs` alone."""
+        return self.build_with_kwargs(size, **required)[0]
+
+    def build_with_kwargs(
+        self, size: int | Sequence[int] | None = None, **required: Any
+    ) -> tuple[nn.Module, dict[str, Any]]:
         """Build the model, with timm's weights if ``pretrained``, else with random ones.
 
         Args:
             size: Image size in pixels, for models that depend on it.
             **required: Further keyword arguments that the model must accept.
 
+        Returns:
+            The model and its keyword arguments.
+
         Raises:
             ModelError: The model cannot be built, or timm's weights cannot be downloaded.
         """
-        return self.build_with_kwargs(size, **required)[0]
-
-    def build_with_kwargs(
-        self, size: int | Sequence[int] | None = None, **required: Any
-    ) -> tuple[nn.Module, dict[str, Any]]:
-        """Build the model as :meth:`build` does; return it with its keyword arguments."""
         required = dict(self.required) | required
         optional = dict(self.optional) | ({} if size is None else {"img_size": size})
         if not self.pretrained:
@@ -134,8 +126,8 @@ def from_checkpoint(
     num_classes = saved.get("num_classes")
     if not num_classes:
         num_classes = num_classes_of(next(iter(_states(checkpoint, path).values())), name)
-    required = {"num_classes": num_classes}
-    required["qk_scale_factor"] = saved.get("qk_scale_factor", exponent)
+    exponent = saved.get("qk_scale_factor", exponent)
+    required = {"num_classes": num_classes, "qk_scale_factor": exponent}
     size = checkpoint.get("input_size")
     if size is not None and not (type(size) is int and size > 0):  # True is an int, too
         raise models.CheckpointError(
@@ -164,11 +156,7 @@ def from_name(name: str, pretrained: bool = False) -> ModelSource:
 def _states(
     checkpoint: Mapping[str, Any], source: str, wanted: Sequence[str] = WEIGHTS
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """Return those of the wanted weights that a file has.
-
-    Raises:
-        CheckpointError: The file has none of them; the reason for the first.
-    """
+    """Return those of the wanted weights that a file has; raise the first's error without any."""
     found, errors = {}, []
     for name in wanted:
         try:

@@ -9,11 +9,10 @@ import contextlib
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from PIL import Image
@@ -25,7 +24,7 @@ from pipeline.sources.folder import list_folders, list_images
 from tools import cli, files
 from tools.cli import shortened, shown
 from tools.plots import new_figure, plain_text, save
-from tools.tables import aligned, write_csv
+from tools.tables import aligned, csv_output
 from tools.validate.classes import (
     NUM_IMAGENET,
     find_class,
@@ -55,29 +54,17 @@ NAME_WIDTH = 28
 TITLE_WIDTH = 40
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """The most likely classes of an image, in descending order.
-
-    Attributes:
-        path: Path of the image.
-        classes: Indices of the classes.
-        probabilities: Their probabilities, within 0..1.
-        asked: Probability of ``--class``, if given.
-    """
+class Prediction(NamedTuple):
+    """The most likely classes of an image, in descending order."""
 
     path: Path
     classes: tuple[int, ...]
-    probabilities: tuple[float, ...]
-    asked: float | None = None
+    probabilities: tuple[float, ...]  # within 0..1
+    asked: float | None = None  # probability of --class, if given
 
 
 def find_images(places: Sequence[str]) -> list[Path]:
-    """Return files, and the images of folders sorted by name; each file once.
-
-    Raises:
-        DataError: A folder has no images, or cannot be read.
-    """
+    """Return files, and the images of folders sorted by name; each file once."""
     found: dict[str, Path] = {}
     for place in map(Path, places):
         for path in images_in(place) if os.path.isdir(place) else [place]:
@@ -86,11 +73,7 @@ def find_images(places: Sequence[str]) -> list[Path]:
 
 
 def images_in(folder: Path) -> list[Path]:
-    """Return the images of a folder, without those written by ``--output``.
-
-    Raises:
-        DataError: The folder has no images, or cannot be read.
-    """
+    """Return the images of a folder, without those written by ``--output``."""
     found = [path for path in list_images(folder, recursive=False) if not path.endswith(ENDING)]
     if not found and (inside := list_folders(folder)):
         first = folder / inside[0]
@@ -101,11 +84,7 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def names_of(subject: EvalModel, file: Path | None) -> list[str]:
-    """Return the class names: of a file, the checkpoint, ImageNet, or their numbers.
-
-    Raises:
-        DataError: The file cannot be read, or has another number of names.
-    """
+    """Return the class names: of a file, the checkpoint, ImageNet, or their numbers."""
     if file is not None:
         names = read_names(file)
         if len(names) != subject.num_outputs:
@@ -126,10 +105,7 @@ def read_batches(
 ) -> Iterator[tuple[list[Path], torch.Tensor]]:
     """Yield batches of files and of model inputs, ``B 3 H W``.
 
-    Args:
-        paths: Images.
-        args: The flags.
-        failed: Receives the errors of images that cannot be decoded.
+    ``failed`` receives the errors of images that cannot be decoded.
     """
     transform = datasets.build_transform(False, args)
     for start in range(0, len(paths), args.batch_size):
@@ -150,12 +126,8 @@ def predict(
 ) -> Iterator[Prediction]:
     """Yield the predictions of all images that can be decoded.
 
-    Args:
-        subject: The model.
-        paths: Images.
-        topk: Maximum number of classes of each.
-        asked: A class whose probability is included.
-        failed: Receives the errors of the other images, and of non-finite outputs.
+    Each has at most ``topk`` classes, and the probability of the class ``asked``. ``failed``
+    receives the errors of the other images, and of non-finite outputs.
     """
     subject.model.eval()
     for good, images in read_batches(paths, subject.args, failed):
@@ -163,14 +135,23 @@ def predict(
             logits = subject.model(subject.precision.move(images))
         probabilities = logits.float().softmax(1).cpu()
         best = probabilities.topk(min(topk, probabilities.shape[1]), dim=1)
-        finite = logits.isfinite().all(1).tolist()
-        for row, path in enumerate(good):
-            if not finite[row]:
+        others = [None] * len(good) if asked is None else probabilities[:, asked].tolist()
+        parts = (logits.isfinite().all(1).tolist(), best.indices.tolist(), best.values.tolist())
+        for path, finite, classes, values, other in zip(good, *parts, others, strict=True):
+            if finite:
+                yield Prediction(path, tuple(classes), tuple(values), other)
+            else:
                 failed.append(f"the outputs for {path} are not finite: {subject.label}")
-                continue
-            classes, values = best.indices[row].tolist(), best.values[row].tolist()
-            other = None if asked is None else probabilities[row, asked].item()
-            yield Prediction(path, tuple(classes), tuple(values), other)
+
+
+def csv_rows(found: Prediction, names: Sequence[str], asked: int | None) -> list[tuple]:
+    """Return the CSV rows of an image; the row of ``--class`` has no rank."""
+    pairs = [*enumerate(zip(found.classes, found.probabilities, strict=True), start=1)]
+    if asked is not None:
+        pairs.append(("", (asked, found.asked)))
+    return [
+        (found.path, rank, index, readable(names[index]), value) for rank, (index, value) in pairs
+    ]
 
 
 def text_of(found: Prediction, names: Sequence[str], asked: int | None) -> str:
@@ -193,8 +174,7 @@ def figure_of(
     bars = dict(zip(found.classes[:BARS], found.probabilities, strict=False))
     if asked is not None:
         bars.setdefault(asked, found.asked)
-    height = max(3.0, 0.45 * len(bars) + 1)
-    figure = new_figure(9, height)
+    figure = new_figure(9, max(3.0, 0.45 * len(bars) + 1))
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.2])
     image = image.copy()
     image.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
@@ -207,20 +187,14 @@ def figure_of(
     texts = [labels[index] + MARK * (index == asked) for index in bars]
     right.set_yticks(range(len(bars)), [plain_text(text) for text in texts])
     right.invert_yaxis()
+    right.set(xlabel="probability (%)", xticks=range(0, 101, 25))
     right.set_xlim(0, 118)  # room for the number at a full bar
-    right.set_xticks(range(0, 101, 25))
-    right.set_xlabel("probability (%)")
     right.spines[["top", "right"]].set_visible(False)
     return figure
 
 
 def picture_paths(output: Path, images: Sequence[Path]) -> list[Path]:
-    """Return the path of each image's picture: ``output`` itself, or a file in it.
-
-    Raises:
-        UserError: The name has the suffix of another file type.
-        OutputError: ``output`` is one file for several images.
-    """
+    """Return the path of each image's picture: ``output`` itself, or a file in it."""
     suffix = output.suffix.lower()
     if suffix in FILES and not os.path.isdir(output):
         if suffix != ".png":
@@ -259,6 +233,37 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def run(args: Namespace, sources: list[str], pictures: Mapping[Path, Path | None]) -> int:
+    """Predict images, print and write the results; return the exit status.
+
+    Args:
+        args: The flags.
+        sources: The checkpoint, or none.
+        pictures: Images, and the paths of their pictures, if any.
+    """
+    sizes = [args.input_size] if args.input_size else None
+    flags = vars(args) | {"input_size": sizes, "data_set": "IMNET", "fuse": False}
+    subject = next(eval_models(sources, Namespace(**flags), launch.select_device(args.device)))
+    names = names_of(subject, args.classes)
+    asked = None if args.asked is None else find_class(args.asked, names)
+    short = labels(names, range(len(names)), NAME_WIDTH)
+    failed: list[str] = []
+    rows: list[tuple] = []
+    try:
+        for found in predict(subject, list(pictures), args.topk, asked, failed):
+            rows += csv_rows(found, names, asked)
+            print(text_of(found, names, asked), flush=True)
+            if place := pictures[found.path]:
+                try:
+                    save(figure_of(found, short, asked, load_image(found.path)), place)
+                    print(shown(f"written to {place}"))
+                except (CorruptImageError, OutputError) as error:
+                    failed.append(str(error))
+    finally:
+        status = cli.finish(csv_output(args.csv, HEADS, rows), failed)
+    return status
+
+
 @cli.program
 def main(argv: list[str]) -> int:
     """Run with the flags ``argv``; return the exit status."""
@@ -270,64 +275,15 @@ def main(argv: list[str]) -> int:
     places = picture_paths(args.output, paths) if args.output else []
     outputs = [("--csv", args.csv)] if args.csv else []
     outputs += [("--output", place) for place in places]
-    names = [args.classes] if args.classes else []
-    files.check_outputs(outputs, [*paths, *sources, *names])
-    if args.csv:
-        files.check_writable("--csv", args.csv)
+    files.check_outputs(outputs, [*paths, *sources, *filter(None, [args.classes])])
+    for flag, path in outputs:
+        if path in (args.csv, args.output):  # other pictures are in a folder that may be missing
+            files.check_writable(flag, path)
     folder = contextlib.nullcontext()
-    if args.output:
-        if args.output in places:
-            files.check_writable("--output", args.output)
-        else:
-            folder = files.folder_for("--output", args.output)
+    if args.output and args.output not in places:
+        folder = files.folder_for("--output", args.output)
     with folder:
-        return run(args, sources, paths, places)
-
-
-def run(args: Namespace, sources: list[str], paths: Sequence[Path], places: Sequence[Path]) -> int:
-    """Predict images, print and write the results; return the exit status.
-
-    Args:
-        args: The flags.
-        sources: The checkpoint, or none.
-        paths: Images.
-        places: Paths of their pictures, or none.
-    """
-    sizes = [args.input_size] if args.input_size else None
-    flags = vars(args) | {"input_size": sizes, "data_set": "IMNET", "fuse": False}
-    subject = next(eval_models(sources, Namespace(**flags), launch.select_device(args.device)))
-    names = names_of(subject, args.classes)
-    asked = None if args.asked is None else find_class(args.asked, names)
-    short = labels(names, range(len(names)), NAME_WIDTH)
-    pictured = dict(zip(paths, places, strict=False))
-    failed: list[str] = []
-    rows: list[tuple] = []
-    try:
-        for found in predict(subject, paths, args.topk, asked, failed):
-            rows += csv_rows(found, names, asked)
-            print(text_of(found, names, asked), flush=True)
-            if places:
-                place = pictured[found.path]
-                try:
-                    image = load_image(found.path)
-                    save(figure_of(found, short, asked, image), place)
-                    print(shown(f"written to {place}"))
-                except (CorruptImageError, OutputError) as error:
-                    failed.append(str(error))
-    finally:
-        write = partial(write_csv, heads=HEADS, rows=rows)
-        status = cli.finish([(args.csv, write)] if args.csv and rows else [], failed)
-    return status
-
-
-def csv_rows(found: Prediction, names: Sequence[str], asked: int | None) -> list[tuple]:
-    """Return the CSV rows of an image; the row of ``--class`` has no rank."""
-    pairs = [*enumerate(zip(found.classes, found.probabilities, strict=True), start=1)]
-    if asked is not None:
-        pairs.append(("", (asked, found.asked)))
-    return [
-        (found.path, rank, index, readable(names[index]), value) for rank, (index, value) in pairs
-    ]
+        return run(args, sources, dict(zip_longest(paths, places)))
 
 
 if __name__ == "__main__":

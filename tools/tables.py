@@ -2,7 +2,8 @@
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,7 @@ def write_csv(
 ) -> None:
     """Write a CSV file atomically; cells of None are empty.
 
-    Args:
-        path: File to write.
-        heads: Column names.
-        rows: Cells in the order of ``heads``, or by column name; other names are ignored.
+    Rows have cells in the order of ``heads``, or by column name, where other names are ignored.
 
     Raises:
         OutputError: The file cannot be written; a previous file is unchanged.
@@ -27,15 +25,21 @@ def write_csv(
     writer = csv.writer(text)
     writer.writerow(heads)
     for row in rows:
-        cells = [row.get(head) for head in heads] if isinstance(row, Mapping) else row
-        writer.writerow(["" if cell is None else cell for cell in cells])
+        writer.writerow([row.get(head) for head in heads] if isinstance(row, Mapping) else row)
     data = text.getvalue().encode("utf-8", "surrogateescape")
     write_atomically(Path(path), lambda file: file.write(data))
 
 
+def csv_output(
+    path: Path | None, heads: Sequence[str], rows: Sequence[Sequence[Any] | Mapping[str, Any]]
+) -> list[tuple[Path, Callable[[Path], None]]]:
+    """Return the CSV file for :func:`tools.cli.finish`, none without a path or rows."""
+    return [(path, partial(write_csv, heads=heads, rows=rows))] if path and rows else []
+
+
 def aligned(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table with aligned columns, text to the left and numbers to the right."""
-    lines = [[shown(text) for text in line] for line in (heads, *rows)]
+    lines = [[*map(shown, line)] for line in (heads, *rows)]
     columns = list(zip(*lines, strict=True))
     aligns = [str.rjust if all(map(_is_number, cells[1:])) else str.ljust for cells in columns]
     widths = [max(map(len, cells)) for cells in columns]
@@ -53,6 +57,23 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def result_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, int]]) -> str:
+    """Return an aligned table of rows, without empty columns and without ``corrupt`` files of none.
+
+    ``columns`` maps the keys of rows to their headings and decimals.
+    """
+    keys = [key for key in columns if any(row.get(key) not in (None, "") for row in rows)]
+    if not any(row.get("corrupt") for row in rows):
+        keys.remove("corrupt")
+
+    def cell(value: object, decimals: int) -> str:
+        text = "" if value is None else str(value)
+        return f"{value:.{decimals}f}" if isinstance(value, float) else text
+
+    cells = [[cell(row.get(key), columns[key][1]) for key in keys] for row in rows]
+    return aligned([columns[key][0] for key in keys], cells)
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -22,7 +22,7 @@ from validating import (
 )
 
 from tools import files
-from tools.validate import rows
+from tools.validate import __main__ as validate
 
 CLASSES = ["ant", "bee", "cat"]
 
@@ -114,14 +114,14 @@ def test_errors_name_what_is_wrong(flags, values, run, call, tmp_path, monkeypat
     ],
 )
 def test_files_that_would_not_be_written(flags, values, place, call, monkeypatch):
-    fails_from(rows, 1, AssertionError("evaluated"), monkeypatch)
+    fails_from(validate, 1, AssertionError("evaluated"), monkeypatch)
     before = content(place)
     refuses(call("net.csv", "--data-path", "set", *flags.split()), *values)
     assert content(place) == before
 
 
 def test_permissions_are_checked_first(run, call, tmp_path, monkeypatch):
-    fails_from(rows, 1, AssertionError("evaluated"), monkeypatch)
+    fails_from(validate, 1, AssertionError("evaluated"), monkeypatch)
     monkeypatch.setattr("tempfile.NamedTemporaryFile", no_access)
     path = tmp_path / "c.csv"
     found = call(run[0], "--data-path", run[1], "--per-class", path)
@@ -130,7 +130,7 @@ def test_permissions_are_checked_first(run, call, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("broken", ["text", "size", "classes"])
 def test_all_models_are_checked_first(broken, run, call, tmp_path, monkeypatch):
-    fails_from(rows, 1, AssertionError("evaluated"), monkeypatch)
+    fails_from(validate, 1, AssertionError("evaluated"), monkeypatch)
     second, more = tmp_path / "second.pth", []
     if broken == "text":
         second.write_text("no checkpoint")
@@ -145,7 +145,7 @@ def test_all_models_are_checked_first(broken, run, call, tmp_path, monkeypatch):
 
 @STOPS
 def test_rows_that_are_done_are_kept(error, status, run, call, tmp_path, monkeypatch):
-    fails_from(rows, 2, error, monkeypatch)
+    fails_from(validate, 2, error, monkeypatch)
     flags = (run[0], "--data-path", run[1], "--csv", tmp_path / "t.csv")
     found, output, errors = call(*flags, "--per-class", tmp_path / "c.csv")
     assert (found, errors.count("\n"), errors[:7]) == (status, 1, "error: ")
@@ -154,19 +154,19 @@ def test_rows_that_are_done_are_kept(error, status, run, call, tmp_path, monkeyp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c-1-model-32.csv", "t.csv"]
     assert re.search(r"^1 +\S+ +model +32 ", output, re.MULTILINE)
     (tmp_path / "t.csv").write_text("kept")
-    fails_from(rows, 1, error, monkeypatch)
+    fails_from(validate, 1, error, monkeypatch)
     assert call(*flags)[0] == status
     assert (tmp_path / "t.csv").read_text() == "kept"  # there are no rows
 
 
 def test_a_file_that_cannot_be_written_leaves_the_others(run, call, tmp_path, monkeypatch):
-    evaluate = rows.evaluate
+    evaluate = validate.evaluate
 
     def blocking(*words):
         (tmp_path / "t.csv").mkdir(exist_ok=True)  # after it was looked for
         return evaluate(*words)
 
-    monkeypatch.setattr(rows, "evaluate", blocking)
+    monkeypatch.setattr(validate, "evaluate", blocking)
     flags = (run[0], "--data-path", run[1], "--weights", "model", "--csv", tmp_path / "t.csv")
     status, output, errors = call(*flags, "--per-class", tmp_path / "c.csv")
     assert (status, errors.count("\n")) == (1, 1)

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from tools import plots
-from tools.validate import metrics, pictures, rows
+from tools.validate import __main__ as validate
+from tools.validate import metrics, pictures
 from tools.validate.classes import ClassMap
 
 CLASSES = ["ant", "bee", "cat"]
@@ -129,7 +130,7 @@ def test_names_and_titles_of_rows(tmp_path, monkeypatch):
     matched = ClassMap("wnid", (517, 134), ("n03126707", "n02012849"), 1000)
     row = {"checkpoint": f"runs/{'long' * 30}.pth", "weights": "ema", "size": 224}
     row |= {"matched": matched, "confusion": np.eye(2, dtype=int)}
-    rows.save_confusion(tmp_path / "c.png", row)
+    validate.save_confusion(tmp_path / "c.png", row)
     axes = figures[0].axes[0]
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert labels == ["crane (134)", "crane (517)"]

@@ -1,4 +1,1 @@
-"""Evaluation beyond top-1: calibration, classes, and ImageNet's other test sets.
-
-``python -m tools.validate --help``
-"""
+"""Evaluation: calibration, classes, ImageNet's other sets; ``python -m tools.validate --help``."""

@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,38 +11,28 @@ from pathlib import Path
 from timm.data import ImageNetInfo
 
 from pipeline.images import DataError
+from pipeline.sources.folder import some_of
 from tools.cli import shortened, shown
 
 RULES = ("auto", "position", "wnid", "number")
 NUM_IMAGENET = 1000
 NAME_WIDTH = 24  # of a class in pictures
+NUMBER, WNID = re.compile("[0-9]+"), re.compile("n[0-9]{8}")
 
 
 @dataclass(frozen=True)
 class ClassMap:
-    """Outputs of a model for the classes of a test set.
+    """Outputs of a model for the classes of a test set."""
 
-    Attributes:
-        rule: How they were matched: ``name``, ``wnid``, ``number`` or ``position``.
-        outputs: Index of the output of each class of the test set, ``C``.
-        names: Class names of the test set, ``C``.
-        num_outputs: Number of outputs of the model.
-    """
-
-    rule: str
-    outputs: tuple[int, ...]
-    names: tuple[str, ...]
-    num_outputs: int
+    rule: str  # how they were matched: name, wnid, number or position
+    outputs: tuple[int, ...]  # index of the output of each class of the test set, C
+    names: tuple[str, ...]  # class names of the test set, C
+    num_outputs: int  # of the model
 
     @property
     def is_subset(self) -> bool:
         """The model has classes that the test set does not have."""
         return len(self.outputs) < self.num_outputs
-
-    @property
-    def order(self) -> list[int]:
-        """Classes of the test set in the order of their outputs."""
-        return sorted(range(len(self.outputs)), key=self.outputs.__getitem__)
 
     @property
     def columns(self) -> list[int]:
@@ -52,13 +42,7 @@ class ClassMap:
     @property
     def column_names(self) -> list[str]:
         """Class name of each column."""
-        return [self.names[position] for position in self.order]
-
-    @property
-    def column_of_class(self) -> list[int]:
-        """Column of each class of the test set, ``C``."""
-        places = {output: column for column, output in enumerate(self.columns)}
-        return [places[output] for output in self.outputs]
+        return [name for _, name in sorted(zip(self.outputs, self.names, strict=True))]
 
     def __str__(self) -> str:
         part = f"{len(self.outputs)} of {self.num_outputs}" if self.is_subset else "all"
@@ -66,22 +50,16 @@ class ClassMap:
 
 
 @cache
-def imagenet_wnids() -> tuple[str, ...]:
-    """Return the 1000 wnids of ImageNet's classes in the order of a classifier's outputs."""
-    return tuple(ImageNetInfo("imagenet-1k").label_names())
-
-
-@cache
 def imagenet_names() -> dict[str, str]:
-    """Return the names of ImageNet's 1000 classes by their wnids, in the same order."""
-    return dict(
-        zip(imagenet_wnids(), ImageNetInfo("imagenet-1k").label_descriptions(), strict=True)
-    )
+    """Return the names of ImageNet's 1000 classes by wnid, in the order of a model's outputs."""
+    info = ImageNetInfo("imagenet-1k")
+    return dict(zip(info.label_names(), info.label_descriptions(), strict=True))
 
 
 @cache
-def _descriptions() -> frozenset[str]:
-    return frozenset(imagenet_names().values())
+def imagenet_wnids() -> tuple[str, ...]:
+    """Return the wnids of ImageNet's 1000 classes in the order of a model's outputs."""
+    return tuple(imagenet_names())
 
 
 def readable(name: str) -> str:
@@ -92,16 +70,11 @@ def readable(name: str) -> str:
 def synonyms(name: str) -> list[str]:
     """Return the comma-separated synonyms in an ImageNet name; any other name unchanged."""
     text = readable(name)
-    return text.split(", ") if text in _descriptions() else [text]
+    return text.split(", ") if text in imagenet_names().values() else [text]
 
 
 def labels(names: Sequence[str], numbers: Iterable[int], width: int = NAME_WIDTH) -> list[str]:
-    """Return short class names, with their numbers where two would be equal.
-
-    Args:
-        names, numbers: Name and number of each class, ``K``.
-        width: Maximum number of characters of a name.
-    """
+    """Return class names of at most ``width`` characters, with numbers where two are equal."""
     texts = [shortened(shown(synonyms(name)[0]), width) for name in names]
     count = Counter(texts)
     return [
@@ -126,8 +99,7 @@ def match_classes(
 
     Args:
         names: Class names of the test set, in its order.
-        num_outputs: Number of outputs of the model.
-        known: Class names of the model.
+        num_outputs, known: Number of outputs of the model, and their class names.
         rule: One of ``RULES``.
         title, source: Names of the test set and the model in messages.
 
@@ -136,18 +108,18 @@ def match_classes(
     """
     if rule == "auto":
         rule = choose_rule(names, num_outputs, known)
-    if rule == "wnid" and num_outputs != NUM_IMAGENET:
-        raise DataError(
-            f"{source} has {num_outputs} classes: wnids need a model of ImageNet's 1000 classes"
-        )
     if rule == "position":
         if len(names) != num_outputs:
             raise DataError(
                 f"{source} has {num_outputs} classes, {title} has {len(names)}, and their names "
-                f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}) match no outputs"
+                f"({some_of(names, 3)}) match no outputs"
             )
         return ClassMap(rule, tuple(range(num_outputs)), tuple(names), num_outputs)
     if rule == "wnid":
+        if num_outputs != NUM_IMAGENET:
+            raise DataError(
+                f"{source} has {num_outputs} classes: wnids need a model of ImageNet's 1000 classes"
+            )
         known = imagenet_wnids()
     elif rule == "number":
         known = [str(index) for index in range(num_outputs)]
@@ -172,16 +144,10 @@ def choose_rule(names: Sequence[str], num_outputs: int, known: Sequence[str] | N
     """Return the rule of ``auto``; see :func:`match_classes`."""
     if known is not None and (set(names) <= set(known) or tuple(known) != imagenet_wnids()):
         return "name"
-    if num_outputs == NUM_IMAGENET and any(re.fullmatch(r"n\d{8}", name) for name in names):
+    if num_outputs == NUM_IMAGENET and any(map(WNID.fullmatch, names)):
         return "wnid"
     as_trained = len(names) == num_outputs != NUM_IMAGENET
-    if all(_is_number(name) for name in names) and not as_trained:
-        return "number"
-    return "position"
-
-
-def _is_number(name: str) -> bool:
-    return name.isascii() and name.isdigit()
+    return "number" if all(map(NUMBER.fullmatch, names)) and not as_trained else "position"
 
 
 def read_names(file: Path) -> list[str]:
@@ -208,7 +174,7 @@ def find_class(asked: str, names: Sequence[str]) -> int:
         DataError: There is no such class, or there are several.
     """
     word, number = asked.lower(), asked.lstrip("0") or asked[-1:]
-    passes: tuple[Callable[[int, str], bool], ...] = (
+    passes = (
         lambda index, name: name == asked,
         lambda index, name: str(index) == number,
         lambda index, name: word in (name.lower(), readable(name).lower()),
@@ -217,12 +183,11 @@ def find_class(asked: str, names: Sequence[str]) -> int:
     for is_meant in passes:
         found = [index for index, name in enumerate(names) if is_meant(index, name)]
         if len(found) > 1:
-            several = ", ".join(f"{index} ({readable(names[index])})" for index in found[:5])
-            more = ", ..." if len(found) > 5 else ""
-            raise DataError(f"--class {asked} is {several}{more}: give a number")
+            several = some_of([f"{index} ({readable(names[index])})" for index in found])
+            raise DataError(f"--class {asked} is {several}: give a number")
         if found:
             return found[0]
-    if _is_number(asked):
+    if NUMBER.fullmatch(asked):
         raise DataError(f"--class {asked[:20]} must be from 0 to {len(names) - 1}")
     known = dict.fromkeys(one.lower() for name in names for one in (name, *synonyms(name)))
     near = difflib.get_close_matches(word, known, n=3, cutoff=0.5) or list(known)[:3]

@@ -1,8 +1,10 @@
 """Models to evaluate: every model at every size with each of its weights."""
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,20 +21,12 @@ from utils import UserError
 
 @dataclass(frozen=True)
 class EvalModel:
-    """A model ready to run.
-
-    Attributes:
-        source: Name, arguments and weights of the model.
-        weights: ``model`` or ``ema``.
-        args: The flags, with its ``input_size``.
-        model: The model with its weights on the device; the next EvalModel may overwrite them.
-        precision: Autocast and memory format.
-    """
+    """A model ready to run."""
 
     source: ModelSource
-    weights: str
-    args: Namespace
-    model: nn.Module
+    weights: str  # model or ema
+    args: Namespace  # the flags, with its input_size
+    model: nn.Module  # with its weights on the device; the next EvalModel may overwrite them
     precision: engine.Precision
 
     @property
@@ -45,20 +39,21 @@ class EvalModel:
         """Name in messages."""
         return shown(f"{self.source.label} ({self.weights}, {self.args.input_size} pixels)")
 
+    @property
+    def row(self) -> dict[str, Any]:
+        """First columns of a row of results."""
+        size = self.args.input_size
+        return {"checkpoint": self.source.label, "weights": self.weights, "size": size}
+
     def complaints(self, nonfinite: int) -> list[str]:
         """Return the error message for a number of images with non-finite outputs, if any."""
-        if not nonfinite:
-            return []
-        return [f"{self.label}: the outputs of {nonfinite} images are not finite"]
+        message = f"{self.label}: the outputs of {nonfinite} images are not finite"
+        return [message] if nonfinite else []
 
     def match(self, names: Sequence[str], title: str) -> ClassMap:
-        """Return the outputs for the classes of a test set, which messages call ``title``.
-
-        Raises:
-            DataError: The model does not have one of the classes.
-        """
-        known, label = self.source.classes, self.source.label
-        return match_classes(names, self.num_outputs, known, self.args.classes, title, label)
+        """Return the outputs for the classes of a test set, which messages call ``title``."""
+        source, rule = self.source, self.args.classes
+        return match_classes(names, self.num_outputs, source.classes, rule, title, source.label)
 
 
 def check_sources(files: list[str], args: Namespace) -> None:
@@ -72,20 +67,24 @@ def check_sources(files: list[str], args: Namespace) -> None:
 
 
 def eval_models(
-    files: list[str], args: Namespace, device: torch.device, say: Callable[[str], None] = print
+    files: list[str], args: Namespace, device: torch.device, quiet: bool = False
 ) -> Iterator[EvalModel]:
     """Yield the models of the flags, one at a time: file by file, size by size, then the weights.
 
-    Args:
-        files: Checkpoints.
-        args: The flags.
-        device: Device of the models.
-        say: Receives warnings.
+    Unless ``quiet``, flags that have no effect are warned about.
 
     Raises:
         CheckpointError, ModelError: A model cannot be loaded, or does not accept a size.
     """
-    for source in _sources(files, args, say):
+    sources = [from_name(args.model, pretrained=True)] if args.pretrained else []
+    loaded = (from_checkpoint(path, args.model, args.qk_scale_factor) for path in files)
+    for source in chain(sources, loaded):
+        exponent = source.required.get("qk_scale_factor", args.qk_scale_factor)
+        if args.qk_scale_factor not in (None, exponent) and not quiet:
+            print(
+                f"warning: --qk-scale-factor {args.qk_scale_factor} is ignored: {source.label} was "
+                f"trained with {exponent}"
+            )
         weights = source.weights(args.weights)
         for asked in args.input_size or [None]:
             size = asked or source.input_size or datasets.input_size_of(args)
@@ -98,22 +97,5 @@ def eval_models(
                 source.load(model, name)
                 net = fused(model, source.name) if args.fuse else model
                 net = renormalized(net, datasets.NORMALIZATION, source.normalization(model))
-                yield EvalModel(
-                    source, name, at_size, engine.compiled(net, args.compile), precision
-                )
-
-
-def _sources(
-    files: list[str], args: Namespace, say: Callable[[str], None]
-) -> Iterator[ModelSource]:
-    if args.pretrained:
-        yield from_name(args.model, pretrained=True)
-    for path in files:
-        source = from_checkpoint(path, args.model, args.qk_scale_factor)
-        exponent = source.required["qk_scale_factor"]
-        if args.qk_scale_factor not in (None, exponent):
-            say(
-                f"warning: --qk-scale-factor {args.qk_scale_factor} is ignored: {path} was trained "
-                f"with {exponent}"
-            )
-        yield source
+                net = engine.compiled(net, args.compile)
+                yield EvalModel(source, name, at_size, net, precision)

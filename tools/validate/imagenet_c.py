@@ -3,10 +3,9 @@
 import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,7 +15,6 @@ from tools import cli, tables
 from tools.validate.classes import NUM_IMAGENET
 from tools.validate.eval_models import EvalModel, eval_models
 from tools.validate.metrics import evaluate
-from tools.validate.rows import result_table
 from tools.validate.sets import open_class_folders
 
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -46,23 +44,14 @@ COLUMNS = {  # of a row: heading, decimals
 }
 
 
-@dataclass(frozen=True)
-class Corruption:
-    """Results of a model under a corruption.
-
-    Attributes:
-        name: Name of the corruption.
-        errors: Top-1 errors in percent, by severity from 1.
-        is_imagenet: The errors are over all of ImageNet's 1000 classes.
-        corrupt: Number of files left out.
-        nonfinite: Number of images with non-finite outputs.
-    """
+class Corruption(NamedTuple):
+    """Results of a model under a corruption."""
 
     name: str
-    errors: tuple[float, ...]
-    is_imagenet: bool
-    corrupt: int = 0
-    nonfinite: int = 0
+    errors: tuple[float, ...]  # top-1 errors in percent, by severity from 1
+    is_imagenet: bool  # the errors are over all of ImageNet's 1000 classes
+    corrupt: int = 0  # files left out
+    nonfinite: int = 0  # images with non-finite outputs
 
     @property
     def mean(self) -> float:
@@ -77,11 +66,7 @@ class Corruption:
 
 
 def find_corruptions(folder: Path) -> dict[str, list[Path]]:
-    """Return the folders of each corruption, severity 1 to 5, the paper's corruptions first.
-
-    Raises:
-        DataError: The folder is missing or empty, or a severity is missing.
-    """
+    """Return the folders of each corruption, severity 1 to 5, the paper's corruptions first."""
     if not os.path.isdir(folder):
         raise DataError(f"--corruptions {folder} is not a folder")
     names = list_folders(folder)
@@ -89,10 +74,9 @@ def find_corruptions(folder: Path) -> dict[str, list[Path]]:
         raise DataError(f"--corruptions {folder} has no folders CORRUPTION/SEVERITY/CLASS")
     names = [name for name in ALEXNET if name in names] + [n for n in names if n not in ALEXNET]
     found = {name: [folder / name / str(severity) for severity in SEVERITIES] for name in names}
-    for paths in found.values():
-        for path in paths:
-            if not os.path.isdir(path):
-                raise DataError(f"--corruptions needs severities 1 to 5: {path} does not exist")
+    for path in chain.from_iterable(found.values()):
+        if not os.path.isdir(path):
+            raise DataError(f"--corruptions needs severities 1 to 5: {path} does not exist")
     return found
 
 
@@ -120,43 +104,39 @@ def rows_of(measured: Sequence[Corruption], is_complete: bool) -> list[dict[str,
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the table of a model's rows, and its mCE if it is known."""
     mean = rows[-1]["relative"] if rows[-1]["corruption"] == "mean" else None
-    text = result_table(rows, COLUMNS)
+    text = tables.result_table(rows, COLUMNS)
     return text if mean is None else f"{text}\nmCE {mean:.1f}"
 
 
 def measure(subject: EvalModel, name: str, paths: Sequence[Path], told: set[str]) -> Corruption:
     """Evaluate a model on the folders of a corruption; ``told`` as for :func:`cli.warn`."""
-    errors, is_imagenet, corrupt, nonfinite = [], True, 0, 0
+    found, is_imagenet = [], True
     for path in paths:
         test_set = open_class_folders(path, subject.args)
         matched = subject.match(test_set.classes, test_set.title)
-        found = evaluate(subject, test_set, matched)
-        cli.warn(found["messages"], told)
-        errors.append(100 - found["top1"])
         is_imagenet &= matched.num_outputs == NUM_IMAGENET and not matched.is_subset
-        corrupt += found["corrupt"]
-        nonfinite += found["nonfinite"]
-    return Corruption(name, tuple(errors), is_imagenet, corrupt, nonfinite)
+        found.append(evaluate(subject, test_set, matched))
+        cli.warn(found[-1]["messages"], told)
+    errors = tuple(100 - one["top1"] for one in found)
+    corrupt, nonfinite = (sum(one[key] for one in found) for key in ("corrupt", "nonfinite"))
+    return Corruption(name, errors, is_imagenet, corrupt, nonfinite)
 
 
 def validate(args: Namespace, device: torch.device) -> int:
     """Measure errors under corruptions, print a table for every model, write the CSV file.
 
-    After a failure, the results so far are printed and written.
-
-    Returns:
-        The exit status.
+    After a failure, the results so far are printed and written. Returns the exit status.
     """
     folders = find_corruptions(args.corruptions)
     args = Namespace(**vars(args) | {"data_set": "IMNET"})  # for its usual size
     for subject in eval_models(args.checkpoints, args, device):  # errors before hours of work
-        for path in (path for paths in folders.values() for path in paths):
+        for path in chain.from_iterable(folders.values()):
             subject.match(list_classes(path), str(path))
     rows: list[dict[str, Any]] = []
     failed: list[str] = []
     told: set[str] = set()
     try:
-        for subject in eval_models(args.checkpoints, args, device, say=cli.silent):
+        for subject in eval_models(args.checkpoints, args, device, quiet=True):
             measured: list[Corruption] = []
             try:
                 for name, paths in folders.items():
@@ -164,14 +144,11 @@ def validate(args: Namespace, device: torch.device) -> int:
             finally:
                 failed += subject.complaints(sum(one.nonfinite for one in measured))
                 found = rows_of(measured, len(measured) == len(folders))
-                head = {"checkpoint": subject.source.label, "weights": subject.weights}
-                head["size"] = subject.args.input_size
-                rows += [head | row for row in found]
+                rows += [subject.row | row for row in found]
                 if found:
                     print(cli.shown(f"{subject.label} on {args.corruptions}"))
                     print(table(found), flush=True)
     finally:
         heads = ("checkpoint", "weights", "size", *COLUMNS)
-        write = partial(tables.write_csv, heads=heads, rows=rows)
-        status = cli.finish([(args.csv, write)] if args.csv and rows else [], failed)
+        status = cli.finish(tables.csv_output(args.csv, heads, rows), failed)
     return status

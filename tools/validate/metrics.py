@@ -3,11 +3,11 @@
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import engine
 from tools.validate.classes import ClassMap
@@ -17,22 +17,16 @@ from tools.validate.sets import EvalSet
 NUM_BINS = 15
 
 
-@dataclass(frozen=True)
-class Bins:
+class Bins(NamedTuple):
     """Images by the confidence of their prediction, in ``M`` bins of equal width.
 
     Bin m holds confidences above (m - 1) / M and up to m / M (Guo et al., On Calibration of Modern
     Neural Networks, ICML 2017, section 2).
-
-    Attributes:
-        counts: Images, ``M``.
-        hits: Correct predictions, ``M``.
-        confidence: Sum of confidences, ``M``.
     """
 
-    counts: np.ndarray
-    hits: np.ndarray
-    confidence: np.ndarray
+    counts: np.ndarray  # images, M
+    hits: np.ndarray  # correct predictions, M
+    confidence: np.ndarray  # sum of confidences, M
 
     @property
     def total(self) -> float:
@@ -72,45 +66,37 @@ class ClassificationMetrics:
     """
 
     def __init__(self, num_classes: int, device: torch.device, pairs: bool = False):
-        self._hits = torch.zeros(2, dtype=torch.int64, device=device)
-        self._nonfinite = torch.zeros((), dtype=torch.int64, device=device)
+        self._counts = torch.zeros(3, dtype=torch.int64, device=device)
         self._bins = torch.zeros(3, NUM_BINS, dtype=torch.float64, device=device)
-        self._numbers = torch.arange(NUM_BINS, device=device)
-        self._num_classes = num_classes
-        size = num_classes**2 if pairs else 0
-        self._pairs = torch.zeros(size, dtype=torch.int64, device=device)
+        shape = (num_classes, num_classes)
+        self._pairs = torch.zeros(shape, dtype=torch.int64, device=device) if pairs else None
 
     def update(self, logits: torch.Tensor, targets: torch.Tensor) -> None:
         """Count a batch: logits ``B K`` of float32, targets ``B``."""
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
         finite = logits.isfinite().all(1)
-        self._nonfinite += (~finite).sum()
         hits = (ranked == targets[:, None]) & finite[:, None]
-        self._hits += torch.stack([hits[:, 0].sum(), hits.sum()])
-        confidence = logits.softmax(1).gather(1, ranked[:, :1])[:, 0].double()
-        confidence = confidence.where(finite, 0)
-        members = ((bin_of(confidence) == self._numbers[:, None]) & finite).double()  # M B
-        values = torch.stack([torch.ones_like(confidence), hits[:, 0].double(), confidence])
-        self._bins += values @ members.T
-        if len(self._pairs):
+        self._counts += torch.stack([hits[:, 0].sum(), hits.sum(), (~finite).sum()])
+        confidence = logits.softmax(1).amax(1).double().where(finite, 0)
+        members = F.one_hot(bin_of(confidence), NUM_BINS).double()  # B M
+        self._bins += torch.stack([finite.double(), hits[:, 0].double(), confidence]) @ members
+        if self._pairs is not None:
             # bincount would wait for a GPU to tell the largest value
-            pairs = targets * self._num_classes + ranked[:, 0]
-            self._pairs.index_add_(0, pairs, finite.to(pairs.dtype))
+            self._pairs.index_put_((targets, ranked[:, 0]), finite.long(), accumulate=True)
 
     def compute(self, images: int) -> dict[str, Any]:
         """Return the metrics of so many images; see :func:`evaluate`."""
         counts, hits, confidence = self._bins.cpu().numpy()
         bins = Bins(counts.astype(np.int64), hits.astype(np.int64), confidence)
-        top1, top5 = (100 * hits / images for hits in self._hits.tolist())
-        shape = (self._num_classes, self._num_classes)
+        top1, top5, nonfinite = self._counts.tolist()
         return {
-            "top1": top1,
-            "top5": top5,
+            "top1": 100 * top1 / images,
+            "top5": 100 * top5 / images,
             "ece": 100 * bins.ece,
             "confidence": 100 * bins.mean_confidence,
-            "nonfinite": int(self._nonfinite),
+            "nonfinite": nonfinite,
             "bins": bins,
-            "confusion": self._pairs.view(shape).cpu().numpy() if len(self._pairs) else None,
+            "confusion": None if self._pairs is None else self._pairs.cpu().numpy(),
         }
 
 
@@ -130,8 +116,7 @@ class RealMetrics:
         labels = self._table[numbers]
         hits = labels.gather(1, logits.topk(5, dim=1).indices)
         hits &= logits.isfinite().all(1, keepdim=True)
-        parts = (labels.any(1), hits[:, 0], hits.any(1))
-        self._counts += torch.stack([part.sum() for part in parts])
+        self._counts += torch.stack([labels.any(1), hits[:, 0], hits.any(1)]).sum(1)
 
     def compute(self) -> dict[str, Any]:
         """Return the number of images with labels and their accuracies; None without any."""
@@ -164,28 +149,19 @@ class Clock:
     def rate(self) -> float:
         """Return images/s, without the first batch, which warms up, if there are others."""
         counted = self._batches[1:] or self._batches
-        if self._cuda:
-            seconds = sum(start.elapsed_time(end) for _, start, end in counted) / 1000
-        else:
-            seconds = sum(end - start for _, start, end in counted)
+        seconds = sum(
+            start.elapsed_time(end) / 1000 if self._cuda else end - start
+            for _, start, end in counted
+        )
         return sum(images for images, *_ in counted) / max(seconds, 1e-9)
 
 
 def evaluate(
-    subject: EvalModel,
-    test_set: EvalSet,
-    matched: ClassMap,
-    pairs: bool = False,
-    real: torch.Tensor | None = None,
+    subject: EvalModel, test_set: EvalSet, matched: ClassMap, pairs: bool = False
 ) -> dict[str, Any]:
     """Evaluate a model on a test set, among the outputs of the test set's classes.
 
-    Args:
-        subject: The model.
-        test_set: The images.
-        matched: Outputs of their classes.
-        pairs: Count the confusion matrix.
-        real: ImageNet-ReaL labels of each image, ``N 1000`` of bool.
+    ``matched`` has the outputs of those classes; the confusion matrix is counted with ``pairs``.
 
     Returns:
         ``top1``, ``top5``, ``ece`` (expected calibration error) and ``confidence`` (mean
@@ -193,24 +169,24 @@ def evaluate(
         ``images``, of ``corrupt`` files left out, with their ``messages``, and of ``nonfinite``
         outputs; ``network_rate`` of the model alone, after the first batch if there are others, and
         ``rate`` of the whole evaluation in images/s; ``bins`` and ``confusion`` (``K K``, by true
-        class and prediction, or None); with ``real``, the metrics of :class:`RealMetrics`.
+        class and prediction, or None); of a test set with ImageNet-ReaL labels, the metrics of
+        :class:`RealMetrics`.
 
     Raises:
         UserError: No image can be decoded.
     """
-    precision = subject.precision
-    device = precision.device
-    column_of_class = torch.tensor(matched.column_of_class)
-    target_of_image = column_of_class[torch.as_tensor(test_set.targets)].to(device)
-    columns = torch.tensor(matched.columns, device=device) if matched.is_subset else None
-    metrics = ClassificationMetrics(len(matched.columns), device, pairs)
-    real_metrics = RealMetrics(real.to(device)) if real is not None else None
+    precision, device = subject.precision, subject.precision.device
+    column_of_class = np.searchsorted(matched.columns, matched.outputs)
+    target_of_image = torch.from_numpy(column_of_class[test_set.targets]).to(device)
+    columns = torch.tensor(matched.columns, device=device)
+    metrics = ClassificationMetrics(len(columns), device, pairs)
+    real = None if test_set.real is None else RealMetrics(test_set.real.to(device))
     clock = Clock(device)
 
     def observe(logits: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if real_metrics is not None:
-            real_metrics.update(logits, numbers)
-        if columns is not None:
+        if real is not None:
+            real.update(logits, numbers)
+        if matched.is_subset:
             logits = logits.index_select(1, columns)
         targets = target_of_image[numbers]
         metrics.update(logits, targets)
@@ -223,58 +199,47 @@ def evaluate(
     found = engine.evaluate(
         loader, subject.model, device, precision, False, observe=observe, timer=clock.batch
     )
-    seconds = time.perf_counter() - started
-    result = {"nll": found["loss"]} | {k: found[k] for k in ("images", "corrupt", "messages")}
-    result |= {"network_rate": clock.rate(), "rate": found["images"] / seconds}
-    result |= metrics.compute(found["images"])
-    return result | (real_metrics.compute() if real_metrics is not None else {})
+    images, seconds = found["images"], time.perf_counter() - started
+    result = {"nll": found["loss"], "network_rate": clock.rate(), "rate": images / seconds}
+    result |= {key: found[key] for key in ("images", "corrupt", "messages")}
+    return result | metrics.compute(images) | (real.compute() if real is not None else {})
 
 
-@dataclass(frozen=True)
-class ClassScore:
-    """Metrics of a class in a confusion matrix.
-
-    Attributes:
-        images: Images of the class.
-        recall: Share of them that is predicted correctly; None without images.
-        precision: Share of its predictions that is correct; None without predictions.
-        wrong: The wrong class predicted most often, None if there are no errors.
-        wrong_images: How often.
-    """
+class ClassScore(NamedTuple):
+    """Metrics of a class in a confusion matrix."""
 
     images: int
-    recall: float | None
-    precision: float | None
-    wrong: int | None
-    wrong_images: int
+    recall: float | None  # share of them that is predicted correctly; None without images
+    precision: float | None  # share of its predictions that is correct; None without predictions
+    wrong: int | None  # the wrong class predicted most often, None if there are no errors
+    wrong_images: int  # how often
 
 
 def class_scores(confusion: np.ndarray) -> list[ClassScore]:
     """Return recall, precision and most frequent confusion of each class."""
-    scores = []
-    for index, row in enumerate(confusion):
-        images, right, predicted = int(row.sum()), int(row[index]), int(confusion[:, index].sum())
-        others = row.copy()
-        others[index] = 0
-        wrong = int(others.argmax())
-        scores.append(
-            ClassScore(
-                images,
-                right / images if images else None,
-                right / predicted if predicted else None,
-                wrong if others[wrong] else None,
-                int(others[wrong]),
-            )
+    errors = _errors(confusion)
+    parts = (np.diag(confusion), confusion.sum(1), confusion.sum(0), errors.argmax(1))
+    return [
+        ClassScore(
+            images,
+            right / images if images else None,
+            right / predicted if predicted else None,
+            wrong if count else None,
+            count,
         )
-    return scores
+        for right, images, predicted, wrong, count in np.stack([*parts, errors.max(1)], 1).tolist()
+    ]
 
 
 def most_confused(confusion: np.ndarray, count: int) -> list[tuple[int, int, int]]:
     """Return at most ``count`` most frequent (true class, prediction, images) of the errors."""
-    wrong = confusion.copy()
-    np.fill_diagonal(wrong, 0)
-    best = np.argsort(-wrong, axis=None, kind="stable")[:count]
-    pairs = [
-        (*map(int, np.unravel_index(place, wrong.shape)), int(wrong.flat[place])) for place in best
-    ]
-    return [pair for pair in pairs if pair[2]]
+    errors = _errors(confusion)
+    best = np.argsort(-errors, axis=None, kind="stable")[:count]
+    pairs = np.stack([*np.unravel_index(best, errors.shape), errors.flat[best]], 1).tolist()
+    return [tuple(pair) for pair in pairs if pair[2]]
+
+
+def _errors(confusion: np.ndarray) -> np.ndarray:
+    errors = confusion.copy()
+    np.fill_diagonal(errors, 0)
+    return errors

@@ -17,16 +17,14 @@ LABELLED = 30  # classes, at most, that get names and numbers
 LISTED = 20  # pairs of classes next to the picture of more
 SIDE = 1000  # pixels of the picture of more classes, about
 CELLS = 500  # in a row of that, at most
+SHARE = "share of the true class"
 LIGHT_BLUE, DARK_RED = "#9ecae1", "#a50f15"
 
 
 def confusion_figure(confusion: np.ndarray, names: Sequence[str], title: str) -> "Figure":
     """Draw the share of predictions of each true class (rows), with counts or a list of pairs.
 
-    Args:
-        confusion: Images by true class and prediction, ``K K``.
-        names: Class names, ``K``.
-        title: Title of the picture.
+    ``confusion`` has the images by true class and prediction, ``K K``; there are ``K`` names.
     """
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     names = [plain_text(name) for name in names]
@@ -41,8 +39,6 @@ def _few_classes(
     figure = new_figure(side, side, "compressed")
     axes = figure.subplots()
     _draw_shares(axes, shares, title)
-    figure.colorbar(axes.get_images()[0], ax=axes)
-    _label_colours(figure.axes[1], "share of the true class")
     places = range(len(names))
     axes.set_xticks(places, names, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(places, names)
@@ -70,17 +66,12 @@ def _many_classes(
     def add_axes(start: int, pixels: int) -> "Axes":
         return figure.add_axes((start / width, bottom / height, pixels / width, side / height))
 
-    axes = add_axes(left, side)
-    _draw_shares(axes, shares, title)
+    axes, bar = add_axes(left, side), add_axes(left + side + gap, gap)
+    largest = f"largest {SHARE}, among {block} × {block} classes"
+    _draw_shares(axes, shares, title, largest if block > 1 else SHARE, bar)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_position(("outward", 1))  # a frame on the edge would cover classes
-    what = "share of the true class"
-    if block > 1:
-        what = f"largest share of the true class, among {block} × {block} classes"
-    bar = add_axes(left + side + gap, gap)
-    figure.colorbar(axes.get_images()[0], cax=bar)
-    _label_colours(bar, what)
     _list_pairs(add_axes(left + side + 6 * gap, pairs), most_confused(confusion, LISTED), names)
     return figure
 
@@ -88,19 +79,17 @@ def _many_classes(
 def largest_of_blocks(shares: np.ndarray, block: int) -> np.ndarray:
     """Return the maximum of each ``block`` rows and columns; a mean would hide single values."""
     cells = math.ceil(len(shares) / block)
-    whole = np.zeros((cells * block, cells * block))
-    whole[: len(shares), : len(shares)] = shares
+    whole = np.pad(shares, (0, cells * block - len(shares)))
     return whole.reshape(cells, block, cells, block).max((1, 3))
 
 
-def _draw_shares(axes: "Axes", shares: np.ndarray, title: str) -> None:
-    axes.imshow(shares**0.5, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    axes.set_title(title)
-    axes.set_xlabel("prediction")
-    axes.set_ylabel("true class")
-
-
-def _label_colours(bar: "Axes", what: str) -> None:
+def _draw_shares(
+    axes: "Axes", shares: np.ndarray, title: str, what: str = SHARE, bar: "Axes | None" = None
+) -> None:
+    """Draw shares, and their colours on ``bar`` or next to ``axes``."""
+    image = axes.imshow(shares**0.5, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    axes.set(title=title, xlabel="prediction", ylabel="true class")
+    bar = axes.figure.colorbar(image, cax=bar, ax=axes).ax
     ticks = (0, 0.05, 0.25, 0.5, 0.75, 1)
     bar.set_yticks([tick**0.5 for tick in ticks], [f"{100 * tick:.0f}%" for tick in ticks])
     bar.set_ylabel(what)
@@ -129,16 +118,13 @@ def reliability_figure(bins: Bins, title: str) -> "Figure":
     gap |= {"label": "gap to the mean confidence"}
     upper.bar(left, height, width, bottom, align="edge", **gap)
     upper.plot([0, 100], [0, 100], color="black", linestyle="--", label="perfectly calibrated")
-    upper.set_ylabel("accuracy (%)")
-    upper.set_ylim(0, 100)
+    upper.set(ylabel="accuracy (%)", ylim=(0, 100))
     shares = 100 * bins.counts / bins.total
     lower.bar(left, shares, width, align="edge", color="tab:gray", edgecolor="white")
     mean = 100 * bins.mean_confidence
     right = 100 * bins.hits.sum() / bins.total
     lower.axvline(mean, color=DARK_RED, label=f"mean confidence {mean:.1f}%")
     lower.axvline(right, color="tab:blue", linestyle="--", label=f"accuracy {right:.1f}%")
-    lower.set_xlim(0, 100)
-    lower.set_xlabel("confidence (%)")
-    lower.set_ylabel("images (%)")
+    lower.set(xlim=(0, 100), xlabel="confidence (%)", ylabel="images (%)")
     figure.legend(loc="outside lower center", ncols=2, fontsize=9)
     return figure

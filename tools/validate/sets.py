@@ -2,14 +2,13 @@
 
 import json
 import os
-import pkgutil
 import re
 from argparse import Namespace
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
-import timm.data
 import torch
 
 import datasets
@@ -26,15 +25,15 @@ NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})")
 class EvalSet:
     """Images of a test set at one size, with their indices as targets.
 
-    Args:
-        dataset: The images.
-        title: Name in messages.
+    Messages call them ``title``. ``targets`` has the class of each image, ``N`` of int64, and
+    ``real``, after :meth:`add_real_labels`, its ImageNet-ReaL labels, ``N 1000`` of bool.
     """
 
     def __init__(self, dataset: datasets.LoadedDataset, title: str):
         source = dataset.source
         self.title, self.classes = title, tuple(str(name) for name in source.classes)
         self.targets = source.targets
+        self.real: torch.Tensor | None = None
         self._dataset = dataset
         dataset.targets = np.arange(len(dataset))
 
@@ -45,20 +44,33 @@ class EvalSet:
         loader = datasets.build_eval_loader(self._dataset, args, 1, 0)
         return datasets.build_prefetcher(loader, device, torch.float32, memory_format)
 
-    def file_names(self) -> list[str]:
-        """Return the file name of each image.
+    def paths(self) -> list[str]:
+        """Return the paths of the images; none if they are in memory or in shards."""
+        source = self._dataset.source
+        return [source.name(i) for i in range(len(source))] if isinstance(source, Files) else []
+
+    def add_real_labels(self, labels: Sequence[Sequence[int]]) -> None:
+        """Find the labels of :func:`read_real_labels` by the numbers in the file names.
 
         Raises:
-            DataError: The images are not files.
+            DataError: An image has no file name, no number in it, or one without labels.
         """
         source = self._dataset.source
         if not isinstance(source, Encoded):
             raise DataError(f"{self.title} has no file names, which labels need")
-        return [source.name(index) for index in range(len(source))]
-
-    def paths(self) -> list[str]:
-        """Return the paths of the images; none if they are in memory or in shards."""
-        return self.file_names() if isinstance(self._dataset.source, Files) else []
+        self.real = torch.zeros(len(source), NUM_IMAGENET, dtype=torch.bool)
+        for row in range(len(source)):
+            file = source.name(row)
+            found = NUMBER.search(Path(file).name)
+            if found is None:
+                raise DataError(
+                    f"--real-labels needs file names such as ILSVRC2012_val_00000001.JPEG, not "
+                    f"{file}"
+                )
+            number = int(found[1])
+            if not 1 <= number <= len(labels):
+                raise DataError(f"--real-labels has images 1 to {len(labels)}, but none for {file}")
+            self.real[row, labels[number - 1]] = True
 
 
 def open_set(args: Namespace, device: torch.device) -> EvalSet:
@@ -66,41 +78,24 @@ def open_set(args: Namespace, device: torch.device) -> EvalSet:
 
     Of an image folder, ``val`` or ``validation`` is read, or, without these and ``train``, the
     folder itself.
-
-    Raises:
-        DataError: The test set is missing or unusable.
     """
     name = datasets.data_set_name(args)
     title = str(args.data_path or name)
-    if args.data_path and name.startswith("IMNET"):
-        return open_class_folders(_folder_of_classes(Path(args.data_path)), args, title)
-    return EvalSet(datasets.build_dataset(False, args, device)[0], title)
-
-
-def _folder_of_classes(folder: Path) -> Path:
+    if not args.data_path or not name.startswith("IMNET"):
+        return EvalSet(datasets.build_dataset(False, args, device)[0], title)
+    folder = Path(args.data_path)
     if not os.path.isdir(folder):
         what = "is not a folder" if os.path.exists(folder) else "does not exist"
         raise DataError(f"--data-path {folder} {what}")
     names = list_classes(folder)
-    for split in ("val", "validation"):
-        if split in names:
-            return folder / split
-    if "train" in names:
+    split = next((split for split in ("val", "validation") if split in names), "")
+    if not split and "train" in names:
         raise DataError(f"--data-path {folder} has train/, but neither val/ nor validation/")
-    return folder
+    return open_class_folders(folder / split, args, title)
 
 
 def open_class_folders(folder: Path, args: Namespace, title: str | None = None) -> EvalSet:
-    """Open ``folder/CLASS/*`` with the evaluation transform.
-
-    Args:
-        folder: Folder of the class folders.
-        args: The flags.
-        title: Name in messages, the folder by default.
-
-    Raises:
-        DataError: There are no classes, or a class has no image.
-    """
+    """Open ``folder/CLASS/*``, which messages call ``title``, with the evaluation transform."""
     source = open_folder_of_classes(folder)
     return EvalSet(datasets.augmented(source, False, args), title or str(folder))
 
@@ -113,16 +108,10 @@ def read_real_labels(place: str) -> list[list[int]]:
 
     Returns:
         Labels, possibly none, by the number in the image's file name, from 1.
-
-    Raises:
-        DataError: The file cannot be read, or is not a list of lists of classes.
     """
+    copy = resources.files("timm.data") / "_info" / "imagenet_real_labels.json"
     try:
-        if place == TIMM:
-            data = pkgutil.get_data(timm.data.__name__, "_info/imagenet_real_labels.json")
-        else:
-            data = Path(place).read_bytes()
-        labels = json.loads(data)
+        labels = json.loads((copy if place == TIMM else Path(place)).read_bytes())
     except OSError as error:
         raise DataError(f"cannot read --real-labels {place}: {error.strerror}") from error
     except ValueError as error:
@@ -137,23 +126,3 @@ def read_real_labels(place: str) -> list[list[int]]:
                     f"{NUM_IMAGENET - 1}"
                 )
     return labels
-
-
-def real_label_table(labels: Sequence[Sequence[int]], files: Sequence[str]) -> torch.Tensor:
-    """Return the labels of each file, ``N 1000`` of bool.
-
-    Raises:
-        DataError: A file name has no number, or one that has no labels.
-    """
-    table = torch.zeros(len(files), NUM_IMAGENET, dtype=torch.bool)
-    for row, file in enumerate(files):
-        found = NUMBER.search(Path(file).name)
-        if found is None:
-            raise DataError(
-                f"--real-labels needs file names such as ILSVRC2012_val_00000001.JPEG, not {file}"
-            )
-        number = int(found[1])
-        if not 1 <= number <= len(labels):
-            raise DataError(f"--real-labels has images 1 to {len(labels)}, but none for {file}")
-        table[row, labels[number - 1]] = True
-    return table
