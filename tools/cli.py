@@ -91,7 +91,7 @@ def parse(make_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str
     args = vars(make_parser().parse_args(argv))
     full = Namespace(**vars(get_args_parser().parse_args([])) | args)
     check_values(full)
-    if full.eval_crop_ratio > 1:
+    if (full.eval_crop_ratio or 0) > 1:
         raise UserError(f"--eval-crop-ratio {full.eval_crop_ratio} must be at most 1")
     if "amp_dtype" in given_flags(make_parser(), argv) and not full.amp:
         raise UserError(f"--amp-dtype {full.amp_dtype} has no effect without --amp: give both")

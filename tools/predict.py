@@ -19,6 +19,7 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import datasets
+from models import DataConfig
 from pipeline.images import CorruptImageError, DataError, load_image
 from pipeline.sources.folder import list_folders, list_images
 from tools import cli, files
@@ -101,13 +102,13 @@ def names_of(subject: EvalModel, file: Path | None) -> list[str]:
 
 
 def read_batches(
-    paths: Sequence[Path], args: Namespace, failed: list[str]
+    paths: Sequence[Path], args: Namespace, images: DataConfig, failed: list[str]
 ) -> Iterator[tuple[list[Path], torch.Tensor]]:
     """Yield batches of files and of model inputs, ``B 3 H W``.
 
     ``failed`` receives the errors of images that cannot be decoded.
     """
-    transform = datasets.build_transform(False, args)
+    transform = datasets.build_transform(False, args, images)
     for start in range(0, len(paths), args.batch_size):
         good, inputs = [], []
         for path in paths[start : start + args.batch_size]:
@@ -130,9 +131,9 @@ def predict(
     receives the errors of the other images, and of non-finite outputs.
     """
     subject.model.eval()
-    for good, images in read_batches(paths, subject.args, failed):
+    for good, batch in read_batches(paths, subject.args, subject.images, failed):
         with subject.precision.autocast():
-            logits = subject.model(subject.precision.move(images))
+            logits = subject.model(subject.precision.move(batch))
         probabilities = logits.float().softmax(1).cpu()
         best = probabilities.topk(min(topk, probabilities.shape[1]), dim=1)
         others = [None] * len(good) if asked is None else probabilities[:, asked].tolist()
@@ -219,9 +220,10 @@ def get_parser() -> argparse.ArgumentParser:
     parser = Parser("tools.predict", description=__doc__.split("\n\n")[1], allow_abbrev=False)
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE", help="files, or folders of them")
-    add("--checkpoint", metavar="CKPT", help="file or address")
+    where = "file, address, hf-hub:ORG/NAME, local-dir:FOLDER, or name of published weights"
+    add("--checkpoint", metavar="CKPT", help=where)
     add("--model", metavar="NAME", help="for a file that does not contain its model's name")
-    add("--pretrained", action="store_true", help="timm's weights of --model instead of a file")
+    add("--pretrained", action="store_true", help="published weights of --model, instead of a file")
     add("--weights", choices=["model", "ema"], default="model", help="ema: the moving average")
     add("--input-size", type=int, help="pixels; default: the checkpoint's")
     add("--topk", type=positive, default=5, metavar="K", help="number of classes to print")

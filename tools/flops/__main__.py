@@ -86,17 +86,13 @@ def stage_table(rows: Sequence[PartCost]) -> str:
 
 def requests(args: argparse.Namespace) -> list[Request]:
     """Return a request for every model that the flags name."""
-    names = args.names
+    names, source = args.names, None
     if args.checkpoint:
-        saved = models.read_checkpoint(args.checkpoint).get("model_name")
-        names = names or [name for name in [saved] if name]
-        if len(names) != 1:
-            raise models.ModelError(
-                f"--checkpoint {args.checkpoint}: give one NAME, that of its model"
-            )
-        if saved not in (None, names[0]):
-            raise models.ModelError(f"{args.checkpoint} is of {saved}, not of {names[0]}")
-    options = (args.input_size, args.batch, args.fuse, args.fused_attention, args.checkpoint)
+        if len(names) > 1:
+            raise models.ModelError(f"--checkpoint {args.checkpoint}: give one NAME, not {names}")
+        source = models.find_model(args.checkpoint, names[0] if names else None, pretrained=True)
+        names = [source.name]
+    options = (args.input_size, args.batch, args.fuse, args.fused_attention, source)
     return [Request(name, *options) for name in names or our_models()]
 
 
@@ -113,7 +109,7 @@ def main(argv: list[str]) -> None:
     add("--fuse", action="store_true", help="count the models after fuse()")
     explicit = {"dest": "fused_attention", "action": "store_false"}
     add("--no-fused-attention", help="count attention written out", **explicit)
-    add("--checkpoint", help="file or URL that contains the model, its classes and input size")
+    add("--checkpoint", help="file, address, hf-hub:ORG/NAME or local-dir:FOLDER of a model")
     add("--csv", type=Path, help="file for exact counts")
     args = parser.parse_args(argv)
     files.check_files({"--csv": args.csv}, [args.checkpoint])

@@ -14,9 +14,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
+from models import ModelSource
 from models.layers import set_fused_attention
 from models.layers.fuse import Fusible
-from tools import networks
 
 LAYERS = {
     F.linear,
@@ -174,16 +174,15 @@ class Request:
     batch: int = 1
     fuse: bool = False  # count the fused model
     fused_attention: bool = True  # count attention as it runs, instead of written out
-    checkpoint: str | None = None
+    source: ModelSource | None = None  # by default, random weights of the name
 
     def build(self, device: str) -> tuple[nn.Module, tuple[int, int]]:
         """Build the model on a device; also return the image size."""
-        if self.checkpoint:
-            source, device_of_build = networks.from_checkpoint(self.checkpoint, self.name), "cpu"
-        else:
-            source, device_of_build = networks.from_name(self.name), device
-        size = source.image_size(self.size)
-        is_native = size == source.image_size() and not self.checkpoint
+        source = self.source or models.find_model(self.name)
+        device_of_build = "cpu" if self.source else device
+        native = source.data_config.input_size
+        size = self.size or native
+        is_native = size == native and not self.source
         with torch.device(device_of_build):
             model = source.build(None if is_native else size)
         source.load(model)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import engine
+from models import DataConfig
 from pipeline.images import DataError
 from tools import cli, files, plots, tables
 from tools.cli import shortened, shown
@@ -94,9 +95,10 @@ def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags."""
     parser = Parser("tools.validate", description=__doc__.split("\n\n")[1], allow_abbrev=False)
     add = parser.add_argument
-    add("checkpoints", nargs="*", metavar="CHECKPOINT", help="files or addresses")
+    where = "files, addresses, hf-hub:ORG/NAME, local-dir:FOLDER, or names of published weights"
+    add("checkpoints", nargs="*", metavar="CHECKPOINT", help=where)
     add("--model", metavar="NAME", help="for files that do not contain their model's name")
-    add("--pretrained", action="store_true", help="timm's weights of --model instead of files")
+    add("--pretrained", action="store_true", help="published weights of --model, instead of files")
     add("--input-size", type=int, nargs="+", help="pixels; default: the checkpoint's")
     add("--weights", choices=["model", "ema", "both"], default="both", help="both, if both exist")
     add("--fuse", action="store_true", help="fuse the model for inference first")
@@ -170,19 +172,19 @@ def check_fit(subject: EvalModel, test_set: EvalSet) -> None:
         )
 
 
-def plan(args: Namespace, device: torch.device) -> tuple[dict[int, EvalSet], list[Row]]:
-    """Return the test set by size, and the row of each model before it is evaluated."""
+def plan(args: Namespace, device: torch.device) -> tuple[dict[DataConfig, EvalSet], list[Row]]:
+    """Return the test set by preprocessing, and the row of each model before it is evaluated."""
     real_labels = read_real_labels(args.real_labels) if args.real_labels else None
-    sets: dict[int, EvalSet] = {}
+    sets: dict[DataConfig, EvalSet] = {}
     rows: list[Row] = []
     for subject in eval_models(args.checkpoints, args, device):
-        size = subject.args.input_size
-        if size not in sets:
-            sets[size] = open_set(subject.args, device)
-        check_fit(subject, sets[size])
-        matched = subject.match(sets[size].classes, sets[size].title)
-        if real_labels is not None and sets[size].real is None:
-            sets[size].add_real_labels(real_labels)
+        if subject.images not in sets:
+            sets[subject.images] = open_set(args, device, subject.images)
+        test_set = sets[subject.images]
+        check_fit(subject, test_set)
+        matched = subject.match(test_set.classes, test_set.title)
+        if real_labels is not None and test_set.real is None:
+            test_set.add_real_labels(real_labels)
         rows.append({"number": len(rows) + 1, **subject.row, "matched": matched})
     return sets, rows
 
@@ -220,7 +222,7 @@ def validate(args: Namespace, device: torch.device) -> int:
     try:
         again = eval_models(args.checkpoints, args, device, quiet=True)
         for row, subject in zip(planned, again, strict=True):
-            test_set, matched = sets[row["size"]], row["matched"]
+            test_set, matched = sets[subject.images], row["matched"]
             found = evaluate(subject, test_set, matched, pairs)
             rows.append(row | found)
             failed += subject.complaints(found["nonfinite"])

@@ -1,9 +1,8 @@
 """Models to evaluate: every model at every size with each of its weights."""
 
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -12,10 +11,10 @@ from torch import nn
 import datasets
 import engine
 import models
+from models import DataConfig, ModelSource
 from tools.cli import shown
-from tools.networks import ModelSource, from_checkpoint, from_name
 from tools.validate.classes import ClassMap, match_classes
-from training.network import choose_precision, fused, renormalized
+from training.network import choose_precision, fused
 from utils import UserError
 
 
@@ -25,7 +24,8 @@ class EvalModel:
 
     source: ModelSource
     weights: str  # model or ema
-    args: Namespace  # the flags, with its input_size
+    args: Namespace  # the flags
+    images: DataConfig
     model: nn.Module  # with its weights on the device; the next EvalModel may overwrite them
     precision: engine.Precision
 
@@ -37,12 +37,12 @@ class EvalModel:
     @property
     def label(self) -> str:
         """Name in messages."""
-        return shown(f"{self.source.label} ({self.weights}, {self.args.input_size} pixels)")
+        return shown(f"{self.source.label} ({self.weights}, {self.images.side} pixels)")
 
     @property
     def row(self) -> dict[str, Any]:
         """First columns of a row of results."""
-        size = self.args.input_size
+        size = self.images.side
         return {"checkpoint": self.source.label, "weights": self.weights, "size": size}
 
     def complaints(self, nonfinite: int) -> list[str]:
@@ -76,26 +76,26 @@ def eval_models(
     Raises:
         CheckpointError, ModelError: A model cannot be loaded, or does not accept a size.
     """
-    sources = [from_name(args.model, pretrained=True)] if args.pretrained else []
-    loaded = (from_checkpoint(path, args.model, args.qk_scale_factor) for path in files)
-    for source in chain(sources, loaded):
-        exponent = source.required.get("qk_scale_factor", args.qk_scale_factor)
-        if args.qk_scale_factor not in (None, exponent) and not quiet:
-            print(
-                f"warning: --qk-scale-factor {args.qk_scale_factor} is ignored: {source.label} was "
-                f"trained with {exponent}"
+    warn: Callable[[str], None] = (lambda message: None) if quiet else print
+    for where in files or [args.model]:
+        name, exponent = args.model if files else None, args.qk_scale_factor
+        source = models.find_model(where, name, pretrained=True, exponent=exponent)
+        saved = source.required.get("qk_scale_factor", exponent)
+        if exponent not in (None, saved):
+            warn(
+                f"warning: --qk-scale-factor {exponent} is ignored: {source.label} was trained "
+                f"with {saved}"
             )
         weights = source.weights(args.weights)
         for asked in args.input_size or [None]:
-            size = asked or source.input_size or datasets.input_size_of(args)
-            model = source.build(size)
-            models.check_input_size(model, source.name, size)
+            at_size = Namespace(**vars(args) | {"input_size": asked})
+            images = datasets.choose_images(at_size, source.data_config, source.label, warn)
+            model = source.build(images.side)
+            models.check_input_size(model, source.name, images.side)
             precision = choose_precision(args, model, device)
             precision.place(model)
-            at_size = Namespace(**vars(args) | {"input_size": size})
             for name in weights:
                 source.load(model, name)
                 net = fused(model, source.name) if args.fuse else model
-                net = renormalized(net, datasets.NORMALIZATION, source.normalization(model))
                 net = engine.compiled(net, args.compile)
-                yield EvalModel(source, name, at_size, net, precision)
+                yield EvalModel(source, name, args, images, net, precision)

@@ -112,7 +112,7 @@ def measure(subject: EvalModel, name: str, paths: Sequence[Path], told: set[str]
     """Evaluate a model on the folders of a corruption; ``told`` as for :func:`cli.warn`."""
     found, is_imagenet = [], True
     for path in paths:
-        test_set = open_class_folders(path, subject.args)
+        test_set = open_class_folders(path, subject.args, subject.images)
         matched = subject.match(test_set.classes, test_set.title)
         is_imagenet &= matched.num_outputs == NUM_IMAGENET and not matched.is_subset
         found.append(evaluate(subject, test_set, matched))

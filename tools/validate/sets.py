@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 import datasets
+from models import DataConfig
 from pipeline.images import DataError
 from pipeline.prefetch import Prefetcher
 from pipeline.sources.base import Encoded, Files
@@ -23,7 +24,7 @@ NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})")
 
 
 class EvalSet:
-    """Images of a test set at one size, with their indices as targets.
+    """Images of a test set under one preprocessing, with their indices as targets.
 
     Messages call them ``title``. ``targets`` has the class of each image, ``N`` of int64, and
     ``real``, after :meth:`add_real_labels`, its ImageNet-ReaL labels, ``N 1000`` of bool.
@@ -73,8 +74,8 @@ class EvalSet:
             self.real[row, labels[number - 1]] = True
 
 
-def open_set(args: Namespace, device: torch.device) -> EvalSet:
-    """Open the test set of the flags at ``args.input_size``.
+def open_set(args: Namespace, device: torch.device, images: DataConfig) -> EvalSet:
+    """Open the test set of the flags, under a model's preprocessing.
 
     Of an image folder, ``val`` or ``validation`` is read, or, without these and ``train``, the
     folder itself.
@@ -82,7 +83,7 @@ def open_set(args: Namespace, device: torch.device) -> EvalSet:
     name = datasets.data_set_name(args)
     title = str(args.data_path or name)
     if not args.data_path or not name.startswith("IMNET"):
-        return EvalSet(datasets.build_dataset(False, args, device)[0], title)
+        return EvalSet(datasets.build_dataset(False, args, device, images)[0], title)
     folder = Path(args.data_path)
     if not os.path.isdir(folder):
         what = "is not a folder" if os.path.exists(folder) else "does not exist"
@@ -91,13 +92,16 @@ def open_set(args: Namespace, device: torch.device) -> EvalSet:
     split = next((split for split in ("val", "validation") if split in names), "")
     if not split and "train" in names:
         raise DataError(f"--data-path {folder} has train/, but neither val/ nor validation/")
-    return open_class_folders(folder / split, args, title)
+    return open_class_folders(folder / split, args, images, title)
 
 
-def open_class_folders(folder: Path, args: Namespace, title: str | None = None) -> EvalSet:
+def open_class_folders(
+    folder: Path, args: Namespace, images: DataConfig, title: str | None = None
+) -> EvalSet:
     """Open ``folder/CLASS/*``, which messages call ``title``, with the evaluation transform."""
     source = open_folder_of_classes(folder)
-    return EvalSet(datasets.augmented(source, False, args), title or str(folder))
+    dataset = datasets.augmented(source, False, args, images=images)
+    return EvalSet(dataset, title or str(folder))
 
 
 def read_real_labels(place: str) -> list[list[int]]:
