@@ -4,7 +4,8 @@ Hooks keep the input of each attention layer while the model runs in evaluation 
 computes its weights from that input, because fused kernels never form them.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -23,30 +24,19 @@ PARTS = ("full", "content", "position")
 
 
 def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the attention layers of ``model`` by name, in order of depth.
-
-    Raises:
-        UserError: There are none of a known kind.
-    """
+    """Return the attention layers of ``model`` by name, in order of depth; at least one."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, KINDS)}
     if not layers:
         raise UserError(f"{type(model).__name__} has no attention layer of a known kind")
     return layers
 
 
-def choose(kind: str, flag: str, wanted: Iterable[int] | None, count: int) -> list[int]:
-    """Return the ``wanted`` of ``count`` indices, each once; all if None.
-
-    Raises:
-        UserError: One is out of range.
-    """
-    if wanted is None:
-        return list(range(count))
-    wanted = list(wanted)
-    for index in wanted:
+def choose(kind: str, flag: str, wanted: Sequence[int] | None, count: int) -> list[int]:
+    """Return the ``wanted`` of ``count`` indices, each once; all if None."""
+    for index in wanted or ():
         if not 0 <= index < count:
             raise UserError(f"{flag} {index}: no {kind} of this number; choose from 0..{count - 1}")
-    return list(dict.fromkeys(wanted))
+    return list(range(count) if wanted is None else dict.fromkeys(wanted))
 
 
 def attention_parts(layer: nn.Module, x: torch.Tensor) -> AttentionParts:
@@ -91,10 +81,10 @@ class Captured:
     grid: tuple[int, int]
     prefix: int
 
+    @torch.no_grad()
     def parts(self) -> AttentionParts:
         """See :func:`attention_parts`."""
-        with torch.no_grad():
-            return attention_parts(self.layer, self.x)
+        return attention_parts(self.layer, self.x)
 
     def maps(self, weights: torch.Tensor, query: tuple[int, int] | str) -> torch.Tensor:
         """Return the weights of one query as maps ``B h H W``, without those of prefix tokens.
@@ -117,23 +107,17 @@ def capture(
     model: nn.Module, layers: dict[str, nn.Module], images: torch.Tensor
 ) -> Iterator[Captured]:
     """Run ``model`` on images ``B 3 H W``; yield every layer with its input."""
-    inputs: dict[str, torch.Tensor] = {}
+    inputs: dict[nn.Module, torch.Tensor] = {}
 
-    def keep(name: str):
-        def hook(module: nn.Module, args: tuple) -> None:
-            inputs[name] = args[0].detach()
+    def keep(layer: nn.Module, args: tuple) -> None:
+        inputs[layer] = args[0]
 
-        return hook
-
-    handles = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
-    try:
-        with torch.no_grad():
-            model.eval()(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for layer in layers.values():
+            hooks.enter_context(layer.register_forward_pre_hook(keep))
+        model.eval()(images)
     for name, layer in layers.items():
-        x = inputs.pop(name)
+        x = inputs.pop(layer)
         yield Captured(name, layer, x, *_geometry(model, layer, x, images.shape[-2:]))
 
 
@@ -141,10 +125,8 @@ def _geometry(
     model: nn.Module, layer: nn.Module, x: torch.Tensor, size: tuple[int, int]
 ) -> tuple[tuple[int, int], int]:
     """Return the grid of a layer's input, and the number of tokens before it."""
-    if isinstance(layer, GPSA):
-        return tuple(x.shape[1:3]), 0
     if x.ndim == 4:
-        return tuple(x.shape[-2:]), 0
+        return tuple(x.shape[1:3] if isinstance(layer, GPSA) else x.shape[2:]), 0
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     if isinstance(patch, tuple):
         grid = (size[0] // patch[0], size[1] // patch[1])

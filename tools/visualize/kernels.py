@@ -9,7 +9,15 @@ import torch
 from torch import nn
 
 from models.layers.reparam import ReparamModule, RepMixer
-from tools.visualize.figures import Picture, add_row_bar, as_rows, grid_of_axes, symmetric, title
+from tools.visualize.figures import (
+    Picture,
+    add_row_bar,
+    as_rows,
+    grid_of_axes,
+    name_columns,
+    symmetric,
+    title,
+)
 from tools.visualize.loading import load_model
 from utils import UserError
 
@@ -43,13 +51,13 @@ def reparam_layers(model: nn.Module) -> dict[str, ReparamModule]:
         if isinstance(module, ReparamModule) and not inner:
             found[name] = module
     branched = {name: m for name, m in found.items() if m.reparam_conv is None}
-    if found and not branched:
-        raise UserError(
-            f"{type(model).__name__} is reparameterised and its branches are gone: "
-            f"give a checkpoint of the training"
-        )
-    if not found:
-        raise UserError(f"{type(model).__name__} has no reparameterisable kernels, as FastViT has")
+    if not branched:
+        problem = "has no reparameterisable kernels, as FastViT has"
+        if found:
+            problem = (
+                "is reparameterised and its branches are gone: give a checkpoint of the training"
+            )
+        raise UserError(f"{type(model).__name__} {problem}")
     return branched
 
 
@@ -94,13 +102,10 @@ def make(args: Namespace) -> Picture:
     columns = {**kernels.branches, "sum": kernels.total, "fused": kernels.fused}
     slices = {key: own_slices(kernel)[: args.channels] for key, kernel in columns.items()}
     what = f"{name} ({type(layers[name]).__name__}), {model.label}"
-    rows = [
-        row
-        for branch, part in slices.items()
-        for row in as_rows(part, "weight", branch=[branch], channel=None, y=None, x=None)
-    ]
-    figure = draw(slices, kernels, what, args.scale == "panel")
-    return Picture(figure, rows, model.epoch or 0)
+    rows = []
+    for branch, part in slices.items():
+        rows += as_rows(part, "weight", branch=[branch], channel=None, y=None, x=None)
+    return Picture(draw(slices, kernels, what, args.scale == "panel"), rows, model.epoch)
 
 
 def draw(slices: dict[str, torch.Tensor], kernels: Kernels, what: str, by_panel: bool) -> Any:
@@ -108,19 +113,17 @@ def draw(slices: dict[str, torch.Tensor], kernels: Kernels, what: str, by_panel:
 
     Every row has its own colour scale, or every panel if ``by_panel``.
     """
-    count = len(next(iter(slices.values())))
-    figure, axes = grid_of_axes(count, len(slices), 1.2, (1.2, 1.2), "--channels")
+    names = [f"channel {channel}" for channel in range(len(next(iter(slices.values()))))]
+    figure, axes = grid_of_axes(names, len(slices), 1.2, (1.2, 1.2), "--channels")
     for channel, line in enumerate(axes):
         largest = [part[channel].abs().max() for part in slices.values()]
         for ax, part, own in zip(line, slices.values(), largest, strict=True):
             options = symmetric(own if by_panel else max(largest))
             image = ax.imshow(part[channel].numpy(), **options)
             ax.set_xlabel(f"max |w| {own:.2g}", fontsize=7, labelpad=2)
-        line[0].set_ylabel(f"channel {channel}", fontsize=8)
         if not by_panel:
-            add_row_bar(figure, image, line, 0.9, "" if channel else "weight")
-    for ax, name in zip(axes[0], slices, strict=True):
-        ax.set_title(name, fontsize=8)
+            add_row_bar(image, line, 0.9, "" if channel else "weight")
+    name_columns(axes, list(slices))
     inputs = kernels.fused.shape[1]
     which = "" if inputs == 1 else f"\nslices of input (channel mod {inputs})"
     figure.suptitle(

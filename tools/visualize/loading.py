@@ -123,8 +123,7 @@ def load_images(model: LoadedModel, paths: Sequence[str | Path]) -> torch.Tensor
     """
     files = [find_images(path, 1)[0] if Path(path).is_dir() else path for path in paths]
     flags = Namespace(input_size=model.size, eval_crop_ratio=model.crop_ratio)
-    *steps, _ = datasets.build_transform(False, flags).transforms  # without the normalization
-    view = transforms.Compose(steps)
+    view = transforms.Compose(datasets.build_transform(False, flags).transforms[:-1])
     return torch.stack([view(load_image(file)) for file in files])
 
 
