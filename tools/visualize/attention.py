@@ -3,8 +3,7 @@
 import itertools
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,31 +13,23 @@ from tools.visualize.loading import LoadedModel, load_images, load_model
 from utils import UserError
 
 
-@dataclass(frozen=True)
-class LayerMaps:
-    """Attention maps of a layer for one query.
-
-    Attributes:
-        name: Layer name.
-        place: Row and column of the query in the layer's grid, None for the class token.
-        heads: Head numbers.
-        maps: ``h H W`` by part, of those that the layer has.
-    """
+class LayerMaps(NamedTuple):
+    """Attention maps of a layer for one query."""
 
     name: str
-    place: tuple[int, int] | None
-    heads: list[int]
-    maps: dict[str, torch.Tensor]
+    place: tuple[int, int] | None  # row and column in the layer's grid, None for the class token
+    heads: list[int]  # their numbers
+    maps: dict[str, torch.Tensor]  # h H W by part, of those that the layer has
 
 
 def make(args: Namespace) -> figures.Picture:
     """What a patch, or the class token, attends to, over the image."""
-    if not (args.checkpoint or args.model):
-        raise UserError("give --checkpoint CKPT or --model NAME")
     if args.checkpoint:
         model = load_model(args.checkpoint, args)
-    else:
+    elif args.model:
         model = load_model(args.model, Namespace(**vars(args) | {"model": None}))
+    else:
+        raise UserError("give --checkpoint CKPT or --model NAME")
     query = parse_query(args.query, model.size)
     image = load_images(model, [args.image])
     parts = PARTS if args.part == "all" else (args.part,)
@@ -86,21 +77,18 @@ def measure(
 
     Args:
         model, image: Model and image in 0..1.
-        query: See :func:`parse_query`; layers without a class token have no maps of it.
+        query: See :func:`parse_query`. Layers without a class token have no maps of it; chosen
+            ones raise UserError.
         parts: Of :data:`PARTS`.
         chosen, heads: Numbers of layers and heads; all if None.
-
-    Raises:
-        UserError: There is no such layer or head, or a chosen layer has no class token.
     """
     layers = attention_layers(model.module)
     names = list(layers)
-    numbers = choose("attention layer", "--layers", chosen, len(names))
-    layers = {names[index]: layers[names[index]] for index in numbers}
+    layers = {n: layers[n] for n in choose("attention layer", "--layers", chosen, names)}
     if heads is not None:
         fewest = min(layers, key=lambda name: layers[name].num_heads)
         kind = f"head of {fewest} (--layers chooses others)"
-        heads = choose(kind, "--heads", heads, layers[fewest].num_heads)
+        heads = choose(kind, "--heads", heads, range(layers[fewest].num_heads))
     has_class = getattr(model.module, "cls_token", None) is not None
     for captured in capture(model.module, layers, model.normalized(image)):
         place = None
@@ -153,8 +141,7 @@ def draw(layers: Sequence[LayerMaps], parts: Sequence[str], image: torch.Tensor,
         height, width = (size / side for side in next(iter(one.maps.values())).shape[-2:])
         corner = (one.place[1] * width, one.place[0] * height)
         for ax in (panel for panel in line if panel.has_data()):
-            frame = {"fill": False, "edgecolor": "red", "linewidth": 1.3}
-            ax.add_patch(Rectangle(corner, width, height, **frame))
+            ax.add_patch(Rectangle(corner, width, height, fill=False, edgecolor="red", lw=1.3))
             ax.set(xlim=(0, size), ylim=(size, 0))
     names = [f"{part}\nhead {numbers[head]}" for part, head in columns]
     if list(parts) == ["full"]:

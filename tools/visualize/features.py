@@ -25,22 +25,20 @@ def make(args: Namespace) -> Picture:
     model = load_model(args.source, args)
     image = load_images(model, [args.image])
     maps = stage_maps(model, image)
-    stages = choose("stage", "--layers", args.layers, len(maps))
-    names = list(maps)
-    maps = {names[index]: maps[names[index]] for index in stages}
+    chosen = choose("stage", "--layers", args.layers, list(enumerate(maps)))
+    maps = {name: maps[name] for _, name in chosen}
     picked = [pick_channels(part, args.channels, args.pick) for part in maps.values()]
     rows = []
-    for index, part, channels in zip(stages, maps.values(), picked, strict=True):
-        axes = {"stage": [index], "channel": channels, "y": None, "x": None}
-        rows += as_rows(part[channels], "value", **axes)
+    for (stage, name), channels in zip(chosen, picked, strict=True):
+        axes = {"stage": [stage], "channel": channels, "y": None, "x": None}
+        rows += as_rows(maps[name][channels], "value", **axes)
     return Picture(draw(maps, picked, image[0], model.label), rows, model.epoch)
 
 
 def stage_maps(model: LoadedModel, image: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return maps ``C H W`` after the stages or blocks, by name, for an image ``1 3 H W`` in 0..1.
 
-    Raises:
-        UserError: The model returns none, or values that are not finite.
+    UserError is raised if the model returns none, or values that are not finite.
     """
     if not hasattr(model.module, "forward_intermediates"):
         raise UserError(f"{model.label}: the model does not have forward_intermediates")

@@ -4,9 +4,8 @@ import io
 import itertools
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +14,9 @@ from PIL import Image
 from tools.cli import shown
 from tools.files import check_outputs, check_suffix, check_writable
 from tools.plots import as_png, new_figure, plain_text
+from tools.plots import save as save_figure
 from tools.tables import write_csv
-from training.files import OutputError, write_atomically
+from training.files import OutputError
 from utils import UserError
 
 MAGNITUDE, SIGNED = "viridis", "RdBu_r"  # safe for colour-blind readers; red is positive
@@ -29,30 +29,20 @@ DPI, PADDING = 110, 0.08
 INPUTS = ("image", "source", "checkpoint", "checkpoints", "runs")  # flags of files that are read
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A figure and its values.
-
-    Attributes:
-        figure: A ``matplotlib.figure.Figure``.
-        rows: Its values for the CSV file, with the same keys each.
-        epoch: That of the last weights shown, None if unknown; TensorBoard's step.
-        notes: Lines to print.
-    """
+class Picture(NamedTuple):
+    """A figure and its values."""
 
     figure: Any
-    rows: Sequence[dict[str, Any]]
-    epoch: int | None
-    notes: Sequence[str] = ()
+    rows: Sequence[dict[str, Any]]  # the values for the CSV file, with the same keys each
+    epoch: int | None  # of the last weights shown, None if unknown: TensorBoard's step
+    notes: Sequence[str] = ()  # lines to print
 
 
 def as_rows(values: torch.Tensor, name: str, **axes: Sequence | None) -> list[dict[str, Any]]:
     """Return a row for every element of a tensor: its coordinates, and its value under ``name``.
 
-    Args:
-        values: Tensor; its dimensions are the last of the axes.
-        name: Column of the values.
-        **axes: Column and labels of every axis, None for indices; single labels come first.
+    The axes are columns with the labels of a dimension each, None for indices. Those that the
+    tensor does not have come first, with one label each.
     """
     sizes = (1,) * (len(axes) - values.ndim) + values.shape
     pairs = zip(axes.values(), sizes, strict=True)
@@ -91,10 +81,7 @@ def grid_of_axes(
         columns: Number of panels in a row.
         side: Side of a panel in inches.
         extra: Width and height next to the panels in inches.
-        flags: Flags that reduce the number of panels, for the error message.
-
-    Raises:
-        UserError: There are too many panels to see anything.
+        flags: Flags that reduce the number of panels, named where there are too many to see.
     """
     rows = len(names)
     if rows * columns > MAX_PANELS or columns > MAX_COLUMNS:
@@ -128,7 +115,7 @@ def add_colour_bar(image: Any, axes: Any, label: str) -> Any:
 
 
 def add_row_bar(image: Any, line: Any, shrink: float, label: str) -> None:
-    """Add a small colour bar for one row of panels."""
+    """Add a small colour bar for one row of panels; ``shrink`` is its share of their height."""
     bar = image.figure.colorbar(image, ax=line, shrink=shrink, aspect=10, pad=0.01)
     bar.ax.tick_params(labelsize=7)
     bar.ax.set_title(label, fontsize=7)
@@ -171,25 +158,25 @@ def save(picture: Picture, kind: str, args: Namespace) -> list[str]:
     TensorBoard gets the figure under ``visualize/KIND``. Of a file that cannot be written
     (OutputError), the previous one is unchanged.
     """
-    png = as_png(picture.figure, DPI, PADDING) if args.output or args.tensorboard else b""
+    lines = [f"written to {path}" for path in (args.output, args.csv) if path]
     if args.output:
-        write_atomically(args.output, lambda file: file.write(png))
+        save_figure(picture.figure, args.output, DPI, PADDING)
     if args.csv:
         write_csv(args.csv, list(picture.rows[0]), picture.rows)
-    lines = [f"written to {path}" for path in (args.output, args.csv) if path]
     if args.tensorboard:
         tag, step = f"visualize/{kind}", picture.epoch or 0
-        _to_tensorboard(png, tag, step, args.tensorboard)
+        _to_tensorboard(picture.figure, tag, step, args.tensorboard)
         lines.append(f"{tag} at step {step} in {args.tensorboard}")
     return lines
 
 
-def _to_tensorboard(png: bytes, tag: str, step: int, folder: Path) -> None:
+def _to_tensorboard(figure: Any, tag: str, step: int, folder: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
-    image = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+    png = io.BytesIO(as_png(figure, DPI, PADDING))
     try:
         with SummaryWriter(str(folder)) as writer:
+            image = np.asarray(Image.open(png).convert("RGB"))
             writer.add_image(tag, image, step, dataformats="HWC")
     except (OSError, ValueError) as error:  # ValueError: a step that is too large
         reason = getattr(error, "strerror", None) or error

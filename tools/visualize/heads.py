@@ -63,11 +63,7 @@ def _make(
 
 
 def gates(model: nn.Module) -> Values:
-    """Return sigmoid(lambda), the share of positional attention (arXiv 2103.10697, section 3).
-
-    Raises:
-        UserError: The model has no gates.
-    """
+    """Return sigmoid(lambda), the share of positional attention (arXiv 2103.10697, section 3)."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, GPSA)}
     if not layers:
         raise UserError(f"{type(model).__name__} has no gates, as ConViT has")
@@ -99,20 +95,17 @@ def nonlocality_of(captured: Captured) -> torch.Tensor:
         windows = captured.layer.windows(height, width, weights)
     else:
         weights = weights[:, None, :, captured.prefix :, captured.prefix :]  # B W h N N
-    if windows is None:
-        source = torch.arange(height * width, device=weights.device)
-    else:
-        source = windows.source
+    source = windows.source if windows else torch.arange(height * width, device=weights.device)
     inside = torch.ones_like(source, dtype=weights.dtype)
-    if windows is not None:
+    if windows:
         inside[windows.padding] = 0.0
-    shape = weights.shape[1], weights.shape[-1]  # W N
+    inside = inside.view(weights.shape[1], 1, -1)  # W 1 N
     points = torch.stack([source // width, source % width], dim=-1).to(weights.dtype)
-    points, inside = points.view(*shape, 2), inside.view(shape)
-    distances = (points[:, :, None] - points[:, None]).norm(dim=-1)  # W N N
-    weights = weights * inside[:, None, None, :]
+    points = points.view(*inside.shape, 2)  # W 1 N 2
+    distances = (points.transpose(1, 2) - points).norm(dim=-1)  # W N N
+    weights = weights * inside[:, None]
     weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-30)
-    distances = distances * inside[:, :, None]
+    distances = distances * inside.transpose(1, 2)
     return torch.einsum("bwhij,wij->bh", weights, distances) / (height * width)
 
 
@@ -121,8 +114,7 @@ def in_order(
 ) -> tuple[Sequence[tuple[LoadedModel, Values]], list[str]]:
     """Sort by epoch, keeping the first of each; also return notes of those left out.
 
-    Raises:
-        UserError: The epoch of one of several is unknown, or their networks differ.
+    UserError is raised if the epoch of one of several is unknown, or their networks differ.
     """
     if len(found) == 1:
         return found, []

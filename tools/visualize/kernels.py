@@ -2,8 +2,7 @@
 
 import copy
 from argparse import Namespace
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,21 +21,13 @@ from tools.visualize.loading import load_model
 from utils import UserError
 
 
-@dataclass(frozen=True)
-class Kernels:
-    """Kernels of a layer before and after reparameterisation, ``C I k k`` each.
+class Kernels(NamedTuple):
+    """Kernels of a layer before and after reparameterisation, ``C I k k`` each."""
 
-    Attributes:
-        branches: Contribution of each branch, norms and scales folded in, by name; in float64.
-        total: Sum of the branches.
-        fused: Kernel after :meth:`ReparamModule.reparameterize`.
-        difference: Largest absolute difference of ``total`` and ``fused``, biases included.
-    """
-
-    branches: dict[str, torch.Tensor]
-    total: torch.Tensor
-    fused: torch.Tensor
-    difference: float
+    branches: dict[str, torch.Tensor]  # by name, norms and scales folded in, in float64
+    total: torch.Tensor  # sum of the branches
+    fused: torch.Tensor  # after ReparamModule.reparameterize()
+    difference: float  # largest absolute one of total and fused, biases included
 
 
 def reparam_layers(model: nn.Module) -> dict[str, ReparamModule]:

@@ -37,9 +37,8 @@ def make(args: Namespace) -> figures.Picture:
     show = args.show or next(iter(found))
     if show not in found:
         raise UserError(f"--show {show}: {model.label} has only {', '.join(found)}")
-    names = list(found[show])
-    chosen = choose(f"{show} layer", "--layers", args.layers, len(names))
-    parts = {names[index]: found[show][names[index]] for index in chosen}
+    names = choose(f"{show} layer", "--layers", args.layers, list(found[show]))
+    parts = {name: found[show][name] for name in names}
     what = figures.title(model.label) + (", resampled" if model.resampled else "")
     return figures.Picture(*SHOWN[show](model, parts, what), model.epoch)
 
@@ -120,10 +119,8 @@ def _rows_of_heads(
 def position_embeddings(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return learned absolute position embeddings by name, as maps ``C H W``.
 
-    Those of tokens have the grid of the model, or a square one; prefix tokens are left out.
-
-    Raises:
-        UserError: The tokens fit neither grid.
+    Those of tokens have the grid of the model, or a square one (UserError if they fit neither);
+    prefix tokens are left out.
     """
     patches = getattr(model, "patch_embed", None)
     grid = getattr(model, "grid_size", getattr(patches, "grid_size", None))
