@@ -38,8 +38,7 @@ def log_file(path: str) -> Path:
 def read_log(file: Path) -> Log:
     """Read the lines of a log, by epoch; the last one of an epoch counts, as after a resume.
 
-    Raises:
-        UserError: The log cannot be read or is empty, or a line is invalid; names the line.
+    A UserError names the line that is invalid.
     """
     try:
         text = file.read_text(encoding="utf-8")

@@ -6,21 +6,13 @@ from typing import Any
 
 import torch
 
+from tools.visualize import figures
 from tools.visualize.capture import choose
-from tools.visualize.figures import (
-    Picture,
-    add_row_bar,
-    as_rows,
-    grid_of_axes,
-    name_columns,
-    symmetric,
-    title,
-)
 from tools.visualize.loading import LoadedModel, load_images, load_model
 from utils import UserError
 
 
-def make(args: Namespace) -> Picture:
+def make(args: Namespace) -> figures.Picture:
     """Feature maps of every stage, and their principal components."""
     model = load_model(args.source, args)
     image = load_images(model, [args.image])
@@ -31,8 +23,8 @@ def make(args: Namespace) -> Picture:
     rows = []
     for (stage, name), channels in zip(chosen, picked, strict=True):
         axes = {"stage": [stage], "channel": channels, "y": None, "x": None}
-        rows += as_rows(maps[name][channels], "value", **axes)
-    return Picture(draw(maps, picked, image[0], model.label), rows, model.epoch)
+        rows += figures.as_rows(maps[name][channels], "value", **axes)
+    return figures.Picture(draw(maps, picked, image[0], model.label), rows, model.epoch)
 
 
 def stage_maps(model: LoadedModel, image: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -94,15 +86,15 @@ def draw(
     """Draw rows of stages: the image, principal components as colours, channels on one scale."""
     names = [f"{name}\n{'x'.join(map(str, part.shape))}" for name, part in maps.items()]
     columns = 2 + max(map(len, picked))
-    figure, axes = grid_of_axes(names, columns, 1.25, (1.5, 0.9), "--channels")
+    figure, axes = figures.grid_of_axes(names, columns, 1.25, (1.5, 0.9), "--channels")
     for line, features, channels in zip(axes, maps.values(), picked, strict=True):
         line[0].imshow(image.permute(1, 2, 0).numpy())
         line[1].imshow(principal_colours(features).numpy())
-        options = symmetric(features[channels].abs().max())
+        options = figures.symmetric(features[channels].abs().max())
         for ax, channel in zip(line[2:], channels, strict=False):
             shades = ax.imshow(features[channel].numpy(), **options)
             ax.set_title(f"channel {channel}", fontsize=8)
-        add_row_bar(shades, line, 0.85, "value")
-    name_columns(axes, ["image", "PCA 1-3 as RGB"])
-    figure.suptitle(title(f"feature maps, {label}"), fontsize=10)
+        figures.add_row_bar(shades, line, 0.85, "value")
+    figures.name_columns(axes, ["image", "PCA 1-3 as RGB"])
+    figure.suptitle(figures.title(f"feature maps, {label}"), fontsize=10)
     return figure

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tools import plots
 from tools.cli import shown
 from tools.files import check_outputs, check_suffix, check_writable
-from tools.plots import as_png, new_figure, plain_text
-from tools.plots import save as save_figure
 from tools.tables import write_csv
 from training.files import OutputError
 from utils import UserError
@@ -59,7 +58,7 @@ def title(text: str) -> str:
     if len(text) > MAX_TITLE:
         half = (MAX_TITLE - 1) // 2
         text = f"{text[:half]}…{text[-half:]}"
-    return plain_text(text)
+    return plots.plain_text(text)
 
 
 def short_name(layer: str) -> str:
@@ -89,7 +88,7 @@ def grid_of_axes(
             f"{rows} rows of {columns} panels are too many (at most {MAX_COLUMNS} in a row, "
             f"{MAX_PANELS} in all): choose fewer with {flags}"
         )
-    figure = new_figure(max(columns * side + extra[0], MIN_WIDTH), rows * side + extra[1])
+    figure = plots.new_figure(max(columns * side + extra[0], MIN_WIDTH), rows * side + extra[1])
     axes = figure.subplots(rows, columns, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
     for ax, name in zip(axes[:, 0], names, strict=True):
         ax.set_ylabel(name, fontsize=8)
@@ -160,7 +159,7 @@ def save(picture: Picture, kind: str, args: Namespace) -> list[str]:
     """
     lines = [f"written to {path}" for path in (args.output, args.csv) if path]
     if args.output:
-        save_figure(picture.figure, args.output, DPI, PADDING)
+        plots.save(picture.figure, args.output, DPI, PADDING)
     if args.csv:
         write_csv(args.csv, list(picture.rows[0]), picture.rows)
     if args.tensorboard:
@@ -173,7 +172,7 @@ def save(picture: Picture, kind: str, args: Namespace) -> list[str]:
 def _to_tensorboard(figure: Any, tag: str, step: int, folder: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
-    png = io.BytesIO(as_png(figure, DPI, PADDING))
+    png = io.BytesIO(plots.as_png(figure, DPI, PADDING))
     try:
         with SummaryWriter(str(folder)) as writer:
             image = np.asarray(Image.open(png).convert("RGB"))

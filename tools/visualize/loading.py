@@ -44,15 +44,10 @@ class LoadedModel(NamedTuple):
 
 
 def load_model(what: str, args: Namespace) -> LoadedModel:
-    """Load a checkpoint, or build a registered model.
+    """Load a checkpoint (file or URL), or build the registered model of a name.
 
-    Args:
-        what: File or URL of a checkpoint, or a name of ``timm.list_models()``.
-        args: Flags of models, such as ``--weights`` and ``--input-size``.
-
-    Raises:
-        UserError: ``what`` is neither, a flag does not apply, or weights are not finite.
-        CheckpointError, ModelError: The model cannot be read or built, or not for this size.
+    UserError is raised for anything else, flags that do not apply, weights that are not finite, and
+    models that cannot be read or built for ``--input-size``.
     """
     source = _source(what, args)
     torch.manual_seed(args.seed)

@@ -47,12 +47,9 @@ def _tables(model: LoadedModel, layers: dict[str, WindowAttention2d], what: str)
     """Bias tables: rows of layers and columns of heads, on one scale."""
     maps = {name: bias_pictures(layer).cpu() for name, layer in layers.items()}
     options = figures.symmetric(max(part.abs().max() for part in maps.values()))
-    figure = _rows_of_heads(maps, options, "bias added to the score", offsets=True)
-    figure.suptitle(
-        f"relative position bias, {what}\n"
-        f"query minus key, in positions: dx to the right, dy downwards",
-        fontsize=10,
-    )
+    heading = f"relative position bias, {what}"
+    heading += "\nquery minus key, in positions: dx to the right, dy downwards"
+    figure = _rows_of_heads(maps, options, "bias added to the score", heading, offsets=True)
     rows = []
     for name, layer in layers.items():
         steps = range(1 - layer.window, layer.window)
@@ -73,13 +70,10 @@ def _gpsa(model: LoadedModel, layers: dict[str, GPSA], what: str) -> tuple:
     maps = {name: centre_positions(layer, *grids[name]).cpu() for name, layer in layers.items()}
     largest = max(part.max().item() for part in maps.values())
     options = {"cmap": figures.MAGNITUDE, "vmin": 0.0, "vmax": largest}
-    figure = _rows_of_heads(maps, options, "weight", offsets=False)
     height, width = next(iter(grids.values()))
-    figure.suptitle(
-        f"positional attention of patch ({height // 2}, {width // 2}), marked, of a grid of "
-        f"{height}x{width}\n{what}",
-        fontsize=10,
-    )
+    patch = f"patch ({height // 2}, {width // 2}), marked, of a grid of {height}x{width}"
+    heading = f"positional attention of {patch}\n{what}"
+    figure = _rows_of_heads(maps, options, "weight", heading, offsets=False)
     rows = []
     for name, part in maps.items():
         rows += figures.as_rows(part, "weight", layer=[name], head=None, y=None, x=None)
@@ -94,7 +88,7 @@ def centre_positions(layer: GPSA, height: int, width: int) -> torch.Tensor:
 
 
 def _rows_of_heads(
-    maps: dict[str, torch.Tensor], options: dict[str, Any], what: str, offsets: bool
+    maps: dict[str, torch.Tensor], options: dict[str, Any], what: str, heading: str, offsets: bool
 ) -> Any:
     """Draw ``h H W`` maps by layer, with offsets from the centre, or with the centre marked."""
     heads = max(map(len, maps.values()))
@@ -113,6 +107,7 @@ def _rows_of_heads(
             line[0].set(xticks=[-x, 0, x], yticks=[-y, 0, y])
     figures.name_columns(axes, [f"head {head}" for head in range(heads)])
     figures.add_colour_bar(image, axes, what)
+    figure.suptitle(heading, fontsize=10)
     return figure
 
 
@@ -164,10 +159,9 @@ def _embeddings(model: LoadedModel, embeddings: dict[str, torch.Tensor], what: s
         image = ax.imshow(tiles.numpy(), **figures.symmetric(1.0))
         ax.set_facecolor("0.6")  # of the gaps: white would be a similarity of 0
         ax.set_title(f"{name}, {height}x{width} positions", fontsize=9)
-        middles = np.arange(len(across)) * (width + gap) + (width - 1) / 2
-        ax.set_xticks(middles, across, fontsize=7)
-        middles = np.arange(len(down)) * (height + gap) + (height - 1) / 2
-        ax.set_yticks(middles, down, fontsize=7)
+        # of the tiles' middles
+        ax.set_xticks(np.arange(len(across)) * (width + gap) + (width - 1) / 2, across, fontsize=7)
+        ax.set_yticks(np.arange(len(down)) * (height + gap) + (height - 1) / 2, down, fontsize=7)
         ax.set_xlabel("column of the position", fontsize=8)
         ax.set_ylabel("row of the position", fontsize=8)
         places = {"layer": [name], "row": down, "column": across, "y": None, "x": None}
