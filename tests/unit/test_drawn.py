@@ -16,7 +16,7 @@ from tools.visualize.heads import mean_nonlocality
 from tools.visualize.kernels import Kernels
 from tools.visualize.kernels import draw as draw_kernels
 from tools.visualize.loading import LoadedModel, find_images, load_images
-from tools.visualize.measures import cosine_similarities, position_embeddings
+from tools.visualize.positions import cosine_similarities, position_embeddings
 
 
 @pytest.fixture(scope="module")

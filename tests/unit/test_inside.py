@@ -22,8 +22,10 @@ from models.layers.reparam import (
     RepMixer,
 )
 from models.visformer import Stage
-from tools.visualize import measures
+from tools.visualize import positions
 from tools.visualize.capture import attention_layers, attention_parts, capture
+from tools.visualize.features import principal_colours
+from tools.visualize.heads import nonlocality_of
 from tools.visualize.kernels import kernels_of, own_slices
 
 
@@ -175,7 +177,7 @@ def test_nonlocality_is_the_sum_over_pairs(name, kwargs, size):
     model = timm.create_model(name, img_size=size, num_classes=3, **kwargs).eval()
     for captured in capture(model, attention_layers(model), torch.randn(1, 3, size, size)):
         weights = captured.parts().full[0].double()[:, captured.prefix :, captured.prefix :]
-        found = measures.nonlocality_of(captured)[0]
+        found = nonlocality_of(captured)[0]
         for head in (0, captured.layer.num_heads - 1):
             expected = loop_nonlocality(weights[head], *captured.grid)
             assert found[head].item() == pytest.approx(expected, rel=1e-4)
@@ -189,14 +191,14 @@ def test_nonlocality_of_windows(height, width, window, shift):
     weights = captured.parts().full
     rows = [layer.weights_of_query(weights, i, height, width) for i in range(height * width)]
     dense = torch.stack(rows, dim=2).flatten(3)[0].double()  # h T T
-    for head, found in enumerate(measures.nonlocality_of(captured)[0].tolist()):
+    for head, found in enumerate(nonlocality_of(captured)[0].tolist()):
         assert found == pytest.approx(loop_nonlocality(dense[head], height, width), rel=1e-4)
 
 
 def test_strongly_local_heads_look_at_their_offsets():
     """Section 3 of the paper: with a large strength, GPSA's position is a convolution's tap."""
     layer = GPSA(36, 9, locality_strength=40.0)
-    maps = measures.centre_positions(layer, 7, 7)
+    maps = positions.centre_positions(layer, 7, 7)
     for (dx, dy), weights in zip(head_offsets(9).tolist(), maps, strict=True):
         assert weights[3 + int(dy), 3 + int(dx)] > 0.999
     assert torch.allclose(maps.sum((1, 2)), torch.ones(9))
@@ -207,7 +209,7 @@ def test_strongly_local_heads_look_at_their_offsets():
 
 def test_bias_pictures_have_query_minus_key():
     layer = randomize(WindowAttention2d(8, 2, 3))
-    pictures, table = measures.bias_pictures(layer), layer.table()
+    pictures, table = positions.bias_pictures(layer), layer.table()
     for query in range(9):
         for key in range(9):
             dy, dx = query // 3 - key // 3, query % 3 - key % 3
@@ -216,7 +218,7 @@ def test_bias_pictures_have_query_minus_key():
 
 def test_cosine_similarities():
     embedding = torch.randn(5, 2, 3)
-    found = measures.cosine_similarities(embedding)
+    found = positions.cosine_similarities(embedding)
     one, other = embedding[:, 1, 2].double(), embedding[:, 0, 1].double()
     expected = (one @ other / (one.norm() * other.norm())).item()
     assert found[1, 2, 0, 1].item() == pytest.approx(expected)
@@ -225,7 +227,7 @@ def test_cosine_similarities():
 
 def test_position_embeddings_without_the_class_token():
     model = timm.create_model("test_vit", img_size=64, num_classes=3)
-    (found,) = measures.position_embeddings(model).values()
+    (found,) = positions.position_embeddings(model).values()
     assert found.shape == (64, 4, 4)
     assert torch.equal(found[:, 1, 2], model.pos_embed[0, 1 + 4 + 2])
 
@@ -236,14 +238,14 @@ def test_principal_colours():
     patterns = [9 * (x - 1.5), 3 * (y - 1.5), (x - 1.5) * (y - 1.5) / 4]
     directions = torch.linalg.qr(torch.randn(6, 3, generator=torch.Generator().manual_seed(1)))[0]
     features = sum(d[:, None, None] * p for d, p in zip(directions.T, patterns, strict=True)) + 7
-    colours = measures.principal_colours(features)
+    colours = principal_colours(features)
     for index, pattern in enumerate(patterns):
         scaled = (pattern - pattern.min()) / (pattern.max() - pattern.min())
         found = colours[..., index].float()
         assert torch.allclose(found, scaled, atol=1e-4) or torch.allclose(
             found, 1 - scaled, atol=1e-4
         )
-    assert torch.equal(measures.principal_colours(torch.ones(6, 1, 1)), torch.full((1, 1, 3), 0.5))
+    assert torch.equal(principal_colours(torch.ones(6, 1, 1)), torch.full((1, 1, 3), 0.5))
 
 
 def impulse_response(function, channels, size):

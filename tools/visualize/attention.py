@@ -1,9 +1,9 @@
 """Attention of a query to the positions of an image."""
 
+import itertools
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,34 +12,24 @@ from tools.visualize.capture import CLASS, PARTS, attention_layers, capture, cho
 from tools.visualize.loading import LoadedModel, load_images, load_model
 from utils import UserError
 
-CENTRE = ("centre", "center")
 
-
-@dataclass(frozen=True)
-class LayerMaps:
-    """Attention maps of a layer for one query.
-
-    Attributes:
-        name: Layer name.
-        place: Row and column of the query in the layer's grid, None for the class token.
-        heads: Head numbers.
-        maps: ``h H W`` by part, of those that the layer has.
-    """
+class LayerMaps(NamedTuple):
+    """Attention maps of a layer for one query."""
 
     name: str
-    place: tuple[int, int] | None
-    heads: list[int]
-    maps: dict[str, torch.Tensor]
+    place: tuple[int, int] | None  # row and column in the layer's grid, None for the class token
+    heads: list[int]  # their numbers
+    maps: dict[str, torch.Tensor]  # h H W by part, of those that the layer has
 
 
 def make(args: Namespace) -> figures.Picture:
     """What a patch, or the class token, attends to, over the image."""
-    if not (args.checkpoint or args.model):
-        raise UserError("give --checkpoint CKPT or --model NAME")
     if args.checkpoint:
         model = load_model(args.checkpoint, args)
-    else:
+    elif args.model:
         model = load_model(args.model, Namespace(**vars(args) | {"model": None}))
+    else:
+        raise UserError("give --checkpoint CKPT or --model NAME")
     query = parse_query(args.query, model.size)
     image = load_images(model, [args.image])
     parts = PARTS if args.part == "all" else (args.part,)
@@ -52,26 +42,19 @@ def make(args: Namespace) -> figures.Picture:
         raise UserError(f"--part {args.part}: no chosen layer attends by position")
     parts = [part for part in parts if any(part in one.maps for one in layers)]
     figure = draw(layers, parts, image[0], f"{model.label}, query {args.query}")
-    rows = [
-        row
-        for one in layers
-        for part, maps in one.maps.items()
-        for row in figures.as_rows(
-            maps[:, None], "weight", layer=[one.name], head=one.heads, part=[part], y=None, x=None
-        )
-    ]
-    return figures.Picture(figure, rows, model.epoch or 0, notes)
+    rows = []
+    for one in layers:
+        for part, maps in one.maps.items():
+            axes = {"layer": [one.name], "head": one.heads, "part": [part], "y": None, "x": None}
+            rows += figures.as_rows(maps[:, None], "weight", **axes)
+    return figures.Picture(figure, rows, model.epoch, notes)
 
 
 def parse_query(text: str, size: int) -> tuple[int, int] | str:
-    """Return ``"class"``, or the pixel ``(x, y)`` of ``X,Y`` or ``centre``.
-
-    Raises:
-        UserError: The text has another form, or the pixel is outside the image.
-    """
+    """Return ``"class"``, or the pixel ``(x, y)`` of ``X,Y`` or ``centre`` within the image."""
     if text == CLASS:
         return CLASS
-    if text in CENTRE:
+    if text in ("centre", "center"):
         return size // 2, size // 2
     try:
         x, y = (int(word) for word in text.split(","))
@@ -94,39 +77,37 @@ def measure(
 
     Args:
         model, image: Model and image in 0..1.
-        query: See :func:`parse_query`; layers without a class token have no maps of it.
+        query: See :func:`parse_query`. Layers without a class token have no maps of it; chosen
+            ones raise UserError.
         parts: Of :data:`PARTS`.
         chosen, heads: Numbers of layers and heads; all if None.
-
-    Raises:
-        UserError: There is no such layer or head, or a chosen layer has no class token.
     """
     layers = attention_layers(model.module)
     names = list(layers)
-    numbers = choose("attention layer", "--layers", chosen, len(names))
-    layers = {names[index]: layers[names[index]] for index in numbers}
+    layers = {n: layers[n] for n in choose("attention layer", "--layers", chosen, names)}
     if heads is not None:
         fewest = min(layers, key=lambda name: layers[name].num_heads)
         kind = f"head of {fewest} (--layers chooses others)"
-        heads = choose(kind, "--heads", heads, layers[fewest].num_heads)
+        heads = choose(kind, "--heads", heads, range(layers[fewest].num_heads))
     has_class = getattr(model.module, "cls_token", None) is not None
     for captured in capture(model.module, layers, model.normalized(image)):
-        if query != CLASS or (captured.prefix and has_class):
-            place = None
-            if query != CLASS:
-                (x, y), (height, width) = query, captured.grid
-                place = (y * height // model.size, x * width // model.size)
-            shown = list(range(captured.layer.num_heads)) if heads is None else heads
-            weights = captured.parts()._asdict()
-            maps = {
-                part: captured.maps(weights[part], place or CLASS)[0, shown].cpu()
-                for part in parts
-                if weights[part] is not None
-            }
-            yield LayerMaps(captured.name, place, shown, maps)
-        elif chosen is not None:
+        place = None
+        if query != CLASS:
+            (x, y), (height, width) = query, captured.grid
+            place = (y * height // model.size, x * width // model.size)
+        elif not (captured.prefix and has_class):
+            if chosen is None:
+                continue
             number = names.index(captured.name)
             raise UserError(f"--query {CLASS}: layer {number} ({captured.name}) has no class token")
+        shown = heads or list(range(captured.layer.num_heads))
+        weights = captured.parts()._asdict()
+        maps = {
+            part: captured.maps(weights[part], place or CLASS)[0, shown].cpu()
+            for part in parts
+            if weights[part] is not None
+        }
+        yield LayerMaps(captured.name, place, shown, maps)
 
 
 def draw(layers: Sequence[LayerMaps], parts: Sequence[str], image: torch.Tensor, what: str) -> Any:
@@ -138,37 +119,35 @@ def draw(layers: Sequence[LayerMaps], parts: Sequence[str], image: torch.Tensor,
     from matplotlib.patches import Rectangle
 
     numbers = max((one.heads for one in layers), key=len)
-    heads = len(numbers)
-    figure, axes = figures.grid_of_axes(len(layers), 1 + heads * len(parts), 1.15, (1.2, 0.9))
+    columns = list(itertools.product(parts, range(len(numbers))))
+    names = [figures.short_name(one.name) for one in layers]
+    figure, axes = figures.grid_of_axes(names, 1 + len(columns), 1.15, (1.2, 0.9))
     size = image.shape[-1]
     extent = (0, size, size, 0)
     grey = {"cmap": "gray", "vmin": 0, "vmax": 1, "extent": extent}
     colours = {"cmap": figures.MAGNITUDE, "vmin": 0, "vmax": 1, "alpha": 0.75, "extent": extent}
     for one, line in zip(layers, axes, strict=True):
         line[0].imshow(image.permute(1, 2, 0).numpy(), extent=extent)
-        line[0].set_ylabel(figures.short_name(one.name), fontsize=8)
-        for index, ax in enumerate(line[1:]):
-            part, head = parts[index // heads], index % heads
-            if part not in one.maps or head >= len(one.heads):
-                ax.set_axis_off()
-                continue
-            values = one.maps[part][head].numpy()
-            ax.imshow(image.mean(0).numpy(), **grey)
-            shades = ax.imshow(values / (float(values.max()) or 1.0), **colours)
-            total = values.sum()
-            rest = f"\nsum {total:.3g}" if total < 0.9995 else ""
-            ax.set_xlabel(f"max {values.max():.2g}{rest}", fontsize=7, labelpad=2)
+        for (part, head), ax in zip(columns, line[1:], strict=True):
+            if part in one.maps and head < len(one.heads):
+                values = one.maps[part][head].numpy()
+                ax.imshow(image.mean(0).numpy(), **grey)
+                shades = ax.imshow(values / (float(values.max()) or 1.0), **colours)
+                total = values.sum()
+                rest = f"\nsum {total:.3g}" if total < 0.9995 else ""
+                ax.set_xlabel(f"max {values.max():.2g}{rest}", fontsize=7, labelpad=2)
         if one.place is None:
             continue
         height, width = (size / side for side in next(iter(one.maps.values())).shape[-2:])
         corner = (one.place[1] * width, one.place[0] * height)
-        for ax in (panel for panel in line if panel.axison):
-            frame = {"fill": False, "edgecolor": "red", "linewidth": 1.3}
-            ax.add_patch(Rectangle(corner, width, height, **frame))
+        for ax in (panel for panel in line if panel.has_data()):
+            ax.add_patch(Rectangle(corner, width, height, fill=False, edgecolor="red", lw=1.3))
             ax.set(xlim=(0, size), ylim=(size, 0))
-    heading = [f"{part}\n" if len(parts) > 1 or part != "full" else "" for part in parts]
-    figures.name_columns(axes, ["image", *(f"{part}head {n}" for part in heading for n in numbers)])
-    bar = figures.add_colour_bar(figure, shades, axes, "attention weight /\nlargest of the panel")
+    names = [f"{part}\nhead {numbers[head]}" for part, head in columns]
+    if list(parts) == ["full"]:
+        names = [f"head {number}" for number in numbers]
+    figures.name_columns(axes, ["image", *names])
+    bar = figures.add_colour_bar(shades, axes, "attention weight /\nlargest of the panel")
     bar.ax.set_facecolor("0.5")  # as the grey image under the colours of the panels
     figure.suptitle(figures.title(what), fontsize=10)
     return figure

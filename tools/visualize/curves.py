@@ -13,26 +13,22 @@ from utils import UserError
 
 NEEDED = ("epoch", "train_loss", "test_loss", "test_acc1", "test_acc5", "train_lr")
 OPTIONAL = ("ema_loss", "ema_acc1", "ema_acc5")
-PANELS = {
-    "loss": (
-        ("train_loss", "training", ":"),
-        ("test_loss", "test", "-"),
-        ("ema_loss", "EMA", "--"),
-    ),
-    "top-1, %": (("test_acc1", "test", "-"), ("ema_acc1", "EMA", "--")),
-    "top-5, %": (("test_acc5", "test", "-"), ("ema_acc5", "EMA", "--")),
-    "learning rate": (("train_lr", "", "-"),),
+STYLES = {
+    "training": {"linestyle": ":", "marker": "v"},
+    "test": {"linestyle": "-", "marker": "."},
+    "EMA": {"linestyle": "--", "marker": "x"},
 }
-MARKERS = {":": "v", "-": ".", "--": "x"}
+PANELS = {
+    "loss": {"train_loss": "training", "test_loss": "test", "ema_loss": "EMA"},
+    "top-1, %": {"test_acc1": "test", "ema_acc1": "EMA"},
+    "top-5, %": {"test_acc5": "test", "ema_acc5": "EMA"},
+    "learning rate": {"train_lr": "test"},
+}
 Log = list[dict[str, float]]
 
 
 def log_file(path: str) -> Path:
-    """Return the log that ``path`` is, or that the run folder ``path`` contains.
-
-    Raises:
-        UserError: There is none.
-    """
+    """Return the log that ``path`` is, or that the run folder ``path`` contains."""
     file = Path(path) / LOG if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise UserError(f"no log {file}: give a run folder or its {LOG}")
@@ -42,15 +38,13 @@ def log_file(path: str) -> Path:
 def read_log(file: Path) -> Log:
     """Read the lines of a log, by epoch; the last one of an epoch counts, as after a resume.
 
-    Raises:
-        UserError: The log cannot be read or is empty, or a line is invalid; names the line.
+    A UserError names the line that is invalid.
     """
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"cannot read {file}: {getattr(error, 'strerror', None) or error}"
-        ) from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {file}: {reason}") from error
     epochs: dict[int, dict[str, float]] = {}
     for number, line in enumerate(text.splitlines(), start=1):
         if line.strip():
@@ -72,10 +66,9 @@ def _parse(line: str, where: str) -> dict[str, float]:
     if missing:
         raise UserError(f"{where} does not have {', '.join(missing)}")
     for key in (*NEEDED, *OPTIONAL):
-        value = row.get(key, 0.0)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"{where}: {key} is {value!r}, not a number")
-    if not (math.isfinite(row["epoch"]) and row["epoch"] == int(row["epoch"])):
+        if type(row.get(key, 0.0)) not in (int, float):  # True is an int, too
+            raise UserError(f"{where}: {key} is {row[key]!r}, not a number")
+    if not float(row["epoch"]).is_integer():
         raise UserError(f"{where}: epoch is {row['epoch']}, not an integer")
     return row
 
@@ -110,39 +103,33 @@ def draw(runs: dict[str, Log]) -> Any:
     from matplotlib.lines import Line2D
 
     figure = new_figure(9.5, 6.2)
-    for ax, (what, curves) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
-        for lines, colour in zip(runs.values(), COLOURS, strict=False):
-            for key, _, style in curves:
+    colours = dict(zip(runs, COLOURS, strict=False))
+    for ax, (what, series) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
+        for name, lines in runs.items():
+            for key, style in series.items():
                 points = [(line["epoch"], line[key]) for line in lines if key in line]
                 if points:
-                    marker = MARKERS[style] if len(points) < 30 else ""
-                    options = {"color": colour, "marker": marker, "markersize": 4}
-                    ax.plot(*zip(*points, strict=True), style, **options)
+                    options = STYLES[style] | ({"marker": ""} if len(points) >= 30 else {})
+                    x, y = zip(*points, strict=True)
+                    ax.plot(x, y, color=colours[name], markersize=4, **options)
         if what == "loss":
             ax.set_ylim(*_loss_limits(runs))
         ax.set_title(what, fontsize=10)
-        ax.set_xlabel("epoch, from 0")
-        ax.set_ylabel(what)
+        ax.set(xlabel="epoch, from 0", ylabel=what)
         ax.grid(alpha=0.3)
         integer_ticks(ax.xaxis)
-    handles = [
-        Line2D([], [], color=colour, label=title(name))
-        for name, colour in zip(runs, COLOURS, strict=False)
-    ]
-    handles += [
-        Line2D([], [], color="grey", linestyle=style, marker=MARKERS[style], label=name)
-        for _, name, style in PANELS["loss"]
-    ]
+    handles = [Line2D([], [], color=colours[name], label=title(name)) for name in runs]
+    for name, style in STYLES.items():
+        handles.append(Line2D([], [], color="grey", label=name, **style))
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 
 def _loss_limits(runs: dict[str, Log]) -> tuple[float, float]:
     """Limits below all losses, and above all but the EMA's, which is large in the first epochs."""
-    every = [line for lines in runs.values() for line in lines]
 
     def finite(*keys: str) -> list[float]:
-        found = [line[key] for line in every for key in keys if key in line]
+        found = [line.get(key, math.nan) for log in runs.values() for line in log for key in keys]
         return [loss for loss in found if math.isfinite(loss)] or [0.0]
 
     low = min(finite("train_loss", "test_loss", "ema_loss"))

@@ -4,19 +4,18 @@ import io
 import itertools
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
+from tools import plots
 from tools.cli import shown
 from tools.files import check_outputs, check_suffix, check_writable
-from tools.plots import as_png, new_figure, plain_text
 from tools.tables import write_csv
-from training.files import OutputError, write_atomically
+from training.files import OutputError
 from utils import UserError
 
 MAGNITUDE, SIGNED = "viridis", "RdBu_r"  # safe for colour-blind readers; red is positive
@@ -29,40 +28,27 @@ DPI, PADDING = 110, 0.08
 INPUTS = ("image", "source", "checkpoint", "checkpoints", "runs")  # flags of files that are read
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A figure and its values.
-
-    Attributes:
-        figure: A ``matplotlib.figure.Figure``.
-        rows: Its values for the CSV file, with the same keys each.
-        step: TensorBoard's step: the epoch of the last weights shown, 0 if unknown.
-        notes: Lines to print.
-    """
+class Picture(NamedTuple):
+    """A figure and its values."""
 
     figure: Any
-    rows: Sequence[dict[str, Any]]
-    step: int = 0
-    notes: Sequence[str] = ()
+    rows: Sequence[dict[str, Any]]  # the values for the CSV file, with the same keys each
+    epoch: int | None  # of the last weights shown, None if unknown: TensorBoard's step
+    notes: Sequence[str] = ()  # lines to print
 
 
 def as_rows(values: torch.Tensor, name: str, **axes: Sequence | None) -> list[dict[str, Any]]:
     """Return a row for every element of a tensor: its coordinates, and its value under ``name``.
 
-    Args:
-        values: Tensor; its dimensions are the last of the axes.
-        name: Column of the values.
-        **axes: Column and labels of every axis, None for indices; single labels come first.
+    The axes are columns with the labels of a dimension each, None for indices. Those that the
+    tensor does not have come first, with one label each.
     """
     sizes = (1,) * (len(axes) - values.ndim) + values.shape
-    labels = [
-        range(size) if axis is None else axis
-        for axis, size in zip(axes.values(), sizes, strict=True)
-    ]
-    places, numbers = itertools.product(*labels), values.flatten().tolist()
+    pairs = zip(axes.values(), sizes, strict=True)
+    places = itertools.product(*(range(size) if axis is None else axis for axis, size in pairs))
     return [
         dict(zip(axes, place, strict=True)) | {name: number}
-        for place, number in zip(places, numbers, strict=True)
+        for place, number in zip(places, values.flatten().tolist(), strict=True)
     ]
 
 
@@ -72,7 +58,7 @@ def title(text: str) -> str:
     if len(text) > MAX_TITLE:
         half = (MAX_TITLE - 1) // 2
         text = f"{text[:half]}…{text[-half:]}"
-    return plain_text(text)
+    return plots.plain_text(text)
 
 
 def short_name(layer: str) -> str:
@@ -81,55 +67,55 @@ def short_name(layer: str) -> str:
 
 
 def grid_of_axes(
-    rows: int,
+    names: Sequence[str],
     columns: int,
     side: float,
     extra: tuple[float, float],
     flags: str = "--layers and --heads, or one --part",
 ) -> tuple:
-    """Return a figure of ``rows x columns`` square panels without ticks, and its axes.
+    """Return a figure of square panels without ticks, and its axes, rows by columns.
 
     Args:
-        rows, columns: Number of panels.
+        names: Labels of the rows.
+        columns: Number of panels in a row.
         side: Side of a panel in inches.
         extra: Width and height next to the panels in inches.
-        flags: Flags that reduce the number of panels, for the error message.
-
-    Raises:
-        UserError: There are too many panels to see anything.
+        flags: Flags that reduce the number of panels, named where there are too many to see.
     """
+    rows = len(names)
     if rows * columns > MAX_PANELS or columns > MAX_COLUMNS:
         raise UserError(
             f"{rows} rows of {columns} panels are too many (at most {MAX_COLUMNS} in a row, "
             f"{MAX_PANELS} in all): choose fewer with {flags}"
         )
-    figure = new_figure(max(columns * side + extra[0], MIN_WIDTH), rows * side + extra[1])
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for ax in axes.flat:
-        ax.set_xticks([])
-        ax.set_yticks([])
+    figure = plots.new_figure(max(columns * side + extra[0], MIN_WIDTH), rows * side + extra[1])
+    axes = figure.subplots(rows, columns, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
+    for ax, name in zip(axes[:, 0], names, strict=True):
+        ax.set_ylabel(name, fontsize=8)
     return figure, axes
 
 
 def name_columns(axes: Any, names: Sequence[str]) -> None:
-    """Set titles of columns, each above its first visible panel."""
-    for column, name in zip(axes.T, names, strict=True):
-        panels = [ax for ax in column if ax.axison]
-        if panels:
-            panels[0].set_title(name, fontsize=8)
+    """Hide empty panels; set titles of the first columns, each above its first visible panel."""
+    for ax in axes.flat:
+        if not ax.has_data():
+            ax.set_axis_off()
+    for column, name in zip(axes.T, names, strict=False):
+        for ax in [ax for ax in column if ax.axison][:1]:
+            ax.set_title(name, fontsize=8)
 
 
-def add_colour_bar(figure: Any, image: Any, axes: Any, label: str) -> Any:
+def add_colour_bar(image: Any, axes: Any, label: str) -> Any:
     """Add a colour bar for all panels of a grid; return it."""
     shrink = min(1.0, 3.0 / len(axes))
-    bar = figure.colorbar(image, ax=axes, shrink=shrink, aspect=15, pad=0.01)
+    bar = image.figure.colorbar(image, ax=axes, shrink=shrink, aspect=15, pad=0.01)
     bar.set_label(label, fontsize=8)
     return bar
 
 
-def add_row_bar(figure: Any, image: Any, line: Any, shrink: float, label: str) -> None:
-    """Add a small colour bar for one row of panels."""
-    bar = figure.colorbar(image, ax=line, shrink=shrink, aspect=10, pad=0.01)
+def add_row_bar(image: Any, line: Any, shrink: float, label: str) -> None:
+    """Add a small colour bar for one row of panels; ``shrink`` is its share of their height."""
+    bar = image.figure.colorbar(image, ax=line, shrink=shrink, aspect=10, pad=0.01)
     bar.ax.tick_params(labelsize=7)
     bar.ax.set_title(label, fontsize=7)
 
@@ -148,12 +134,7 @@ def integer_ticks(axis: Any) -> None:
 
 
 def check_targets(args: Namespace) -> None:
-    """Check that the outputs can be written, before anything is computed.
-
-    Raises:
-        UserError: There is no output, or a file name has the wrong suffix.
-        OutputError: A file cannot be written, or is one of the inputs.
-    """
+    """Raise UserError if an output is missing, misnamed or cannot be written, or is an input."""
     if not (args.output or args.csv or args.tensorboard):
         raise UserError("give --output FILE.png, --tensorboard DIR or --csv FILE")
     check_suffix("--output", args.output, ".png")
@@ -173,29 +154,28 @@ def check_targets(args: Namespace) -> None:
 def save(picture: Picture, kind: str, args: Namespace) -> list[str]:
     """Write the outputs that the flags name; return a line for each.
 
-    TensorBoard gets the figure under ``visualize/KIND``.
-
-    Raises:
-        OutputError: A file cannot be written; a previous file is unchanged.
+    TensorBoard gets the figure under ``visualize/KIND``. Of a file that cannot be written
+    (OutputError), the previous one is unchanged.
     """
-    png = as_png(picture.figure, DPI, PADDING) if args.output or args.tensorboard else b""
+    lines = [f"written to {path}" for path in (args.output, args.csv) if path]
     if args.output:
-        write_atomically(args.output, lambda file: file.write(png))
+        plots.save(picture.figure, args.output, DPI, PADDING)
     if args.csv:
         write_csv(args.csv, list(picture.rows[0]), picture.rows)
-    lines = [f"written to {path}" for path in (args.output, args.csv) if path]
     if args.tensorboard:
-        _to_tensorboard(png, f"visualize/{kind}", picture.step, args.tensorboard)
-        lines.append(f"visualize/{kind} at step {picture.step} in {args.tensorboard}")
+        tag, step = f"visualize/{kind}", picture.epoch or 0
+        _to_tensorboard(picture.figure, tag, step, args.tensorboard)
+        lines.append(f"{tag} at step {step} in {args.tensorboard}")
     return lines
 
 
-def _to_tensorboard(png: bytes, tag: str, step: int, folder: Path) -> None:
+def _to_tensorboard(figure: Any, tag: str, step: int, folder: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
-    image = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+    png = io.BytesIO(plots.as_png(figure, DPI, PADDING))
     try:
         with SummaryWriter(str(folder)) as writer:
+            image = np.asarray(Image.open(png).convert("RGB"))
             writer.add_image(tag, image, step, dataformats="HWC")
     except (OSError, ValueError) as error:  # ValueError: a step that is too large
         reason = getattr(error, "strerror", None) or error

@@ -2,64 +2,47 @@
 
 import copy
 from argparse import Namespace
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from models.layers.reparam import ReparamModule, RepMixer
-from tools.visualize.figures import Picture, add_row_bar, as_rows, grid_of_axes, symmetric, title
+from tools.visualize import figures
 from tools.visualize.loading import load_model
 from utils import UserError
 
 
-@dataclass(frozen=True)
-class Kernels:
-    """Kernels of a layer before and after reparameterisation, ``C I k k`` each.
+class Kernels(NamedTuple):
+    """Kernels of a layer before and after reparameterisation, ``C I k k`` each."""
 
-    Attributes:
-        branches: Contribution of each branch, norms and scales folded in, by name; in float64.
-        total: Sum of the branches.
-        fused: Kernel after :meth:`ReparamModule.reparameterize`.
-        difference: Largest absolute difference of ``total`` and ``fused``, biases included.
-    """
-
-    branches: dict[str, torch.Tensor]
-    total: torch.Tensor
-    fused: torch.Tensor
-    difference: float
+    branches: dict[str, torch.Tensor]  # by name, norms and scales folded in, in float64
+    total: torch.Tensor  # sum of the branches
+    fused: torch.Tensor  # after ReparamModule.reparameterize()
+    difference: float  # largest absolute one of total and fused, biases included
 
 
 def reparam_layers(model: nn.Module) -> dict[str, ReparamModule]:
-    """Return the outermost reparameterisable layers that still have branches, by name.
-
-    Raises:
-        UserError: There are none.
-    """
+    """Return the outermost reparameterisable layers that still have branches; at least one."""
     found: dict[str, ReparamModule] = {}
     for name, module in model.named_modules():
         inner = any(name.startswith(f"{outer}.") for outer in found)
         if isinstance(module, ReparamModule) and not inner:
             found[name] = module
     branched = {name: m for name, m in found.items() if m.reparam_conv is None}
-    if found and not branched:
-        raise UserError(
-            f"{type(model).__name__} is reparameterised and its branches are gone: "
-            f"give a checkpoint of the training"
-        )
-    if not found:
-        raise UserError(f"{type(model).__name__} has no reparameterisable kernels, as FastViT has")
+    if not branched:
+        problem = "has no reparameterisable kernels, as FastViT has"
+        if found:
+            problem = "is reparameterised, its branches are gone: give a checkpoint of the training"
+        raise UserError(f"{type(model).__name__} {problem}")
     return branched
 
 
 @torch.no_grad()
 def kernels_of(layer: ReparamModule) -> Kernels:
     """Return the kernels of a layer with branches, which is not changed."""
-    double = copy.deepcopy(layer).double().eval()
-    branches = double.branch_kernels()
-    total = sum(weight for weight, _ in branches.values())
-    total_bias = sum(bias for _, bias in branches.values())
+    branches = copy.deepcopy(layer).double().eval().branch_kernels()
+    total, total_bias = map(sum, zip(*branches.values(), strict=True))
     fused = copy.deepcopy(layer).eval()
     fused.reparameterize()
     conv = fused.reparam_conv
@@ -82,7 +65,7 @@ def own_slices(kernels: torch.Tensor) -> torch.Tensor:
     return kernels[index, index % kernels.shape[1]]
 
 
-def make(args: Namespace) -> Picture:
+def make(args: Namespace) -> figures.Picture:
     """FastViT's kernels, branch by branch and reparameterised."""
     model = load_model(args.source, args)
     layers = reparam_layers(model.module)
@@ -94,13 +77,10 @@ def make(args: Namespace) -> Picture:
     columns = {**kernels.branches, "sum": kernels.total, "fused": kernels.fused}
     slices = {key: own_slices(kernel)[: args.channels] for key, kernel in columns.items()}
     what = f"{name} ({type(layers[name]).__name__}), {model.label}"
-    rows = [
-        row
-        for branch, part in slices.items()
-        for row in as_rows(part, "weight", branch=[branch], channel=None, y=None, x=None)
-    ]
-    figure = draw(slices, kernels, what, args.scale == "panel")
-    return Picture(figure, rows, model.epoch or 0)
+    rows = []
+    for branch, part in slices.items():
+        rows += figures.as_rows(part, "weight", branch=[branch], channel=None, y=None, x=None)
+    return figures.Picture(draw(slices, kernels, what, args.scale == "panel"), rows, model.epoch)
 
 
 def draw(slices: dict[str, torch.Tensor], kernels: Kernels, what: str, by_panel: bool) -> Any:
@@ -108,23 +88,21 @@ def draw(slices: dict[str, torch.Tensor], kernels: Kernels, what: str, by_panel:
 
     Every row has its own colour scale, or every panel if ``by_panel``.
     """
-    count = len(next(iter(slices.values())))
-    figure, axes = grid_of_axes(count, len(slices), 1.2, (1.2, 1.2), "--channels")
+    names = [f"channel {channel}" for channel in range(len(next(iter(slices.values()))))]
+    figure, axes = figures.grid_of_axes(names, len(slices), 1.2, (1.2, 1.2), "--channels")
     for channel, line in enumerate(axes):
         largest = [part[channel].abs().max() for part in slices.values()]
         for ax, part, own in zip(line, slices.values(), largest, strict=True):
-            options = symmetric(own if by_panel else max(largest))
-            image = ax.imshow(part[channel].numpy(), **options)
+            limit = own if by_panel else max(largest)
+            image = ax.imshow(part[channel].numpy(), **figures.symmetric(limit))
             ax.set_xlabel(f"max |w| {own:.2g}", fontsize=7, labelpad=2)
-        line[0].set_ylabel(f"channel {channel}", fontsize=8)
         if not by_panel:
-            add_row_bar(figure, image, line, 0.9, "" if channel else "weight")
-    for ax, name in zip(axes[0], slices, strict=True):
-        ax.set_title(name, fontsize=8)
+            figures.add_row_bar(image, line, 0.9, "" if channel else "weight")
+    figures.name_columns(axes, list(slices))
     inputs = kernels.fused.shape[1]
     which = "" if inputs == 1 else f"\nslices of input (channel mod {inputs})"
     figure.suptitle(
-        f"{title(what)}{which}\n"
+        f"{figures.title(what)}{which}\n"
         f"largest |sum of branches - fused|, biases too: {kernels.difference:.1e}",
         fontsize=9,
     )

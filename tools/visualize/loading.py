@@ -2,8 +2,8 @@
 
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -21,29 +21,17 @@ from utils import UserError
 ENDINGS = (*IMG_EXTENSIONS, ".gif")
 
 
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model in evaluation mode, in float32, and its preprocessing.
+class LoadedModel(NamedTuple):
+    """A model in evaluation mode, in float32, and its preprocessing."""
 
-    Attributes:
-        module: The model, on its device.
-        name: Model name and weights, the same for all checkpoints of a run.
-        label: Name in titles.
-        epoch: Last epoch that the weights have seen, from 0; None if unknown or unfinished.
-        size: Height and width of the images in pixels.
-        crop_ratio: Fraction of the resized image that the centre crop keeps.
-        normalize: Normalization of images in 0..1.
-        resampled: Position embeddings or tables are of another size than in the checkpoint.
-    """
-
-    module: nn.Module
-    name: str
-    label: str
-    epoch: int | None
-    size: int
-    crop_ratio: float
-    normalize: transforms.Normalize
-    resampled: bool = False
+    module: nn.Module  # on its device
+    name: str  # model name and weights, the same for all checkpoints of a run
+    label: str  # in titles
+    epoch: int | None  # last one that the weights have seen, from 0; None if unknown or unfinished
+    size: int  # height and width of the images in pixels
+    crop_ratio: float  # fraction of the resized image that the centre crop keeps
+    normalize: transforms.Normalize  # for images in 0..1
+    resampled: bool = False  # position embeddings or tables have another size in the checkpoint
 
     @property
     def network(self) -> str:
@@ -56,15 +44,10 @@ class LoadedModel:
 
 
 def load_model(what: str, args: Namespace) -> LoadedModel:
-    """Load a checkpoint, or build a registered model.
+    """Load a checkpoint (file or URL), or build the registered model of a name.
 
-    Args:
-        what: File or URL of a checkpoint, or a name of ``timm.list_models()``.
-        args: Flags of models, such as ``--weights`` and ``--input-size``.
-
-    Raises:
-        UserError: ``what`` is neither, a flag does not apply, or weights are not finite.
-        CheckpointError, ModelError: The model cannot be read or built, or not for this size.
+    UserError is raised for anything else, flags that do not apply, weights that are not finite, and
+    models that cannot be read or built for ``--input-size``.
     """
     source = _source(what, args)
     torch.manual_seed(args.seed)
@@ -113,31 +96,22 @@ def _source(what: str, args: Namespace) -> networks.ModelSource:
 def load_images(model: LoadedModel, paths: Sequence[str | Path]) -> torch.Tensor:
     """Load images as in evaluation, but not normalized: ``B 3 H W`` in 0..1.
 
-    Args:
-        model: Its image size and crop.
-        paths: Image files; a folder stands for its first image.
-
-    Raises:
-        CorruptImageError: A file cannot be decoded.
-        DataError: A folder has no images.
+    A folder stands for its first image.
     """
     files = [find_images(path, 1)[0] if Path(path).is_dir() else path for path in paths]
     flags = Namespace(input_size=model.size, eval_crop_ratio=model.crop_ratio)
-    *steps, _ = datasets.build_transform(False, flags).transforms  # without the normalization
-    view = transforms.Compose(steps)
+    view = transforms.Compose(datasets.build_transform(False, flags).transforms[:-1])
     return torch.stack([view(load_image(file)) for file in files])
 
 
 def find_images(folder: str | Path, count: int) -> list[Path]:
     """Return ``count`` images spread evenly over all within ``folder``, sorted by path.
 
-    Raises:
-        DataError: The folder does not exist, or has fewer images.
+    DataError is raised if the folder does not exist, or has fewer images.
     """
-    root = Path(folder)
-    if not root.is_dir():
+    if not Path(folder).is_dir():
         raise DataError(f"{folder} is not a folder")
-    paths = map(Path, list_images(root, suffixes=ENDINGS, hidden=True))
+    paths = map(Path, list_images(folder, suffixes=ENDINGS, hidden=True))
     found = sorted(path for path in paths if path.is_file())
     if len(found) < count:
         raise DataError(f"{folder} has {len(found)} image(s), fewer than {count}")
