@@ -214,7 +214,7 @@ class LoadedModel:
 
 
 def load_model(
-    source: str | Path,
+    source: str | Path | ModelSource,
     name: str | None = None,
     *,
     pretrained: bool = False,
@@ -228,7 +228,7 @@ def load_model(
     Args:
         source: Registered name, with or without timm's tag; ``hf-hub:ORG/NAME``;
             ``local-dir:FOLDER``; or a file or http(s) address in any format that
-            :func:`models.read_checkpoint` reads.
+            :func:`models.read_checkpoint` reads; or a result of :func:`find_model`.
         name: Name of the model, for files that do not contain it.
         pretrained: Load timm's weights of a registered name, instead of random ones.
         weights: ``model``, or ``ema`` for the moving average.
@@ -241,7 +241,9 @@ def load_model(
         CheckpointError: Weights cannot be read, or do not fit the model.
     """
     input_size = kwargs.pop("img_size", input_size)
-    found = find_model(str(source), name, pretrained=pretrained)
+    found = source
+    if not isinstance(source, ModelSource):
+        found = find_model(str(source), name, pretrained=pretrained)
     found.weights(weights)
     config = found.data_config if input_size is None else found.data_config.at_size(input_size)
     size = config.input_size

@@ -87,10 +87,10 @@ def test_frameworks_own_wrappers(model, tmp_path):
 def test_a_prefix_that_is_not_common_to_all_stays(model, tmp_path):
     state = wrapped_names(model.state_dict(), "model.") | {"loss.weight": torch.ones(3)}
     torch.save({"state_dict": state}, tmp_path / "in.pth")
-    with pytest.raises(CheckpointError, match="loss.weight|model.cls_token"):
+    with pytest.raises(CheckpointError, match=r"loss\.weight|model\.cls_token"):
         load_model(tmp_path / "in.pth", NAME, **SMALL)
     torch.save({"a.b": torch.ones(1), "_orig_mod.a.b": torch.ones(1)}, tmp_path / "two.pth")
-    with pytest.raises(CheckpointError, match="two.pth"):
+    with pytest.raises(CheckpointError, match=r"two\.pth"):
         load_model(tmp_path / "two.pth", NAME, **SMALL)
 
 
@@ -300,15 +300,15 @@ def test_a_config_that_does_not_fit(config, model, tmp_path):
 def test_folders_that_are_not_complete(model, tmp_path):
     folder = write_folder(tmp_path / "hub", model)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="model.safetensors"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         load_model(str(folder))
     (folder / "config.json").write_text("{")
     (folder / "model.safetensors").touch()
-    with pytest.raises(CheckpointError, match="config.json"):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
         load_model(str(folder))
     (folder / "config.json").unlink()
     (folder / "best.pth").touch()
-    with pytest.raises(CheckpointError, match="best.pth"):  # a run's output folder
+    with pytest.raises(CheckpointError, match=r"best\.pth"):  # a run's output folder
         load_model(str(folder))
 
 
