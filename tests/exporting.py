@@ -8,6 +8,7 @@ import torch
 from conftest import ROOT
 from torch import nn
 
+from models import DataConfig
 from tools.export.__main__ import main
 from tools.export.source import ExportSource
 
@@ -60,8 +61,8 @@ def close(found, expected):
 def source_of(model, size=(32, 32), **options):
     """A source without a checkpoint."""
     model = model.eval().requires_grad_(False)
-    fields = {"eager": model, "exported": model, "name": "model", "size": size, "classes": ()}
-    fields |= {"mean": (0.5,) * 3, "std": (0.5,) * 3, "short_side": 0, "preprocessing": False}
+    fields = {"eager": model, "exported": model, "name": "model", "classes": ()}
+    fields |= {"images": DataConfig(size, mean=(0.5,) * 3, std=(0.5,) * 3), "preprocessing": False}
     return ExportSource(**fields | options)
 
 

@@ -56,7 +56,7 @@ def pixels_of(width, height, seed=0):
 def policy_of(name, interpolation="bicubic"):
     """A policy that shifts images by up to 30 pixels."""
     size = int(30 / 0.45) + 1
-    augmentation = Augmentation(size, "whole", interpolation=interpolation, policy=name)
+    augmentation = Augmentation(size, "padded", interpolation=interpolation, policy=name)
     (policy,) = augmentation.stages().color
     return policy
 

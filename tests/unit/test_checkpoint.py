@@ -14,7 +14,8 @@ import timm
 import torch
 from loading import refused
 
-from models import CheckpointError, load_checkpoint, normalization_of, read_checkpoint
+from models import CheckpointError, load_checkpoint, read_checkpoint
+from models.data_config import data_config_of
 from models.visformer import Stage, Visformer
 from training import checkpoints, run_state
 
@@ -243,5 +244,6 @@ def test_optimizer_of_other_shapes_is_refused():
 )
 def test_images_that_weights_were_trained_on(content, is_imagenets):
     own = (0.5, 0.4, 0.3), (0.5, 0.6, 0.7)
-    found = normalization_of(content, {"mean": list(own[0]), "std": list(own[1])})
-    assert found == (((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) if is_imagenets else own)
+    found = data_config_of(content, {"mean": list(own[0]), "std": list(own[1])}, "x.pth")
+    imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    assert (found.mean, found.std) == (imagenet if is_imagenets else own)

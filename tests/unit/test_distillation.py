@@ -11,8 +11,14 @@ from torch import nn
 
 import models
 from engine import Precision
-from training.distillation import DistillationLoss, DistillBatch, TeacherTargets, build_teacher
-from training.network import Renormalized
+from models import DataConfig
+from training.distillation import (
+    DistillationLoss,
+    DistillBatch,
+    Renormalized,
+    TeacherTargets,
+    build_teacher,
+)
 
 CPU = torch.device("cpu")
 NORMALIZATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -50,7 +56,8 @@ def test_hard_loss_is_equation_3_and_a_second_head_learns_from_the_teacher():
 def test_teacher_sees_the_mixed_images_in_its_own_normalization_without_gradients():
     net = timm.create_model("test_vit", num_classes=5, img_size=32)
     net.head_drop.p = 0.5  # would show in training mode
-    given, own = ((0.5, 0.4, 0.3), (0.2, 0.2, 0.2)), ((0.49, 0.4, 0.42), (0.1, 0.2, 0.4))
+    given = DataConfig(mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
+    own = DataConfig(mean=(0.49, 0.4, 0.42), std=(0.1, 0.2, 0.4))
     scale, shift = torch.tensor([2.0, 1.0, 0.5]), torch.tensor([0.1, 0.0, -0.3])
     teacher = Renormalized(net, given, own).eval()
     mixup = Mixup(mixup_alpha=0.8, num_classes=5)

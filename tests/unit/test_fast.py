@@ -357,7 +357,7 @@ def test_augmentation_of_the_flags():
     assert (digits.policy, digits.color_jitter) == ("original", 0.1)
     words = ("--input-size", 96, "--eval-crop-ratio", 0.75)
     assert augmentation(*words, is_train=False) == Augmentation(96, "center", 0.75)
-    assert augmentation("--input-size", 32, is_train=False).crop == "whole"
+    assert augmentation("--input-size", 32, is_train=False).crop == "squash"
 
 
 def test_paths_of_any_kind(tmp_path):

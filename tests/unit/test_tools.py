@@ -12,7 +12,7 @@ import torch
 from validating import caller, random_vit, refuses, save
 
 import models
-from tools import convert_checkpoint, networks, tables
+from tools import convert_checkpoint, tables
 from training.files import OutputError
 from training.flags import positive
 
@@ -59,13 +59,13 @@ def test_preprocessing_of_a_run_is_kept(tmp_path, convert):
         out = tmp_path / f"out.{suffix}"
         assert convert(source, out)[0] == 0
         found = models.read_checkpoint(out)
-        assert models.class_names(found, str(out)) == ["cat", "dog"]
-        assert (found["input_size"], found["args"]) == (48, {"eval_crop_ratio": 0.9})
-        assert models.flags_of_run(found) is not None
+        found_source = models.find_model(str(out))
+        assert found_source.classes == ("cat", "dog")
+        assert found_source.data_config == models.DataConfig((48, 48), crop_pct=0.9)
     foreign = tmp_path / "foreign.safetensors"  # metadata may hold anything
     safetensors.torch.save_file(model.state_dict(), foreign, metadata={"classes": "cat, dog"})
     with pytest.raises(models.CheckpointError, match=str(foreign)):
-        models.class_names(models.read_checkpoint(foreign), str(foreign))
+        models.find_model(str(foreign), "test_vit")
 
 
 def test_convert_for_detection(tmp_path, convert):
@@ -120,21 +120,23 @@ def test_convert_checkpoint_names_what_is_wrong(flags, values, tmp_path, convert
 def test_sources_of_models(tmp_path):
     model, average = random_vit(3), random_vit(3, seed=1)
     path = str(save(tmp_path / "net.pth", model, average, classes=["a", "b", "c"]))
-    source = networks.from_checkpoint(path)
-    assert (source.name, source.input_size, source.classes) == ("test_vit", 32, ("a", "b", "c"))
+    source = models.find_model(path)
+    assert (source.name, source.classes) == ("test_vit", ("a", "b", "c"))
+    assert source.data_config.input_size == (32, 32)
     assert source.weights() == ("model", "ema")
     built, kwargs = source.build_with_kwargs(48)
     assert kwargs == {"num_classes": 3, "img_size": 48}
     assert source.load(built, "ema").resampled == ("pos_embed",)
     assert torch.equal(built.head.weight, average.head.weight)
     # arguments of one model are not those of another
-    assert networks.from_checkpoint(path, "vit_tiny_patch16_224").optional == {}
-    random = networks.from_name("test_vit")
-    assert (random.checkpoint, random.input_size, random.load(model)) == ({}, 160, None)
+    assert models.find_model(path, "vit_tiny_patch16_224").optional == {}
+    random = models.find_model("test_vit")
+    assert (random.checkpoint, random.load(model)) == ({}, None)
+    assert random.data_config.input_size == (160, 160)
     with pytest.raises(models.CheckpointError, match="test_vit"):
         random.weights("ema")
     with pytest.raises(models.ModelError, match="test_vitt"):
-        networks.from_name("test_vitt")
+        models.find_model("test_vitt")
 
 
 def test_tables(tmp_path):

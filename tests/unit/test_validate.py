@@ -26,7 +26,7 @@ from validating import (
     trained,
 )
 
-from tools import cli, networks
+from tools import cli
 from tools.validate import metrics
 from tools.validate.__main__ import get_parser
 from tools.validate.classes import readable
@@ -325,7 +325,7 @@ def test_the_exponent_of_a_file_goes_before_the_flag(call, tmp_path):
 def test_a_foreign_file_says_little(run, call, tmp_path):
     (checkpoint, *_), _ = plain(tmp_path / "plain.pth", 12)
     refuses(call(checkpoint, "--data-path", run[1]), checkpoint, "--model NAME")
-    source = networks.from_checkpoint(str(checkpoint), "test_vit")
+    source = models.find_model(str(checkpoint), "test_vit")
     assert (source.build(SIZE).num_classes, source.classes) == (12, None)
 
 

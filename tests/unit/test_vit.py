@@ -15,7 +15,7 @@ SMALL = {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3, "num_class
 
 def timm_name(name):
     _, net, patch, size = name.split("_")
-    return f"vit_{models.vit.TIMMS[net]}_patch{patch}_{size}"
+    return f"vit_{'base' if net == 'b' else 'large'}_patch{patch}_{size}"
 
 
 def small(**kwargs):

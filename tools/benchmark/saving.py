@@ -28,7 +28,7 @@ from tools import cli
 from tools.benchmark import measure
 from training import launch
 from training.launch import DistInfo
-from training.network import choose_precision
+from training.network import Network, choose_precision
 from training.output import Output
 from training.run_state import RunState
 from training.trainer import Trainer
@@ -65,9 +65,8 @@ def build(
     batch = to_device(batch, precision.device, memory_format=precision.memory_format)
     images = args.steps * count * place.world_size
     sampler = RASampler(images, place.world_size, place.rank, count, 1)
-    state = RunState(
-        args, model, args.model, kwargs, precision, 1e-4, args.steps, sampler, place, group
-    )
+    network = Network(model, args.model, kwargs, precision, models.DataConfig((size, size)))
+    state = RunState(args, network, 1e-4, args.steps, sampler, place, group)
     output = Output(args.output_dir if kind is Trainer else "")
     loader = Batches([batch] * args.steps)
     return kind(state, output, loader, None, None, torch.nn.CrossEntropyLoss())
