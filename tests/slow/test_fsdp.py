@@ -7,15 +7,7 @@ from argparse import Namespace
 import pytest
 import timm
 import torch
-from conftest import (
-    accuracy_lines,
-    error_of,
-    read_log,
-    run_ranks,
-    same_run,
-    succeed,
-    write_images,
-)
+from conftest import accuracy_lines, error_of, read_log, run_ranks, same_run, succeed, write_images
 from ranks import group
 from test_stop import first_step, saved_step
 from torch.optim import AdamW

@@ -110,9 +110,7 @@ def test_trailer_is_verified_and_left_out(folder, tmp_path):
 @pytest.mark.parametrize(
     ("name", "named"),
     [
-        ("tiny_aes-cbc", "AES-CBC"),
-        ("tiny_aes-gcm", "AES-GCM"),
-        ("tiny_sm4-cbc", "SM4-CBC"),
+        *((f"tiny_{kind.lower()}", kind) for kind in ("AES-CBC", "AES-GCM", "SM4-CBC")),
         ("c64", "'c64'.*'complex64'.*int8, .*str"),
     ],
 )
