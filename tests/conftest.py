@@ -322,5 +322,4 @@ def error_of(program, *flags, **options):
 
 @pytest.fixture
 def main():
-    """:func:`run_main`."""
     return run_main

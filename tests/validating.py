@@ -90,12 +90,10 @@ STOPS = pytest.mark.parametrize(
 
 
 def content(folder):
-    """Return the content of every file of a folder."""
     return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
 
 
 def no_access(path=None, *_, **__):
-    """Raise the error of missing permissions."""
     raise PermissionError(13, "Permission denied", path and str(path))
 
 

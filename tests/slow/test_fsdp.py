@@ -45,7 +45,6 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def replicas(run, tmp_path_factory):
-    """The folder of a run of two whole replicas."""
     folder = tmp_path_factory.mktemp("replicas")
     run_ranks(2, [*run, folder])
     return folder

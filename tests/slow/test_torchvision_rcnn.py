@@ -193,7 +193,6 @@ def few(pennfudan, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def truth(few):
-    """Annotations of the training images of ``few``."""
     return read_annotations(few / "annotations" / "instances_train.json")
 
 
@@ -373,7 +372,6 @@ refused = functools.partial(error_of, torchvision_rcnn.main, *RUN)
 
 
 def detected(*flags):
-    """Output of a run, which must succeed."""
     status, output, errors = detect(*flags)
     assert status == 0, errors
     return output

@@ -107,7 +107,6 @@ def tiff(tags, pixels=bytes(48), endian="<", next_page=0):
 
 
 def icon(data):
-    """An icon of one image of 8x6 pixels."""
     return struct.pack("<HHHBBBBHHII", 0, 1, 1, 8, 6, 0, 0, 1, 16, len(data), 22) + data
 
 

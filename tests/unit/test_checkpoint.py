@@ -71,13 +71,6 @@ def test_layouts(tmp_path, form):
     assert f"{path}: {len(state)} " in str(report)
 
 
-def test_position_embeddings_are_resampled(tmp_path):
-    path = tmp_path / "large.pth"
-    torch.save(tiny(img_size=64).state_dict(), path)
-    report = load_checkpoint(tiny(), path)
-    assert report.resampled == ("pos_embed1", "pos_embed2", "pos_embed3")
-
-
 def test_any_timm_model_loads_its_own(tmp_path):
     source = timm.create_model("test_vit", num_classes=3)
     path = tmp_path / "vit.pth"

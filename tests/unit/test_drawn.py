@@ -21,7 +21,6 @@ from tools.visualize.measures import cosine_similarities, position_embeddings
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Images, and checkpoints of a small ConViT."""
     return write_files(tmp_path_factory.mktemp("drawn"))
 
 

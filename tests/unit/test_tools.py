@@ -19,7 +19,6 @@ from training.flags import positive
 
 @pytest.fixture
 def convert(capsys):
-    """Return ``convert(*flags) -> (status, output, errors)``."""
     return caller(capsys, convert_checkpoint, more=())
 
 
