@@ -77,8 +77,7 @@ def test_a_large_crop_is_decoded_at_a_fraction_of_its_size(scale):
 def test_resize_is_pillow_s(box, mode):
     image = photograph(400, 300)
     crop = image.crop((box.left, box.top, box.left + box.width, box.top + box.height))
-    method = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}[mode]
-    expected = np.asarray(crop.resize((96, 96), method)).astype(int)
+    expected = np.asarray(crop.resize((96, 96), Image.Resampling[mode.upper()])).astype(int)
     difference = np.abs(resize(np.array(crop), 96, mode) - expected)
     assert difference.mean() < 0.3 and difference.max() <= 8
 
@@ -317,7 +316,6 @@ def test_batches_have_the_type_and_layout_of_the_network(image_folder, loader, d
 @pytest.mark.parametrize("kind", ["files", "memory"])
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (3, 0)])
 def test_every_image_once_over_ranks_and_workers(tmp_path, kind, ranks, workers):
-    """41 images, each its own class."""
     pixels = np.stack([np.asarray(photograph(32, 32, seed)) for seed in range(41)])
     source = Pixels(pixels, range(41), map(str, range(41)))
     if kind == "files":
@@ -369,14 +367,12 @@ def test_paths_of_any_kind(tmp_path):
 
 
 def test_real_images(shared, tmp_path):
-    named = {f"{i}.jpg": data for i, data in enumerate(real_photographs(shared, 64))}
-    source = files(tmp_path, named)
+    source = files(tmp_path, {f"{i}.jpg": x for i, x in enumerate(real_photographs(shared, 64))})
     made = source, augmentation("--reprob", 0), True
     fast, draws = FastDataset(*made), draws_of(source, 1)
     raw = fast.__getitems__(draws)
-    found = eval_feed(fast).finalize(raw).images
     expected = AugmentedDataset(*made).__getitems__(draws).images
-    error = difference(found, expected, raw.boxes)
+    error = difference(eval_feed(fast).finalize(raw).images, expected, raw.boxes)
     assert error.mean() < MEAN_BOUND and error.mean((1, 2, 3)).max() < IMAGE_BOUND
 
 
