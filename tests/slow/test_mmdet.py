@@ -16,6 +16,7 @@ import timm
 import torch
 import torchvision
 from conftest import ROOT, run_python
+from loading import Trap
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -342,23 +343,12 @@ def test_both_products_of_attention_are_counted():
 # --- checkpoints
 
 
-class Call:
-    """Pickled, it asks to call a function."""
-
-    def __init__(self, *call):
-        self.call = call
-
-    def __reduce__(self):
-        function, *args = self.call
-        return function, tuple(args)
-
-
 @pytest.mark.parametrize(
     "call",
     [
-        lambda path: Call(Path.touch, path),
-        lambda path: Call(os.system, f"touch {path}"),
-        lambda path: Call(getattr, HistoryBuffer, "register_statistics"),
+        lambda path: Trap(Path.touch, path),
+        lambda path: Trap(os.system, f"touch {path}"),
+        lambda path: Trap(getattr, HistoryBuffer, "register_statistics"),
     ],
 )
 def test_a_checkpoint_that_asks_to_run_code_is_refused(tmp_path, call):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from loading import refused
+from loading import Trap, refused
 from test_mindspore import record
 
 from models import CheckpointError, UnsafeFileError, load_checkpoint
@@ -104,14 +104,6 @@ def entry(shape, begin, end, dtype="F32"):
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
-class Trap:
-    def __init__(self, function, *arguments):
-        self.reduced = function, arguments
-
-    def __reduce__(self):
-        return self.reduced
-
-
 class Remade(Namespace):
     def __setstate__(self, state):
         raise AssertionError("ran")
@@ -134,16 +126,12 @@ def tar():
     return buffer.getvalue()
 
 
-def loads(data):
-    return data, None, ""
+def outcome(kind, data, named=""):
+    return data, kind, named
 
 
-def damaged(data, named=""):
-    return data, CheckpointError, named
-
-
-def unsafe(data, named=""):
-    return data, UnsafeFileError, named
+KINDS = (None, CheckpointError, UnsafeFileError)
+loads, damaged, unsafe = (partial(outcome, kind) for kind in KINDS)
 
 
 def programs():

@@ -38,7 +38,6 @@ SCORES = ("top1", "top5", "nll", "ece")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Return a checkpoint with EMA, an image folder, the model and the EMA model."""
     return trained(tmp_path_factory.mktemp("run"), CLASSES, 9)
 
 

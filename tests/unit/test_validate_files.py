@@ -29,7 +29,6 @@ CLASSES = ["ant", "bee", "cat"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Return a checkpoint with EMA and an image folder."""
     return trained(tmp_path_factory.mktemp("run"), CLASSES, 2)[:2]
 
 

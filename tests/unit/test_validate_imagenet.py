@@ -39,7 +39,6 @@ from tools.validate.sets import read_real_labels
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Return a checkpoint with EMA, an image folder, the model and the EMA model."""
     return trained(tmp_path_factory.mktemp("run"), CLASSES, 1)
 
 
