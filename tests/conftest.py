@@ -31,7 +31,7 @@ LONGEST = ("docs", "torchvision_rcnn", "mmdet_commands", "main", "crash", "nodes
 LONGEST += ("watchdog", "submit", "benchmark", "distributed", "mmdet", "recipes")
 MARKED = {
     "distributed": ("distributed", "fsdp", "nodes"),
-    "detection": ("mmdet", "mmdet_commands", "torchvision_rcnn"),
+    "detection": ("coco", "mmdet", "mmdet_commands", "torchvision_rcnn"),
 }
 
 
@@ -110,6 +110,31 @@ def cifar(shared, tmp_path_factory):
     with tarfile.open(shared / "data" / "cifar10_small.tar.gz") as archive:
         archive.extractall(folder, filter="data")
     return folder / "cifar10"
+
+
+@pytest.fixture(scope="session")
+def pennfudan(shared, tmp_path_factory):
+    """Pedestrians with masks, as polygons and as RLE."""
+    folder = tmp_path_factory.mktemp("pennfudan")
+    with tarfile.open(shared / "data" / "pennfudan_coco.tar.gz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "pennfudan_coco"
+
+
+@pytest.fixture(scope="session")
+def few(pennfudan, tmp_path_factory):
+    """5 of the images for training and 5 for validation, as a folder of their own."""
+    folder = tmp_path_factory.mktemp("few")
+    (folder / "images").symlink_to(pennfudan / "images")
+    (folder / "annotations").mkdir()
+    for split in ("train", "val"):
+        name = f"instances_{split}.json"
+        content = json.loads((pennfudan / "annotations" / name).read_text())
+        content["images"] = content["images"][:5]
+        ids = {image["id"] for image in content["images"]}
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
+        (folder / "annotations" / name).write_text(json.dumps(content))
+    return folder
 
 
 def write_images(root, train=8, val=3, classes=("cat", "dog"), size=32):
@@ -322,5 +347,4 @@ def error_of(program, *flags, **options):
 
 @pytest.fixture
 def main():
-    """:func:`run_main`."""
     return run_main

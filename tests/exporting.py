@@ -59,7 +59,6 @@ def close(found, expected):
 
 
 def source_of(model, size=(32, 32), **options):
-    """A source without a checkpoint."""
     model = model.eval().requires_grad_(False)
     fields = {"eager": model, "exported": model, "name": "model", "classes": ()}
     fields |= {"images": DataConfig(size, mean=(0.5,) * 3, std=(0.5,) * 3), "preprocessing": False}

@@ -25,7 +25,6 @@ def refused(call, *values, kind=DataError):
 
 
 def flags(*words):
-    """main.py's flags."""
     return parse_args([str(word) for word in words])[0]
 
 
@@ -71,12 +70,20 @@ def real_photographs(shared, count):
 
 
 def decoded(data):
-    """An encoded image in RGB."""
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
 def seed_all(seed):
-    """Seed the generators of Python, NumPy and PyTorch."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+class Trap:
+    """Pickled, it asks to call a function."""
+
+    def __init__(self, function, *arguments):
+        self.reduced = function, arguments
+
+    def __reduce__(self):
+        return self.reduced

@@ -9,6 +9,7 @@ import torch
 from conftest import write_images
 
 import datasets
+from models import DataConfig
 from pipeline.images import DataError, load_image
 from tools.validate import __main__ as validate
 from training.flags import get_args_parser
@@ -90,12 +91,10 @@ STOPS = pytest.mark.parametrize(
 
 
 def content(folder):
-    """Return the content of every file of a folder."""
     return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
 
 
 def no_access(path=None, *_, **__):
-    """Raise the error of missing permissions."""
     raise PermissionError(13, "Permission denied", path and str(path))
 
 
@@ -112,13 +111,11 @@ def logits_of(model, folder, plain=False):
     Images of ``plain`` weights are normalised as timm states for test_vit.
     """
     args = get_args_parser().parse_args(["--input-size", str(SIZE)])
-    transform = datasets.build_transform(False, args)
+    own = DataConfig(mean=(0.5,) * 3, std=(0.5,) * 3) if plain else DataConfig()
+    transform = datasets.build_transform(False, args, own.at_size(SIZE))
     paths = sorted(folder.glob("*/*"))
     names = sorted({path.parent.name for path in paths})
     images = torch.stack([transform(load_image(path)) for path in paths]).double()
-    if plain:
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in datasets.NORMALIZATION)
-        images = (images * std + mean - 0.5) / 0.5
     with torch.inference_mode():
         logits = model.double()(images).numpy()
     model.float()

@@ -244,7 +244,7 @@ def run(args: Namespace, sources: list[str], pictures: Mapping[Path, Path | None
         pictures: Images, and the paths of their pictures, if any.
     """
     sizes = [args.input_size] if args.input_size else None
-    flags = vars(args) | {"input_size": sizes, "data_set": "IMNET", "fuse": False}
+    flags = vars(args) | {"input_size": sizes, "fuse": False}
     subject = next(eval_models(sources, Namespace(**flags), launch.select_device(args.device)))
     names = names_of(subject, args.classes)
     asked = None if args.asked is None else find_class(args.asked, names)

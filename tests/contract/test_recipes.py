@@ -144,7 +144,6 @@ def more_images(tmp_path_factory):
 
 
 def weights(path, name, classes):
-    """Write random weights."""
     model, _ = models.build_model(name, {"num_classes": classes}, {})
     torch.save(model.state_dict(), path)
     return path

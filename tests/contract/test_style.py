@@ -14,7 +14,7 @@ ALLOWED = {  # rooms that a room may import from, itself apart
     "tools": FLOORS,
     "object_detection": FLOORS,
     "training": FLOORS - {"training"},
-    "datasets": {"pipeline", "samplers", "utils"},
+    "datasets": {"models", "pipeline", "samplers", "utils"},
     "engine": {"utils"},
     "pipeline": {"samplers", "utils"},
     "hubconf": {"models"},
@@ -22,7 +22,7 @@ ALLOWED = {  # rooms that a room may import from, itself apart
     "samplers": set(),
     "utils": set(),
 }
-MODELS_USE = {"torch", "timm", "einops", "safetensors", "models"}
+MODELS_USE = {"torch", "timm", "einops", "safetensors", "huggingface_hub", "models"}
 
 
 def files():

@@ -23,7 +23,6 @@ Row = tuple[Part, Counts]
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """Return the parser of the flags."""
     parser = argparse.ArgumentParser(
         "python -m tests.crash",
         description=__doc__.splitlines()[0],
@@ -45,7 +44,6 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Return the results as a Markdown table."""
     names = [name.name for name in fields(Counts)]
     lines = [["ranks", "interrupted by", *(name.replace("_", " ") for name in names)]]
     lines.append(["---:", "---", *("---:" for _ in names)])
@@ -54,7 +52,6 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def summary(rows: Sequence[Row], failures: Sequence[str]) -> str:
-    """Return the results as one line."""
     names = ("kills", "bits_of_difference", "lost_checkpoints", "orphans")
     totals = [
         f"{sum(getattr(counts, name) for _, counts in rows)} {name.replace('_', ' ')}"

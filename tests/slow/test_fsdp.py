@@ -7,15 +7,7 @@ from argparse import Namespace
 import pytest
 import timm
 import torch
-from conftest import (
-    accuracy_lines,
-    error_of,
-    read_log,
-    run_ranks,
-    same_run,
-    succeed,
-    write_images,
-)
+from conftest import accuracy_lines, error_of, read_log, run_ranks, same_run, succeed, write_images
 from ranks import group
 from test_stop import first_step, saved_step
 from torch.optim import AdamW
@@ -53,7 +45,6 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def replicas(run, tmp_path_factory):
-    """The folder of a run of two whole replicas."""
     folder = tmp_path_factory.mktemp("replicas")
     run_ranks(2, [*run, folder])
     return folder

@@ -100,7 +100,6 @@ def training(root, *options):
 
 
 def test_train_resume_test_infer(dataset, tmp_path):
-    """The commands one after the other."""
     data, run = dataset(), tmp_path / "run"
     options = [*OPTIONS, "default_hooks.checkpoint.save_last=True"]
     options += ["model.test_cfg.rcnn.score_thr=0.0"]

@@ -34,7 +34,6 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(images, tmp_path_factory):
-    """The folder of a run that was never interrupted."""
     folder = tmp_path_factory.mktemp("whole")
     succeed(*RUN, "--data-path", images, "--output_dir", folder)
     assert "train_corrupt" in read_log(folder)[0]
@@ -42,12 +41,10 @@ def whole(images, tmp_path_factory):
 
 
 def first_step(output):
-    """Epoch and step of the first progress line."""
     return tuple(map(int, re.search(r"^epoch (\d+) step (\d+)/", output, re.M).groups()))
 
 
 def saved_step(folder):
-    """Epoch and step of the checkpoint."""
     checkpoint = torch.load(folder / "checkpoint.pth", weights_only=True)
     return checkpoint["epoch"] + 1, checkpoint["step"]
 

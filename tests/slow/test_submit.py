@@ -75,7 +75,6 @@ def lines_of(script):
 
 
 def batch(folder, path, restarts):
-    """Slurm starts the batch script."""
     job = {"SLURM_JOB_ID": JOB, "SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "2"}
     job |= {"SLURM_JOB_NODELIST": "localhost", "SLURM_RESTART_COUNT": restarts}
     return subprocess.Popen(

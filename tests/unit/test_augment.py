@@ -213,16 +213,6 @@ def test_each_operation_is_pillows(pixels):
     assert torch.equal(batch, to_batch([pixels] * len(operations)))  # not changed
 
 
-def test_rotation_has_pillows_matrix(monkeypatch):
-    def transform(self, size, method, data, *_, **__):
-        return tuple(data)
-
-    monkeypatch.setattr(Image.Image, "transform", transform)
-    image = Image.new("RGB", (41, 30))
-    for degrees in (-29.7, 12.3, 90.0, 271.5):
-        assert image.rotate(degrees) == rotation(degrees, 41, 30)
-
-
 def test_any_memory_format_and_no_operation():
     images = to_batch([pixels_of(33, 20, seed) for seed in range(3)])
     operations = [[], [Operation(Kind.INVERT)], [Operation(Kind.SHARPNESS, (1.9,))]]

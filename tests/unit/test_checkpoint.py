@@ -1,11 +1,16 @@
 """Checkpoint files: read safely, loaded strictly, written whole or not at all."""
 
 import argparse
+import errno
 import io
+import os
+import re
+import stat
 import threading
 from functools import partial
 from hashlib import sha256
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +18,13 @@ import safetensors.torch
 import timm
 import torch
 from loading import refused
+from saving import fail, numbers, run, state, temporaries, warnings_of
 
 from models import CheckpointError, load_checkpoint, read_checkpoint
 from models.data_config import data_config_of
 from models.visformer import Stage, Visformer
 from training import checkpoints, run_state
+from training.files import OutputError
 
 STAGES = (Stage(1, 8, 4, spatial_groups=2), Stage(1, 16, num_heads=2), Stage(1, 32, num_heads=2))
 
@@ -63,13 +70,6 @@ def test_layouts(tmp_path, form):
     assert bool(report.renamed) == bool(renamed)
     assert len(report.loaded) == len(state)
     assert f"{path}: {len(state)} " in str(report)
-
-
-def test_position_embeddings_are_resampled(tmp_path):
-    path = tmp_path / "large.pth"
-    torch.save(tiny(img_size=64).state_dict(), path)
-    report = load_checkpoint(tiny(), path)
-    assert report.resampled == ("pos_embed1", "pos_embed2", "pos_embed3")
 
 
 def test_any_timm_model_loads_its_own(tmp_path):
@@ -247,3 +247,99 @@ def test_images_that_weights_were_trained_on(content, is_imagenets):
     found = data_config_of(content, {"mean": list(own[0]), "std": list(own[1])}, "x.pth")
     imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     assert (found.mean, found.std) == (imagenet if is_imagenets else own)
+
+
+# --- damage ---------------------------------------------------------------------------------
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def replace_by_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGES = {
+    "flipped": flip,
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "emptied": lambda path: os.truncate(path, 0),
+    "folder": replace_by_folder,
+}
+
+
+def save_three(folder):
+    for number in range(3):
+        best = [folder / "best.pth"] if number == 0 else []
+        keep = folder / "previous.pth"
+        checkpoints.save_checkpoint(state(number), folder / "checkpoint.pth", also=best, keep=keep)
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, damage):
+    save_three(tmp_path)
+    newest = tmp_path / "checkpoint.pth"
+    damage(newest)
+    for set_aside in (False, True):
+        path, content = checkpoints.find_checkpoint(tmp_path, set_aside)
+        assert (path.name, content["number"]) == ("previous.pth", 1)
+        assert warnings_of(capsys.readouterr().out, newest)
+        assert newest.exists() is not set_aside
+    assert (tmp_path / "checkpoint.pth.damaged").exists()
+    run(tmp_path, 3)
+    assert numbers(tmp_path) == {"checkpoint.pth": 3, "previous.pth": 1, "best.pth": 0}
+
+
+def test_damaged_ones_are_never_deleted(tmp_path):
+    save_three(tmp_path)
+    for path in tmp_path.glob("*.pth"):
+        flip(path)
+    assert checkpoints.find_checkpoint(tmp_path, set_aside=True) is None
+    names = {"checkpoint.pth.damaged", "previous.pth.damaged", "best.pth.damaged"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_a_file_that_lost_its_end_on_the_disk_is_not_used(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pth"
+    checkpoints.save_checkpoint(state(0), path)
+    monkeypatch.setattr(os, "fsync", lambda file: os.ftruncate(file, 600))
+    with pytest.raises(OutputError, match=re.escape(str(path))):
+        checkpoints.save_checkpoint(state(1), path, also=[tmp_path / "best.pth"])
+    assert numbers(tmp_path) == {"checkpoint.pth": 0}
+    assert not temporaries(tmp_path)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_files_are_on_the_disk_before_they_get_their_names(tmp_path, monkeypatch, links):
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def name_of(file):
+        name = Path(os.readlink(f"/proc/self/fd/{file}")).name
+        return re.sub(r"-\w+\.tmp", "", name)
+
+    save_three(tmp_path)
+    monkeypatch.setattr(os, "fsync", lambda f: (calls.append(f"sync {name_of(f)}"), fsync(f)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(f"name {b.name}"), replace(a, b)))
+    if not links:
+        monkeypatch.setattr(os, "link", partial(fail, errno.EPERM))
+    best, previous = tmp_path / "best.pth", tmp_path / "previous.pth"
+    checkpoints.save_checkpoint(state(3), tmp_path / "checkpoint.pth", also=[best], keep=previous)
+    assert numbers(tmp_path) == {"checkpoint.pth": 3, "previous.pth": 2, "best.pth": 3}
+    names = ["name best.pth", "name previous.pth", "name checkpoint.pth"]
+    if not links:  # each copy is on the disk before it gets its name
+        names = ["sync .best.pth", names[0], "sync .previous.pth", *names[1:]]
+    assert calls == ["sync .checkpoint.pth", *names, f"sync {tmp_path.name}"]
+
+
+def test_a_file_system_that_cannot_sync_folders(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def sync_files(file):
+        return fail(errno.EINVAL) if stat.S_ISDIR(os.fstat(file).st_mode) else fsync(file)
+
+    monkeypatch.setattr(os, "fsync", sync_files)
+    checkpoints.save_checkpoint(state(0), tmp_path / "checkpoint.pth")
+    assert numbers(tmp_path) == {"checkpoint.pth": 0}

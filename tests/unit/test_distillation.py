@@ -21,7 +21,7 @@ from training.distillation import (
 )
 
 CPU = torch.device("cpu")
-NORMALIZATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SMALL_IMAGES = DataConfig((32, 32))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
@@ -93,17 +93,17 @@ def test_images_reach_a_foreign_teacher_as_timm_says(teacher_file, tmp_path):
         *("--teacher-model", "test_vit", "--teacher-path", teacher_file),
         *("--distillation-type", "hard"),
     )
-    teacher = build_teacher(args, 2, Precision(CPU), NORMALIZATION)
+    teacher = build_teacher(args, 2, Precision(CPU), SMALL_IMAGES)
     cfg = teacher.model.pretrained_cfg
-    assert tuple(cfg["mean"]) != NORMALIZATION[0]
+    assert tuple(cfg["mean"]) != SMALL_IMAGES.mean
     content = torch.load(teacher_file, weights_only=True) | {"args": {}, "model_name": "test_vit"}
     torch.save(content, tmp_path / "ours.pth")
     args.teacher_path = str(tmp_path / "ours.pth")  # trained here: it knows images as they are
-    native = build_teacher(args, 2, Precision(CPU), NORMALIZATION)
+    native = build_teacher(args, 2, Precision(CPU), SMALL_IMAGES)
     pixels = torch.rand(2, 3, 32, 32)
     ours, theirs = (
         (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-        for mean, std in (NORMALIZATION, (cfg["mean"], cfg["std"]))
+        for mean, std in ((SMALL_IMAGES.mean, SMALL_IMAGES.std), (cfg["mean"], cfg["std"]))
     )
     net = timm.create_model("test_vit", num_classes=2, img_size=32).eval()
     models.load_checkpoint(net, teacher_file)

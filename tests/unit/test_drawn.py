@@ -8,9 +8,9 @@ import torch
 from matplotlib.colors import to_rgb
 from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torchvision.transforms import Normalize
 from visualizing import gate, in_folder, model_of, picture_of, write_files
 
+from models import DataConfig
 from tools.visualize import __main__ as visualize
 from tools.visualize.heads import mean_nonlocality
 from tools.visualize.kernels import Kernels
@@ -21,7 +21,6 @@ from tools.visualize.positions import cosine_similarities, position_embeddings
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Images, and checkpoints of a small ConViT."""
     return write_files(tmp_path_factory.mktemp("drawn"))
 
 
@@ -227,13 +226,13 @@ def test_tensorboard_has_the_picture(root, tmp_path):
 
 def test_images_are_those_of_evaluation(root, tmp_path):
     model = model_of(root / "1.pth")
-    assert (model.size, model.crop_ratio, model.epoch) == (16, 0.5, 1)
+    assert (model.size, model.images.crop_mode, model.epoch) == (16, "squash", 1)
     # the crop of 80 % of the side: of 40 pixels, the middle 32
     pixels = np.zeros((40, 40, 3), np.uint8)
     pixels[4:36, 4:36] = 200
     Image.fromarray(pixels).save(tmp_path / "frame.png")
-    normalize = Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    model = LoadedModel(model.module, "convit_tiny", "", None, 40, 0.8, normalize)
+    images = DataConfig((40, 40), crop_pct=0.8)
+    model = LoadedModel(model.module, "convit_tiny", "", None, images)
     (picture,) = load_images(model, [tmp_path / "frame.png"])
     assert picture.shape == (3, 40, 40) and picture[:, 3:-3, 3:-3].min() > 0.75
     assert (picture[:, 0] < 0.75).any(), "of a smaller crop, nothing of the frame would be there"

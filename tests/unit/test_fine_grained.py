@@ -17,7 +17,6 @@ savemat = pytest.importorskip("scipy.io", reason="writing .mat files needs scipy
 
 
 def write_image(path, value):
-    """A JPEG file of one grey."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (8, 8), (value, value, value)).save(path)
 

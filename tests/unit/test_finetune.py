@@ -263,7 +263,7 @@ BAD = {
     "--finetune x --linear-probe --layer-decay 0.5": "--layer-decay",
     "--finetune x --linear-probe --freeze-stages 0": "--freeze-stages",
     "--finetune x --freeze-stages -2": "--freeze-stages -2",
-    "--finetune x --freeze-stages 7": r"\b7 .*\b4 ",
+    "--finetune {new}.pth --freeze-stages 7": r"\b7 .*\b4 ",
     "--locality-strength 1": "visformer_tiny .*locality_strength",
     "--local-up-to-layer 2": "visformer_tiny .*local_up_to_layer",
     "--model convit_tiny --local-up-to-layer 12": "local_up_to_layer 12 .* 11",
@@ -275,6 +275,7 @@ BAD = {
 def test_bad_input_is_named(trained, main, words):
     images, *_, folder = trained
     base = ["--model", "visformer_tiny", *SMALL, "--epochs", 1, "--data-path", images]
+    torch.save({"head.weight": torch.ones(1)}, folder / "new.pth")
     status, _, errors = main(*base, *words.format(new=folder / "new").split())
     assert status == 1
     assert re.search(f"^error: .*{(BAD[words] or words).format(new=folder / 'new')}", errors)

@@ -54,7 +54,6 @@ def fake(tmp_path, monkeypatch):
 
 
 def png(number):
-    """A PNG file whose pixels are ``number``."""
     file = io.BytesIO()
     Image.new("RGB", (4, 4), (number, number, number)).save(file, "PNG")
     return file.getvalue()
@@ -230,8 +229,6 @@ def test_prepared_dataset_of_the_hub_needs_no_network(tmp_path):
 
 
 class Reads(Dataset):
-    """Images of a source, read in a loader's process."""
-
     def __init__(self, source):
         self.source = source
 

@@ -26,7 +26,6 @@ V2 = (
     Stage(2, 16, num_heads=2, window=14),
     Stage(1, 32, num_heads=4, window=7),
 )
-VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +109,7 @@ def test_trailer_is_verified_and_left_out(folder, tmp_path):
 @pytest.mark.parametrize(
     ("name", "named"),
     [
-        ("tiny_aes-cbc", "AES-CBC"),
-        ("tiny_aes-gcm", "AES-GCM"),
-        ("tiny_sm4-cbc", "SM4-CBC"),
+        *((f"tiny_{kind.lower()}", kind) for kind in ("AES-CBC", "AES-GCM", "SM4-CBC")),
         ("c64", "'c64'.*'complex64'.*int8, .*str"),
     ],
 )
@@ -380,7 +377,7 @@ NETS = {
     "visformer_v1": (64, lambda: Visformer(V1, 8, img_size=64, num_classes=10)),
     "visformer_v2": (64, lambda: Visformer(V2, 8, img_size=64, num_classes=10)),
     "convit": (28, lambda: ConViT(28, 2, 3, 10, "token", 16, 3, 4, local_up_to_layer=2)),
-    "vit": (32, lambda: ViT(num_classes=10, **VIT)),
+    "vit": (32, lambda: ViT(32, 8, num_classes=10, embed_dim=24, depth=2, num_heads=3)),
 }
 
 

@@ -1,210 +1,41 @@
-"""The output folder: nothing is lost to a kill, a full disk, lost permission or a second run."""
+"""The output folder: nothing is lost to a full disk, lost permission or a second run."""
 
 import errno
 import json
 import os
-import re
 import resource
-import shutil
 import signal
 import socket
-import stat
 import subprocess
-import sys
 import tempfile
 import threading
-import traceback
 from argparse import Namespace
-from collections import Counter
 from functools import partial
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 import pytest
 import torch
-from conftest import ROOT, read_log, run_python
+from conftest import read_log
+from saving import (
+    begin_child,
+    done,
+    fail,
+    number_in,
+    numbers,
+    run,
+    save,
+    state,
+    temporaries,
+    warnings_of,
+)
 
-from models import read_checkpoint
-from models.checkpoint import checksum
-from training import checkpoints, files
+from training import checkpoints
 from training import output as module
 from training.checkpoints import find_checkpoint, save_checkpoint
 from training.files import OutputError
 from training.output import Output
 
-WRITER = {module.__file__, checkpoints.__file__, files.__file__, checksum.__file__}
 NOBODY = 65534
-UNTRACED = {"log", "plain", "snapshot", "size_of"}  # functions that touch no file
-BEST_EPOCHS = [[0], [0, 1], [2, 0]]  # of a run of three epochs, after each
-
-
-def state(number):
-    return {"number": number, "weights": torch.full((4,), float(number))}
-
-
-def number_in(path):
-    """The number of the state in a checkpoint, which is whole."""
-    assert checksum.verify_checksum(path), path
-    content = read_checkpoint(path)
-    assert torch.equal(content["weights"], state(content["number"])["weights"])
-    return content["number"]
-
-
-def numbers(folder):
-    return {path.name: number_in(path) for path in folder.glob("*.pth")}
-
-
-def temporaries(folder):
-    return [path.name for path in folder.glob(".*")]
-
-
-def warnings_of(text, *parts):
-    """The warnings in an output that name all of ``parts``."""
-    lines = [line for line in text.splitlines() if line.startswith("warning: ")]
-    return [line for line in lines if all(str(part) in line for part in parts)]
-
-
-def begin_child(function, *args):
-    """Fork a process that calls ``function``; its id, and a file of what it prints."""
-    read, write = os.pipe()
-    child = os.fork()
-    if not child:
-        signal.alarm(60)  # a child that hangs ends
-        os.close(read)
-        sys.stdout = sys.stderr = os.fdopen(write, "w", 1)
-        status = 1
-        try:
-            function(*args)
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        os._exit(status)
-    os.close(write)
-    return child, os.fdopen(read)
-
-
-def in_child(function, *args):
-    """Call ``function`` in a forked process; its return code (-9 if killed) and its output."""
-    child, out = begin_child(function, *args)
-    with out:
-        text = out.read()
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), text
-
-
-def fail(number, *args, **kwargs):
-    raise OSError(number, os.strerror(number))
-
-
-def done(function, *args):
-    status, text = in_child(function, *args)
-    assert status == 0, text
-    return text
-
-
-# --- kills ----------------------------------------------------------------------------------
-
-
-def run_of_saves(folder, kill_at):
-    """Three epochs, of which the first and the last are the best; killed at a point.
-
-    A point is a line of the writer before which the folder has changed: whether it is one of the
-    main thread, and its number. Without one to be killed at, all are printed.
-    """
-    lines, seen = Counter(), []
-
-    def trace(frame, event, arg):
-        nonlocal seen
-        code = frame.f_code
-        if code.co_filename not in WRITER or code.co_name in UNTRACED:
-            return None
-        if event == "line":
-            thread = threading.current_thread() is threading.main_thread()
-            lines[thread] += 1
-            point = [thread, lines[thread]]
-            if point == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            if kill_at is None and seen != (seen := look(folder)):
-                print(json.dumps(point))
-        return trace
-
-    threading.settrace(trace)
-    sys.settrace(trace)
-    output = Output(str(folder), keep=2)
-    for epoch, best in enumerate(BEST_EPOCHS):
-        output.log_epoch({"epoch": epoch}, epoch)
-        output.save(state(epoch), epoch in (0, 2), epoch, best)
-        output.wait()
-        print("saved")
-    output.close()
-
-
-def look(folder):
-    """The names, files and sizes in a folder; of a temporary file, the size in half KiB."""
-    if not folder.exists():
-        return []
-    found = [(entry.name, entry.stat()) for entry in os.scandir(folder)]
-    return sorted((n, s.st_ino, s.st_size // 512 if n[0] == "." else s.st_size) for n, s in found)
-
-
-def kill_everywhere(folder, links):
-    """Kill a run of saves at every point, look at what is left, and go on; prints the number."""
-    os.fsync = lambda file: None  # a kill spares what the system holds
-    # what is written is at once in the file, so that a kill leaves a part of it there
-    tempfile.NamedTemporaryFile = partial(NamedTemporaryFile, buffering=0)
-    if not links:
-        os.link = partial(fail, errno.EPERM)
-    said = done(run_of_saves, folder, None)
-    points = [json.loads(line) for line in said.splitlines() if line.startswith("[")]
-    for point in points:
-        shutil.rmtree(folder)
-        status, text = in_child(run_of_saves, folder, point)
-        assert status == -signal.SIGKILL, (point, text)
-        check_after_kill(folder, text.count("saved"))
-        go_on(folder, text.count("saved"))
-    print("points", len(points))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("links, points", [(True, 40), (False, 50)])
-def test_a_kill_at_any_line_of_the_writer_loses_nothing(tmp_path, links, points):
-    # in a process of its own, of which hundreds are forked: it is smaller than this one
-    code = "import sys, test_output as t; t.kill_everywhere(t.Path(sys.argv[1]), bool(sys.argv[2]))"
-    words = ["-c", code, tmp_path / "run", "links" if links else ""]
-    folders = (ROOT, ROOT / "tests", ROOT / "tests" / "unit")
-    ended = run_python(*words, PYTHONPATH=os.pathsep.join(map(str, folders)))
-    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr
-    assert int(ended.stdout.split()[-1]) >= points
-
-
-def check_after_kill(folder, saved):
-    found = find_checkpoint(folder, set_aside=False)
-    assert (found[1]["number"] if found else -1) in (saved - 1, saved)
-    kept = numbers(folder)  # whole ones, each
-    if not saved:
-        return
-    assert kept["checkpoint.pth"] in (saved - 1, saved)  # at no time is there none
-    assert saved == 1 or kept["previous.pth"] in (saved - 2, saved - 1)
-    assert kept["best.pth"] in ([0, 0, 2][saved - 1], saved)
-    assert kept[f"checkpoint-{saved - 1:04d}.pth"] == saved - 1
-    wanted = [{f"best-{epoch:04d}.pth" for epoch in epochs} for epochs in BEST_EPOCHS]
-    assert any(best <= set(kept) for best in wanted[saved - 1 : saved + 1])
-
-
-def go_on(folder, saved):
-    """Go on as after a kill: what it left is cleared away, and ``log.txt`` has whole lines."""
-    output = Output(str(folder), keep=2)
-    assert not temporaries(folder)
-    output.begin(Namespace(), saved)
-    output.log_epoch({"epoch": saved}, saved)
-    output.save(state(saved), False, saved, [0])
-    output.close()
-    assert number_in(folder / "checkpoint.pth") == saved
-    log = [json.loads(line)["epoch"] for line in (folder / "log.txt").read_text().splitlines()]
-    assert log == list(range(saved + 1))
-    wanted = {f"checkpoint-{epoch:04d}.pth" for epoch in (saved - 1, saved) if epoch >= 0}
-    wanted |= {"checkpoint.pth", "previous.pth", "best.pth", "best-0000.pth", "run.lock", "log.txt"}
-    events = {path.name for path in folder.glob("events.*")}
-    assert {path.name for path in folder.iterdir()} <= wanted | events | {"args.yaml"}
 
 
 # --- disks that take nothing ----------------------------------------------------------------
@@ -221,8 +52,7 @@ def epochs_on_a_full_disk(folder):
     for epoch, (room, best) in enumerate([(-1, True), (100, True), (100, False), (-1, False)]):
         limit_files(room)
         output.log_epoch({"epoch": epoch, "test_acc1": 1 / 3, "train_loss": 2 / 3}, epoch)
-        output.save(state(epoch), best)
-        output.wait()
+        save(output, epoch, best)
         print(json.dumps([numbers(folder), temporaries(folder)]))
     output.close()
 
@@ -242,8 +72,7 @@ def test_what_a_full_disk_did_not_take_is_written_later(tmp_path):
 
 def end_on_a_full_disk(folder):
     output = Output(str(folder))
-    output.save(state(0))
-    output.wait()
+    save(output, 0)
     limit_files(150)
     output.save(state(1), is_best=True)
     output.save(state(2))
@@ -320,11 +149,9 @@ def as_user(function, folder):
 
 def lose_permission(folder):
     output = Output(str(folder))
-    output.save(state(0))
-    output.wait()
+    save(output, 0)
     folder.chmod(0o555)
-    output.save(state(1), is_best=True)
-    output.wait()
+    save(output, 1, is_best=True)
     with pytest.raises(OutputError, match=f"--output_dir {folder}/new"):
         Output(f"{folder}/new")
     (folder / "checkpoint.pth").write_bytes(b"damaged")
@@ -347,8 +174,7 @@ def lose_permission_while_writing(folder):
     verify = checkpoints.verify_checksum
     checkpoints.verify_checksum = lambda path: (verify(path), folder.chmod(0o555))[0]
     output = Output(str(folder))
-    output.save(state(0))
-    output.wait()
+    save(output, 0)
     checkpoints.verify_checksum = verify
     folder.chmod(0o755)
     output.save(state(1))
@@ -360,106 +186,8 @@ def test_permission_lost_while_writing(own_folder):
     assert warnings_of(text, "checkpoint.pth") and "Traceback" not in text
     assert numbers(own_folder) == {"checkpoint.pth": 1}
     assert len(temporaries(own_folder)) == 1  # which could not be removed
-    Output(str(own_folder)).close()
+    run(own_folder)
     assert not temporaries(own_folder)
-
-
-# --- damage ---------------------------------------------------------------------------------
-
-
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-def replace_by_folder(path):
-    path.unlink()
-    path.mkdir()
-
-
-DAMAGES = {
-    "flipped": flip,
-    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
-    "emptied": lambda path: os.truncate(path, 0),
-    "folder": replace_by_folder,
-}
-
-
-def save_three(folder):
-    for number in range(3):
-        best = [folder / "best.pth"] if number == 0 else []
-        keep = folder / "previous.pth"
-        save_checkpoint(state(number), folder / "checkpoint.pth", also=best, keep=keep)
-
-
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, damage):
-    save_three(tmp_path)
-    newest = tmp_path / "checkpoint.pth"
-    damage(newest)
-    for set_aside in (False, True):
-        path, content = find_checkpoint(tmp_path, set_aside)
-        assert (path.name, content["number"]) == ("previous.pth", 1)
-        assert warnings_of(capsys.readouterr().out, newest)
-        assert newest.exists() is not set_aside
-    assert (tmp_path / "checkpoint.pth.damaged").exists()
-    output = Output(str(tmp_path))
-    output.save(state(3))
-    output.close()
-    assert numbers(tmp_path) == {"checkpoint.pth": 3, "previous.pth": 1, "best.pth": 0}
-
-
-def test_damaged_ones_are_never_deleted(tmp_path):
-    save_three(tmp_path)
-    for path in tmp_path.glob("*.pth"):
-        flip(path)
-    assert find_checkpoint(tmp_path, set_aside=True) is None
-    names = {"checkpoint.pth.damaged", "previous.pth.damaged", "best.pth.damaged"}
-    assert {path.name for path in tmp_path.iterdir()} == names
-
-
-def test_a_file_that_lost_its_end_on_the_disk_is_not_used(tmp_path, monkeypatch):
-    path = tmp_path / "checkpoint.pth"
-    save_checkpoint(state(0), path)
-    monkeypatch.setattr(os, "fsync", lambda file: os.ftruncate(file, 600))
-    with pytest.raises(OutputError, match=re.escape(str(path))):
-        save_checkpoint(state(1), path, also=[tmp_path / "best.pth"])
-    assert numbers(tmp_path) == {"checkpoint.pth": 0}
-    assert not temporaries(tmp_path)
-
-
-@pytest.mark.parametrize("links", [True, False])
-def test_files_are_on_the_disk_before_they_get_their_names(tmp_path, monkeypatch, links):
-    calls, fsync, replace = [], os.fsync, os.replace
-
-    def name_of(file):
-        name = Path(os.readlink(f"/proc/self/fd/{file}")).name
-        return re.sub(r"-\w+\.tmp", "", name)
-
-    save_three(tmp_path)
-    monkeypatch.setattr(os, "fsync", lambda f: (calls.append(f"sync {name_of(f)}"), fsync(f)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(f"name {b.name}"), replace(a, b)))
-    if not links:
-        monkeypatch.setattr(os, "link", partial(fail, errno.EPERM))
-    best, previous = tmp_path / "best.pth", tmp_path / "previous.pth"
-    save_checkpoint(state(3), tmp_path / "checkpoint.pth", also=[best], keep=previous)
-    assert numbers(tmp_path) == {"checkpoint.pth": 3, "previous.pth": 2, "best.pth": 3}
-    names = ["name best.pth", "name previous.pth", "name checkpoint.pth"]
-    if not links:  # each copy is on the disk before it gets its name
-        names = ["sync .best.pth", names[0], "sync .previous.pth", *names[1:]]
-    assert calls == ["sync .checkpoint.pth", *names, f"sync {tmp_path.name}"]
-
-
-def test_a_file_system_that_cannot_sync_folders(tmp_path, monkeypatch):
-    fsync = os.fsync
-
-    def sync_files(file):
-        return fail(errno.EINVAL) if stat.S_ISDIR(os.fstat(file).st_mode) else fsync(file)
-
-    monkeypatch.setattr(os, "fsync", sync_files)
-    save_checkpoint(state(0), tmp_path / "checkpoint.pth")
-    assert numbers(tmp_path) == {"checkpoint.pth": 0}
 
 
 # --- background -----------------------------------------------------------------------------
@@ -562,9 +290,9 @@ def test_a_second_run_is_refused_until_the_first_one_is_gone(tmp_path, main, cap
         assert part in errors
     os.kill(holder, signal.SIGKILL)
     os.waitpid(holder, 0)
-    Output(str(tmp_path)).close()
+    run(tmp_path)
     assert f"process {holder} on {socket.gethostname()}" in capsys.readouterr().out
-    Output(str(tmp_path)).close()
+    run(tmp_path)
     assert capsys.readouterr().out == ""
 
 
@@ -594,7 +322,7 @@ def test_of_runs_that_start_at_once_one_wins(tmp_path):
 
 def test_a_file_system_that_cannot_lock_is_warned_about(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module.fcntl, "lockf", partial(fail, errno.ENOLCK))
-    Output(str(tmp_path)).close()
+    run(tmp_path)
     assert warnings_of(capsys.readouterr().out, tmp_path)
 
 
@@ -619,12 +347,9 @@ def test_a_link_to_a_checkpoint_is_replaced_and_what_it_names_stays(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     save_checkpoint(state(0), tmp_path / "elsewhere" / "old.pth")
     (tmp_path / "checkpoint.pth").symlink_to("elsewhere/old.pth")
-    output = Output(str(tmp_path))
-    output.save(state(1))
-    output.wait()
+    run(tmp_path, 1)
     assert numbers(tmp_path) == {"checkpoint.pth": 1, "previous.pth": 0}
-    output.save(state(2))
-    output.close()
+    run(tmp_path, 2)
     assert numbers(tmp_path) == {"checkpoint.pth": 2, "previous.pth": 1}
     assert number_in(tmp_path / "elsewhere" / "old.pth") == 0
 
@@ -634,8 +359,7 @@ def test_a_folder_in_the_place_of_a_checkpoint_is_named(tmp_path, capsys):
     previous = tmp_path / "previous.pth"
     previous.mkdir()
     output = Output(str(tmp_path))
-    output.save(state(1))
-    output.wait()
+    save(output, 1)
     assert warnings_of(capsys.readouterr().out, previous)
     assert number_in(tmp_path / "checkpoint.pth") == 0
     assert not temporaries(tmp_path)
@@ -652,8 +376,7 @@ def test_a_folder_that_is_deleted_during_the_run(tmp_path, capsys):
     folder.rename(tmp_path / "gone")  # at one stroke, whatever TensorBoard is writing
     for epoch in range(2):
         output.log_epoch({"epoch": epoch, "test_acc1": 1.0}, epoch)
-        output.save(state(epoch))
-        output.wait()
+        save(output, epoch)
     assert warnings_of(capsys.readouterr().out, folder / "checkpoint.pth")
     folder.mkdir()
     output.close()

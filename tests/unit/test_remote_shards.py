@@ -116,7 +116,6 @@ def truth(packed):
 
 
 def cached(cache, ending="tar"):
-    """The files of a cache, by their names on the server."""
     return sorted(path.name.partition("-")[2] for path in cache.folder.glob(f"*.{ending}"))
 
 

@@ -1,29 +1,24 @@
-"""Packed shards: read exactly once; errors name what is wrong."""
+"""Packed shards: read as they were written; errors name what is wrong."""
 
 import hashlib
 import io
-import itertools
 import json
 import os
 import pickle
 import shutil
 import tarfile
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from loading import refused
 from packing import TRAIN, content, run_forked
-from torch.utils.data import DataLoader, Dataset
 
 import pipeline.sources.shards
 from pipeline.images import CorruptImageError
 from pipeline.sources.shards import open_shards
-from samplers import EvalBatchSampler, RASampler
 from tools import pack_dataset
 
 FIRST = "train-000000.tar"
@@ -34,74 +29,6 @@ EVERY = "train-{000000..000005}.tar"
 def copied(packed, tmp_path):
     """A copy of the shards, to be damaged."""
     return shutil.copytree(packed, tmp_path / "out")
-
-
-class Numbers(Dataset):
-    """Index, class and length of each image, as read from the shards."""
-
-    def __init__(self, shards):
-        self.shards = shards
-
-    def __len__(self):
-        return len(self.shards)
-
-    def __getitem__(self, index):
-        return int(index), int(self.shards.targets[index]), len(self.shards.read(index))
-
-
-def loaded(dataset, workers, limit=None, **options):
-    """Indices that a loader delivers, once what was read with them is proven right."""
-    rows = []
-    for batch in itertools.islice(DataLoader(dataset, num_workers=workers, **options), limit):
-        rows += torch.stack(batch, 1).tolist()
-    assert all(dataset.truth[index] == what for index, *what in rows)
-    return [index for index, *_ in rows]
-
-
-@pytest.fixture(scope="module")
-def dataset(packed):
-    dataset = Numbers(open_shards(packed, True))
-    dataset.truth = [list(dataset[index][1:]) for index in range(TRAIN)]
-    return dataset
-
-
-@pytest.mark.parametrize(("world", "workers"), [(1, 2), (3, 0)])
-def test_each_image_comes_once(dataset, world, workers):
-    shards = dataset.shards.shards
-    train, evaluation = Counter(), Counter()
-    for rank in range(world):
-        sampler = RASampler(TRAIN, world, rank, 4, 1, 5, shards, window=2)
-        train.update(loaded(dataset, workers, batch_size=4, sampler=sampler))
-        batches = EvalBatchSampler(TRAIN, 7, world, rank)
-        evaluation.update(loaded(dataset, workers, batch_sampler=batches))
-    assert evaluation == Counter(range(TRAIN))
-    assert train.keys() == set(range(TRAIN))
-    assert train.total() == -(-TRAIN // world) * world  # ranks have equally many
-
-
-@pytest.mark.parametrize(("world", "workers"), [(2, 1), (3, 0)])
-def test_an_epoch_resumes_in_its_middle(dataset, world, workers):
-    """2 ranks stop after 3 batches; the same or other ranks read the rest, and only that."""
-
-    def samplers(ranks):
-        shards = dataset.shards.shards
-        for rank in range(ranks):
-            sampler = RASampler(TRAIN, ranks, rank, 3, 1, 5, shards, window=2)
-            sampler.set_epoch(4)
-            yield sampler
-
-    started = [loaded(dataset, workers, 3, batch_size=3, sampler=one) for one in samplers(2)]
-    state = next(samplers(2)).state_dict(3)
-    rest = []
-    for sampler in samplers(world):
-        sampler.load_state_dict(pickle.loads(pickle.dumps(state)))
-        rest.append(loaded(dataset, workers, batch_size=3, sampler=sampler))
-    whole = [[int(index) for index in one] for one in samplers(2)]
-    everything = Counter(itertools.chain(*whole))
-    assert Counter(itertools.chain(*started, *rest)) == everything
-    assert everything.keys() == set(range(TRAIN))
-    if world == 2:
-        assert [a + b for a, b in zip(started, rest, strict=True)] == whole
 
 
 def test_copies_threads_and_forked_processes_read_the_same(packed, monkeypatch):

@@ -39,7 +39,6 @@ from tools.validate.sets import read_real_labels
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Return a checkpoint with EMA, an image folder, the model and the EMA model."""
     return trained(tmp_path_factory.mktemp("run"), CLASSES, 1)
 
 
@@ -228,14 +227,14 @@ def test_outputs_under_corruptions_that_are_not_finite(call, corrupted, tmp_path
     assert read(tmp_path / "c.csv", "error") == [("100.0",)] * 4
 
 
-def test_corruptions_have_imagenets_size(call, tmp_path):
-    model = timm.create_model("test_vit", num_classes=1, img_size=224)
+def test_corruptions_have_the_models_size(call, tmp_path):
+    model = timm.create_model("test_vit", num_classes=1, img_size=160)
     torch.save(model.state_dict(), tmp_path / "plain.pth")
     write_corruptions(tmp_path / "images", ["fog"], ["only"], 1)
     flags = (tmp_path / "plain.pth", "--model", "test_vit", "--corruptions", tmp_path / "images")
     status, output, _ = call(*flags)
     assert status == 0
-    assert re.search(r"plain\.pth .*\b224\b", output)
+    assert re.search(r"plain\.pth .*\b160\b", output)
 
 
 def test_mce_is_relative_to_alexnet():
@@ -260,10 +259,12 @@ def test_mce_is_relative_to_alexnet():
     [(imagenet_wnids(), 1000, True), (imagenet_wnids()[:3], 1000, False), (CLASSES, 12, False)],
 )
 def test_alexnet_is_compared_on_all_of_imagenet(names, num_outputs, is_imagenet, monkeypatch):
-    model = SimpleNamespace(match=lambda names, title: match_classes(names, num_outputs), args=None)
+    model = SimpleNamespace(
+        match=lambda names, title: match_classes(names, num_outputs), args=None, images=None
+    )
     test_set = SimpleNamespace(classes=names, title="set")
     scores = {"top1": 60.0, "messages": (), "corrupt": 0, "nonfinite": 0}
-    monkeypatch.setattr(imagenet_c, "open_class_folders", lambda path, args: test_set)
+    monkeypatch.setattr(imagenet_c, "open_class_folders", lambda path, *args: test_set)
     monkeypatch.setattr(imagenet_c, "evaluate", lambda *words: scores)
     found = imagenet_c.measure(model, "fog", [Path("1"), Path("2")], set())
     assert (found.mean, found.is_imagenet) == (40, is_imagenet)

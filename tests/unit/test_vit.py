@@ -23,7 +23,6 @@ def small(**kwargs):
 
 
 def filled(**kwargs):
-    """A small model whose attention is far from uniform."""
     model = small(**kwargs).eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():

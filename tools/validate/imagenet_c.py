@@ -128,7 +128,6 @@ def validate(args: Namespace, device: torch.device) -> int:
     After a failure, the results so far are printed and written. Returns the exit status.
     """
     folders = find_corruptions(args.corruptions)
-    args = Namespace(**vars(args) | {"data_set": "IMNET"})  # for its usual size
     for subject in eval_models(args.checkpoints, args, device):  # errors before hours of work
         for path in chain.from_iterable(folders.values()):
             subject.match(list_classes(path), str(path))
