@@ -40,6 +40,11 @@ class DataConfig:
     crop_pct: float = 0.875
     crop_mode: str = "center"
 
+    def __str__(self) -> str:
+        height, width = self.input_size
+        how = f"{self.crop_mode} {self.crop_pct:g}, {self.interpolation}"
+        return f"{height}x{width} pixels, {how}, mean {self.mean}, std {self.std}"
+
     @property
     def side(self) -> int:
         """Height and width of square images.
@@ -112,7 +117,8 @@ def data_config_of(
         fallback = own.get("input_size", DataConfig.input_size)
         if "mindspore" in checkpoint and not config.get("fixed_input_size"):
             fallback = MINDCV_SIZE
-        size = size or runs.get("input_size") or fallback
+        if size is None:
+            size = fallback if runs.get("input_size") is None else runs["input_size"]
         own = {"crop_pct": runs.get("eval_crop_ratio") or DataConfig.crop_pct}
     elif "arch" in checkpoint:
         timms = _flags(checkpoint) or {}

@@ -232,7 +232,7 @@ OF_FILE = ["o.onnx", "--checkpoint", "vit.pth"]
         (["out.onnx"], "--model"),
         (["out.onnx", "--model", "test_vitt"], "test_vit,"),
         (["out.onnx", "--model", "test_vit.x"], "test_vit.x"),
-        (["out.onnx", "--model", "test_vit", "--weights", "ema"], "--checkpoint"),
+        (["out.onnx", "--model", "test_vit", "--weights", "ema"], "test_vit"),
         (["out.onnx", "--checkpoint", "none.pth"], "none.pth"),
         (["out.onnx", "--checkpoint", "plain.pth"], "--model"),
         (["out.onnx", "--checkpoint", "vit.pth", "--model", "convit_tiny"], "vit_b_32_224"),
