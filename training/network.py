@@ -1,7 +1,7 @@
 """Model of a run: built from the flags and a checkpoint, with its precision."""
 
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,13 +44,20 @@ def choose_source(
             source = source.without_weights()
     if source.name != args.model:
         log(f"{source.label} is of model {source.name}")
+    check_exponent(source, exponent)
+    return source
+
+
+def check_exponent(
+    source: ModelSource, exponent: float | None, warn: Callable[[str], None] = log
+) -> None:
+    """Warn if ``--qk-scale-factor`` is given and differs from that of a checkpoint."""
     saved = source.required.get("qk_scale_factor")
     if source.checkpoint and exponent not in (None, saved):
-        log(
+        warn(
             f"warning: --qk-scale-factor {exponent} is ignored: {source.label} was trained with "
             f"{saved}, and another would change what the model computes"
         )
-    return source
 
 
 def model_arguments(

@@ -27,10 +27,6 @@ from tools.flops import size_options
 from utils import UserError
 
 # timm's names of models that have another name here
-TIMM_NAMES = {
-    f"vit_{net}_{patch}_{size}": name
-    for (net, patch, size), name in zip(vit.VARIANTS, vit.TIMM_NAMES, strict=True)
-}
 TRANSFORMS = ("deploy", "channels_last", "checkpoint", "compile")
 CONFIGS = {
     "infer": ("eager", "channels_last", "deploy", "deploy+channels_last"),
@@ -116,7 +112,7 @@ class Case:
 
 def timm_entrypoint(name: str) -> Callable[..., nn.Module] | None:
     """Return timm's own function, which this repository's replaces in the registry, or None."""
-    name = TIMM_NAMES.get(name, name)
+    name = vit.NAMES.get(name, name)
     own = timm.models
     modules = (own.visformer, own.convit, own.fastvit, own.vision_transformer)
     return next((getattr(module, name) for module in modules if hasattr(module, name)), None)

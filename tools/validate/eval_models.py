@@ -14,7 +14,7 @@ import models
 from models import DataConfig, ModelSource
 from tools.cli import shown
 from tools.validate.classes import ClassMap, match_classes
-from training.network import choose_precision, fused
+from training.network import check_exponent, choose_precision, fused
 from utils import UserError
 
 
@@ -80,12 +80,7 @@ def eval_models(
     for where in files or [args.model]:
         name, exponent = args.model if files else None, args.qk_scale_factor
         source = models.find_model(where, name, pretrained=True, exponent=exponent)
-        saved = source.required.get("qk_scale_factor", exponent)
-        if exponent not in (None, saved):
-            warn(
-                f"warning: --qk-scale-factor {exponent} is ignored: {source.label} was trained "
-                f"with {saved}"
-            )
+        check_exponent(source, exponent, warn)
         weights = source.weights(args.weights)
         for asked in args.input_size or [None]:
             at_size = Namespace(**vars(args) | {"input_size": asked})
