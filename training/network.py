@@ -1,11 +1,13 @@
 """Model of a run: built from the flags and a checkpoint, with its precision."""
 
+import functools
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import engine
@@ -79,9 +81,27 @@ def model_arguments(
     return required, optional
 
 
+@functools.cache
+def convolves_in_bfloat16() -> bool:
+    """Return False on CPUs where oneDNN's kernels for AMX are wrong (PyTorch issue 169688).
+
+    They are for some shapes, among them the first patch embedding of visformer_tiny.
+    """
+    generator = torch.Generator().manual_seed(0)
+    image, weight = (torch.randn(s, generator=generator) for s in ((1, 16, 16, 16), (16, 16, 4, 4)))
+    exact = F.conv2d(image, weight, stride=4)
+    found = F.conv2d(image.bfloat16(), weight.bfloat16(), stride=4).float()
+    return bool((found - exact).norm() < 0.1 * exact.norm())
+
+
 def choose_precision(args: Namespace, model: nn.Module, device: torch.device) -> engine.Precision:
     """Return the precision of the flags; the memory format defaults to the model's."""
     dtype = getattr(torch, args.amp_dtype) if args.amp else None
+    if dtype is torch.bfloat16 and device.type == "cpu" and not convolves_in_bfloat16():
+        log(
+            "warning: convolutions in bfloat16 are wrong on this CPU with this PyTorch: set "
+            "ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 in the environment"
+        )
     last = args.channels_last
     if last is None:
         last = getattr(model, "channels_last", False)
