@@ -49,8 +49,11 @@ def _entrypoint(build: _Callable[..., _nn.Module]) -> _Callable[..., _nn.Module]
         pretrained: bool = False, checkpoint: str | None = None, **kwargs: object
     ) -> _nn.Module:
         with _models():
-            from models import load_model
+            from models import load_model, pretrained_config
+            from models.hub import check_pretrained
 
+            if pretrained and not kwargs.keys() & {"pretrained_cfg", "pretrained_cfg_overlay"}:
+                check_pretrained(pretrained_config(build.__name__), build.__name__)
             if checkpoint is None:
                 return build(pretrained=pretrained, **kwargs)
             if pretrained or kwargs.get("features_only"):

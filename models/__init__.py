@@ -12,7 +12,8 @@ from models.detection_backbone import Backbone, SwinVisformer, VisionBackbone, l
 from models.errors import CheckpointError, ModelError, UnsafeFileError
 from models.factory import build_model, check_input_size, pretrained_config
 from models.freezing import freeze_all_but_classifier, freeze_stages
-from models.load import LoadedModel, ModelSource, find_model, from_checkpoint, load_model
+from models.load import LoadedModel, find_model, from_checkpoint, load_model
+from models.source import ModelSource
 
 __all__ = [
     "Backbone",

@@ -9,7 +9,7 @@ from typing import Any
 from timm.data import resolve_data_config
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from models.errors import CheckpointError, ModelError
+from models.errors import CheckpointError, ModelError, brief
 
 SMALL_SIZE = 32  # pixels; images of at most this size are resized whole
 MAX_SIZE = 4096  # pixels that a file may ask for
@@ -17,7 +17,6 @@ MINDCV_SIZE = 224  # of MindCV's evaluation, for models of any size
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROP_MODES = ("center", "squash", "border")
 TIMM_FLAGS = ("img_size", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-SHOWN = 40  # characters of a value in a message
 
 
 @dataclass(frozen=True)
@@ -125,8 +124,9 @@ def data_config_of(
         timms = {key: timms[key] for key in TIMM_FLAGS if timms.get(key) is not None}
         try:
             own = resolve_data_config(timms, pretrained_cfg=config)
-        except (AssertionError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{source}: args do not describe images: {timms}") from error
+        except Exception as error:  # of values of any type
+            flags = ", ".join(f"{key} {brief(value)}" for key, value in timms.items())
+            raise CheckpointError(f"{source}: args do not describe images: {flags}") from error
     if size is not None:
         own["input_size"] = size
     recorded = checkpoint.get("data_config", {})
@@ -139,7 +139,7 @@ def _checked(values: Mapping[str, Any], source: str) -> DataConfig:
     """Return the config of these values, each of which may be of any type."""
 
     def refuse(key: str, right: str) -> CheckpointError:
-        return CheckpointError(f"{source}: {key} must be {right}, not {str(values[key])[:SHOWN]}")
+        return CheckpointError(f"{source}: {key} must be {right}, not {brief(values[key])}")
 
     found = {}
     size = values.get("input_size", DataConfig.input_size)

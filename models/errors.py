@@ -1,5 +1,6 @@
 """Errors of models and checkpoints that the user can fix."""
 
+BRIEF = 60  # characters of a value
 SHOWN = 2000  # characters of a checkpoint's message, enough for a path and a few names
 
 
@@ -19,6 +20,15 @@ class CheckpointError(ModelError):
 
 class UnsafeFileError(CheckpointError):
     """A checkpoint asks for more than tensors and plain values, or hides what it holds."""
+
+
+def brief(value: object) -> str:
+    """Return a value of a file in a few characters: containers may be of any size and depth."""
+    if isinstance(value, str | float | bool | None) or (
+        isinstance(value, int) and value.bit_length() < 64
+    ):
+        return repr(value)[:BRIEF]
+    return f"a {type(value).__name__}"
 
 
 def printable(text: str) -> str:

@@ -1,13 +1,13 @@
 """Checkpoint contents: weights, class names and training settings."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import timm
 import torch
 
 from models.checkpoint.mindcv_names import to_original_names
-from models.errors import CheckpointError, UnsafeFileError
+from models.errors import CheckpointError, UnsafeFileError, brief
 
 WEIGHT_KEYS = ("model", "state_dict", "model_state_dict", "net", "network", "module", "weights")
 EMA_KEYS = ("model_ema", "state_dict_ema", "ema_state_dict", "model_ema_state_dict", "ema")
@@ -15,6 +15,7 @@ EMA_KEYS = ("model_ema", "state_dict_ema", "ema_state_dict", "model_ema_state_di
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 EMA_COUNTERS = ("n_averaged",)  # of torch.optim.swa_utils.AveragedModel
 SHOWN = 4  # keys in a message
+LONGEST_TEXT, LONGEST_LIST = 100, 1000  # of an argument of the model
 FREE_BYTES, SHARED = 1 << 24, 4  # all weights may have so much, and so often what is stored
 HEADS = ("head.weight", "classifier.weight", "head.fc.weight")
 
@@ -57,7 +58,7 @@ def state_dict_of(
     if not state and not ema:
         state = checkpoint
     if not _has_tensors(state):
-        found = ", ".join(map(str, list(checkpoint)[:SHOWN])) or "nothing"
+        found = ", ".join(map(brief, list(checkpoint)[:SHOWN])) or "nothing"
         raise CheckpointError(
             f"{source} has no weights under {', '.join(map(repr, keys))}, but {found}"
         )
@@ -116,7 +117,7 @@ def _named(state: Mapping[Any, Any], source: str) -> dict[str, torch.Tensor]:
     strange = next((key for key in tensors if not isinstance(key, str)), None)
     if strange is not None:
         raise CheckpointError(
-            f"{source} holds a tensor under {str(strange)[:80]}, which is not a name"
+            f"{source} holds a tensor under {brief(strange)}, which is not a name"
         )
     return tensors
 
@@ -131,7 +132,7 @@ def num_classes_of(state: Mapping[str, torch.Tensor], name: str = "") -> int | N
     name = name.partition(".")[0]  # without the tag
     named = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     keys = (*HEADS, f"{named.classifier}.weight") if named else HEADS
-    return next((state[key].shape[0] for key in keys if key in state), None)
+    return next((len(state[key]) for key in keys if key in state and state[key].ndim), None)
 
 
 def class_names(checkpoint: Mapping[str, Any], source: str) -> list[str]:
@@ -146,6 +147,54 @@ def class_names(checkpoint: Mapping[str, Any], source: str) -> list[str]:
     return list(names)
 
 
+def states_of(
+    checkpoint: Mapping[str, Any], source: str, wanted: Sequence[str] = ("model", "ema")
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Return those of the wanted weights that a file has.
+
+    Raises:
+        CheckpointError: The file has none of them; the reason for the first.
+    """
+    found, errors = {}, []
+    for name in wanted:
+        try:
+            found[name] = state_dict_of(checkpoint, source, ema=name == "ema").state
+        except CheckpointError as error:
+            errors.append(error)
+    if not found:
+        raise errors[0]
+    return found
+
+
+def plain_arguments(saved: Mapping[str, Any], label: str) -> dict[str, Any]:
+    """Return arguments of a file: numbers, flags, short texts and lists of them."""
+
+    for key, value in saved.items():
+        if not isinstance(key, str) or not _is_plain(value):
+            raise CheckpointError(
+                f"{label}: model_kwargs has {brief(key)}: {brief(value)}, which is not a number, "
+                f"a flag or a short text"
+            )
+    return dict(saved)
+
+
+def _is_plain(value: Any) -> bool:
+    left, pending = LONGEST_LIST, [value]
+    while pending:
+        left, one = left - 1, pending.pop()
+        if isinstance(one, list | tuple) and len(one) + len(pending) <= left:
+            pending.extend(one)
+        elif isinstance(one, str):
+            left -= LONGEST_LIST * (len(one) > LONGEST_TEXT)
+        elif isinstance(one, int):
+            left -= LONGEST_LIST * (one.bit_length() >= 64)
+        elif one is not None and not isinstance(one, float):
+            return False
+        if left < 0:
+            return False
+    return True
+
+
 def settings_of(checkpoint: Mapping[str, Any], source: str) -> tuple[float | None, str]:
     """Return the exponent of the query/key pre-scale and the GELU of the training."""
     kwargs = _mapping(checkpoint, "model_kwargs") or checkpoint
@@ -153,5 +202,5 @@ def settings_of(checkpoint: Mapping[str, Any], source: str) -> tuple[float | Non
     if exponent is not None and not (isinstance(exponent, float | int) and -8 <= exponent <= 8):
         raise CheckpointError(f"{source}: qk_scale_factor must be an exponent from -8 to 8")
     if not isinstance(gelu, str) or gelu not in ("none", "tanh"):
-        raise CheckpointError(f"{source}: gelu must be none or tanh, not {str(gelu)[:80]}")
+        raise CheckpointError(f"{source}: gelu must be none or tanh, not {brief(gelu)}")
     return exponent, gelu

@@ -175,7 +175,7 @@ def small(monkeypatch):
         return build(name, {**required, **less}, optional)
 
     monkeypatch.setattr(models, "build_model", build_small)
-    monkeypatch.setattr(models.load, "build_model", build_small)
+    monkeypatch.setattr(models.source, "build_model", build_small)
 
 
 @pytest.mark.slow

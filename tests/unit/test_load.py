@@ -321,3 +321,33 @@ def test_no_network_is_told_at_once(monkeypatch):
         load_model("visformer_tiny", pretrained=True)
     with pytest.raises(ModelError, match="visformer_net1"):
         load_model("visformer_net1", pretrained=True)
+
+
+def nested(depth):
+    value = [1]
+    for _ in range(depth):
+        value = [value] * 900
+    return value
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"model_kwargs": SMALL | {"depth": nested(5)}},
+        {"model_kwargs": SMALL | {"depth": 10**6000}},
+        {"data_config": {"mean": nested(5)}},
+        {"data_config": {"crop_pct": 10**6000}},
+        {"data_config": {"input_size": nested(5)}},
+        {"args": {"mean": nested(5), "crop_pct": nested(5)}, "arch": NAME},
+        {"model_name": nested(5)},
+        {"input_size": 10**6000},
+        {"gelu": nested(5)},
+        {"classes": nested(5)},
+        {"head": nested(5), "model_kwargs": SMALL | {"num_classes": nested(5)}},
+    ],
+    ids=lambda content: "+".join(content),
+)
+def test_values_that_cannot_be_printed(content, save):
+    path = save(**content)
+    with pytest.raises(CheckpointError, match=re.escape(str(path))):
+        load_model(path)

@@ -360,7 +360,7 @@ def test_pretrained_weights(call, tmp_path, monkeypatch):
         return create(name, **kwargs)
 
     monkeypatch.setattr(timm, "create_model", fake)
-    monkeypatch.setattr(models.load, "check_pretrained", lambda *args: None)
+    monkeypatch.setattr(models.source, "check_pretrained", lambda *args: None)
     folder = write_images(tmp_path / "images", train=0, val=1, classes=["n01440764"]) / "val"
     flags = ("--model", "test_vit", "--pretrained", "--data-path", folder)
     status, output, _ = call(*flags)
