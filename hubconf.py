@@ -52,9 +52,10 @@ def _entrypoint(build: _Callable[..., _nn.Module]) -> _Callable[..., _nn.Module]
             from models import load_model, pretrained_config
             from models.hub import check_pretrained
 
-            if pretrained and not kwargs.keys() & {"pretrained_cfg", "pretrained_cfg_overlay"}:
-                check_pretrained(pretrained_config(build.__name__), build.__name__)
             if checkpoint is None:
+                given = kwargs.keys() & {"pretrained_cfg", "pretrained_cfg_overlay"}
+                if pretrained and not given:
+                    check_pretrained(pretrained_config(build.__name__), build.__name__)
                 return build(pretrained=pretrained, **kwargs)
             if pretrained or kwargs.get("features_only"):
                 other = "pretrained" if pretrained else "features_only"

@@ -30,6 +30,20 @@ def filled(**kwargs):
     return model
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_both_names_have_timms_weights(name):
+    tags = timm_vit.default_cfgs[timm_name(name)].tags
+    assert timm.get_pretrained_cfg(name).tag == tags[0]
+    for tag in tags:
+        ours, theirs = (
+            timm.get_pretrained_cfg(f"{n}.{tag}").to_dict() for n in (name, timm_name(name))
+        )
+        assert ours.pop("architecture") == name
+        assert theirs.pop("architecture") == timm_name(name)
+        assert ours == theirs
+        assert not theirs["hf_hub_id"] or theirs["hf_hub_id"].startswith(("timm/vit_", "facebook/"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_both_names_build_timms_layout(name):
@@ -43,8 +57,6 @@ def test_both_names_build_timms_layout(name):
         assert net.patch_embed.img_size == theirs.patch_embed.img_size
         assert net.pretrained_cfg["architecture"] == built
         assert net.pretrained_cfg["input_size"][1:] == net.patch_embed.img_size
-    ours = nets[name].pretrained_cfg
-    assert ours["mean"] == timm.data.IMAGENET_DEFAULT_MEAN and ours["crop_pct"] == 0.875
 
 
 def test_timms_tags_stay():
