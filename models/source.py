@@ -18,7 +18,7 @@ from models.factory import build_model, pretrained_config
 from models.hub import check_pretrained
 
 FREE_ELEMENTS, GROWTH = 1 << 24, 4  # a model may have so many, and so often those of its file
-FREE_TENSORS = 2000  # parameters that a model may have beyond GROWTH times those of its file
+FREE_TENSORS = 500  # parameters that a model may have beyond GROWTH times those of its file
 # settings in pretrained_cfg that describe other weights
 STALE = ("url", "hf_hub_id", "tag", "test_input_size", "test_crop_pct", "label_names")
 

@@ -15,7 +15,8 @@ EMA_KEYS = ("model_ema", "state_dict_ema", "ema_state_dict", "model_ema_state_di
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 EMA_COUNTERS = ("n_averaged",)  # of torch.optim.swa_utils.AveragedModel
 SHOWN = 4  # keys in a message
-LONGEST_TEXT, LONGEST_LIST = 100, 1000  # of an argument of the model
+LONGEST_TEXT, LONGEST_LIST, LARGEST_NUMBER = 100, 1000, 10**5  # of an argument of the model
+LOADERS = ("pretrained", "checkpoint", "cache")  # in front of arguments that load or name files
 FREE_BYTES, SHARED = 1 << 24, 4  # all weights may have so much, and so often what is stored
 HEADS = ("head.weight", "classifier.weight", "head.fc.weight")
 
@@ -170,6 +171,8 @@ def plain_arguments(saved: Mapping[str, Any], label: str) -> dict[str, Any]:
     """Return arguments of a file: numbers, flags, short texts and lists of them."""
 
     for key, value in saved.items():
+        if isinstance(key, str) and key.startswith(LOADERS):
+            raise UnsafeFileError(f"{label}: model_kwargs has {key}, which would load another file")
         if not isinstance(key, str) or not _is_plain(value):
             raise CheckpointError(
                 f"{label}: model_kwargs has {brief(key)}: {brief(value)}, which is not a number, "
@@ -187,7 +190,7 @@ def _is_plain(value: Any) -> bool:
         elif isinstance(one, str):
             left -= LONGEST_LIST * (len(one) > LONGEST_TEXT)
         elif isinstance(one, int):
-            left -= LONGEST_LIST * (one.bit_length() >= 64)
+            left -= LONGEST_LIST * (abs(one) > LARGEST_NUMBER)
         elif one is not None and not isinstance(one, float):
             return False
         if left < 0:

@@ -109,6 +109,7 @@ def test_a_prefix_that_is_not_common_to_all_stays(model, tmp_path):
         {"scriptable": True},
         {"unheard_of": 1},
         {"depth": 10**6},
+        {"depth": 10**9},
         {"depth": -1},
         {"depth": "two"},
         {"embed_dim": 10**7},
