@@ -154,19 +154,22 @@ def choose_images(
         return found if ratio is None else found.with_crop(ratio)
     found = own.at_size(size or own.input_size)
     if found.input_size != own.input_size:
-        warn(f"warning: --input-size {_text(size)}, but {source} has {_text(own.input_size)}")
+        warn(f"warning: --input-size {_text(size)}, but {source} expects {_text(own.input_size)}")
     if ratio is None:
         return found
     cropped = found.with_crop(ratio)
     if cropped.crop_mode != "center":
-        warn(f"warning: --eval-crop-ratio {ratio:g} has no effect on images of {_text(size)}")
+        side = _text(found.input_size)
+        warn(
+            f"warning: --eval-crop-ratio {ratio:g} has no effect: images of {side} are not cropped"
+        )
     elif cropped != found:
         mode = "" if found.crop_mode == "center" else f" ({found.crop_mode})"
-        warn(f"warning: --eval-crop-ratio {ratio:g}, but {source} has {found.crop_pct:g}{mode}")
+        warn(f"warning: --eval-crop-ratio {ratio:g}, but {source} expects {found.crop_pct:g}{mode}")
     return cropped
 
 
-def _text(size: int | tuple[int, int] | None) -> str:
+def _text(size: int | tuple[int, int]) -> str:
     """Return an input size as text: the side in pixels, or height and width."""
     height, width = size if isinstance(size, tuple) else (size, size)
     return str(height) if height == width else f"{height}x{width}"

@@ -12,7 +12,7 @@ from models.detection_backbone import Backbone, SwinVisformer, VisionBackbone, l
 from models.errors import CheckpointError, ModelError, UnsafeFileError
 from models.factory import build_model, check_input_size, pretrained_config
 from models.freezing import freeze_all_but_classifier, freeze_stages
-from models.load import LoadedModel, find_model, from_checkpoint, load_model
+from models.load import LoadedModel, find_model, from_checkpoint, load_model, read_weights
 from models.source import ModelSource
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "load_weights",
     "pretrained_config",
     "read_checkpoint",
+    "read_weights",
     "visformer",
     "vit",
 ]

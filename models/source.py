@@ -166,7 +166,9 @@ class ModelSource:
             saved = self.checkpoint.get("model_name")
             if saved in (None, self.name):
                 raise
-            raise CheckpointError(f"{error}; it is of {saved}, not of {self.name}") from error
+            raise CheckpointError(
+                f"a checkpoint of {saved}, not of {self.name}: {error}"
+            ) from error
         return report
 
     def describe(self, model: nn.Module, data_config: DataConfig | None = None) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from models import CheckpointError, read_checkpoint
+from models import CheckpointError, read_checkpoint, read_weights
 from models.checkpoint.checksum import verify_checksum, write_with_checksum
 from training.files import OutputError, write_atomically
 from training.launch import DistInfo
@@ -238,4 +238,4 @@ def read_resume(
     if not source:
         return "", {}
     log(f"reading {source}")
-    return source, read_checkpoint(source)
+    return source, read_weights(source)

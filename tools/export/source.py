@@ -119,7 +119,7 @@ def _model_source(args: argparse.Namespace) -> models.ModelSource:
             f"--pretrained uses published weights: leave --checkpoint {args.checkpoint}"
         )
     else:
-        source = models.find_model(args.checkpoint, args.model)
+        source = models.find_model(args.checkpoint, args.model, pretrained=True)
     number = source.num_classes if source.has_weights else None
     if args.num_classes is not None and number not in (None, args.num_classes):
         raise UserError(

@@ -179,10 +179,10 @@ class Request:
     def build(self, device: str) -> tuple[nn.Module, tuple[int, int]]:
         """Build the model on a device; also return the image size."""
         source = self.source or models.find_model(self.name)
-        device_of_build = "cpu" if self.source else device
+        device_of_build = "cpu" if source.has_weights else device
         native = source.data_config.input_size
         size = self.size or native
-        is_native = size == native and not self.source
+        is_native = size == native and not source.has_weights
         with torch.device(device_of_build):
             model = source.build(None if is_native else size)
         source.load(model)
