@@ -62,7 +62,7 @@ def _entrypoint(build: _Callable[..., _nn.Module]) -> _Callable[..., _nn.Module]
                 raise ValueError(
                     f"checkpoint {checkpoint} excludes {other}=True: leave one of them out"
                 )
-            return load_model(checkpoint, build.__name__, **kwargs).model.train()
+            return load_model(checkpoint, build.__name__, pretrained=True, **kwargs).model.train()
 
     create.__name__ = create.__qualname__ = build.__name__
     create.__doc__ = f"""{build.__doc__}
