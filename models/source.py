@@ -166,9 +166,9 @@ class ModelSource:
             saved = self.checkpoint.get("model_name")
             if saved in (None, self.name):
                 raise
-            raise CheckpointError(
-                f"a checkpoint of {saved}, not of {self.name}: {error}"
-            ) from error
+            reason = str(error).removeprefix(f"{self.label} ")
+            message = f"{self.label} is of {saved}, not of {self.name}: it {reason}"
+            raise CheckpointError(message) from error
         return report
 
     def describe(self, model: nn.Module, data_config: DataConfig | None = None) -> None:
