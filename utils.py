@@ -1,6 +1,9 @@
 """Logging, errors, collectives and random state; imports nothing of this project."""
 
+import contextlib
+import os
 import random
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -21,10 +24,30 @@ class PeerError(Exception):
     """Another rank failed; that rank reports the error itself."""
 
 
+def printable(text: str) -> str:
+    """Return ``text`` with line ends and control characters escaped as in Python literals.
+
+    Names of files, classes and columns may hold any: they must not command a terminal, or forge
+    lines of a log.
+    """
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
 def log(message: str) -> None:
-    """Print on rank 0 only."""
+    """Print one line on rank 0 only; without a reader of the output, print no more."""
     if is_main_process():
-        print(message, flush=True)
+        try:
+            print(printable(message), flush=True)
+        except (OSError, ValueError):  # closed, or a full disk: the run is worth more than its log
+            silence()
+
+
+def silence() -> None:
+    """Direct the standard output to nowhere."""
+    with contextlib.suppress(OSError, ValueError):
+        descriptor = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(descriptor, sys.stdout.fileno())
+        os.close(descriptor)
 
 
 def is_main_process() -> bool:

@@ -9,7 +9,7 @@ from models.checkpoint.apply import LoadReport, load_checkpoint, load_weights
 from models.checkpoint.read import read_checkpoint
 from models.data_config import DataConfig
 from models.detection_backbone import Backbone, SwinVisformer, VisionBackbone, load_backbone
-from models.errors import CheckpointError, ModelError, UnsafeFileError
+from models.errors import CheckpointError, ModelError, UnreadableFileError, UnsafeFileError
 from models.factory import build_model, check_input_size, pretrained_config
 from models.freezing import freeze_all_but_classifier, freeze_stages
 from models.load import LoadedModel, find_model, from_checkpoint, load_model, read_weights
@@ -24,6 +24,7 @@ __all__ = [
     "ModelError",
     "ModelSource",
     "SwinVisformer",
+    "UnreadableFileError",
     "UnsafeFileError",
     "VisionBackbone",
     "build_model",

@@ -18,6 +18,10 @@ class CheckpointError(ModelError):
         super().__init__(printable(message if len(message) <= SHOWN else message[:SHOWN] + "..."))
 
 
+class UnreadableFileError(CheckpointError):
+    """A checkpoint cannot be read now, which says nothing about what it holds."""
+
+
 class UnsafeFileError(CheckpointError):
     """A checkpoint asks for more than tensors and plain values, or hides what it holds."""
 

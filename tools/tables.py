@@ -10,6 +10,8 @@ from typing import Any
 from tools.cli import shown
 from training.files import write_atomically
 
+FORMULAS = ("=", "+", "-", "@", "\t", "\r")
+
 
 def write_csv(
     path: str | Path, heads: Sequence[str], rows: Iterable[Sequence[Any] | Mapping[str, Any]]
@@ -25,9 +27,16 @@ def write_csv(
     writer = csv.writer(text)
     writer.writerow(heads)
     for row in rows:
-        writer.writerow([row.get(head) for head in heads] if isinstance(row, Mapping) else row)
+        cells = [row.get(head) for head in heads] if isinstance(row, Mapping) else row
+        writer.writerow(map(_without_formula, cells))
     data = text.getvalue().encode("utf-8", "surrogateescape")
     write_atomically(Path(path), lambda file: file.write(data))
+
+
+def _without_formula(cell: Any) -> Any:
+    """Return a cell that spreadsheets show as text: names from files may begin like a formula."""
+    is_formula = isinstance(cell, str) and cell.startswith(FORMULAS) and not _is_number(cell)
+    return f"'{cell}" if is_formula else cell
 
 
 def csv_output(

@@ -1,6 +1,8 @@
 """Checkpoints of a run: saving in the background, and finding the one to resume from."""
 
 import contextlib
+import itertools
+import os
 import shutil
 import threading
 from argparse import Namespace
@@ -12,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from models import CheckpointError, read_checkpoint, read_weights
+from models import CheckpointError, UnreadableFileError, read_checkpoint, read_weights
 from models.checkpoint.checksum import verify_checksum, write_with_checksum
 from training.files import OutputError, write_atomically
 from training.launch import DistInfo
@@ -22,6 +24,7 @@ CHECKPOINT = "checkpoint.pth"
 PREVIOUS = "previous.pth"
 BEST = "best.pth"
 DAMAGED = ".damaged"
+SHOWN = 4  # names in a message
 WEIGHTS = ("model", "model_ema", "state_dict")  # stored contiguous
 
 
@@ -184,29 +187,57 @@ def find_checkpoint(folder: Path, set_aside: bool) -> tuple[Path, dict[str, Any]
             undamaged one by them.
 
     Returns:
-        Its path and contents, or None.
+        Its path and contents, or None for a folder that never had one.
+
+    Raises:
+        UnreadableFileError: A checkpoint cannot be read now, and may be undamaged.
+        CheckpointError: All checkpoints are damaged.
     """
+    damaged: list[Path] = []
     numbered = sorted(folder.glob("checkpoint-*.pth"), key=_number, reverse=True)
     for path in (folder / CHECKPOINT, folder / PREVIOUS, *numbered, folder / BEST):
-        if not path.exists():
+        if not _is_there(path):
             continue
         try:
             return path, read_checkpoint(path)
+        except UnreadableFileError:
+            raise
         except CheckpointError as error:
             log(f"warning: {error}; looking for the one before")
             if set_aside:
                 _set_aside(path)
+            else:
+                damaged.append(path)
+    if damaged := sorted({*damaged, *folder.glob(f"*{DAMAGED}*")}):
+        raise CheckpointError(
+            f"no checkpoint of {folder} can be used: {', '.join(p.name for p in damaged[:SHOWN])} "
+            f"are damaged; give another --output_dir, or move them away to start afresh"
+        )
     return None
+
+
+def _is_there(path: Path) -> bool:
+    """Return True if ``path`` exists; raise UnreadableFileError if that cannot be told."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise UnreadableFileError(f"cannot read checkpoint {path}: {error.strerror}") from error
+    return True
 
 
 def _number(path: Path) -> int:
     digits = path.stem.rpartition("-")[2]
-    return int(digits) if digits.isdigit() else -1
+    return int(digits) if digits.isdecimal() else -1
 
 
 def _set_aside(path: Path) -> None:
+    """Rename a damaged checkpoint, never onto one that was set aside before."""
+    names = (f"{path.name}{DAMAGED}{number or ''}" for number in itertools.count())
+    name = next(name for name in names if not os.path.lexists(path.with_name(name)))
     try:
-        path.rename(path.with_name(path.name + DAMAGED))
+        path.rename(path.with_name(name))
     except OSError as error:
         raise OutputError(f"cannot rename damaged {path}: {error.strerror}") from error
 

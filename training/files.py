@@ -15,6 +15,15 @@ from utils import UserError
 TEMPORARY = ".tmp"
 
 
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+UMASK = _umask()  # read once: it can only be read by setting it, for all threads
+
+
 class OutputError(UserError):
     """The output folder, or a file in it, cannot be written."""
 
@@ -49,7 +58,7 @@ def write_atomically(
             file.flush()
             os.fsync(file.fileno())
         verify(temporary)
-        temporary.chmod(0o644)
+        temporary.chmod(0o666 & ~UMASK)
         for name in also:
             _link(temporary, name)
         if keep is not None and path.exists():

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from models import ModelError
 from pipeline.workers import die_with_parent
-from utils import PeerError, UserError
+from utils import PeerError, UserError, printable, silence
 
 ANSWER = 10.0  # seconds for a launcher to answer
 RESUMES = "interrupted; --resume auto continues from the last checkpoint"
@@ -258,6 +258,11 @@ def run_program(command: Callable[[], int | None], interrupted: str = "interrupt
         The exit status: the program's own or 0, 1 after an error or where nobody reads the
         output to its end, 130 after an interrupt.
     """
+    for descriptor in range(3):  # a file that is opened must not get the number of a closed one
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names may hold any characters
     try:
@@ -273,7 +278,7 @@ def run_program(command: Callable[[], int | None], interrupted: str = "interrupt
             if loader_died(error):
                 return fail(loader_message(error))
             # else the interpreter would complain of what it cannot flush at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            silence()
             return 1
         except (ConnectionError, EOFError, RuntimeError) as error:
             return fail(loader_message(error))
@@ -325,5 +330,9 @@ def loader_died(error: Exception) -> bool:
 def fail(message: str, status: int = 1) -> int:
     """Print an error of this rank, and return the exit status."""
     rank = os.environ.get("RANK")
-    print(f"error{f' on rank {rank}' if rank else ''}: {message}", file=sys.stderr, flush=True)
+    print(
+        f"error{f' on rank {rank}' if rank else ''}: {printable(message)}",
+        file=sys.stderr,
+        flush=True,
+    )
     return status

@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from training.checkpoints import BEST, Saver, plain, snapshot
 from training.files import OutputError, write_atomically
-from utils import is_main_process, log
+from utils import is_main_process, log, printable
 
 LOG = "log.txt"
 LOCK = "run.lock"
@@ -255,7 +255,8 @@ def list_corrupt(folder: Path, messages: Sequence[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         known = set(path.read_text().splitlines()) if path.exists() else set()
         with path.open("a") as file:
-            file.writelines(f"{line}\n" for line in dict.fromkeys(messages) if line not in known)
+            lines = dict.fromkeys(map(printable, messages))
+            file.writelines(f"{line}\n" for line in lines if line not in known)
     except OSError as error:
         log(f"warning: cannot write {path}: {error.strerror}")
 

@@ -41,7 +41,7 @@ class Progress:
         return len(self.loader)
 
     def __iter__(self) -> Iterator:
-        shown = is_main_process() and sys.stderr.isatty()
+        shown = is_main_process() and sys.stderr is not None and sys.stderr.isatty()
         options = {"leave": False, "disable": not shown, "dynamic_ncols": True}
         sizes = {"initial": self.done, "total": self.steps}
         self.bar = tqdm(self.loader, f"epoch {self.epoch}", **sizes, **options)

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.sources.download import PIPE
 from utils import UserError
 
 
@@ -77,6 +78,8 @@ def _words(parser: argparse.ArgumentParser, action: argparse.Action, value: Any)
         return [flag] if value else off
     several = action.nargs == "+"
     values = value if several and isinstance(value, list) else [value]
+    if any(str(item).lstrip().startswith(PIPE) for item in values):
+        raise ValueError(f"a recipe runs no commands: give {flag} on the command line")
     if not values or any(isinstance(item, bool | list | dict) for item in values):
         raise ValueError("it must be one value" + (" or a list of values" if several else ""))
     for word in map(str, values):

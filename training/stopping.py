@@ -1,41 +1,46 @@
 """Requests to stop, and what all ranks do after a step."""
 
-import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-TWICE = 1.0  # seconds within which a launcher and its cluster may send the same request each
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+TWICE = 1.0  # seconds within which a request may be sent twice, as by timeout and by launchers
+STALL = 5.0  # seconds that a loader may take after a request
+LOADER = "/torch/utils/data/"  # in the paths of its files
+
+
+class LoaderStalled(Exception):
+    """Data do not arrive although a request to stop waits for them."""
 
 
 class StopSignals:
-    """Context manager that turns SIGTERM, SIGINT and SIGUSR1 into a request; the second one kills.
+    """Context manager that turns signals into a request to stop; the second one kills.
 
-    Slurm sends SIGUSR1 ahead of the end (``--signal``) and SIGTERM at it, to every process of a
-    step; torchrun forwards SIGTERM to its own. Under either, signals within a second are one
-    request.
+    Signals within a second are one request: ``timeout`` sends SIGTERM to the process and to its
+    group, torchrun and Slurm to every process of a step. A closed terminal sends SIGHUP, and Slurm
+    SIGUSR1 ahead of the end (``--signal``).
 
-    Args:
-        env: Environment, from which torchrun and Slurm are recognised.
+    A loader that does not deliver for some seconds after the request is left: the main thread,
+    which waits for it, gets :class:`LoaderStalled`.
     """
 
-    def __init__(self, env: Mapping[str, str] = os.environ):
+    def __init__(self):
         self.requested: signal.Signals | None = None
-        doubled = "TORCHELASTIC_RUN_ID" in env or "SLURM_JOB_ID" in env
-        self._patience = TWICE if doubled else 0.0
         self._since = 0.0
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopSignals":
         self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._look)
         return self
 
     def __exit__(self, *error: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -43,9 +48,17 @@ class StopSignals:
         now = time.monotonic()
         if self.requested is None:
             self.requested, self._since = signal.Signals(number), now
-        elif now - self._since >= self._patience:
+            signal.setitimer(signal.ITIMER_REAL, STALL, STALL)
+        elif now - self._since >= TWICE:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
+
+    def _look(self, number: int, frame: FrameType | None) -> None:
+        """Raise LoaderStalled if the main thread waits for a loader."""
+        while frame is not None:
+            if LOADER in frame.f_code.co_filename:
+                raise LoaderStalled
+            frame = frame.f_back
 
 
 class RequestExchange:

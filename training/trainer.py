@@ -27,7 +27,7 @@ from training.network import count_parameters
 from training.output import Output, list_corrupt
 from training.progress import Progress
 from training.run_state import RunState
-from training.stopping import RequestExchange, StopSignals
+from training.stopping import LoaderStalled, RequestExchange, StopSignals
 from training.watchdog import Watchdog
 from utils import log
 
@@ -121,10 +121,13 @@ class Trainer:
         with self.signals, self.watchdog:
             model = self.wrapped()
             while state.epoch + 1 < stop:
-                stats = self.train_epoch(model, stop)
-                if stats is None:
-                    return self.stopped()
-                stats |= self.evaluate()
+                try:
+                    stats = self.train_epoch(model, stop)
+                    if stats is None:
+                        return self.stopped()
+                    stats |= self.evaluate()
+                except LoaderStalled:
+                    return self.stalled()
                 if any(self.exchange.now(self.requests())[:1]):
                     return self.stopped()
                 self.finish_epoch(stats | {"n_parameters": n_parameters})
@@ -235,6 +238,21 @@ class Trainer:
         log(f"Max accuracy: {state.best_acc1:.2f}%")
         output.log_epoch(stats | {"epoch": state.epoch}, state.epoch)
         self.save(is_best, state.epoch, [epoch for _, epoch in state.best])
+
+    def stalled(self) -> int:
+        """Stop although the loader does not deliver; return the exit status.
+
+        A single process saves its state after the last update. Several cannot: the others are
+        within a step, and end as they lose this one.
+        """
+        launch.end_children()
+        meter, number = self.state.meter, self.signals.requested
+        if self.info.world_size == 1 and meter.steps % self.args.accum_iter == 0:
+            log("the loader does not deliver: it is left")
+            return self.stopped()
+        message = f"stopped by {number.name} while the loader does not deliver, at "
+        message += f"{self.watchdog.where}: the last checkpoint is kept"
+        return launch.fail(message, 128 + number)
 
     def save(self, *names: Any) -> None:
         """Write a checkpoint in the background; see :meth:`Output.save` for ``names``."""

@@ -17,6 +17,7 @@ from utils import UserError
 
 T = TypeVar("T")
 TICK = 1.0  # seconds between signs of life
+JUMP = 2.0  # seconds by which a tick may be late
 ANSWER = 5.0  # seconds that the store has to answer
 SHOWN = 4  # processes named in a message
 
@@ -112,7 +113,11 @@ class Watchdog:
                 return
 
     def _watch(self) -> None:
-        while not self._ended.wait(min(TICK, self.timeout / 4)):
+        tick, now = min(TICK, self.timeout / 4), time.monotonic()
+        while not self._ended.wait(tick):
+            before, now = now, time.monotonic()
+            if now - before > tick + JUMP and self._since is not None:
+                self._since += now - before  # the process was suspended, as by SIGSTOP
             since = self._since
             if since is None or time.monotonic() - since < self.timeout:
                 continue

@@ -1,6 +1,8 @@
 """Read checkpoint files and addresses, whatever their format, without running what they hold."""
 
 import argparse
+import errno
+import hashlib
 import json
 import re
 import stat
@@ -16,7 +18,7 @@ from models.checkpoint.archive import safe_names, verify_archive
 from models.checkpoint.checksum import file_digest, verify_checksum
 from models.checkpoint.mindspore import looks_like_mindspore, read_mindspore
 from models.checkpoint.numpy_scalars import DTYPE, NUMBER_GLOBALS
-from models.errors import CheckpointError, UnsafeFileError
+from models.errors import CheckpointError, UnreadableFileError, UnsafeFileError
 
 JSON_METADATA = {
     "model_kwargs",
@@ -25,6 +27,9 @@ JSON_METADATA = {
     "data_config",
     "args",
 }  # of a header with the first
+# errors that what a file holds may cause, as offsets beyond its end; all others are of the system
+ABOUT_CONTENT = (None, errno.EINVAL, errno.EOVERFLOW, errno.EFBIG, errno.ENOENT, errno.EISDIR)
+OUT_OF_MEMORY = "DefaultCPUAllocator"  # in PyTorch's message
 START_BYTES = 256  # enough to tell the formats apart
 
 
@@ -40,7 +45,9 @@ def fetch(url: str) -> Path:
     name = Path(urlparse(url).path).name
     if name in ("", ".."):
         raise CheckpointError(f"cannot download {url}: it names no file")
-    path = Path(torch.hub.get_dir(), "checkpoints", name)
+    # files of different addresses may have one name
+    folder = hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    path = Path(torch.hub.get_dir(), "checkpoints", folder, name)
     digits = re.search(r"-([0-9a-f]{8,})\.", name)
     try:
         if path.is_file() and (not digits or _digest(path).startswith(digits[1])):
@@ -82,10 +89,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except CheckpointError:
         raise
     except OSError as error:
-        reason = error.strerror or error
-        raise CheckpointError(f"cannot read checkpoint {path}: {reason}") from error
+        kind = CheckpointError if error.errno in ABOUT_CONTENT else UnreadableFileError
+        raise kind(f"cannot read checkpoint {path}: {error.strerror or error}") from error
+    except MemoryError as error:
+        raise UnreadableFileError(f"cannot read checkpoint {path}: out of memory") from error
     except Exception as error:  # bytes of any kind make the readers raise errors of any kind
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        if OUT_OF_MEMORY in str(error):
+            raise UnreadableFileError(f"cannot read checkpoint {path}: {reason}") from error
         raise CheckpointError(f"{path} is not a checkpoint, or is damaged: {reason}") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint")

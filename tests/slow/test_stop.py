@@ -2,16 +2,34 @@
 
 import random
 import re
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import read_log, run_ranks, same_run, start_rank, succeed, write_images
+from conftest import (
+    ROOT,
+    clean_env,
+    read_log,
+    run_ranks,
+    same_run,
+    start_python,
+    start_rank,
+    succeed,
+    write_images,
+)
 from packing import pack
 
 import utils
+from pipeline.fast import FastDataset
+from training import stopping
 from training.checkpoints import plain
 from training.stopping import RequestExchange, StopSignals
 
@@ -55,6 +73,7 @@ def saved_step(folder):
         (signal.SIGTERM, "epoch 1 step 2/", 0),
         (signal.SIGUSR1, "epoch 0 step 12/", 0),  # on the way to the evaluation
         (signal.SIGINT, "epoch 0 step 4/", 130),
+        (signal.SIGHUP, "epoch 1 step 5/", 0),
     ],
 )
 def test_a_stopped_run_resumes_bitwise(images, whole, tmp_path, main, number, line, status):
@@ -100,29 +119,99 @@ def test_checkpoints_within_an_epoch(images, whole, tmp_path, flag):
     assert same_run(tmp_path / "copy", whole)
 
 
+@pytest.mark.parametrize(
+    ("line", "status"), [("epoch 0 step 3/", 0), ("epoch 0 step 4/", 128 + signal.SIGTERM)]
+)
+def test_a_stop_does_not_wait_for_a_stalled_loader(
+    images, whole, tmp_path, main, monkeypatch, line, status
+):
+    run = [*RUN, "--data-path", images, "--output_dir", tmp_path]
+    monkeypatch.setattr(stopping, "STALL", 0.2)
+
+    def stop_and_stall():
+        monkeypatch.setattr(FastDataset, "__getitems__", lambda *_: threading.Event().wait())
+        signal.raise_signal(signal.SIGTERM)
+
+    # after three batches there is nothing to lose; after four, gradients of the fourth
+    code, output, errors = main(*run, line=line, act=stop_and_stall)
+    assert code == status, errors
+    monkeypatch.undo()
+    if status == 0:
+        assert saved_step(tmp_path) == (0, 3)
+        succeed(*run, "--resume", "auto")
+        assert same_run(tmp_path, whole)
+    else:
+        assert "SIGTERM" in errors and "epoch 0 step 3" in errors
+
+
+def test_nobody_need_read_the_output(images, whole, tmp_path):
+    words = [*RUN, "--data-path", images, "--output_dir"]
+    process = start_python("main.py", *words, tmp_path / "unread")
+    assert process.stdout.readline()
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(timeout=300) == 0
+    assert same_run(tmp_path / "unread", whole)
+    command = shlex.join(map(str, [sys.executable, "main.py", *words, tmp_path / "closed"]))
+    closed = subprocess.run(f"exec {command} <&- >&- 2>&-", shell=True, cwd=ROOT, env=clean_env())
+    assert closed.returncode == 0
+    assert same_run(tmp_path / "closed", whole)
+
+
+def test_a_suspended_process_goes_on(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import time\n"
+        "from training.watchdog import Watchdog\n"
+        "with Watchdog(0, 1, timeout=2.0) as watchdog:\n"
+        "    watchdog.loading(True)\n"
+        "    print('ready', flush=True)\n"
+        "    input()\n"
+        "    time.sleep(1.0)\n"
+        "    print('alive', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    process = start_python(script, run=partial(subprocess.Popen, stdin=subprocess.PIPE))
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(4.0)  # longer than the timeout
+    process.send_signal(signal.SIGCONT)
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "alive\n"
+    _, errors = process.communicate(timeout=60)  # without progress it ends, as before
+    assert process.returncode == 1 and "2 s" in errors
+
+
 def test_the_second_signal_ends_at_once(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
+        "import time\n"
         "from training.stopping import StopSignals\n"
         "with StopSignals() as signals:\n"
         "    print('ready', flush=True)\n"
         "    while signals.requested is None: pass\n"
         "    print(signals.requested.name, flush=True)\n"
+        "    end = time.monotonic() + 1.1\n"
+        "    while time.monotonic() < end: pass\n"
+        "    print('again', flush=True)\n"
         "    while True: pass\n"
     )
     process = start_rank(script)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGUSR1)
     assert process.stdout.readline() == "SIGUSR1\n"
+    process.send_signal(signal.SIGTERM)  # within a second: the same request
+    assert process.stdout.readline() == "again\n"
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGTERM
 
 
 def test_a_launcher_and_its_cluster_make_one_request():
-    with StopSignals({"SLURM_JOB_ID": "7"}) as signals:
+    with StopSignals() as signals:
         signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGHUP)
         assert signals.requested is signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
