@@ -58,7 +58,9 @@ def _entrypoint(build: _Callable[..., _nn.Module]) -> _Callable[..., _nn.Module]
                 raise ValueError(
                     f"checkpoint {checkpoint} excludes {other}=True: leave one of them out"
                 )
-            return load_model(checkpoint, build.__name__, **kwargs).model.train()
+            # of a name, too, weights are asked for
+            found = load_model(checkpoint, build.__name__, pretrained=True, **kwargs)
+            return found.model.train()
 
     create.__name__ = create.__qualname__ = build.__name__
     create.__doc__ = f"""{build.__doc__}
@@ -66,8 +68,8 @@ def _entrypoint(build: _Callable[..., _nn.Module]) -> _Callable[..., _nn.Module]
     Args:
         pretrained: Load timm's weights of this name.
         checkpoint: Weights to load, from any source of ``models.load_model``: a file, an http(s)
-            address, ``hf-hub:ORG/NAME`` or ``local-dir:FOLDER``. Excludes pretrained and
-            features_only.
+            address, ``hf-hub:ORG/NAME``, ``local-dir:FOLDER``, or a name with a tag for timm's.
+            Excludes pretrained and features_only.
         kwargs: Arguments of the model, such as num_classes, img_size, drop_path_rate,
             features_only.
 
