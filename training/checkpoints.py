@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from models import CheckpointError, read_checkpoint
 from models.checkpoint.checksum import verify_checksum, write_with_checksum
+from models.load import read_weights
 from training.files import OutputError, write_atomically
 from training.launch import DistInfo
 from utils import all_or_none, broadcast_value, log
@@ -214,7 +215,7 @@ def _set_aside(path: Path) -> None:
 def read_resume(
     args: Namespace, info: DistInfo, group: dist.ProcessGroup | None
 ) -> tuple[str, dict[str, Any]]:
-    """Read the checkpoint to resume from.
+    """Read the checkpoint to resume from: any source of :func:`models.load_model`.
 
     ``--resume auto`` is the newest undamaged one of ``--output_dir``, if there is any. After a
     restart by torchrun or Slurm, a run looks there without the flag.
@@ -238,4 +239,4 @@ def read_resume(
     if not source:
         return "", {}
     log(f"reading {source}")
-    return source, read_checkpoint(source)
+    return source, read_weights(source)

@@ -113,7 +113,7 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     add("--batch-size", type=int, default=64, help="images per process and step")
     add("--epochs", type=int, default=300)
     add("--output_dir", default="", help="folder of checkpoints and logs; empty for none")
-    add("--resume", default="", help="checkpoint (file or URL), or auto: newest of --output_dir")
+    add("--resume", default="", help="checkpoint, as for --finetune; auto: newest of --output_dir")
     add("--start_epoch", type=int, default=0)
     add("--stop-epoch", type=int, help="stop before this epoch; the schedule still spans --epochs")
     add(
