@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules import module as hooks
 
 from models.checkpoint.apply import LoadReport, load_weights
-from models.checkpoint.contents import num_classes_of, settings_of, state_dict_of
+from models.checkpoint.contents import class_names, num_classes_of, settings_of, state_dict_of
 from models.checkpoint.read import read_checkpoint
 from models.data_config import DataConfig, data_config_of
 from models.errors import CheckpointError, ModelError
@@ -28,7 +28,7 @@ WEIGHTS = ("model", "ema")
 FREE_ELEMENTS, GROWTH = 1 << 24, 4  # a model may have so many, and so often those of its file
 FREE_TENSORS = 2000  # parameters that a model may have beyond GROWTH times those of its file
 # settings in pretrained_cfg that describe other weights
-STALE = ("url", "hf_hub_id", "tag", "test_input_size", "test_crop_pct", "label_names")
+STALE = ("url", "hf_hub_id", "tag", "test_input_size", "test_crop_pct", "label_names", "license")
 LONGEST_TEXT, LONGEST_LIST = 100, 1000  # of an argument from a file
 
 
@@ -185,6 +185,7 @@ class ModelSource:
         own["num_classes"] = model.num_classes
         if self.checkpoint:
             own |= dict.fromkeys(STALE)
+            own["license"] = self.checkpoint.get("license")
             if self.classes and len(self.classes) == model.num_classes:
                 own["label_names"] = list(self.classes)
         if own["input_size"] != tuple(old.get("input_size") or ()):
@@ -371,18 +372,6 @@ def from_checkpoint(
     config = pretrained_config(name)
     images = data_config_of(checkpoint, config.to_dict() if config else None, label)
     return ModelSource(label, name, images, required, saved, checkpoint, tuple(classes) or None)
-
-
-def class_names(checkpoint: Mapping[str, Any], source: str) -> list[str]:
-    """Return the class names in the order of the logits, empty if the checkpoint has none.
-
-    Raises:
-        CheckpointError: They are not names.
-    """
-    names = checkpoint.get("classes") or []
-    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(f"{source}: classes must be a list of names")
-    return list(names)
 
 
 def _architecture(name: str) -> str:
