@@ -97,8 +97,8 @@ def data_config_of(
 
     Runs of this repository record theirs. Older ones, and DeiT's, normalize by ImageNet's mean
     and std and crop the centre by ``--eval-crop-ratio``, by default 0.875. MindCV evaluates with
-    the same. timm's runs record flags that differ from the model's ``pretrained_cfg``, which
-    applies to all other weights.
+    the same. Runs of torchvision's references record their resize. timm's runs record flags that
+    differ from the model's ``pretrained_cfg``, which applies to all other weights.
 
     Args:
         checkpoint: Content of the file; empty for a model without one.
@@ -116,9 +116,9 @@ def data_config_of(
         fallback = own.get("input_size", DataConfig.input_size)
         if "mindspore" in checkpoint and not config.get("fixed_input_size"):
             fallback = MINDCV_SIZE
-        if size is None:
-            size = fallback if runs.get("input_size") is None else runs["input_size"]
-        own = {"crop_pct": runs.get("eval_crop_ratio") or DataConfig.crop_pct}
+        own = {"input_size": fallback if runs.get("input_size") is None else runs["input_size"]}
+        own["crop_pct"] = runs.get("eval_crop_ratio") or DataConfig.crop_pct
+        own |= _of_torchvision(runs)
     elif "arch" in checkpoint:
         timms = _flags(checkpoint) or {}
         timms = {key: timms[key] for key in TIMM_FLAGS if timms.get(key) is not None}
@@ -133,6 +133,16 @@ def data_config_of(
     if not isinstance(recorded, Mapping):
         raise CheckpointError(f"{source}: data_config must be a dict")
     return _checked(own | dict(recorded), source)
+
+
+def _of_torchvision(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the images of a run of torchvision's references; empty for other runs."""
+    crop, whole = flags.get("val_crop_size"), flags.get("val_resize_size")
+    if type(crop) is not int or type(whole) is not int or not 0 < crop <= whole:
+        return {}
+    ratio = math.nextafter(crop / whole, 0)  # rounding must not lose a pixel of ``crop / ratio``
+    interpolation = flags.get("interpolation", "bilinear")
+    return {"input_size": crop, "crop_pct": ratio, "interpolation": interpolation}
 
 
 def _checked(values: Mapping[str, Any], source: str) -> DataConfig:

@@ -33,7 +33,8 @@ def read_hub(source: str) -> dict[str, Any]:
         source: ``hf-hub:ORG/NAME``, with ``@REVISION`` if wanted, ``local-dir:FOLDER`` or a folder.
 
     Returns:
-        ``model_name``, ``model_kwargs``, ``classes``, ``data_config`` and ``state_dict``.
+        ``model_name``, ``model_kwargs``, ``classes``, ``data_config``, ``license`` and
+        ``state_dict``.
 
     Raises:
         CheckpointError: A file is missing, cannot be read or downloaded, or is not one of timm's.
@@ -142,7 +143,11 @@ def _content(path: Path) -> dict[str, Any]:
     if not isinstance(name, str) or not isinstance(images, Mapping):
         raise CheckpointError(f"{path} does not name timm's architecture: it is not timm's config")
     content = {"model_name": name, "model_kwargs": own.get("model_args") or {}}
-    content["data_config"] = {key: images[key] for key in IMAGES if images.get(key) is not None}
+    # what is missing has timm's default, not that of the architecture's own weights
+    content["data_config"] = {
+        key: getattr(PretrainedCfg, key) if images.get(key) is None else images[key]
+        for key in IMAGES
+    }
     if not isinstance(content["model_kwargs"], Mapping):
         raise CheckpointError(f"{path}: model_args must be an object")
     number = own.get("num_classes", images.get("num_classes"))
@@ -153,6 +158,8 @@ def _content(path: Path) -> dict[str, Any]:
         names = [names.get(str(i)) for i in range(len(names))]
     if "gelu" in own:
         content["gelu"] = own["gelu"]
+    if isinstance(license_ := images.get("license"), str):
+        content["license"] = license_
     return content | ({"classes": names} if names else {})
 
 

@@ -20,7 +20,7 @@ from models.hub import check_pretrained
 FREE_ELEMENTS, GROWTH = 1 << 24, 4  # a model may have so many, and so often those of its file
 FREE_TENSORS = 500  # parameters that a model may have beyond GROWTH times those of its file
 # settings in pretrained_cfg that describe other weights
-STALE = ("url", "hf_hub_id", "tag", "test_input_size", "test_crop_pct", "label_names")
+STALE = ("url", "hf_hub_id", "tag", "test_input_size", "test_crop_pct", "label_names", "license")
 
 
 @dataclass(frozen=True)
@@ -178,6 +178,7 @@ class ModelSource:
         own["num_classes"] = model.num_classes
         if self.checkpoint:
             own |= dict.fromkeys(STALE)
+            own["license"] = self.checkpoint.get("license")
             if self.classes and len(self.classes) == model.num_classes:
                 own["label_names"] = list(self.classes)
         if own["input_size"] != tuple(old.get("input_size") or ()):

@@ -91,7 +91,7 @@ def convert_to_folder(args: argparse.Namespace) -> str:
         with files.folder_beside(output) as place:
             folder = place / output.name
             folder.mkdir()
-            note = write_folder(folder, model, source, kwargs)
+            note = write_folder(folder, model, source, kwargs, args.ema)
             folder.replace(output)
     except OSError as error:
         raise OutputError(f"cannot write {output}: {error.strerror or error}") from error

@@ -1,5 +1,6 @@
 """Folders in the layout of the Hugging Face Hub, which timm loads, too."""
 
+import contextlib
 import json
 from argparse import Namespace
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from torch import nn
 
 import models
 from models.errors import printable
-from models.hub import CONFIG, IMAGES, WEIGHTS, check_reachable
+from models.hub import CONFIG, FOLDER, HUB, IMAGES, WEIGHTS, check_reachable
 from training.checkpoints import plain
 from training.flags import get_args_parser
 from utils import UserError
@@ -27,6 +28,7 @@ LOCAL = """
     dist_url dist_timeout local_rank num_workers pin_mem eval log_interval keep_checkpoints download
     save_every_steps save_every_minutes start_epoch stop_epoch dist_eval loader augment_on
 """.split()  # noqa: SIM905
+SOURCES = ("model", "teacher_model")  # flags that may name a folder
 TOLERANCE = 1e-4  # of the largest logit
 CARD = """\
 ---
@@ -73,7 +75,11 @@ model, config = found.model, found.data_config"""
 
 
 def write_folder(
-    folder: Path, model: nn.Module, source: models.ModelSource, kwargs: Mapping[str, Any]
+    folder: Path,
+    model: nn.Module,
+    source: models.ModelSource,
+    kwargs: Mapping[str, Any],
+    ema: bool = False,
 ) -> str:
     """Write config, weights and model card to an empty folder; return a line about timm.
 
@@ -82,13 +88,16 @@ def write_folder(
         model: With its weights and ``pretrained_cfg``, in evaluation mode.
         source: Of the weights.
         kwargs: Keyword arguments that built the model.
+        ema: The weights are the moving average of the source.
     """
     config = config_of(model, source, kwargs)
     (folder / CONFIG).write_text(json.dumps(plain(config), indent=2) + "\n")
     weights = {key: value.contiguous() for key, value in model.state_dict().items()}
     safetensors.torch.save_file(weights, folder / WEIGHTS[0], metadata={"format": "pt"})
     reason = why_not_timm(model, config)
-    (folder / "README.md").write_text(card_of(model, source, config, folder.name, not reason))
+    facts = {**images_of(config), **accuracy_of(source, ema)}
+    card = card_of(model, source, config, folder.name, facts, not reason)
+    (folder / "README.md").write_text(card)
     if reason:
         return f"plain timm does not load it ({reason}): this repository does"
     return "plain timm loads it, with the same logits"
@@ -144,32 +153,24 @@ def card_of(
     source: models.ModelSource,
     config: Mapping[str, Any],
     title: str,
+    facts: Mapping[str, str],
     is_timms: bool,
 ) -> str:
-    """Return the model card: preprocessing, accuracies of the run's log, licence, use, recipe."""
+    """Return the model card: preprocessing, accuracy of the run's log, licence, use, recipe."""
     images = config["pretrained_cfg"]
     flags = source.checkpoint.get("args")
     flags = vars(flags) if isinstance(flags, Namespace) else flags
     flags = flags if isinstance(flags, Mapping) else {}
-    facts = {
-        "resize and crop": ", ".join(
-            str(images[key]) for key in ("crop_mode", "crop_pct", "interpolation")
-        ),
-        "mean, std": f"{images['mean']}, {images['std']}",
-        **accuracies(source),
-    }
-    license_ = images.get("license", "apache-2.0")
+    license_ = images.get("license") or "unknown"
+    if flags and "model_name" in source.checkpoint:  # a run of this repository
+        license_ = "apache-2.0"
     if origin := flags.get("finetune") or (flags.get("pretrained") and source.name):
         license_ = "unknown"
-        name = printable(Path(str(origin)).name)
-        facts["licence"] = f"that of the weights it was fine-tuned from ({name})"
-    training = ""
-    if recipe := recipe_of(flags):
-        training = (
-            f"\n## Training\n\nFlags that differ from the defaults:\n\n```yaml\n{recipe}\n```\n"
-        )
+        name = printable(without_place(str(origin)))
+        facts = {**facts, "licence": f"that of the weights it was fine-tuned from ({name})"}
+    recipe = recipe_of(flags)
     return CARD.format(
-        license=license_,
+        license=json.dumps(license_),
         title=printable(title),
         name=config["architecture"],
         parameters=sum(p.numel() for p in model.parameters()) / 1e6,
@@ -177,39 +178,53 @@ def card_of(
         size="x".join(map(str, images["input_size"][1:])),
         facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
         usage=TIMM if is_timms else OURS,
-        training=training,
+        training=RECIPE.format(recipe=recipe) if recipe else "",
     )
 
 
-def accuracies(source: models.ModelSource) -> dict[str, str]:
-    """Return the accuracies that the log next to a checkpoint has for its epoch."""
-    path, epoch = Path(source.label).parent / LOG, source.checkpoint.get("epoch")
+def images_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the preprocessing in words."""
+    images = config["pretrained_cfg"]
+    how = f"{images['crop_mode']}, {images['crop_pct']:g}, {images['interpolation']}"
+    return {"resize and crop": how, "mean, std": f"{images['mean']}, {images['std']}"}
+
+
+def accuracy_of(source: models.ModelSource, ema: bool) -> dict[str, str]:
+    """Return the accuracy that the log next to a checkpoint has for its epoch, if it has one."""
+    path, checkpoint = Path(source.label).parent / LOG, source.checkpoint
+    epoch = checkpoint.get("epoch")
+    if epoch is None or checkpoint.get("step"):  # saved within the next epoch
+        return {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
         return {}
-    rows = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:  # the end of a log that was cut off
-            continue
-        if isinstance(row, dict) and row.get("epoch") == epoch and epoch is not None:
-            rows.append(row)
-    found = {}
-    for kind, name in (("test", "raw weights"), ("ema", "moving average")):
-        if rows and all(isinstance(rows[-1].get(f"{kind}_acc{k}"), int | float) for k in (1, 5)):
-            top1, top5 = (rows[-1][f"{kind}_acc{k}"] for k in (1, 5))
-            found[f"validation, {name}"] = f"top-1 {top1:.3f} %, top-5 {top5:.3f} % (epoch {epoch})"
-    return found
+    row: Mapping[str, Any] = {}
+    for line in lines:  # a resumed run repeats epochs: the last one counts
+        with contextlib.suppress(ValueError):  # the end of a log that was cut off
+            found = json.loads(line)
+            if isinstance(found, dict) and found.get("epoch") == epoch:
+                row = found
+    kind, name = ("ema", "moving average") if ema else ("test", "raw weights")
+    top1, top5 = (row.get(f"{kind}_acc{k}") for k in (1, 5))
+    if not isinstance(top1, int | float) or not isinstance(top5, int | float):
+        return {}
+    return {f"validation, {name}": f"top-1 {top1:.3f} %, top-5 {top5:.3f} % (epoch {epoch})"}
+
+
+def without_place(source: str) -> str:
+    """Return a source without folders of this machine, and without the query of an address."""
+    is_public = source.startswith((HUB, "http://", "https://"))
+    return source.partition("?")[0] if is_public else Path(source.removeprefix(FOLDER)).name
 
 
 def recipe_of(flags: Mapping[str, Any]) -> str:
     """Return a run's flags as lines of YAML, without defaults and places of a machine."""
     defaults = vars(get_args_parser().parse_args([]))
+    sources = {name: without_place(flags[name]) for name in SOURCES if flags.get(name)}
     lines = [
         f"{name.replace('_', '-')}: {json.dumps(plain(value))}"
-        for name, value in flags.items()
+        for name, value in {**flags, **sources}.items()
         if name in defaults and name not in LOCAL and value != defaults[name]
     ]
     return printable("\n".join(lines).replace("\n", "\0")).replace("\\x00", "\n")

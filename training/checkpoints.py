@@ -245,7 +245,7 @@ def _set_aside(path: Path) -> None:
 def read_resume(
     args: Namespace, info: DistInfo, group: dist.ProcessGroup | None
 ) -> tuple[str, dict[str, Any]]:
-    """Read the checkpoint to resume from.
+    """Read the checkpoint to resume from: any source of :func:`models.load_model`.
 
     ``--resume auto`` is the newest undamaged one of ``--output_dir``, if there is any. After a
     restart by torchrun or Slurm, a run looks there without the flag.

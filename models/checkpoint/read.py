@@ -37,7 +37,8 @@ def fetch(url: str) -> Path:
     """Download a checkpoint into torch.hub's folder, once.
 
     A name such as ``visformer_small-839e1f5b.pth`` holds the first digits of the file's
-    SHA-256, which are verified; a copy that fails is fetched again.
+    SHA-256, which are verified; a copy that fails is fetched again. A name without digits, such
+    as ``best.pth``, is that of many files: the copy's begins with a hash of the address.
 
     Raises:
         CheckpointError: The address names no file, or downloading or the digits fail.
@@ -45,10 +46,10 @@ def fetch(url: str) -> Path:
     name = Path(urlparse(url).path).name
     if name in ("", ".."):
         raise CheckpointError(f"cannot download {url}: it names no file")
-    # files of different addresses may have one name
-    folder = hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-    path = Path(torch.hub.get_dir(), "checkpoints", folder, name)
     digits = re.search(r"-([0-9a-f]{8,})\.", name)
+    if not digits:
+        name = f"{hashlib.sha256(url.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}-{name}"
+    path = Path(torch.hub.get_dir(), "checkpoints", name)
     try:
         if path.is_file() and (not digits or _digest(path).startswith(digits[1])):
             return path

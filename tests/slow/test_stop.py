@@ -133,7 +133,7 @@ def test_a_stop_does_not_wait_for_a_stalled_loader(
         signal.raise_signal(signal.SIGTERM)
 
     # after three batches there is nothing to lose; after four, gradients of the fourth
-    code, output, errors = main(*run, line=line, act=stop_and_stall)
+    code, _, errors = main(*run, line=line, act=stop_and_stall)
     assert code == status, errors
     monkeypatch.undo()
     if status == 0:

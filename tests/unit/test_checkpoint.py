@@ -150,6 +150,17 @@ def test_addresses_are_fetched_once_and_verified(server, tmp_path, monkeypatch):
         read_checkpoint(f"{address}/{bad}")
 
 
+def test_addresses_of_one_name_are_two_files(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    folder, address = server
+    for number in (1, 2):
+        (folder / str(number)).mkdir()
+        torch.save({"model": {"a": torch.full((3,), number)}}, folder / str(number) / "best.pth")
+    for number in (1, 2, 1):
+        found = read_checkpoint(f"{address}/{number}/best.pth")
+        assert found["model"]["a"].tolist() == [number] * 3
+
+
 def test_addresses_must_name_a_file(server, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     for path in ("", "/", "/.."):  # a server may answer

@@ -70,7 +70,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--format", choices=list(FORMATS), help="of a .pt2 file: exported (default) or aot")
     add("--model", help="model name, for checkpoints that do not contain it")
     add("--pretrained", action="store_true", help="the published weights of --model")
-    add("--checkpoint", help="file, address or Hub id of the weights; random ones without")
+    where = "file, address, hf-hub:ORG/NAME, local-dir:FOLDER, or name of published weights"
+    add("--checkpoint", help=f"{where}; random ones without")
     add("--weights", choices=["model", "ema"], default="model", help="raw weights, or the EMA")
     add("--num-classes", type=positive, help="number of classes of a model without a checkpoint")
     cli.add_input_size(parser)
