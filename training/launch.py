@@ -258,11 +258,7 @@ def run_program(command: Callable[[], int | None], interrupted: str = "interrupt
         The exit status: the program's own or 0, 1 after an error or where nobody reads the
         output to its end, 130 after an interrupt.
     """
-    for descriptor in range(3):  # a file that is opened must not get the number of a closed one
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
+    open_standard_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names may hold any characters
     try:
@@ -289,6 +285,20 @@ def run_program(command: Callable[[], int | None], interrupted: str = "interrupt
         return fail(loader_message(error))
     finally:
         end_children()
+
+
+def open_standard_streams() -> None:
+    """Open those of the standard streams that are closed, to nowhere.
+
+    Else a file that is opened later would get the number of one, and be written by others.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 until the end
 
 
 def last_message(error: BaseException) -> str:
@@ -330,9 +340,7 @@ def loader_died(error: Exception) -> bool:
 def fail(message: str, status: int = 1) -> int:
     """Print an error of this rank, and return the exit status."""
     rank = os.environ.get("RANK")
-    print(
-        f"error{f' on rank {rank}' if rank else ''}: {printable(message)}",
-        file=sys.stderr,
-        flush=True,
-    )
+    where = f" on rank {rank}" if rank else ""
+    with contextlib.suppress(OSError, ValueError):  # nobody may read it
+        print(f"error{where}: {printable(message)}", file=sys.stderr, flush=True)
     return status

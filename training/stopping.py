@@ -22,8 +22,8 @@ class StopSignals:
     """Context manager that turns signals into a request to stop; the second one kills.
 
     Signals within a second are one request: ``timeout`` sends SIGTERM to the process and to its
-    group, torchrun and Slurm to every process of a step. A closed terminal sends SIGHUP, and Slurm
-    SIGUSR1 ahead of the end (``--signal``).
+    group, torchrun and Slurm to every process of a step. A closed terminal sends SIGHUP, which
+    ``nohup`` lets programs ignore, and Slurm SIGUSR1 ahead of the end (``--signal``).
 
     A loader that does not deliver for some seconds after the request is left: the main thread,
     which waits for it, gets :class:`LoaderStalled`.
@@ -35,7 +35,8 @@ class StopSignals:
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopSignals":
-        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        heard = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._handle) for number in heard}
         self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._look)
         return self
 

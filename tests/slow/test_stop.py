@@ -216,6 +216,17 @@ def test_a_launcher_and_its_cluster_make_one_request():
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+def test_nohup_is_heard():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            signal.raise_signal(signal.SIGHUP)
+            assert signals.requested is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_requests_of_a_single_process_are_granted_at_once():
     assert RequestExchange().exchange([0, 3, 1]) == [0, 3, 1]
     assert RequestExchange().now([2]) == [2]

@@ -20,7 +20,7 @@ import torch
 from loading import refused
 from saving import fail, numbers, run, state, temporaries, warnings_of
 
-from models import CheckpointError, load_checkpoint, read_checkpoint
+from models import CheckpointError, UnreadableFileError, load_checkpoint, read_checkpoint
 from models.data_config import data_config_of
 from models.visformer import Stage, Visformer
 from training import checkpoints, run_state
@@ -274,6 +274,13 @@ def replace_by_folder(path):
     path.mkdir()
 
 
+UNREADABLE = (errno.EACCES, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
+
+
+def fail_with(error, *_):
+    raise error
+
+
 DAMAGES = {
     "flipped": flip,
     "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
@@ -308,9 +315,36 @@ def test_damaged_ones_are_never_deleted(tmp_path):
     save_three(tmp_path)
     for path in tmp_path.glob("*.pth"):
         flip(path)
-    assert checkpoints.find_checkpoint(tmp_path, set_aside=True) is None
     names = {"checkpoint.pth.damaged", "previous.pth.damaged", "best.pth.damaged"}
-    assert {path.name for path in tmp_path.iterdir()} == names
+    for _ in range(2):  # nor is the run ever started from its beginning
+        with pytest.raises(CheckpointError, match=f"{tmp_path}.*checkpoint.pth.damaged"):
+            checkpoints.find_checkpoint(tmp_path, set_aside=True)
+        assert {path.name for path in tmp_path.iterdir()} == names
+    first = (tmp_path / "checkpoint.pth.damaged").read_bytes()
+    checkpoints.save_checkpoint(state(7), tmp_path / "previous.pth")
+    (tmp_path / "checkpoint.pth").write_bytes(b"damaged")
+    path, _ = checkpoints.find_checkpoint(tmp_path, set_aside=True)
+    assert path.name == "previous.pth"
+    assert (tmp_path / "checkpoint.pth.damaged").read_bytes() == first
+    assert (tmp_path / "checkpoint.pth.damaged1").read_bytes() == b"damaged"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(OSError(number, os.strerror(number)) for number in UNREADABLE),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_read_now_is_not_damaged(error, tmp_path, monkeypatch):
+    save_three(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    monkeypatch.setattr("models.checkpoint.read.verify_archive", partial(fail_with, error))
+    with pytest.raises(UnreadableFileError, match=f"{tmp_path}/checkpoint.pth"):
+        checkpoints.find_checkpoint(tmp_path, set_aside=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 def test_a_file_that_lost_its_end_on_the_disk_is_not_used(tmp_path, monkeypatch):
