@@ -17,7 +17,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from models import CheckpointError
 from object_detection import checkpoints, recipe, runtime
 from training.launch import select_device
-from utils import UserError
+from utils import UserError, printable
 
 COLOURS = ("red", "lime", "blue", "yellow", "magenta", "cyan", "orange", "purple")
 
@@ -102,7 +102,7 @@ def infer(args: argparse.Namespace) -> None:
     found = detect(model, config.test_dataloader.dataset.pipeline, image)
     found = found[found.scores >= args.score_thr]
     for (name, score), box in zip(described(found, names), found.bboxes.tolist(), strict=True):
-        print(f"{name} {score:.3f} at {', '.join(f'{side:.0f}' for side in box)}")
+        print(f"{printable(name)} {score:.3f} at {', '.join(f'{side:.0f}' for side in box)}")
     out = Path(args.out or f"{Path(args.image).stem}_objects.png")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

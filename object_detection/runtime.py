@@ -16,7 +16,7 @@ import torch
 from models import ModelError
 from object_detection import checkpoints
 from training.launch import run_program
-from utils import UserError
+from utils import UserError, printable
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -89,7 +89,7 @@ def check_channels(model: "nn.Module") -> None:
 def say(message: str) -> None:
     """Print on the first process only."""
     if os.environ.get("RANK", "0") == "0":
-        print(message, flush=True)
+        print(printable(message), flush=True)
 
 
 def number_of_classes(model: "nn.Module") -> int:

@@ -206,6 +206,8 @@ def test_recipe_trains(name, images, more_images, tmp_path, small, optimizer_ste
 
 STRICT = {
     "modle: visformer_tiny": "'modle'",
+    "data-path: 'pipe:touch x'": "'data-path' .*--data-path",
+    "val-path: ' pipe:touch x'": "'val-path' .*--val-path",
     "config: other.yaml": "'config'",
     "1: 2": r"\b1\b",
     "epochs: many": "'epochs' .*'many'",

@@ -148,6 +148,11 @@ def test_tables(tmp_path):
             ["a, b", ""],
             ["\udcff", "0.30000000000000004"],
         ]
+    names = ["=1+1", "@x", "+x", "-x", "\tx", "x=1", "-1.5", "+2"]
+    tables.write_csv(path, ("name",), [[name] for name in names])
+    with open(path, newline="") as file:
+        found = [name for (name,) in [*csv.reader(file)][1:]]
+    assert found == ["'=1+1", "'@x", "'+x", "'-x", "'\tx", "x=1", "-1.5", "+2"]
     with pytest.raises(OutputError, match=str(tmp_path / "no" / "t.csv")):
         tables.write_csv(tmp_path / "no" / "t.csv", (), ())
     text = tables.aligned(["name", "n"], [["a\n", "10.5"], ["long", ""], ["c", "2"]])

@@ -113,3 +113,18 @@ def test_an_interrupt_says_what_the_program_knows(capsys):
     assert capsys.readouterr().err.startswith("error: ")
     assert launch.run_program(interrupt, launch.RESUMES) == 130
     assert "--resume auto" in capsys.readouterr().err
+
+
+def test_names_command_no_terminal_and_forge_no_lines(capsys, tmp_path):
+    name = "a\x1b[2Jb\nerror: c\u202ed\udcffe\x9b"
+    utils.log(name)
+    launch.fail(name)
+    output = Output(str(tmp_path))
+    output.list_corrupt([name])
+    output.close()
+    printed = capsys.readouterr()
+    texts = printed.out, printed.err, (tmp_path / "corrupt.txt").read_text()
+    for text in texts:
+        line, end = text[:-1], text[-1:]
+        assert line.isprintable() and end == "\n"
+        assert r"a\x1b[2Jb\nerror: c\u202ed\udcffe\x9b" in line
