@@ -42,7 +42,16 @@ FILES = {  # models of every family, in files that say nothing of images, and of
     },
     "test_vit": {"data_config": DataConfig((96, 96), "lanczos", crop_mode="border").to_timm()},
 }
-SIZES = {"fastvit_t8": 256, "vit_b_16_224": 32, "test_vit": 96}  # of others 224
+HALF = (0.5, 0.5, 0.5)
+CONFIGS = {  # what these models expect
+    "visformer_tiny": DataConfig(crop_pct=0.9),
+    "swin_visformer_tiny_v2": DataConfig(crop_pct=0.9),
+    "convit_tiny": DataConfig(),
+    "fastvit_t8": DataConfig((256, 256), crop_pct=0.9),
+    "vit_b_32_224": DataConfig(mean=HALF, std=HALF, crop_pct=0.9),
+    "vit_b_16_224": DataConfig((32, 32), crop_pct=1.0, crop_mode="squash"),
+    "test_vit": DataConfig((96, 96), "lanczos", crop_mode="border"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +66,12 @@ def photographs(tmp_path_factory):
 
 @pytest.fixture(params=FILES)
 def file(request, tmp_path):
-    """A checkpoint with random weights, its size, and timm's transform for the loaded model."""
+    """A checkpoint with random weights, its images, and timm's transform for the loaded model."""
     name, more = request.param, FILES[request.param]
     model = timm.create_model(name, **more.get("model_kwargs", {}))
     path = tmp_path / "net.pth"
     torch.save({"model": model.state_dict(), "model_name": name, **more}, path)
-    return path, SIZES.get(name, 224), timms_transform(models.load_model(path).model)
+    return path, CONFIGS[name], timms_transform(models.load_model(path).model)
 
 
 def same(found, expected, exact=True):
@@ -71,12 +80,13 @@ def same(found, expected, exact=True):
 
 
 def test_pixels_are_the_same_everywhere(file, photographs):
-    path, size, transform = file
+    path, config, transform = file
     files = ImageFolder(photographs / "val")
     expected = torch.stack([transform(image) for image, _ in files])
+    assert models.find_model(str(path)).data_config == config
+    size = config.side
     assert expected.shape == (3, 3, size, size)
 
-    config = models.find_model(str(path)).data_config
     for loader in ("timm", "fast"):
         words = ["--data-path", photographs, "--loader", loader, "--input-size", size]
         dataset, _ = datasets.build_dataset(False, flags(*words), images=config)
