@@ -144,7 +144,8 @@ def load_source(args: argparse.Namespace, device: torch.device) -> ExportSource:
     # a program has one size: position embeddings are resampled once, not in every run
     model, _ = source.build_with_kwargs(size, classes, {"dynamic_img_size": False})
     report = source.load(model, args.weights)
-    notes.append(str(report or source.label))
+    label = source.label if source.has_weights else f"no --checkpoint: {source.label}"
+    notes.append(str(report or label))
     model = model.to(device).eval().requires_grad_(False)
     channels = getattr(model, "in_chans", 3)
     if channels != 3:
