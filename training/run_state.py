@@ -154,8 +154,9 @@ class RunState:
         args = self.args
         if resumes:
             self.restore(source)
-            if start := args.finetune or (args.pretrained and f"{args.model} --pretrained"):
-                log(f"{start} is not read: the run continues from {source.label}")
+            if args.finetune or args.pretrained:
+                flag = f"--finetune {args.finetune}" if args.finetune else "--pretrained"
+                log(f"{flag} is not read: the run continues from {source.label}")
         elif source.has_weights:
             self.finetune(source)
         elif args.linear_probe or args.freeze_stages is not None:
