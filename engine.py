@@ -515,6 +515,7 @@ def evaluate(
     after_batch: Callable[[], bool] = lambda: False,
     observe: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = _as_is,
     timer: Callable[[int], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    size: int | None = None,
 ) -> dict[str, Any]:
     """Measure top-1 and top-5 accuracy and cross-entropy.
 
@@ -530,13 +531,14 @@ def evaluate(
         observe: Receives the logits ``B K`` in float32 and the targets ``B`` of every batch, on the
             device; returns those to count.
         timer: Context of the forward pass of so many images.
+        size: Number of images of the dataset, over all ranks if ``shared``; None if unknown.
 
     Returns:
         ``acc1`` and ``acc5`` in percent, ``loss``, the numbers of ``images`` and of ``corrupt``
         files left out, and the ``messages`` about those read by this rank.
 
     Raises:
-        UserError: No image can be decoded.
+        UserError: No image can be decoded, or the images and those left out are not ``size``.
     """
     precision = precision or Precision(device)
     model.eval()
@@ -573,6 +575,11 @@ def evaluate(
     if not images_seen and not stopped:
         first = f"; the first: {messages[0]}" if messages else ""
         raise UserError(f"nothing to evaluate: {corrupt_seen:.0f} corrupt images{first}")
+    if size not in (None, images_seen + corrupt_seen) and not stopped:
+        raise UserError(
+            f"the evaluation counts {images_seen:.0f} images and {corrupt_seen:.0f} corrupt ones; "
+            f"the dataset has {size}: its loader must yield each of them once"
+        )
     images_seen = max(images_seen, 1)
     return {
         "acc1": 100 * hits1 / images_seen,
