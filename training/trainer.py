@@ -71,6 +71,7 @@ class Evaluation:
                 args.dist_eval,
                 after_batch,
                 size=self.size,
+                group=self.group,
             )
         images, corrupt, messages = (stats.pop(key) for key in ("images", "corrupt", "messages"))
         if corrupt and args.output_dir:
