@@ -1,6 +1,7 @@
 """Agreement of ranks: a run starts only if all have the same code, flags, images and weights."""
 
 import hashlib
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from models import ModelSource
 from training.network import Network
 from utils import PeerError, UserError, all_or_none, gather
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(os.path.abspath(__file__)).parents[1]
 SHOWN = 300  # characters of a value in a message
 # They decide weights, images or sampling. Other builds of the same version count as others: their
 # kernels round differently, and averaged gradients would hide it.
@@ -92,11 +93,13 @@ def start_facts(args: Namespace, device: torch.device) -> Facts:
 def source_files(root: Path) -> Iterator[str]:
     """Yield path and digest of the source files of ``root`` that are loaded."""
     loaded = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
-    paths = {Path(file).resolve() for file in loaded if file}
-    for path in sorted(paths):
-        if path.is_relative_to(root) and path.is_file() and "site-packages" not in path.parts:
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            yield f"{path.relative_to(root)} of SHA-256 {digest[:12]}"
+    paths = (os.path.abspath(file) for file in loaded if file and file.endswith(".py"))
+    names = {path.removeprefix(f"{root}/") for path in paths if path.startswith(f"{root}/")}
+    for name in sorted(names):
+        if "site-packages" in name or not (root / name).is_file():  # of an environment within
+            continue
+        digest = hashlib.sha256((root / name).read_bytes()).hexdigest()
+        yield f"{name} of SHA-256 {digest[:12]}"
 
 
 def flag_lines(args: Namespace) -> Iterator[str]:
