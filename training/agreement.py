@@ -98,8 +98,13 @@ def source_files(root: Path) -> Iterator[str]:
     for name in sorted(names):
         if "site-packages" in name or not (root / name).is_file():  # of an environment within
             continue
-        digest = hashlib.sha256((root / name).read_bytes()).hexdigest()
-        yield f"{name} of SHA-256 {digest[:12]}"
+        yield file_line(root / name, name)
+
+
+def file_line(path: Path, name: str) -> str:
+    """Return the line of a file that is called ``name`` on all ranks: its digest."""
+    with path.open("rb") as file:
+        return f"{name} of SHA-256 {hashlib.file_digest(file, 'sha256').hexdigest()[:12]}"
 
 
 def flag_lines(args: Namespace) -> Iterator[str]:
