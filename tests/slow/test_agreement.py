@@ -16,10 +16,12 @@ from conftest import (
 )
 from ranks import free_port, group
 
+import datasets
 import engine
 import utils
 from pipeline.reference import Batch
 from training import agreement
+from training.flags import parse_args
 
 SMALL = ["--model", "test_resnet", "--input-size", 32, "--num_workers", 0, "--device", "cpu"]
 SMALL += ["--batch-size", 4, "--epochs", 1, "--no-repeated-aug", "--dist-timeout", 30]
@@ -206,6 +208,26 @@ def test_a_single_process_compares_nothing(images, monkeypatch):
 
     monkeypatch.setattr(agreement, "digest", fail)
     succeed(*SMALL, "--data-path", images)
+
+
+def open_split(*flags):
+    args, _ = parse_args([str(flag) for flag in flags])
+    return datasets.build_dataset(True, args)[0].source
+
+
+@pytest.mark.parametrize("kind", ["folder", "share", "shards", "pixels"])
+def test_every_source_lists_its_images_wherever_it_is(kind, to_pack, packed, tmp_path):
+    flags = {"folder": [], "share": ["--sampling-ratio", 0.5], "shards": ["--data-set", "WDS"]}
+    if kind == "pixels":
+        listings = [list(open_split("--data-set", "DIGITS").listing()) for _ in range(2)]
+    else:
+        first = packed if kind == "shards" else to_pack
+        copy = shutil.copytree(first, tmp_path / "copy")
+        found = [open_split("--data-path", root, *flags[kind]) for root in (first, copy)]
+        listings = [list(source.listing()) for source in found]
+        assert len(listings[0]) == len(found[0])
+    assert listings[0] == listings[1]
+    assert len(set(listings[0])) > 0.9 * len(listings[0]) > 0
 
 
 @pytest.mark.parametrize("size", [9, 11])
