@@ -8,6 +8,7 @@ import torch
 from conftest import (
     ROOT,
     accuracy_lines,
+    read_log,
     run_main,
     run_ranks,
     start_python,
@@ -162,6 +163,23 @@ def test_ranks_that_agree_with_flags_of_their_own(images, other):
         ["--data-path", other, "--num_workers", 1, "--no-pin-mem", "--local_rank", 1],
     )
     assert (codes, lines) == ([0, 0], [])
+
+
+def test_a_restart_that_torchrun_counts_on_one_machine_only(images, tmp_path):
+    flags = [*SMALL, "--data-path", images, "--output_dir", tmp_path, "--epochs", 2]
+    run_ranks(2, [*flags, "--stop-epoch", 1])
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": 2}
+    processes = [
+        start_rank(
+            *("main.py", *flags),
+            **(meeting | {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_RESTART_COUNT": rank}),
+        )
+        for rank in range(2)
+    ]
+    results = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], results
+    assert [line["epoch"] for line in read_log(tmp_path)] == [0, 1]
+    assert len(accuracy_lines(results[0][0])) == 2  # of one epoch: the run went on
 
 
 def model_of(rank, world, number):
