@@ -23,7 +23,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import UserError, sum_over_processes
+from utils import UserError, all_or_none, sum_over_processes
 
 REFERENCE_BATCH = 512  # global batch size for which --lr is given
 # optimizers of PyTorch; fused, they also skip a step of the gradient scaler without a device sync
@@ -505,40 +505,16 @@ def _as_is(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, t
     return logits, targets
 
 
-@torch.inference_mode()
-def evaluate(
+def _count(
     data_loader: Iterable,
     model: nn.Module,
     device: torch.device,
-    precision: Precision | None = None,
-    shared: bool = True,
-    after_batch: Callable[[], bool] = lambda: False,
-    observe: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = _as_is,
-    timer: Callable[[int], contextlib.AbstractContextManager] = contextlib.nullcontext,
-) -> dict[str, Any]:
-    """Measure top-1 and top-5 accuracy and cross-entropy.
-
-    Args:
-        data_loader: Yields batches of (images ``B 3 H W``, targets ``B``, messages about corrupt
-            files left out), the tensors on ``device``.
-        model: Model, not distributed: ranks may have different numbers of batches. For a
-            compiled model, smaller batches are padded with blank images, which do not count.
-        device: Device of the model.
-        precision: Autocast, if any.
-        shared: Ranks have different parts of the dataset; their counts are summed.
-        after_batch: Called after every batch; True stops, and the result is meaningless.
-        observe: Receives the logits ``B K`` in float32 and the targets ``B`` of every batch, on the
-            device; returns those to count.
-        timer: Context of the forward pass of so many images.
-
-    Returns:
-        ``acc1`` and ``acc5`` in percent, ``loss``, the numbers of ``images`` and of ``corrupt``
-        files left out, and the ``messages`` about those read by this rank.
-
-    Raises:
-        UserError: No image can be decoded.
-    """
-    precision = precision or Precision(device)
+    precision: Precision,
+    after_batch: Callable[[], bool],
+    observe: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    timer: Callable[[int], contextlib.AbstractContextManager],
+) -> tuple[list[float], list[str]]:
+    """Return this rank's sums for :func:`evaluate`, and its messages about corrupt files."""
     model.eval()
     is_compiled = unwrap(model) is not model
     full = images_seen = 0
@@ -566,6 +542,54 @@ def evaluate(
     # in float64 the sum does not depend, in practice, on how batches are assigned to ranks
     loss_sum = torch.stack(losses).cpu().double().sum().item() if losses else 0.0
     numbers = [*counts.tolist(), images_seen, len(messages), loss_sum, stopped]
+    return numbers, messages
+
+
+@torch.inference_mode()
+def evaluate(
+    data_loader: Iterable,
+    model: nn.Module,
+    device: torch.device,
+    precision: Precision | None = None,
+    shared: bool = True,
+    after_batch: Callable[[], bool] = lambda: False,
+    observe: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = _as_is,
+    timer: Callable[[int], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    size: int | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> dict[str, Any]:
+    """Measure top-1 and top-5 accuracy and cross-entropy.
+
+    Args:
+        data_loader: Yields batches of (images ``B 3 H W``, targets ``B``, messages about corrupt
+            files left out), the tensors on ``device``.
+        model: Model, not distributed: ranks may have different numbers of batches. For a
+            compiled model, smaller batches are padded with blank images, which do not count.
+        device: Device of the model.
+        precision: Autocast, if any.
+        shared: Ranks have different parts of the dataset; their counts are summed.
+        after_batch: Called after every batch; True stops, and the result is meaningless.
+        observe: Receives the logits ``B K`` in float32 and the targets ``B`` of every batch, on the
+            device; returns those to count.
+        timer: Context of the forward pass of so many images.
+        size: Number of images of the dataset, over all ranks if ``shared``; None if unknown.
+        group: CPU process group, by which an error of one rank ends all; None for a single process.
+
+    Returns:
+        ``acc1`` and ``acc5`` in percent, ``loss``, the numbers of ``images`` and of ``corrupt``
+        files left out, and the ``messages`` about those read by this rank.
+
+    Raises:
+        UserError: No image can be decoded, or the images and those left out are not ``size``.
+        PeerError: Another rank failed.
+    """
+    numbers, messages = all_or_none(
+        lambda: _count(
+            *(data_loader, model, device, precision or Precision(device)),
+            *(after_batch, observe, timer),
+        ),
+        group,
+    )
     totals = torch.tensor(numbers, dtype=torch.float64)
     if shared:
         totals = sum_over_processes(totals, device)
@@ -573,6 +597,11 @@ def evaluate(
     if not images_seen and not stopped:
         first = f"; the first: {messages[0]}" if messages else ""
         raise UserError(f"nothing to evaluate: {corrupt_seen:.0f} corrupt images{first}")
+    if size not in (None, images_seen + corrupt_seen) and not stopped:
+        raise UserError(
+            f"the evaluation counts {images_seen:.0f} images and {corrupt_seen:.0f} corrupt ones; "
+            f"the dataset has {size}: its loader must yield each of them once"
+        )
     images_seen = max(images_seen, 1)
     return {
         "acc1": 100 * hits1 / images_seen,

@@ -102,13 +102,18 @@ def broadcast_value(value: Any, group: dist.ProcessGroup | None) -> Any:
     return values[0]
 
 
+def gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """Return the values of all ranks, in the order of ranks."""
+    if group is None:
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
 def gather_lines(lines: Sequence[str], group: dist.ProcessGroup | None) -> list[str]:
     """Return the lines of all ranks."""
-    if group is None:
-        return list(lines)
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, list(lines), group=group)
-    return [line for part in gathered for line in part]
+    return [line for part in gather(list(lines), group) for line in part]
 
 
 def broadcast_buffers(module: nn.Module) -> None:

@@ -25,7 +25,7 @@ import utils
 from object_detection import coco, coco_evaluation
 from object_detection.mask_rcnn import CHANNELS, MAX_SIZE, MIN_SIZE, build_mask_rcnn
 from object_detection.rcnn_flags import MODEL, WARMUP_ITERS, parse_args
-from training import launch, progress, run_state
+from training import agreement, launch, progress, run_state
 from training.checkpoints import read_resume
 from training.ddp import distribute
 from training.launch import DistInfo
@@ -278,6 +278,7 @@ def run(args: Namespace, info: DistInfo, device: torch.device) -> None:
     log(f"device {device}, {info.world_size} process(es) started by {info.launcher}")
     coco.require_pycocotools()
     group = utils.control_group(args.dist_timeout)
+    agreement.agree(agreement.start_facts(args, device), group)
     folder = "" if args.eval else args.output_dir  # evaluation locks and writes nothing there
     with contextlib.closing(utils.all_or_none(lambda: Output(folder), group)) as output:
         run_in(output, args, info, device, group)
@@ -320,6 +321,15 @@ def run_in(
         f"{settings['min_size']} to {settings['max_size']}: {n_parameters / 1e6:.2f} M "
         f"parameters, {precision}"
     )
+    facts = {
+        "annotations": lambda: (
+            [agreement.file_line(val.path, "validation annotations")]
+            + ([] if args.eval else [agreement.file_line(train.path, "training annotations")])
+        ),
+        "weights": lambda: agreement.contents(model.state_dict()),
+        "checkpoint": lambda: agreement.contents(checkpoint),
+    }
+    agreement.agree(facts, group)
     if args.eval:
         log(str(models.load_weights(model, checkpoint, source)))
         evaluate(val_loader, model, precision, categories)

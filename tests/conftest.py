@@ -32,7 +32,7 @@ THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # two cores, whoever 
 LONGEST = ("docs", "torchvision_rcnn", "mmdet_commands", "main", "crash", "nodes", "fsdp")
 LONGEST += ("watchdog", "submit", "benchmark", "distributed", "mmdet", "recipes")
 MARKED = {
-    "distributed": ("distributed", "fsdp", "nodes"),
+    "distributed": ("agreement", "distributed", "fsdp", "nodes"),
     "detection": ("coco", "mmdet", "mmdet_commands", "torchvision_rcnn"),
 }
 

@@ -18,7 +18,7 @@ from models import CheckpointError, UnreadableFileError, read_checkpoint, read_w
 from models.checkpoint.checksum import verify_checksum, write_with_checksum
 from training.files import OutputError, write_atomically
 from training.launch import DistInfo
-from utils import all_or_none, broadcast_value, log
+from utils import all_or_none, broadcast_value, gather, log
 
 CHECKPOINT = "checkpoint.pth"
 PREVIOUS = "previous.pth"
@@ -254,7 +254,9 @@ def read_resume(
         Its name and contents; both empty without a checkpoint.
     """
     source = args.resume
-    if source == "auto" or (info.restarts and args.output_dir and not args.eval):
+    # on several machines, torchrun counts a restart only where a process died
+    restarted = any(gather(info.restarts, group))
+    if source == "auto" or (restarted and args.output_dir and not args.eval):
         folder = Path(args.output_dir) if info.rank == 0 else None
         found = all_or_none(lambda: folder and find_checkpoint(folder, not args.eval), group)
         path = broadcast_value(found and str(found[0]), group)
@@ -269,4 +271,4 @@ def read_resume(
     if not source:
         return "", {}
     log(f"reading {source}")
-    return source, read_weights(source)
+    return source, all_or_none(lambda: read_weights(source), group)

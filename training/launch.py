@@ -25,6 +25,8 @@ from pipeline.workers import die_with_parent
 from utils import PeerError, UserError, printable, silence
 
 ANSWER = 10.0  # seconds for a launcher to answer
+# how gloo and NCCL report a peer that does not answer
+LOST = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Tt]imed out")
 RESUMES = "interrupted; --resume auto continues from the last checkpoint"
 
 
@@ -173,17 +175,18 @@ def process_group(args: Namespace, env: Mapping[str, str] = os.environ):
         torch.cuda.set_device(device)
     try:
         timeout = timedelta(seconds=args.dist_timeout)
-        where = {"init_method": init_method}
+        store, *_ = next(dist.rendezvous(init_method, info.rank, info.world_size, timeout=timeout))
+        store.set_timeout(timeout)
         if info.restarts and env.get("GROUP_WORLD_SIZE") == "1":
             # after a restart, torchrun may keep its store with the addresses of dead processes
-            store, *_ = next(dist.rendezvous(init_method, info.rank, info.world_size))
-            where = {"store": dist.PrefixStore(f"start {info.restarts}", store)}
+            store = dist.PrefixStore(f"start {info.restarts}", store)
+        compare_world_sizes(info, store)
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
             rank=info.rank,
             world_size=info.world_size,
             timeout=timeout,
-            **where,
+            store=dist.PrefixStore("group", store),
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(
@@ -192,6 +195,22 @@ def process_group(args: Namespace, env: Mapping[str, str] = os.environ):
         ) from error
     yield info, device
     dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone
+
+
+def compare_world_sizes(info: DistInfo, store: dist.Store) -> None:
+    """Compare the number of processes that the ranks were started for, by the store where they met.
+
+    Raises:
+        UserError: That of a rank differs from rank 0's; both see it.
+    """
+    store.set(f"size of rank {info.rank}", str(info.world_size))
+    for rank in range(1, info.world_size) if info.rank == 0 else [0]:
+        size = int(store.get(f"size of rank {rank}"))
+        if size != info.world_size:
+            raise UserError(
+                f"rank {info.rank} was started as one of {info.world_size} processes, rank {rank} "
+                f"as one of {size}: all must be given the same number"
+            )
 
 
 def stay_with_torchrun(info: DistInfo, env: Mapping[str, str]) -> None:
@@ -319,10 +338,12 @@ def end_children() -> None:
 
 
 def loader_message(error: Exception) -> str:
-    """Return the message for a dead loader worker; raise any other error."""
+    """Return the message for a dead loader worker or a lost rank; raise any other error."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if peer_lost(error):
+        return f"another process is lost or stuck ({reason[:200]})"
     if not loader_died(error):
         raise error
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return (
         f"a loader worker died ({reason}), possibly out of memory; "
         f"lower --num_workers. The last checkpoint is kept"
@@ -335,6 +356,12 @@ def loader_died(error: Exception) -> bool:
         return str(error).startswith("DataLoader worker (pid")
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     return any("/torch/utils/data/" in Path(file).as_posix() for file in files)
+
+
+def peer_lost(error: Exception) -> bool:
+    """Return True if another rank does not answer."""
+    foreign = type(error).__module__ == "builtins" and LOST.search(str(error))
+    return bool(foreign) or isinstance(error, dist.DistError)
 
 
 def fail(message: str, status: int = 1) -> int:

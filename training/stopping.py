@@ -14,8 +14,11 @@ STALL = 5.0  # seconds that a loader may take after a request
 LOADER = "/torch/utils/data/"  # in the paths of its files
 
 
-class LoaderStalled(Exception):
-    """Data do not arrive although a request to stop waits for them."""
+class LoaderStalled(BaseException):
+    """Data do not arrive although a request to stop waits for them.
+
+    As KeyboardInterrupt, it is not one of the errors that the ranks exchange.
+    """
 
 
 class StopSignals:

@@ -38,6 +38,7 @@ class Evaluation:
     Args:
         args: Flags.
         loader: This rank's part of the evaluation set.
+        size: Number of images of the evaluation set.
         precision: Mixed precision.
         group: CPU process group; None for a single process.
     """
@@ -46,10 +47,12 @@ class Evaluation:
         self,
         args: Namespace,
         loader: Prefetcher,
+        size: int,
         precision: engine.Precision,
         group: dist.ProcessGroup | None,
     ):
-        self.args, self.loader, self.precision, self.group = args, loader, precision, group
+        self.args, self.loader, self.size = args, loader, size
+        self.precision, self.group = precision, group
 
     def __call__(
         self, model: nn.Module, prefix: str = "", after_batch: Callable[[], bool] = lambda: False
@@ -67,6 +70,8 @@ class Evaluation:
                 precision,
                 args.dist_eval,
                 after_batch,
+                size=self.size,
+                group=self.group,
             )
         images, corrupt, messages = (stats.pop(key) for key in ("images", "corrupt", "messages"))
         if corrupt and args.output_dir:

@@ -1,7 +1,6 @@
 """Watchdog: names the rank or worker that died or hangs, and ends the others in bounded time."""
 
 import os
-import re
 import signal
 import sys
 import threading
@@ -20,9 +19,6 @@ TICK = 1.0  # seconds between signs of life
 JUMP = 2.0  # seconds by which a tick may be late
 ANSWER = 5.0  # seconds that the store has to answer
 SHOWN = 4  # processes named in a message
-
-# how gloo and NCCL report a peer that does not answer
-LOST = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Tt]imed out")
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T | None:
@@ -83,8 +79,7 @@ class Watchdog:
         if isinstance(error, ConnectionError | EOFError | RuntimeError):
             if launch.loader_died(error):
                 raise UserError(f"{launch.loader_message(error)} (at {self.where})") from error
-            foreign = type(error).__module__ == "builtins" and LOST.search(str(error))
-            if foreign or isinstance(error, dist.DistError):
+            if launch.peer_lost(error):
                 reason = str(error).strip().splitlines()[0][:200]
                 message = f"another process is lost or stuck at {self.where}{self.others()}"
                 raise UserError(f"{message} ({reason})") from error

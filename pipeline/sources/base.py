@@ -1,7 +1,9 @@
 """Image sources: files, members of shards, or pixels in memory."""
 
+import os
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,13 @@ class Source(ABC):
 
         Raises:
             CorruptImageError: It cannot be decoded.
+        """
+
+    @abstractmethod
+    def listing(self) -> Iterator[str]:
+        """Yield a line for each image, which tells it from others without reading it.
+
+        Copies of a dataset have the same listing, wherever they are.
         """
 
 
@@ -96,6 +105,12 @@ class Strings(Sequence[str]):
             .decode("utf-8", "surrogateescape")
         )
 
+    def __iter__(self) -> Iterator[str]:
+        text, start = self.text.tobytes(), 0
+        for end in self._ends.tolist():
+            yield text[start:end].decode("utf-8", "surrogateescape")
+            start = end
+
 
 class Files(Encoded):
     """Image files.
@@ -116,6 +131,20 @@ class Files(Encoded):
     def read(self, index: int) -> bytes:
         return read_file(self.name(index))
 
+    def listing(self) -> Iterator[str]:
+        paths = list(self._paths)
+        root = os.path.commonpath([os.path.dirname(min(paths)), os.path.dirname(max(paths))])
+        for path in paths:
+            yield f"{path.removeprefix(root).lstrip(os.sep)}, {file_size(path)} bytes"
+
+
+def file_size(path: str) -> int | None:
+    """Return the bytes of a file; None if there is none, which is an error once it is read."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return None
+
 
 class Pixels(Source):
     """Decoded images of one size, in memory.
@@ -132,3 +161,7 @@ class Pixels(Source):
 
     def open(self, index: int) -> Image.Image:
         return Image.fromarray(self.pixels[index])
+
+    def listing(self) -> Iterator[str]:
+        for index, image in enumerate(self.pixels):
+            yield f"image {index} of CRC-32 {zlib.crc32(np.ascontiguousarray(image)):08x}"

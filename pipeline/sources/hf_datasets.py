@@ -11,14 +11,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.images import CorruptImageError, DataError, read_file
-from pipeline.sources.base import Encoded
+from pipeline.sources.base import Encoded, file_size
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -73,6 +73,18 @@ class HubImages(Encoded):
         if not path:
             raise CorruptImageError(f"cannot decode image {self.name(index)}: no bytes, no path")
         return read_file(path)
+
+    def listing(self) -> Iterator[str]:
+        import pyarrow.compute as pc
+
+        for part in self._parts:
+            count = len(next(iter(part.values())))
+            unknown = [None] * count
+            paths = part["path"].to_pylist() if "path" in part else unknown
+            sizes = pc.binary_length(part["bytes"]).to_pylist() if "bytes" in part else unknown
+            for path, size in zip(paths, sizes, strict=True):
+                size = file_size(path) if size is None and path else size
+                yield f"{os.path.basename(path or '')}, {size} bytes"
 
     def _get(self, index: int, part: str) -> Any:
         chunk = int(np.searchsorted(self._ends, index, side="right"))

@@ -4,7 +4,7 @@ import glob
 import hashlib
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -137,6 +137,14 @@ class Shards(Encoded):
         if len(self._checksums) and zlib.crc32(data) != self._checksums[index]:
             raise self._corrupt(index, "its checksum (CRC-32) does not match the index")
         return data
+
+    def listing(self) -> Iterator[str]:
+        shards = [split_path(without_query(path))[1] for path in self.paths]
+        shard_of = np.repeat(np.arange(len(shards)), self.shards).tolist()
+        checksums = self._checksums.tolist() or [None] * len(self)
+        columns = (shard_of, self._names, self._sizes.tolist(), checksums)
+        for shard, name, size, checksum in zip(*columns, strict=True):
+            yield f"{shards[shard]}/{name}, {size} bytes of CRC-32 {checksum}"
 
     def _corrupt(self, index: int, reason: str) -> CorruptImageError:
         return CorruptImageError(f"cannot decode image {self.name(index)}: {reason}")

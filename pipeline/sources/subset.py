@@ -1,5 +1,7 @@
 """A fixed share of a dataset, the same for every class."""
 
+from collections.abc import Iterator
+
 import numpy as np
 from PIL import Image
 
@@ -52,6 +54,10 @@ class _Part(Encoded):
 
     def read(self, index: int) -> bytes:
         return self._whole.read(self._indices[index])
+
+    def listing(self) -> Iterator[str]:
+        lines = list(self._whole.listing())
+        return (lines[index] for index in self._indices)
 
     def decode(self, data: bytes, index: int) -> Image.Image:
         return self._whole.decode(data, self._indices[index])

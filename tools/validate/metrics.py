@@ -197,7 +197,10 @@ def evaluate(
     started = time.perf_counter()
     loader = test_set.loader(subject.args, device, precision.memory_format)
     found = engine.evaluate(
-        loader, subject.model, device, precision, False, observe=observe, timer=clock.batch
+        *(loader, subject.model, device, precision, False),
+        observe=observe,
+        timer=clock.batch,
+        size=len(target_of_image),
     )
     images, seconds = found["images"], time.perf_counter() - started
     result = {"nll": found["loss"], "network_rate": clock.rate(), "rate": images / seconds}

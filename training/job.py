@@ -1,0 +1,95 @@
+"""What a rank builds from the flags before any rank trains or evaluates."""
+
+from argparse import Namespace
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from timm.data import Mixup
+from torch import nn
+
+import datasets
+import engine
+import utils
+from models import ModelSource
+from pipeline.prefetch import Prefetcher
+from training import agreement
+from training.distillation import TeacherTargets, distill
+from training.launch import DistInfo
+from training.network import Network, build_network, choose_source, compare_classes
+from training.trainer import Evaluation
+from utils import log
+
+
+class Job(NamedTuple):
+    """Parts of a training or an evaluation.
+
+    Attributes:
+        args: Flags, with the input size.
+        source: Where the weights come from.
+        network: Model on its device; only ``source`` has the weights of a file yet.
+        evaluation: Evaluates a model.
+        facts: What must be the same on all ranks.
+        batches: This rank's part of the training set; None for an evaluation.
+        mixup_fn: Mixes a batch on the device.
+        criterion: Loss of the training.
+    """
+
+    args: Namespace
+    source: ModelSource
+    network: Network
+    evaluation: Evaluation
+    facts: agreement.Facts
+    batches: Prefetcher | None = None
+    mixup_fn: Mixup | TeacherTargets | None = None
+    criterion: nn.Module | None = None
+
+
+def build_job(
+    args: Namespace,
+    given: set[str],
+    label: str,
+    checkpoint: Mapping[str, Any],
+    info: DistInfo,
+    device: torch.device,
+    group: dist.ProcessGroup | None,
+) -> Job:
+    """Build datasets, model and loss; no rank waits for another one here."""
+    source = choose_source(args, given, label, checkpoint)
+    weights = (source.data_config, source.label) if source.has_weights else ()
+    images = datasets.choose_images(args, *weights)
+    log(f"images: {images}")
+    args = Namespace(**vars(args) | {"input_size": images.side})
+    utils.seed_everything(args.seed)
+    engine.set_determinism(args.deterministic)
+
+    eval_set, num_classes = datasets.build_dataset(False, args, device, images)
+    compare_classes(source, eval_set.classes, new_head=not args.eval and not checkpoint)
+    part = (info.world_size, info.rank) if args.dist_eval else (1, 0)
+    eval_loader = datasets.build_eval_loader(eval_set, args, *part)
+    network = build_network(args, given, source, images, num_classes, device)
+    precision = network.precision
+    placement = (device, torch.float32, precision.memory_format)
+    eval_batches = datasets.build_prefetcher(eval_loader, *placement)
+    evaluation = Evaluation(args, eval_batches, len(eval_set), precision, group)
+    facts = agreement.model_facts(source, network) | agreement.image_facts("validation", eval_set)
+    if args.eval:
+        return Job(args, source, network, evaluation, facts)
+
+    train_set, trained = datasets.build_dataset(True, args, device, images)
+    if trained != num_classes:
+        raise datasets.DataError(
+            f"the training set has {trained} classes, the validation set {num_classes}"
+        )
+    loader = datasets.build_train_loader(train_set, args, info.world_size, info.rank)
+    placement = (device, precision.dtype or torch.float32, precision.memory_format)
+    batches = datasets.build_prefetcher(loader, *placement)
+    mixup_fn = engine.build_mixup(args, num_classes)
+    criterion = engine.build_criterion(args, mixup_fn, num_classes)
+    facts |= agreement.image_facts("training", train_set)
+    if args.distillation_type != "none":
+        mixup_fn, criterion = distill(args, network, mixup_fn, criterion)
+        teacher = engine.unwrap(mixup_fn.teacher)
+        facts["teacher's weights"] = lambda: agreement.contents(teacher.state_dict())
+    return Job(args, source, network, evaluation, facts, batches, mixup_fn, criterion)
