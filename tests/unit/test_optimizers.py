@@ -33,7 +33,7 @@ def flags(*words):
 def build(name):
     """A model whose larger weights Adafactor factors, and its optimizer."""
     torch.manual_seed(0)
-    layers = (nn.Conv2d(3, 16, 2), nn.Flatten(), nn.Linear(144, 17), nn.GELU(), nn.Linear(17, 3))
+    layers = (nn.Conv2d(3, 16, 2), nn.Flatten(), nn.Linear(16, 17), nn.GELU(), nn.Linear(17, 3))
     model = nn.Sequential(*layers)
     return model, engine.build_optimizer(flags("--opt", name), model, 0.01)
 
@@ -41,7 +41,7 @@ def build(name):
 def train(model, optimizer, steps):
     generators = [torch.Generator().manual_seed(step) for step in steps]
     data = [
-        (torch.randn(4, 3, 4, 4, generator=g), torch.randint(3, (4,), generator=g), [])
+        (torch.randn(4, 3, 2, 2, generator=g), torch.randint(3, (4,), generator=g), [])
         for g in generators
     ]
     options = {"epoch": 0, "precision": engine.Precision(CPU)}
