@@ -89,22 +89,26 @@ def test_a_list_in_another_encoding_is_kept(tmp_path):
 @pytest.mark.slow
 def test_nobody_else_may_read_what_programs_write(tmp_path, images):
     """With a umask of 077: a run, its export, its report, its pictures, shards."""
-    (tmp_path / "bad").mkdir()
-    run = tmp_path / "bad/run"
-    data = ["--data-path", images, "--num_workers", 0, "--input-size", 32]
-    small = ["--model", "test_vit", "--epochs", 1, "--warmup-epochs", 0, "--device", "cpu"]
-    weights = run / "checkpoint.pth"
-    checks = [
-        ["main.py", *small, *data, "--output_dir", run, "--keep-checkpoints", 2],
-        ["-m", "tools.export", weights, run / "m.pt2", "--format", "pt2"],
+    run = tmp_path / "run"
+    data = ["--data-path", images, "--num_workers", 0, "--device", "cpu"]
+    train = ["--model", "test_vit", "--epochs", 1, "--warmup-epochs", 0, "--batch-size", 4]
+    weights, export = run / "checkpoint.pth", ["--no-benchmark", "--device", "cpu", "--output"]
+    tables = ["--csv", run / "t.csv", "--per-class", run / "c.csv", "--confusion", run / "c.png"]
+    programs = [
+        ["main.py", *train, *data, "--input-size", 32, "--output_dir", run],
+        ["-m", "tools.validate", weights, *data, *tables],
+        ["-m", "tools.export", "--checkpoint", weights, *export, run / "m.onnx"],
+        ["-m", "tools.export", "--checkpoint", weights, *export, run / "m.pt2"],
+        ["-m", "tools.convert_checkpoint", weights, run / "m.safetensors"],
+        ["-m", "tools.convert_checkpoint", weights, run / "hub", "--to", "hub"],
         ["-m", "tools.pack_dataset", "--data-path", images, "--output", run / "shards"],
     ]
     private = partial(subprocess.run, umask=0o077)
-    for words in checks:
+    for words in programs:
         done = start_python(*words, run=private)
         assert done.returncode == 0, done.stderr
     found = {path: path.stat().st_mode & 0o077 for path in run.rglob("*")}
-    assert len(found) > 12 and not any(found.values()), found
+    assert len(found) > 18 and not any(found.values()), found
 
 
 def test_sockets_need_no_short_tmpdir(tmp_path):
