@@ -14,13 +14,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_info
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.plateau_lr import PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from utils import UserError, all_or_none, sum_over_processes
@@ -113,6 +114,13 @@ def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim
     if args.opt.lower() in (FUSED_SHARDED_OPTIMIZERS if sharded else FUSED_OPTIMIZERS):
         options["fused"] = True
     try:
+        name = args.opt.lower().removeprefix("lookahead_")
+        kind, betas = get_optimizer_info(name), args.opt_betas
+        if betas is not None and kind.has_betas and len(betas) != kind.num_betas:
+            given = " ".join(map(str, betas))
+            raise ValueError(f"--opt-betas {given} must be {kind.num_betas} numbers")
+        if "kron" in name:  # its random numbers are then its own: equal on all ranks, and saved
+            options["deterministic"] = True
         optimizer = create_optimizer_v2(
             model,
             opt=args.opt,
@@ -121,7 +129,7 @@ def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim
             momentum=args.momentum,
             **{key: value for key, value in options.items() if value is not None},
         )
-    except ValueError as error:
+    except (ValueError, TypeError, AssertionError, ImportError) as error:
         raise UserError(f"cannot build optimizer --opt {args.opt}: {error}") from error
     if args.layer_decay not in (None, 1) and not hasattr(model, "group_matcher"):
         name = type(model).__name__
@@ -370,7 +378,7 @@ def train_one_epoch(
         criterion: Loss of (logits, targets).
         data_loader: Yields batches of (images ``B 3 H W``, targets ``B``, messages about corrupt
             files), the tensors on ``device``.
-        optimizer: Stepped every ``accum_iter`` batches and after the last one.
+        optimizer: Stepped every ``accum_iter`` batches, and after the last one.
         device: Device of the model.
         epoch: Epoch number, from 0.
         precision: Autocast and loss scaling.
@@ -400,22 +408,23 @@ def train_one_epoch(
     model.train(set_training_mode)
     eval_frozen(model)
     meter = Meter(device) if meter is None else meter
-    steps = meter.steps + len(data_loader)
-    updates = epoch * -(-steps // accum_iter) + -(-meter.steps // accum_iter)
+    done = meter.steps  # not a multiple of accum_iter if the epoch began with another one
+    steps = done + len(data_loader)
+    updates = epoch * -(-steps // accum_iter) + -(-done // accum_iter)
     second_order = getattr(optimizer, "is_second_order", False)
     before, started = meter.seconds, time.perf_counter()
     alone = not dist.is_initialized()
     optimizer.zero_grad()
-    for step, (images, targets, corrupt) in enumerate(data_loader, start=meter.steps):
+    for step, (images, targets, corrupt) in enumerate(data_loader, start=done):
         meter.images += len(images)
         meter.corrupt += corrupt
         if mixup_fn is not None:
             images, targets = mixup_fn(images, targets)
-        first_of_update = step - step % accum_iter
+        first_of_update = step - (step - done) % accum_iter
         batches_of_update = min(accum_iter, steps - first_of_update)
         is_update = step + 1 == first_of_update + batches_of_update
         with gradient_sync(model, is_update):
-            with precision.autocast():
+            with precision.autocast(), differentiable_attention(second_order):
                 loss = criterion(model(images), targets)
             scaled = precision.scaler.scale(loss / batches_of_update)
             scaled.backward(create_graph=second_order)
@@ -494,6 +503,11 @@ def gradient_sync(model: nn.Module, sync: bool) -> contextlib.AbstractContextMan
     if sync or not isinstance(model, DistributedDataParallel):
         return contextlib.nullcontext()
     return model.no_sync()
+
+
+def differentiable_attention(twice: bool) -> contextlib.AbstractContextManager:
+    """Return the context of a forward pass whose gradients are differentiated, if ``twice``."""
+    return sdpa_kernel(SDPBackend.MATH) if twice else contextlib.nullcontext()
 
 
 def _fill_up(images: torch.Tensor, size: int) -> torch.Tensor:

@@ -25,7 +25,7 @@ import utils
 from object_detection import coco, coco_evaluation
 from object_detection.mask_rcnn import CHANNELS, MAX_SIZE, MIN_SIZE, build_mask_rcnn
 from object_detection.rcnn_flags import MODEL, WARMUP_ITERS, parse_args
-from training import agreement, launch, progress, run_state
+from training import agreement, launch, optimizers, progress
 from training.checkpoints import read_resume
 from training.ddp import distribute
 from training.launch import DistInfo
@@ -170,7 +170,7 @@ class Run:
     def restore(self, checkpoint: Mapping[str, Any], source: str) -> None:
         """Load a checkpoint."""
         log(str(models.load_weights(self.model, checkpoint, source)))
-        run_state.restore_optimizer(self.optimizer, checkpoint["optimizer"], source)
+        optimizers.restore(self.optimizer, checkpoint["optimizer"], source)
         if checkpoint["scaler"]:  # empty unless the run used float16
             self.precision.scaler.load_state_dict(checkpoint["scaler"])
         self.epoch, self.best_ap = checkpoint["epoch"], checkpoint["best_ap"]

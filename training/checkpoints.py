@@ -25,6 +25,7 @@ PREVIOUS = "previous.pth"
 BEST = "best.pth"
 DAMAGED = ".damaged"
 SHOWN = 4  # names in a message
+PLAIN = (str, bytes, bool, int, float, torch.Tensor, torch.dtype)
 WEIGHTS = ("model", "model_ema", "state_dict")  # stored contiguous
 
 
@@ -38,7 +39,7 @@ def plain(value: Any) -> Any:
         return str(value)
     if isinstance(value, np.generic):
         return value.item()
-    if value is None or isinstance(value, str | bytes | bool | int | float | torch.Tensor):
+    if value is None or isinstance(value, PLAIN):
         return value
     raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}")
 

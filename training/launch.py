@@ -2,12 +2,13 @@
 
 import contextlib
 import io
-import multiprocessing
+import multiprocessing.util
 import os
 import re
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import traceback
 from argparse import Namespace
@@ -24,6 +25,8 @@ from models import ModelError
 from pipeline.workers import die_with_parent
 from utils import PeerError, UserError, printable, silence
 
+SOCKET_ROOM = 70  # bytes of a folder's name: 104 of a socket's on macOS, less multiprocessing's own
+SHORT = "/tmp"
 ANSWER = 10.0  # seconds for a launcher to answer
 # how gloo and NCCL report a peer that does not answer
 LOST = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Tt]imed out")
@@ -282,6 +285,7 @@ def run_program(command: Callable[[], int | None], interrupted: str = "interrupt
         sys.stdout.reconfigure(errors="backslashreplace")  # names may hold any characters
     try:
         try:
+            shorten_sockets()
             status = command() or 0
             sys.stdout.flush()
             return status
@@ -318,6 +322,30 @@ def open_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # the lowest free number, this one
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 until the end
+
+
+def shorten_sockets() -> None:
+    """Keep the sockets of loader workers in /tmp if the name of ``TMPDIR`` is too long for them.
+
+    Raises:
+        UserError: /tmp cannot be written.
+    """
+    try:
+        given = tempfile.gettempdir()
+    except FileNotFoundError:  # without loader workers, none is needed
+        return
+    if len(os.fsencode(given)) <= SOCKET_ROOM:
+        return
+    try:
+        tempfile.tempdir = SHORT
+        multiprocessing.util.get_temp_dir()  # creates its folder, once
+    except OSError as error:
+        raise UserError(
+            f"TMPDIR {given} is too long for a socket, and {SHORT} cannot be written "
+            f"({error.strerror}): set TMPDIR to a folder of at most {SOCKET_ROOM} bytes"
+        ) from error
+    finally:
+        tempfile.tempdir = given
 
 
 def last_message(error: BaseException) -> str:

@@ -26,6 +26,12 @@ LOCK = "run.lock"
 CORRUPT = "corrupt.txt"
 
 
+def _check_regular(path: Path) -> None:
+    """Raise OutputError where a file cannot be appended to: a pipe would be waited for."""
+    if os.path.lexists(path) and not path.is_file():
+        raise OutputError(f"{path} is not a regular file: move it away, or use another folder")
+
+
 class RunLock:
     """Exclusive lock on an output folder; the system releases it when the process ends.
 
@@ -93,11 +99,16 @@ class Output:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for name in (LOG, LOCK, CORRUPT):
+                _check_regular(self.folder / name)
             self._lock = RunLock(self.folder)
             for left in self.folder.glob(".*.tmp"):  # by a process that was killed
                 left.unlink()
-        except OSError as error:
-            raise OutputError(f"cannot create --output_dir {folder}: {error.strerror}") from error
+        except (OSError, ValueError) as error:  # the latter for a null character
+            reason = getattr(error, "strerror", None) or error
+            if isinstance(error, FileExistsError):
+                reason = "it is not a folder"
+            raise OutputError(f"cannot create --output_dir {folder}: {reason}") from error
         self._saver = Saver(self.folder)
 
     def begin(self, args: Namespace, start_epoch: int) -> None:
@@ -109,14 +120,14 @@ class Output:
         self._drop_lines_from(start_epoch)
         try:
             self.writer = SummaryWriter(str(self.folder), purge_step=start_epoch)
-        except OSError as error:
-            log(f"warning: no TensorBoard events: {error.strerror or error}")
+        except (OSError, UnicodeError) as error:  # TensorBoard writes only to names in UTF-8
+            log(f"warning: no TensorBoard events: {getattr(error, 'strerror', None) or error}")
 
     def _drop_lines_from(self, epoch: int) -> None:
         path = self.folder / LOG
         if not path.exists():
             return
-        lines = path.read_text(errors="replace").splitlines(keepends=True)
+        lines = path.read_text("utf-8", errors="replace").splitlines(keepends=True)
         kept = [line for line in lines if _epoch_of(line) < epoch]
         if kept != lines:
             write_atomically(path, lambda file: file.write("".join(kept).encode()))
@@ -253,12 +264,14 @@ def list_corrupt(folder: Path, messages: Sequence[str]) -> None:
     path = folder / CORRUPT
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        known = set(path.read_text().splitlines()) if path.exists() else set()
-        with path.open("a") as file:
+        _check_regular(path)
+        text = path.read_text("utf-8", errors="replace") if path.exists() else ""
+        known = set(text.splitlines())
+        with path.open("a", encoding="utf-8") as file:
             lines = dict.fromkeys(map(printable, messages))
             file.writelines(f"{line}\n" for line in lines if line not in known)
-    except OSError as error:
-        log(f"warning: cannot write {path}: {error.strerror}")
+    except (OSError, OutputError) as error:
+        log(f"warning: cannot write {path}: {getattr(error, 'strerror', None) or error}")
 
 
 def _epoch_of(line: str) -> float:

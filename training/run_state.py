@@ -10,11 +10,10 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import engine
-import models
 import utils
 from models import ModelSource
 from samplers import RASampler
-from training import fsdp, run_state
+from training import fsdp, optimizers
 from training.launch import DistInfo
 from training.network import Network
 from utils import UserError, log
@@ -70,6 +69,7 @@ class RunState:
         else:
             self.ema = self.start_average()
         self.optimizer = engine.build_optimizer(args, self.model, lr)
+        optimizers.check(self.optimizer, args, info.world_size)
         if args.layer_decay is not None:
             scales = engine.layer_scales(self.optimizer)
             low, high = scales[0], scales[-1]
@@ -77,6 +77,11 @@ class RunState:
         self.scheduler = engine.build_scheduler(args, self.optimizer, updates_per_epoch)
         self._random: Mapping[str, Any] | None = None  # to restore, in the middle of an epoch
         self._steps_before = 0  # steps of the epoch that the sampler skips already
+
+    @property
+    def steps_here(self) -> int:
+        """Steps of the epoch since it started, or was resumed."""
+        return self.meter.steps - self._steps_before
 
     def _shard(self) -> None:
         """Shard model and moving average over the ranks."""
@@ -111,7 +116,7 @@ class RunState:
         weights = {
             "model": self.model.state_dict(),
             "model_ema": self.ema.module.state_dict() if self.ema else None,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizers.full_state(self.optimizer),
         }
         weights = fsdp.gather(weights, keep=self.info.rank == 0)
         if self.info.rank:
@@ -122,7 +127,7 @@ class RunState:
             "scaler": self.precision.scaler.state_dict(),
             "epoch": self.epoch,
             "step": self.meter.steps,
-            "sampler": self.sampler.state_dict(self.meter.steps - self._steps_before),
+            "sampler": self.sampler.state_dict(self.steps_here),
             "ranks": ranks,
             "best_acc1": self.best_acc1,
             "best": self.best,
@@ -176,8 +181,9 @@ class RunState:
         if "optimizer" not in checkpoint or "epoch" not in checkpoint:
             log(f"{source} has no optimizer state: its weights start a new run")
             return
+        optimizers.compare(self.args.opt, checkpoint.get("args"), source)
         moments = fsdp.shard_optimizer_state(self.optimizer, checkpoint["optimizer"])
-        run_state.restore_optimizer(self.optimizer, moments, source)
+        optimizers.restore(self.optimizer, moments, source)
         if checkpoint.get("scaler"):  # empty unless the run used float16
             self.precision.scaler.load_state_dict(checkpoint["scaler"])
         self.best_acc1 = checkpoint.get("best_acc1", 0.0)
@@ -199,11 +205,9 @@ class RunState:
         if len(ranks) == info.world_size and not self.sampler.is_continued_elsewhere:
             self.meter.load_state_dict(ranks[info.rank]["meter"])
         else:
-            steps = self.sampler.steps_done // self.args.accum_iter * self.args.accum_iter
             meters = [state["meter"] for state in ranks]
-            self.meter.load_state_dict(
-                engine.merge_meters(meters, steps, info.world_size, info.rank)
-            )
+            merged = self.sampler.steps_done, info.world_size, info.rank
+            self.meter.load_state_dict(engine.merge_meters(meters, *merged))
             log(
                 f"epoch {epoch} was started by {len(ranks)} process(es) with batches of "
                 f"{checkpoint['sampler']['batch_size']}: the remaining samples are redistributed"
@@ -270,33 +274,3 @@ class RunState:
         is_best = accuracy > self.best_acc1
         self.best_acc1 = max(accuracy, self.best_acc1)
         return is_best
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, state: Mapping[str, Any], source: str
-) -> None:
-    """Load an optimizer's state strictly; options other than the learning rate stay as flagged.
-
-    Raises:
-        CheckpointError: Groups or shapes differ from the optimizer's.
-    """
-    loaded = ("params", "lr")  # the plateau schedule keeps its state in the latter
-    options = [{k: v for k, v in g.items() if k not in loaded} for g in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(dict(state))
-        for group, own in zip(optimizer.param_groups, options, strict=True):
-            group.update(own)
-    except (ValueError, KeyError) as error:
-        raise models.CheckpointError(
-            f"{source}: the optimizer state does not fit: {error}; --opt, --linear-probe, "
-            f"--freeze-stages and --layer-decay must be those of the checkpoint; or start from its "
-            f"weights with --finetune"
-        ) from error
-    for parameter, values in optimizer.state.items():
-        for key, value in values.items():
-            if torch.is_tensor(value) and value.ndim and value.shape != parameter.shape:
-                raise models.CheckpointError(
-                    f"{source}: the optimizer's {key} has shape {tuple(value.shape)}, its "
-                    f"parameter {tuple(parameter.shape)}; --opt and the model must be those of "
-                    f"the checkpoint"
-                )

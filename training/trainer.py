@@ -251,8 +251,8 @@ class Trainer:
         within a step, and end as they lose this one.
         """
         launch.end_children()
-        meter, number = self.state.meter, self.signals.requested
-        if self.info.world_size == 1 and meter.steps % self.args.accum_iter == 0:
+        number = self.signals.requested
+        if self.info.world_size == 1 and self.state.steps_here % self.args.accum_iter == 0:
             log("the loader does not deliver: it is left")
             return self.stopped()
         message = f"stopped by {number.name} while the loader does not deliver, at "

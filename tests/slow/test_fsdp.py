@@ -1,5 +1,6 @@
 """``--fsdp``: sharded runs train, stop, resume and evaluate as runs of whole replicas do."""
 
+import copy
 import shutil
 import signal
 from argparse import Namespace
@@ -8,14 +9,18 @@ import pytest
 import timm
 import torch
 from conftest import accuracy_lines, error_of, read_log, run_ranks, same_run, succeed, write_images
+from loading import flags
 from ranks import group
 from test_stop import first_step, saved_step
+from timm.optim import list_optimizers
+from torch import nn
 from torch.optim import AdamW
 
+import engine
 import models
 from main import main
 from tests.crash.compare import differing_bits
-from training import run_state
+from training import optimizers
 from training.fsdp import (
     ShardedAverage,
     check,
@@ -178,7 +183,7 @@ def shards(rank, world, name):
     shard(twin, CPU)
     twin.load_state_dict(after)
     second = AdamW(twin.parameters(), lr=1e-3, fused=True)
-    run_state.restore_optimizer(second, shard_optimizer_state(second, moments), "here")
+    optimizers.restore(second, shard_optimizer_state(second, moments), "here")
     again = gather(second.state_dict(), True)["state"]
     reloaded = gather(twin.state_dict(), True)
     plain.load_state_dict(after)
@@ -216,6 +221,86 @@ def test_shards_are_parts_of_a_whole(name, world):
         assert found["reloaded"] and found["moments reloaded"]
         assert found["outputs"] == [True] * rank
         assert found["dropped"]
+
+
+def steps(model, optimizer, numbers):
+    for number in numbers:
+        generator = torch.Generator().manual_seed(number)
+        images = torch.randn(4, 3, 2, 2, generator=generator)
+        optimizer.zero_grad()
+        model(images).square().mean().backward()
+        optimizer.step()
+
+
+def trained_shards(rank, world, names):
+    """For each optimizer: the largest difference from a whole model's weights, relative to the
+    largest step; and whether it resumes bitwise. None if it is refused."""
+
+    def build(name):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 16, 2), nn.Flatten(), nn.Linear(16, 17))
+        return model, flags("--opt", name, "--fsdp")
+
+    def sharded(name, weights):
+        model, args = build(name)
+        shard(model, CPU)
+        model.load_state_dict(weights)
+        optimizer = engine.build_optimizer(args, model, 0.01)
+        optimizers.check(optimizer, args, world)
+        return model, optimizer
+
+    found = {}
+    for name in names:
+        whole, args = build(name)
+        first = copy.deepcopy(whole.state_dict())
+        steps(whole, engine.build_optimizer(args, whole, 0.01), range(7))
+        try:
+            model, optimizer = sharded(name, first)
+        except UserError:
+            found[name] = None
+            continue
+        steps(model, optimizer, range(7))
+        saved = gather((model.state_dict(), optimizers.full_state(optimizer)), True)
+        weights, state = copy.deepcopy(saved)
+        off, moved = (
+            max(
+                (value - other[key]).abs().max().item() for key, value in whole.state_dict().items()
+            )
+            for other in (weights, first)
+        )
+        steps(model, optimizer, range(7, 10))
+        twin, other = sharded(name, weights)
+        optimizers.restore(other, shard_optimizer_state(other, state), "here")
+        steps(twin, other, range(7, 10))
+        ends = [gather(each.state_dict(), True) for each in (model, twin)]
+        same = all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+        found[name] = off / moved, same
+    return found
+
+
+def test_every_optimizer_trains_shards_as_a_whole_or_is_refused():
+    names = [name for name in list_optimizers() if not name.startswith(("bnb", "fused", "kron"))]
+    names.remove("adahessian")  # its gradients of the whole model need another loop
+    for found in group(trained_shards, 2, [*names, "lookahead_adamw", "lookahead_lamb"]):
+        assert found["muon"] is found["cadamw"] is None
+        assert sum(result is not None for result in found.values()) > len(names) / 2
+        for name, result in found.items():
+            assert result is None or (result[0] < 1e-4 and result[1]), (name, result)
+
+
+def random_steps(rank, world):
+    timm.optim.kron.has_dynamo = False  # of this process; compiling takes long
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(nn.Linear(2, 3))
+    optimizer = engine.build_optimizer(flags("--opt", "kron"), model.module, 0.01)
+    torch.manual_seed(rank)
+    steps(model, optimizer, range(3))
+    return model.module.weight.detach()
+
+
+def test_random_steps_are_equal_on_all_ranks():
+    first, second = group(random_steps, 2)
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize(("name", "blocks"), [("visformer_tiny", 15), ("test_vit", 6)])

@@ -23,7 +23,7 @@ from saving import fail, numbers, run, state, temporaries, warnings_of
 from models import CheckpointError, UnreadableFileError, load_checkpoint, read_checkpoint
 from models.data_config import data_config_of
 from models.visformer import Stage, Visformer
-from training import checkpoints, run_state
+from training import checkpoints, optimizers
 from training.files import OutputError
 
 STAGES = (Stage(1, 8, 4, spatial_groups=2), Stage(1, 16, num_heads=2), Stage(1, 32, num_heads=2))
@@ -235,11 +235,11 @@ def test_optimizer_of_other_shapes_is_refused():
         built.step()
         return built
 
-    run_state.restore_optimizer(optimizer(3), optimizer(3).state_dict(), "x.pth")
+    optimizers.restore(optimizer(3), optimizer(3).state_dict(), "x.pth")
     with pytest.raises(CheckpointError, match=r"^x.pth.* exp_avg .*\(2, 4\)"):
-        run_state.restore_optimizer(optimizer(3), optimizer(4).state_dict(), "x.pth")
+        optimizers.restore(optimizer(3), optimizer(4).state_dict(), "x.pth")
     with pytest.raises(CheckpointError, match=r"^x.pth"):
-        run_state.restore_optimizer(optimizer(3), {"state": {}, "param_groups": []}, "x.pth")
+        optimizers.restore(optimizer(3), {"state": {}, "param_groups": []}, "x.pth")
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,17 @@ def test_accumulated_batches_equal_large_ones(count):
     torch.testing.assert_close(weights(small), weights(large), rtol=1e-5, atol=1e-6)
 
 
+def test_an_epoch_resumes_with_other_accumulation():
+    data = batches(5, size=4)
+    resumed, fresh = linear(), linear()
+    meter = engine.Meter(CPU)
+    meter.steps = 1  # of an epoch that began with updates of one batch
+    train(resumed, data, accum_iter=2, meter=meter)
+    train(fresh, data, accum_iter=2)
+    assert torch.equal(weights(resumed), weights(fresh))
+    assert meter.steps == 6
+
+
 @pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
 def test_gradients_are_clipped_after_unscaling(dtype):
     model = linear()

@@ -16,8 +16,8 @@ import engine
 import models
 from pipeline.sources.base import Files, Pixels
 from pipeline.sources.subset import share_of, stratified_share
+from training import optimizers
 from training.network import model_arguments
-from training.run_state import restore_optimizer
 from utils import UserError
 
 SMALL = ["--input-size", 32, "--batch-size", 4, "--num_workers", 0, "--no-model-ema"]
@@ -209,7 +209,7 @@ def test_options_of_a_resumed_optimizer_are_those_of_the_flags():
     model(torch.zeros(1, 3, 64, 64)).sum().backward()
     before.step()
     after = engine.build_optimizer(flags("--layer-decay", 0.7), model, lr=2.0)
-    restore_optimizer(after, before.state_dict(), "file")
+    optimizers.restore(after, before.state_dict(), "file")
     assert {g["betas"] for g in after.param_groups} == {(0.9, 0.999)}
     assert {g["weight_decay"] for g in after.param_groups} == {0.0, 0.05}
     assert min(g["lr_scale"] for g in after.param_groups) == pytest.approx(0.7**3)

@@ -1,0 +1,142 @@
+"""Optimizers of a run: which flags they support, and their full state."""
+
+from argparse import Namespace
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from timm.optim import get_optimizer_info
+
+from models import CheckpointError
+from utils import UserError
+
+GENERATOR = "generator"  # key of an optimizer's random state
+# entries of parameter groups that are state, unlike options: the plateau schedule keeps its state
+# in the learning rate, and Lamb, Adan and Lookahead count steps
+PROGRESS = ("params", "lr", "step", "lookahead_step")
+# classes of timm whose steps need more of a parameter than its shard (as do cautious ones): they
+# fail, or (Muon) make other steps
+FULL_TENSORS = {
+    *("Adafactor", "AdafactorBigVision", "AdamP", "Kron", "Mars", "Muon", "NvNovoGrad", "SGDP"),
+}
+LOOKAHEAD = "lookahead_"
+
+
+def check(optimizer: torch.optim.Optimizer, args: Namespace, world_size: int) -> None:
+    """Check the flags that an optimizer does not support.
+
+    One of second order (AdaHessian) differentiates gradients. DistributedDataParallel,
+    torch.compile and recomputed blocks cannot, and the scale of float16 losses would stay in the
+    second derivatives.
+
+    Raises:
+        UserError: Names the optimizer and the flag.
+    """
+    unsupported = {"--fsdp": args.fsdp and _needs_full_tensors(optimizer)}
+    if getattr(optimizer, "is_second_order", False):
+        unsupported = {
+            "--fsdp": args.fsdp,
+            f"{world_size} processes": world_size > 1,
+            "--compile": args.compile is not None,
+            "--grad-checkpointing": args.grad_checkpointing,
+            "--amp-dtype float16": args.amp and args.amp_dtype == "float16",
+        }
+    for what, is_given in unsupported.items():
+        if is_given:
+            raise UserError(
+                f"--opt {args.opt} does not support {what}: choose another optimizer, such as "
+                f"adamw, or leave {what} out"
+            )
+
+
+def _needs_full_tensors(optimizer: torch.optim.Optimizer) -> bool:
+    base = _base(optimizer)
+    is_cautious = any(group.get("caution") for group in base.param_groups)
+    return is_cautious or type(base).__name__ in FULL_TENSORS
+
+
+def _base(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimizer that has the state: Lookahead keeps its own in that of another."""
+    return getattr(optimizer, "_base_optimizer", optimizer)
+
+
+def full_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return ``state_dict()`` and, for optimizers that have one, the state of the generator."""
+    state = optimizer.state_dict()
+    generator = getattr(_base(optimizer), GENERATOR, None)
+    return state if generator is None else {**state, GENERATOR: generator.get_state()}
+
+
+def compare(name: str, saved: Any, source: str) -> None:
+    """Compare ``--opt`` with that of a checkpoint, whose state has another meaning elsewhere.
+
+    Args:
+        name: Optimizer of the run.
+        saved: Flags of the checkpoint; of other programs, these may be missing or of any type.
+        source: Name of the checkpoint.
+
+    Raises:
+        CheckpointError: They are optimizers of different classes.
+    """
+    other = saved.get("opt") if isinstance(saved, Mapping) else None
+    if isinstance(other, str) and _kind(other) != _kind(name):
+        raise CheckpointError(
+            f"{source} was trained with --opt {other}, whose state --opt {name} cannot use: give "
+            f"--opt {other}, or start from its weights with --finetune"
+        )
+
+
+def _kind(name: str) -> tuple[bool, Any]:
+    base = name.lower().removeprefix(LOOKAHEAD)
+    try:
+        return base != name.lower(), get_optimizer_info(base).opt_class
+    except ValueError:  # unknown to this version of timm
+        return base != name.lower(), base
+
+
+def restore(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], source: str) -> None:
+    """Load a :func:`full_state` strictly; options other than the learning rate stay as flagged.
+
+    Raises:
+        CheckpointError: Groups or shapes differ from the optimizer's.
+    """
+    options = [{k: v for k, v in g.items() if k not in PROGRESS} for g in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(dict(state))
+        for group, own in zip(optimizer.param_groups, options, strict=True):
+            group.update(own)
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{source}: the optimizer state does not fit: {error}; --opt, --linear-probe, "
+            f"--freeze-stages and --layer-decay must be those of the checkpoint; or start from its "
+            f"weights with --finetune"
+        ) from error
+    base = _base(optimizer)
+    for parameter, values in base.state.items():
+        for key, value in values.items():
+            if torch.is_tensor(value) and value.ndim and not _fits(value.shape, parameter.shape):
+                raise CheckpointError(
+                    f"{source}: the optimizer's {key} has shape {tuple(value.shape)}, its "
+                    f"parameter {tuple(parameter.shape)}; --opt and the model must be those of "
+                    f"the checkpoint"
+                )
+    if GENERATOR in state and hasattr(base, GENERATOR):
+        _restore_generator(base, state[GENERATOR])
+
+
+def _fits(shape: torch.Size, parameter: torch.Size) -> bool:
+    """Return True for the shape of a parameter, or of its mean over a dimension (Adafactor)."""
+    means = (
+        (*parameter[:i], *kept, *parameter[i + 1 :])
+        for i in range(len(parameter))
+        for kept in ((), (1,))
+    )
+    return shape == parameter or tuple(shape) in means
+
+
+def _restore_generator(optimizer: torch.optim.Optimizer, state: torch.Tensor) -> None:
+    device = optimizer.param_groups[0]["params"][0].device
+    generator = torch.Generator(device)
+    if state.shape == generator.get_state().shape:  # else of another kind of device
+        generator.set_state(state)
+        setattr(optimizer, GENERATOR, generator)
