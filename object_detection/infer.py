@@ -10,25 +10,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from models import CheckpointError
 from object_detection import checkpoints, recipe, runtime
+from pipeline.images import load_image
 from training.launch import select_device
 from utils import UserError, printable
 
 COLOURS = ("red", "lime", "blue", "yellow", "magenta", "cyan", "orange", "purple")
-
-
-def read_image(path: str) -> Image.Image:
-    """Return an image in RGB, upright."""
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except OSError as error:  # Pillow's own errors among them
-        raise UserError(f"cannot read image {path}: {error.strerror or error}") from error
 
 
 def class_names(checkpoint: dict[str, Any], number: int) -> list[str]:
@@ -86,7 +78,7 @@ def infer(args: argparse.Namespace) -> None:
     """Print what ``args.checkpoint`` finds in ``args.image``, and draw it into ``args.out``."""
     from mmengine.config import Config
 
-    image = read_image(args.image)
+    image = load_image(args.image, is_upright=True)
     checkpoint = checkpoints.read(args.checkpoint)
     if args.config:
         config = recipe.read_config(args.config)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from pipeline.augment_ops import Box
+from pipeline.images import MAX_MEMORY, are_few_scans, count_scans
 
 BASELINE = (0xC0, 0xC1)  # Huffman-coded, the image in one pass
 PROGRESSIVE = 0xC2
@@ -51,10 +52,15 @@ def read_header(data: bytes) -> Header | None:
     return None
 
 
-def is_readable(header: Header | None) -> bool:
+def is_readable(header: Header | None, data: bytes) -> bool:
     """Return True if :func:`decode_crop` may be tried; Pillow reports images that are too large."""
-    limit = Image.MAX_IMAGE_PIXELS
-    return header is not None and (limit is None or header.height * header.width <= 2 * limit)
+    if header is None:
+        return False
+    pixels, limit = header.height * header.width, Image.MAX_IMAGE_PIXELS
+    scans = count_scans(data)
+    memory = 4 if scans == 1 else 10
+    is_small = (limit is None or pixels <= limit) and pixels * memory <= MAX_MEMORY
+    return is_small and are_few_scans(scans, pixels)
 
 
 def decode_crop(data: bytes, header: Header, box: Box, size: int) -> np.ndarray | None:

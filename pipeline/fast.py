@@ -248,7 +248,7 @@ class FastDataset(LabelledImages):
         elif isinstance(self.source, Encoded):
             data = self.source.read(index)
             header = read_header(data)
-            if is_readable(header):
+            if is_readable(header, data):
                 box = Box(0, 0, header.height, header.width)
                 pixels = decode_crop(data, header, box, max(header.height, header.width))
             image = self.source.decode(data, index) if pixels is None else None
@@ -265,7 +265,7 @@ class FastDataset(LabelledImages):
         if isinstance(self.source, Encoded):
             data = self.source.read(index)
             header = read_header(data)
-            if is_readable(header) and header.height * header.width >= 5:
+            if is_readable(header, data) and header.height * header.width >= 5:
                 return self._crop_jpeg(data, header, index)
             image = self.source.decode(data, index)
         else:

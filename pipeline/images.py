@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision import transforms
 
 from utils import UserError
@@ -15,6 +15,13 @@ from utils import UserError
 MAX_ASPECT = 8
 # Pillow also reads formats that it recognises by guesswork, or by calling Ghostscript.
 IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
+MAX_BYTES = 1 << 28  # of an encoded image
+MAX_MEMORY = 480_000_000  # bytes that decoding an image may take
+MEMORY_PER_PIXEL = {"JPEG2000": 24, "AVIF": 12, "WEBP": 16}  # bytes; others: 4, and 5 to convert
+MAX_READS = 1 << 17  # Pillow parses markers, chunks, tags and strips in Python
+MAX_PLAIN = 1 << 23  # bytes of a PPM in decimal digits, parsed in Python
+MAX_SCANS = 100  # of a progressive JPEG; libjpeg's, mozjpeg's and jpegtran's scripts have up to 20
+MAX_SCANNED = 1 << 30  # pixels times scans
 GREY_OF_16_BITS = ((np.arange(2**16) + 128) // 257).astype(np.uint8)  # 0..65535 to 0..255
 
 
@@ -24,6 +31,18 @@ class DataError(UserError):
 
 class CorruptImageError(DataError):
     """An image file cannot be decoded."""
+
+
+class _CountedReads(io.BytesIO):
+    """An encoded image of which no more than ``MAX_READS`` parts are read."""
+
+    reads = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.reads += 1
+        if self.reads > MAX_READS:
+            raise ValueError(f"it has more than {MAX_READS} parts")
+        return super().read(size)
 
 
 def read_file(path: str | Path) -> bytes:
@@ -41,6 +60,8 @@ def read_file(path: str | Path) -> bytes:
                 raise OSError("not a regular file")
             if status.st_size == 0:
                 raise OSError("empty file")
+            if status.st_size > MAX_BYTES:
+                raise OSError(f"{status.st_size:,} bytes, of which at most {MAX_BYTES:,} are read")
             with open(descriptor, "rb", buffering=0, closefd=False) as file:
                 return file.read()
         finally:
@@ -49,17 +70,18 @@ def read_file(path: str | Path) -> bytes:
         raise CorruptImageError(f"cannot decode image {path}: {_reason(error)}") from error
 
 
-def decode_image(data: bytes, name: str | Path) -> Image.Image:
+def decode_image(data: bytes, name: str | Path, is_upright: bool = False) -> Image.Image:
     """Decode an encoded image to RGB, 8 bits per channel.
 
     The content tells the format. Of several frames or pages, the first is used. As in the
     published results, alpha is dropped, and neither the EXIF orientation nor a colour profile is
-    applied. Grey of 16 bits is scaled to 8. Up to 179 million pixels (twice
-    ``PIL.Image.MAX_IMAGE_PIXELS``) are decoded without a warning, more are an error.
+    applied. Grey of 16 bits is scaled to 8. More than ``PIL.Image.MAX_IMAGE_PIXELS`` (89 million)
+    are an error, and fewer are in formats whose decoding takes more memory than others.
 
     Args:
         data: Encoded image.
         name: Its name for messages.
+        is_upright: Apply the EXIF orientation.
 
     Raises:
         CorruptImageError: It is truncated, not an image, too large, or of a colour mode without
@@ -67,8 +89,12 @@ def decode_image(data: bytes, name: str | Path) -> Image.Image:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd EXIF, palette transparency, many pixels
-            with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+            warnings.simplefilter("ignore")  # odd EXIF, palette transparency
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(_CountedReads(data), formats=IMAGE_FORMATS) as image:
+                _check_cost(image, data)
+                if is_upright:
+                    ImageOps.exif_transpose(image, in_place=True)
                 return _to_rgb(image)
     except MemoryError:  # not a property of the file
         raise
@@ -76,13 +102,60 @@ def decode_image(data: bytes, name: str | Path) -> Image.Image:
         raise CorruptImageError(f"cannot decode image {name}: {_reason(error)}") from error
 
 
-def load_image(path: str | Path) -> Image.Image:
+def _check_cost(image: Image.Image, data: bytes) -> None:
+    """Check that an opened image takes bounded time and memory to decode.
+
+    Raises:
+        ValueError: It takes more.
+    """
+    pixels = image.width * image.height
+    memory = MEMORY_PER_PIXEL.get(image.format, 4 if image.mode == "RGB" else 9)
+    if image.format in ("JPEG", "MPO") and (scans := count_scans(data)) > 1:
+        if not are_few_scans(scans, pixels):
+            raise ValueError(
+                f"{scans} scans of {pixels} pixels, of which at most"
+                f" {min(MAX_SCANS, MAX_SCANNED // pixels)} are decoded"
+            )
+        memory += 2 * len(image.getbands())  # coefficients of all scans
+    if pixels * memory > MAX_MEMORY:
+        raise ValueError(
+            f"{pixels} pixels, of which at most {MAX_MEMORY // memory} are decoded in"
+            f" {image.format} of mode {image.mode}"
+        )
+    if image.tile and image.tile[0][0] == "ppm_plain" and len(data) > MAX_PLAIN:
+        raise ValueError(f"{len(data)} bytes of plain PPM, of which at most {MAX_PLAIN} are read")
+
+
+def count_scans(data: bytes) -> int:
+    """Return the number of scans of a JPEG, or more if its metadata have some, too.
+
+    It is 1 if the decoder stops after the first scan, as it does where that has all components.
+    """
+    at, components = 2, 0
+    while at + 10 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], data[at + 2] << 8 | data[at + 3]
+        if marker == 0xDA and 0 < components <= data[at + 4]:
+            return 1
+        if marker in (0xC0, 0xC1):  # sequential
+            components = data[at + 9]
+        elif not (0xE0 <= marker <= 0xFE or marker in (0xC4, 0xDB, 0xDD)) or length < 2:
+            break
+        at += 2 + length
+    return data.count(b"\xff\xda")
+
+
+def are_few_scans(scans: int, pixels: int) -> bool:
+    """Return True if a JPEG of so many scans is decoded in bounded time."""
+    return scans == 1 or (scans <= MAX_SCANS and scans * pixels <= MAX_SCANNED)
+
+
+def load_image(path: str | Path, is_upright: bool = False) -> Image.Image:
     """Decode an image file as :func:`decode_image` does.
 
     Raises:
         CorruptImageError: It cannot be read or decoded.
     """
-    return decode_image(read_file(path), path)
+    return decode_image(read_file(path), path, is_upright)
 
 
 def _reason(error: Exception) -> str:
@@ -110,7 +183,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
             )
         bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # a TIFF may have 12
         image = Image.fromarray(GREY_OF_16_BITS[values << max(0, 16 - bits)])
-    return image.convert("RGB")
+    if image.mode != "RGB":
+        return image.convert("RGB")
+    image.load()
+    return image._new(image.im)  # without a copy, and without the file and its metadata
 
 
 class CropLongSide:

@@ -204,7 +204,9 @@ class Split:
                 writer.write({"__key__": key, **parts})
                 written.append((f"{key}.{sample.suffix}", target, zlib.crc32(sample.data)))
                 size += len(sample.data)
-                if len(written) == limit or (limit is None and size >= self.args.shard_size * 1e6):
+                is_full = size >= self.args.shard_size * 1e6
+                is_full |= 2 * len(written) >= shard_index.MAX_MEMBERS
+                if len(written) == limit or (limit is None and is_full):
                     break
             writer.close()
 
@@ -227,7 +229,8 @@ class Split:
         parts, shards = [], [shard_index.Shard(**record["shard"]) for record in records]
         for shard in shards:
             path = (self.partial / shard.name).with_suffix(".npz")
-            parts.append(shard_index.Members.from_bytes(path.read_bytes(), str(path)))
+            data = path.read_bytes()
+            parts.append(shard_index.Members.from_bytes(data, str(path), shard.images))
             if (self.partial / shard.name).exists():  # else it was moved before
                 os.replace(self.partial / shard.name, self.output / shard.name)
         members = shard_index.Members.joined(parts)

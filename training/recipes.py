@@ -3,7 +3,6 @@
 import argparse
 import difflib
 from argparse import BooleanOptionalAction as OnOff
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -11,9 +10,17 @@ import yaml
 from pipeline.sources.download import PIPE
 from utils import UserError
 
+MAX_RECIPE = 1 << 15  # characters
+
 
 class _StrictLoader(yaml.SafeLoader):
-    """Rejects duplicate keys, of which PyYAML's loader takes the last one."""
+    """Rejects duplicate keys, of which PyYAML's loader takes the last one, and aliases."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):  # a few of them make billions of values
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases are not supported", mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: list[Any] = []
@@ -35,8 +42,12 @@ def recipe_argv(parser: argparse.ArgumentParser, path: str) -> list[str]:
             accept its value.
     """
     try:
-        recipe = yaml.load(Path(path).read_text(), _StrictLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        with open(path) as file:
+            text = file.read(MAX_RECIPE + 1)
+        if len(text) > MAX_RECIPE:
+            raise ValueError(f"it has more than {MAX_RECIPE} characters")
+        recipe = yaml.load(text, _StrictLoader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"cannot read recipe {path}: {error}") from error
     if not isinstance(recipe, dict):
         raise UserError(f"recipe {path} must be a mapping of flags to values")

@@ -21,7 +21,7 @@ from models.checkpoint.checksum import COMMENT_BYTES, END_BYTES, END_MARK
 from models.checkpoint.numpy_scalars import DTYPE, SCALARS, NumberType
 from models.errors import UnsafeFileError
 
-MAX_OPCODES = 1 << 21  # some 30 make a tensor and its place in a dict; one takes up to 216 bytes
+MAX_OPCODES = 1 << 20  # some 30 make a tensor and its place in a dict; one takes up to 216 bytes
 MAX_DIRECTORY = 1 << 24  # bytes, some 100 per tensor
 ZIP_START = b"PK\3\4"
 # 64-bit end record (mark, extent, bytes and offset of the directory), its locator (mark, offset),

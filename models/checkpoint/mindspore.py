@@ -47,6 +47,7 @@ CRC_MARK = b"crc_num"
 CRC_BYTES = len(CRC_MARK) + 10
 VARINT_BYTES = 10  # of 7 bits, for 64
 MAX_DIMS = 32
+MAX_RECORDS = 1 << 16
 CHUNK = 1 << 20
 NUMBER, BYTES = 0, 2  # wire types
 VALUE = 1 << 3 | BYTES  # first byte of a record: field 1 of Checkpoint
@@ -201,8 +202,11 @@ def _check_crc(file: BinaryIO, size: int) -> int:
 
 def _records(file: BinaryIO, end: int) -> Iterator[memoryview]:
     """Yield the records of the first ``end`` bytes, one in memory at a time."""
-    at = 0
+    at = count = 0
     while at < end:
+        count += 1
+        if count > MAX_RECORDS:
+            raise CheckpointError(f"it has more than {MAX_RECORDS} records")
         file.seek(at)
         head = memoryview(file.read(min(1 + VARINT_BYTES, end - at)))
         if head[:1] != bytes([VALUE]):

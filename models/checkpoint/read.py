@@ -30,6 +30,7 @@ JSON_METADATA = {
 # errors that what a file holds may cause, as offsets beyond its end; all others are of the system
 ABOUT_CONTENT = (None, errno.EINVAL, errno.EOVERFLOW, errno.EFBIG, errno.ENOENT, errno.EISDIR)
 OUT_OF_MEMORY = "DefaultCPUAllocator"  # in PyTorch's message
+MAX_HEADER = 1 << 23  # bytes of safetensors, some 70 per tensor
 START_BYTES = 256  # enough to tell the formats apart
 
 
@@ -115,6 +116,10 @@ def _read(path: Path) -> Any:
     if not start:
         raise CheckpointError(f"{path} is empty, not a checkpoint")
     if start[8:9] == b"{":
+        if (length := int.from_bytes(start[:8], "little")) > MAX_HEADER:
+            raise ValueError(
+                f"its header has {length} bytes, of which at most {MAX_HEADER} are read"
+            )
         return _read_safetensors(path)
     if looks_like_mindspore(start, status.st_size):
         return _read_mindspore(path)

@@ -11,6 +11,7 @@ import http.client
 import io
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 import time
@@ -28,6 +29,7 @@ PIPE = "pipe:"
 REMOTE = ("http://", "https://", PIPE)
 CHUNK = 2**20  # bytes
 TIMEOUT = 60.0  # seconds without a byte
+SLOWEST = 1024  # bytes per second, on average
 LONGEST_PAUSE = 30.0  # seconds
 MISSING = (403, 404, 410)  # a bucket that must not be listed answers 403 for what it lacks
 TEMPORARY = (408, 425, 429)  # may change with the next try, like all statuses from 500 on
@@ -124,21 +126,22 @@ class Cache:
             if not _is_complete(path, size):
                 with locked(Path(f"{path}.lock")):
                     if not _is_complete(path, size):  # else another process has fetched it
-                        self._fetch(_Transfer(url, size, sha256), path, verify)
+                        free = shutil.disk_usage(self.folder).free // 10 * 9
+                        self._fetch(_Transfer(url, size, sha256, free), path, verify)
             return os.open(path, os.O_RDONLY)
         except OSError as error:
             name = without_query(url)
             raise DataError(f"cannot keep {name} in {self.folder}: {error.strerror}") from error
 
-    def fetch(self, url: str) -> bytes:
-        """Return the current content of a small file, without keeping it.
+    def fetch(self, url: str, limit: int) -> bytes:
+        """Return the current content of a file of at most ``limit`` bytes, without keeping it.
 
         Raises:
             MissingFileError: The server does not have the file.
             DataError: The file cannot be fetched; names it.
         """
         file = io.BytesIO()
-        _Transfer(url).run(file, self.tries, self.pause)
+        _Transfer(url, limit=limit).run(file, self.tries, self.pause)
         return file.getvalue()
 
     def _fetch(
@@ -168,6 +171,7 @@ class _Transfer:
     Attributes:
         url: Its URL.
         size, sha256: Expected bytes and digest, if known.
+        limit: Bytes that may be written.
         received: Bytes so far.
         digest: SHA-256 of these.
         tag: The server's name for this version of the file, if it gives one.
@@ -176,6 +180,7 @@ class _Transfer:
     url: str
     size: int | None = None
     sha256: str | None = None
+    limit: int | None = None
     received: int = 0
     digest: Any = field(default_factory=hashlib.sha256)
     tag: str | None = None
@@ -209,7 +214,14 @@ class _Transfer:
                 f"{without_query(self.url)} does not match its index: its SHA-256 is {found}"
             )
 
+    def _check_room(self, size: int) -> None:
+        """Raise a DataError if so many bytes are more than expected, or than there is room for."""
+        known = [limit for limit in (self.size, self.limit) if limit is not None]
+        if size > min(known, default=size):
+            raise DataError(f"{without_query(self.url)} has more than {min(known):,} bytes")
+
     def _write(self, file: BinaryIO, data: bytes) -> None:
+        self._check_room(self.received + len(data))
         file.write(data)
         self.digest.update(data)
         self.received += len(data)
@@ -223,10 +235,15 @@ class _Transfer:
             total = self._start(response)
             if total is not None:
                 check_size(without_query(self.url), total, self.size)
+                self._check_room(total)
+            start, begin = time.monotonic(), self.received
             file.truncate(self.received)
             file.seek(self.received)
             while chunk := self._read(response):
                 self._write(file, chunk)
+                seconds = time.monotonic() - start
+                if seconds > TIMEOUT and self.received - begin < SLOWEST * seconds:
+                    raise _TransferError(f"fewer than {SLOWEST} bytes per second")
         if total is not None and self.received < total:
             raise _TransferError(f"the connection ended before {total:,} bytes")
 
@@ -263,12 +280,11 @@ class _Transfer:
             raise _TransferError("the server sent another part than requested")
         tag = response.headers.get("ETag")
         self.tag = tag if tag and not tag.startswith("W/") else None
-        length = response.headers.get("Content-Length")
-        return None if length is None else self.received + int(length)
+        return None if response.length is None else self.received + response.length
 
     def _read(self, response: http.client.HTTPResponse) -> bytes:
         try:
-            return response.read(CHUNK)
+            return response.read1(CHUNK)
         except (OSError, http.client.HTTPException) as error:
             raise _TransferError(str(error) or type(error).__name__) from error
 

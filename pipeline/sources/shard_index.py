@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand
 
-from pipeline.images import DataError
+from pipeline.images import MAX_BYTES, DataError
 from pipeline.sources.base import Strings
 from pipeline.sources.download import PIPE, REMOTE
 
@@ -28,6 +28,12 @@ DAMAGED = (zipfile.BadZipFile, zlib.error, NotImplementedError, MemoryError)
 META = re.compile(r"__[^/]*__($|/)")  # names that the webdataset library passes over, too
 BLOCK = 512  # bytes, of a tar file
 CHUNK = 2**20  # bytes
+MAX_INDEX = 2**24  # bytes of JSON, enough for 100,000 shards
+MAX_MEMBERS = 2**17  # files in a shard
+MAX_HEADER = 2**15  # bytes of a long name or of PAX records, which tarfile parses in Python
+MAX_LABEL = 64  # bytes
+MEMBER_BYTES = 300  # in an index, of which a name takes most
+TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, RecursionError, OSError)
 
 
 class Members(NamedTuple):
@@ -56,13 +62,17 @@ class Members(NamedTuple):
         return file.getvalue()
 
     @classmethod
-    def from_bytes(cls, data: bytes, name: str) -> "Members":
-        """Read the result of :meth:`to_bytes`.
+    def from_bytes(cls, data: bytes, name: str, images: int) -> "Members":
+        """Read the result of :meth:`to_bytes`, which has so many images.
 
         Raises:
             DataError: It is damaged; calls it ``name``.
         """
         try:
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                size = sum(info.file_size for info in archive.infolist())
+            if size > index_bytes(images):
+                raise ValueError(f"{size} bytes are too many for {images} images")
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
                 columns = [
                     arrays[field].reshape(-1).astype(dtype, casting="safe", copy=False)
@@ -117,6 +127,11 @@ class Index:
         return json.dumps(content | {"shards": list(map(asdict, self.shards))} | notes, indent=1)
 
 
+def index_bytes(images: int) -> int:
+    """Return the most bytes that the columns of so many images may take."""
+    return MEMBER_BYTES * images + CHUNK
+
+
 def parse_index(text: bytes, name: str) -> tuple[list[str], list[Shard], Part]:
     """Return classes, shards and the file of the images of a text of :meth:`Index.to_json`.
 
@@ -124,6 +139,8 @@ def parse_index(text: bytes, name: str) -> tuple[list[str], list[Shard], Part]:
         DataError: It is something else; calls it ``name``.
     """
     try:
+        if len(text) > MAX_INDEX:
+            raise ValueError(f"it has {len(text)} bytes, of which at most {MAX_INDEX} are read")
         content = json.loads(text)
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']!r}, not {FORMAT!r}")
@@ -132,7 +149,7 @@ def parse_index(text: bytes, name: str) -> tuple[list[str], list[Shard], Part]:
             raise ValueError("it names no shards")
         part = _checked(Part(**content["members"]))
         return [str(name) for name in content["classes"]], shards, part
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"{name} is not an index of shards, or is damaged: {error}") from error
 
 
@@ -143,8 +160,10 @@ def _checked(file: Part) -> Any:
         TypeError, ValueError: A value is not of its kind.
     """
     numbers = [file.size, getattr(file, "images", 0)]
-    if not all(isinstance(number, int) and number >= 0 for number in numbers):
+    if not all(isinstance(number, int) and 0 <= number < 2**53 for number in numbers):
         raise ValueError(f"{asdict(file)} has a size that is not a number")
+    if numbers[1] * BLOCK > file.size:
+        raise ValueError(f"{asdict(file)} is too small for its images")
     if file.name in ("", ".", "..") or "/" in file.name or file.name.startswith(REMOTE):
         raise ValueError(f"{file.name!r} is not a file of its folder")
     if file.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", file.sha256):
@@ -200,6 +219,18 @@ def sha256_of(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
+class _Headers:
+    """A tar file without the bytes of its members, for tarfile."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes, at most {MAX_HEADER} are read")
+        return self.file.read(size)
+
+
 def scan_shard(file: BinaryIO, name: str, with_checksums: bool = False) -> Members:
     """Read images and labels of a tar file from its headers.
 
@@ -215,8 +246,12 @@ def scan_shard(file: BinaryIO, name: str, with_checksums: bool = False) -> Membe
     images: dict[str, tuple[str, int, int, int]] = {}
     labels: dict[str, int] = {}
     try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
-            for member in archive:
+        with tarfile.open(fileobj=_Headers(file), mode="r:") as archive:
+            for count, member in enumerate(archive):
+                if count == MAX_MEMBERS:
+                    raise DataError(f"{name} has more than {MAX_MEMBERS} members")
+                if member.size < 0:
+                    raise DataError(f"{name}: {member.name[:100]} has {member.size} bytes")
                 folder, _, last = member.name.rpartition("/")
                 stem, _, suffix = last.partition(".")
                 if not member.isreg() or META.match(member.name) or not (stem and suffix):
@@ -224,16 +259,23 @@ def scan_shard(file: BinaryIO, name: str, with_checksums: bool = False) -> Membe
                 key, suffix = (f"{folder}/{stem}" if folder else stem), suffix.lower()
                 if suffix not in IMAGES and suffix != LABEL:
                     continue
+                if member.issparse() or not 0 <= member.size <= MAX_BYTES:
+                    raise DataError(
+                        f"{name}: {member.name[:100]} is sparse, or has {member.size} bytes,"
+                        f" of which at most {MAX_BYTES} are read"
+                    )
                 if key in (labels if suffix == LABEL else images):
                     kind = "labels" if suffix == LABEL else "images"
                     raise DataError(f"{name}: {key} has two {kind}, or occurs twice")
                 if suffix == LABEL:
-                    labels[key] = _parse_label(_read(file, member), f"{name}: label of {key}")
+                    labels[key] = _parse_label(
+                        _read(file, member, MAX_LABEL), f"{name}: label of {key}"
+                    )
                 else:
                     checksum = zlib.crc32(_read(file, member)) if with_checksums else 0
                     images[key] = (member.name, member.offset_data, member.size, checksum)
             end = archive.offset
-    except tarfile.TarError as error:
+    except TAR_ERRORS as error:
         raise DataError(
             f"{name} is not a complete tar file (it must not be compressed): {error}"
         ) from error
@@ -257,9 +299,9 @@ def scan_shard(file: BinaryIO, name: str, with_checksums: bool = False) -> Membe
     )
 
 
-def _read(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
+def _read(file: BinaryIO, member: tarfile.TarInfo, limit: int = MAX_BYTES) -> bytes:
     file.seek(member.offset_data)
-    return file.read(member.size)
+    return file.read(min(member.size, limit))
 
 
 def _parse_label(data: bytes, name: str) -> int:

@@ -23,10 +23,12 @@ from pipeline.sources.download import (
 )
 from pipeline.sources.folder import some_of
 from pipeline.sources.shard_index import (
+    MAX_INDEX,
     Index,
     Members,
     Shard,
     expand_pattern,
+    index_bytes,
     index_name,
     is_pattern,
     parse_index,
@@ -305,8 +307,9 @@ def _read_json(location: str, cache: Cache | None) -> bytes | None:
     """Return the text of an index, if there is one."""
     try:
         if location.startswith(REMOTE):
-            return cache.fetch(location)
-        return Path(location).read_bytes()
+            return cache.fetch(location, MAX_INDEX)
+        with open(location, "rb") as file:
+            return file.read(MAX_INDEX + 1)  # one more is an error of parse_index
     except (FileNotFoundError, NotADirectoryError, MissingFileError):
         return None
     except OSError as error:
@@ -325,9 +328,12 @@ def _open_index(location: str, cache: Cache | None, classes: list[str] | None) -
             f"{location} has other classes than the training set: {some_of(different, 3)}"
         )
     path = sibling(location, part.name)
+    images = sum(shard.images for shard in shards)
+    if part.size > index_bytes(images):
+        raise DataError(f"{location}: {part.size} bytes are too many for {images} images")
     with os.fdopen(open_shard(path, cache, part.size, part.sha256), "rb") as file:
         data = file.read()
     if hashlib.sha256(data).hexdigest() != part.sha256:
         raise DataError(f"{path} is not the one that {location} was written with")
-    index = Index(classes or own, shards, Members.from_bytes(data, path))
+    index = Index(classes or own, shards, Members.from_bytes(data, path, images))
     return Shards(index, [sibling(location, shard.name) for shard in shards], cache)

@@ -1,0 +1,67 @@
+"""Files that ask for more time or memory than they have bytes: ``(name, content, value named)``."""
+
+import io
+import json
+import random
+import struct
+import tarfile
+from collections.abc import Iterator
+
+from PIL import Image
+
+Hostile = tuple[str, bytes, str]
+
+
+def images(seed: int = 0) -> Iterator[Hostile]:
+    """Small images that take Pillow or libjpeg long."""
+    scans = random.Random(seed).randrange(1500, 2000)
+    buffer = io.BytesIO()
+    Image.new("RGB", (2000, 2000)).save(buffer, "JPEG", progressive=True)
+    jpeg = buffer.getvalue()
+    start = jpeg.rindex(b"\xff\xda")
+    more = scans - jpeg.count(b"\xff\xda")
+    yield "scans.jpg", jpeg[:-2] + jpeg[start:-2] * more + b"\xff\xd9", f"{scans} scans"
+    parts = str(1 << 17)
+    yield "markers.jpg", jpeg[:2] + b"\xff\xef\0\2" * 10**6 + jpeg[2:], parts
+    yield "comments.ppm", b"P6\n" + b"#\n" * 10**6 + b"1 1 255\n000", parts
+    buffer = io.BytesIO()
+    Image.new("RGB", (5000, 5000)).save(buffer, "JPEG2000")
+    yield "large.jp2", buffer.getvalue(), "25000000 pixels"
+
+
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """Return the header of a member of a tar file."""
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def tars() -> Iterator[Hostile]:
+    """Shards whose headers lie, or are long."""
+    million = 1 << 20
+    for name, kind in (("pax", b"x"), ("globals", b"g"), ("long", b"L"), ("link", b"K")):
+        yield f"{name}-0.tar", header("p", million, kind) + b"1" * million, str(million)
+    yield "claim-0.tar", header("p", 1 << 40, b"x"), str(1 << 40)
+    yield "huge-0.tar", header("a.jpg", 1 << 62), str(1 << 62)
+    yield "negative-0.tar", header("a.jpg", -512), "-512"
+    yield "sparse-0.tar", header("a.jpg", 1, b"S") + bytes(1024), "a.jpg"
+    yield "chain-0.tar", (header("p", 9, b"x") + b"9 a=bcde\n".ljust(512, b"\0")) * 5000, ""
+    yield "members-0.tar", header("x", 0) * 140_000, str(1 << 17)
+
+
+def checkpoints() -> Iterator[Hostile]:
+    """Checkpoints of a million of anything."""
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    text = json.dumps({f"t{i}": entry for i in range(200_000)}).encode()
+    yield "tensors.safetensors", struct.pack("<Q", len(text)) + text, str(len(text))
+    record = b"\n\x0d" + b"\n\1a" + b"\x12\x08" + b"\x12\x06" + b"int8  "[:6]
+    yield "records.ckpt", record * 10**5, ""
+
+
+def recipes() -> Iterator[Hostile]:
+    """Recipes whose values multiply, or that are long or deep."""
+    laughs = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
+    yield "laughs.yaml", ("a0: &a0 [x]\n" + laughs).encode(), "line 2"
+    yield "long.yaml", b"- x\n" * 10**6, str(1 << 15)
+    yield "deep.yaml", b"[" * 30_000, ""
+    yield "digits.yaml", b"epochs: " + b"9" * 20_000, ""
