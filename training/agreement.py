@@ -130,11 +130,18 @@ def image_facts(split: str, dataset: LoadedDataset) -> Facts:
 
 
 def model_facts(source: ModelSource, network: Network) -> Facts:
-    """Return what is compared of a model: its constructor's arguments, its parameters and buffers
-    as built, and the file that it continues from, with optimizer and progress of a run."""
+    """Return what is compared of a model: its constructor's arguments, its parameters and buffers,
+    and the file that it continues from, with optimizer and progress of a run.
+
+    Published weights are compared by value. Random ones are compared by shape: processors may
+    round them differently, and rank 0 sends its own to all.
+    """
+    state = network.model.state_dict()
+    if not source.pretrained or network.kwargs["num_classes"] != source.num_classes:
+        state = {key: [str(value.dtype), *value.shape] for key, value in state.items()}
     return {
         "model": lambda: contents({"name": network.name} | network.kwargs),
-        "weights": lambda: contents(network.model.state_dict()),
+        "weights": lambda: contents(state),
         "checkpoint": lambda: contents(source.checkpoint),
     }
 
