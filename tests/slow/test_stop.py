@@ -90,6 +90,27 @@ def test_a_stopped_run_resumes_bitwise(images, whole, tmp_path, main, number, li
     assert "3.jpg" in listed
 
 
+@pytest.mark.parametrize(
+    ("words", "steps", "named"),
+    [
+        (["--accum-iter", 2], 12, r"accum_iter 2\D+3"),  # the rest in updates of two batches
+        (["--repeated-aug"], 12, "repeated_aug True.*False"),  # from the next epoch
+        (["--seed", 7], 12, r"seed 7\D+0"),
+        (["--mixup", 0, "--cutmix", 0], 12, "mixup 0.0.*0.8"),
+        (["--batch-size", 4, "--accum-iter", 2], 5, r"batches of 2\b"),
+        (["--sampling-ratio", 0.5], 6, r"has 12 images.*with 24"),  # the epoch restarts
+    ],
+)
+def test_flags_that_change_within_an_epoch(images, tmp_path, words, steps, named):
+    run = [*RUN, "--data-path", images, "--output_dir", tmp_path]
+    succeed(*run, line="epoch 0 step 2/", act=signal.SIGTERM)
+    assert saved_step(tmp_path) == (0, 3)
+    output = succeed(*run, *words, "--resume", "auto")
+    assert re.search(named, output)
+    assert f"epoch 0 step {steps}/{steps} " in output
+    assert [line["epoch"] for line in read_log(tmp_path)] == [0, 1]
+
+
 def test_a_run_on_packed_shards_resumes_bitwise(images, tmp_path):
     assert pack(images, tmp_path / "shards", "--shard-images", 5, "--on-corrupt", "skip") == 0
     pattern = tmp_path / "shards" / "train-{000000..000004}.tar"
