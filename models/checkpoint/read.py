@@ -3,9 +3,14 @@
 import argparse
 import errno
 import hashlib
+import http.client
 import json
+import os
 import re
+import shutil
 import stat
+import tempfile
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +36,8 @@ JSON_METADATA = {
 ABOUT_CONTENT = (None, errno.EINVAL, errno.EOVERFLOW, errno.EFBIG, errno.ENOENT, errno.EISDIR)
 OUT_OF_MEMORY = "DefaultCPUAllocator"  # in PyTorch's message
 MAX_HEADER = 1 << 23  # bytes of safetensors, some 70 per tensor
+TIMEOUT = 60.0  # seconds without a byte
+CHUNK = 1 << 20  # bytes
 START_BYTES = 256  # enough to tell the formats apart
 
 
@@ -55,12 +62,38 @@ def fetch(url: str) -> Path:
         if path.is_file() and (not digits or _digest(path).startswith(digits[1])):
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(
-            url, str(path), hash_prefix=digits and digits[1], progress=False
-        )
-    except (OSError, RuntimeError, ValueError) as error:
+        _download(url, path, digits and digits[1])
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise CheckpointError(f"cannot download {url}: {error}") from error
     return path
+
+
+def _download(url: str, path: Path, digits: str | None) -> None:
+    """Write a file that is complete, and leaves a tenth of the disk's free space.
+
+    Raises:
+        OSError, ValueError, http.client.HTTPException: It cannot be had so.
+    """
+    room = shutil.disk_usage(path.parent).free // 10 * 9
+    digest, received = hashlib.sha256(), 0
+    with (
+        urllib.request.urlopen(url, timeout=TIMEOUT) as response,
+        tempfile.TemporaryDirectory(dir=path.parent) as folder,
+        open(Path(folder, "part"), "wb") as file,
+    ):
+        size = getattr(response, "length", None)
+        while (size or 0) <= room >= received and (chunk := response.read1(CHUNK)):
+            received += len(chunk)
+            digest.update(chunk)
+            file.write(chunk)
+        if max(size or 0, received) > room:
+            raise ValueError(f"it has more than the {room} bytes that the disk has room for")
+        if size not in (None, received):
+            raise ValueError(f"the connection ended after {received} of {size} bytes")
+        if not digest.hexdigest().startswith(digits or ""):
+            raise ValueError(f"its SHA-256 is {digest.hexdigest()}, not {digits}...")
+        file.flush()
+        os.replace(file.name, path)
 
 
 def _digest(path: Path) -> str:

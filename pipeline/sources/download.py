@@ -280,7 +280,8 @@ class _Transfer:
             raise _TransferError("the server sent another part than requested")
         tag = response.headers.get("ETag")
         self.tag = tag if tag and not tag.startswith("W/") else None
-        return None if response.length is None else self.received + response.length
+        length = getattr(response, "length", None)  # a redirection may lead to FTP
+        return None if length is None else self.received + length
 
     def _read(self, response: http.client.HTTPResponse) -> bytes:
         try:

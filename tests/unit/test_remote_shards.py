@@ -1,5 +1,6 @@
 """Shards from a server: fetched once, whole; what breaks is resumed or named."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,6 +18,8 @@ import pytest
 from loading import refused
 from packing import FORK, content, run_forked
 
+from models import CheckpointError
+from models.checkpoint.read import fetch
 from pipeline.images import CorruptImageError, DataError
 from pipeline.sources.download import Cache
 from pipeline.sources.shards import open_shards
@@ -308,3 +311,41 @@ def test_a_full_disk_is_named_at_once(server, cache):
 
     assert run_forked(read) == 0
     assert server.count()[FIRST] == 1
+
+
+def endless(handler):
+    with contextlib.suppress(OSError):
+        while True:
+            handler.wfile.write(bytes(1 << 16))
+
+
+class Endless(BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        endless(self)
+
+
+@pytest.fixture
+def endless_url(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/x.pth"
+        server.shutdown()
+
+
+def test_bodies_without_end_are_left(endless_url, cache, tmp_path, monkeypatch):
+    refused(partial(cache.open, endless_url, 5000), endless_url, "5,000")
+    refused(partial(cache.fetch, endless_url, 5000), endless_url, "5,000")
+    usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    refused(partial(cache.open, endless_url), endless_url, "9,000")
+    assert cached(cache, "part") == []
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    refused(partial(fetch, endless_url), endless_url, "9000", kind=CheckpointError)
+    assert list(tmp_path.rglob("*x.pth")) == []

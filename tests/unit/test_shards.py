@@ -142,7 +142,7 @@ def test_labels_that_cannot_be_used_are_named(tmp_path, members, values):
     shard = write_tar(tmp_path / "x-0.tar", members)
     index = {"format": "packed shards 1", "classes": ["cat", "dog"]}
     index["members"] = {"name": "m.npz", "size": 1, "sha256": "0" * 64}
-    index["shards"] = [{"name": "s.tar", "size": 1, "sha256": None, "images": 1}]
+    index["shards"] = [{"name": "s.tar", "size": 2048, "sha256": None, "images": 1}]
     (tmp_path / "train.json").write_text(json.dumps(index))
     message = refused(partial(open_shards, tmp_path, False, val_path=str(shard)), *values)
     assert message.startswith(str(shard))
