@@ -36,7 +36,7 @@ def recipe_argv(parser: argparse.ArgumentParser, path: str) -> list[str]:
     """
     try:
         recipe = yaml.load(Path(path).read_text(), _StrictLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"cannot read recipe {path}: {error}") from error
     if not isinstance(recipe, dict):
         raise UserError(f"recipe {path} must be a mapping of flags to values")

@@ -43,6 +43,16 @@ def fetch(url: str) -> Path:
     Raises:
         CheckpointError: The address names no file, or downloading or the digits fail.
     """
+    try:
+        return _fetch(url)
+    except CheckpointError:
+        raise
+    except Exception as error:  # addresses and servers of any kind raise errors of any kind
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"cannot download {url}: {reason}") from error
+
+
+def _fetch(url: str) -> Path:
     name = Path(urlparse(url).path).name
     if name in ("", ".."):
         raise CheckpointError(f"cannot download {url}: it names no file")
@@ -50,15 +60,10 @@ def fetch(url: str) -> Path:
     if not digits:
         name = f"{hashlib.sha256(url.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}-{name}"
     path = Path(torch.hub.get_dir(), "checkpoints", name)
-    try:
-        if path.is_file() and (not digits or _digest(path).startswith(digits[1])):
-            return path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(
-            url, str(path), hash_prefix=digits and digits[1], progress=False
-        )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"cannot download {url}: {error}") from error
+    if path.is_file() and (not digits or _digest(path).startswith(digits[1])):
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.hub.download_url_to_file(url, str(path), hash_prefix=digits and digits[1], progress=False)
     return path
 
 

@@ -145,7 +145,7 @@ def _checked(file: Part) -> Any:
     numbers = [file.size, getattr(file, "images", 0)]
     if not all(isinstance(number, int) and number >= 0 for number in numbers):
         raise ValueError(f"{asdict(file)} has a size that is not a number")
-    if file.name in ("", ".", "..") or "/" in file.name or file.name.startswith(REMOTE):
+    if file.name in ("", ".", "..") or {"/", "\0"} & {*file.name} or file.name.startswith(REMOTE):
         raise ValueError(f"{file.name!r} is not a file of its folder")
     if file.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", file.sha256):
         raise ValueError(f"{file.sha256!r} is not a SHA-256")

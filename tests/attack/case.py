@@ -8,6 +8,7 @@ import select
 import shutil
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,9 +26,13 @@ BROKEN = 99  # exit status if the input itself could not be made
 REPORTS = 600  # descriptor of the list of violations, out of the reach of programs
 LOCK = "run.lock"  # empty; removing it would let two runs write into one folder
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+HOMES = ("TORCH_HOME", "HF_HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR")
+CHANGES = ("os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod")
+STARTS = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "pty.spawn")
+LOCAL = ("127.0.0.1", b"127.0.0.1", "localhost", b"localhost", "::1", "", None)
 SHARED_MEMORY = ("/dev/null", "/dev/shm/", "/proc/")
 ERROR = re.compile(r"error( on rank [^:]*)?: |[\w. /-]+: error: ")  # ours, and argparse's
-EXHAUSTED = re.compile("out of memory|alloc")
+EXHAUSTED = "out of memory"
 
 Make = Callable[[Path, World], object]
 
@@ -41,10 +46,11 @@ class Case:
         name: Of the case within its class.
         program: Key of ``PROGRAMS``.
         words: Command line; ``@x`` is the input x of the case, ``=x`` its output x, ``+x`` the
-            valid file x.
+            valid file x, ``^x`` the address x of the hostile server.
         make: Writes the input into a folder.
         named: What the error must name, ``@x`` as in ``words``; of several, any.
         outcome: ``fine`` or ``refused``.
+        leaves: Patterns of output files that may stay after a refusal.
         around: Called in the process before the program starts.
     """
 
@@ -55,6 +61,7 @@ class Case:
     make: Make = lambda folder, world: None
     named: str | Sequence[str] = ""
     outcome: str = REFUSED
+    leaves: Sequence[str] = ()
     around: Callable[[], object] = lambda: None
 
     def __str__(self) -> str:
@@ -123,7 +130,8 @@ def _be_child(case: Case, world: World, folder: Path) -> None:
 
 def _word(word: object, folder: Path, world: World) -> str:
     text, places = str(word), {"@": folder / "in", "=": folder / "out", "+": world.folder}
-    mark = re.search(r"(^|local-dir:)([@=+])", text)
+    places["^"] = world.base
+    mark = re.search(r"(^|local-dir:)([@=+^])", text)
     if not mark:
         return text
     return f"{mark[1]}{places[mark[2]]}/{text[mark.end() :]}"
@@ -146,10 +154,8 @@ def _settle(folder: Path) -> None:
     sys.dont_write_bytecode = True
     os.chdir(folder / "in")
     os.environ.update({"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp")})
-    for name in ("TORCH_HOME", "HF_HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR"):
+    for name in HOMES:
         os.environ[name] = str(folder / "home")
-    import tempfile
-
     tempfile.tempdir = None
     torch.hub.set_dir(str(folder / "home"))
     file = os.open(folder / "violations", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -166,21 +172,18 @@ def _settle(folder: Path) -> None:
 
     def watch(event: str, args: tuple) -> None:
         paths: tuple = ()
-        if event == "open" and isinstance(args[2], int) and args[2] & WRITING:
-            paths = args[:1]
-        elif event in ("os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod"):
+        if event == "open":
+            paths = args[:1] if isinstance(args[2], int) and args[2] & WRITING else ()
+        elif event in CHANGES:
             paths = args[:1]
         elif event in ("os.rename", "os.link", "os.symlink"):
             paths = args[:2] if event == "os.rename" else args[1:2]
-        elif event in ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "pty.spawn"):
+        elif event in STARTS:
             _report(f"{event} {args[0]}")
         elif event in ("socket.connect", "socket.getaddrinfo"):
-            host = args[1][0] if event == "socket.connect" else args[0]
-            if isinstance(args[1], tuple | int | str) and host not in (
-                *("127.0.0.1", "localhost", "::1", None, ""),
-                *(b"127.0.0.1", b"localhost"),
-            ):
-                _report(f"{event} {host}")
+            address = args[1] if event == "socket.connect" else args[:1]
+            if isinstance(address, tuple) and address[0] not in LOCAL:
+                _report(f"{event} {address[0]}")
         for path in paths:
             if path is not None and not is_inside(path):
                 _report(f"{event} {path}")
@@ -224,14 +227,15 @@ def _judge_refusal(case: Case, status: int, errors: str, folder: Path) -> str | 
         lines = lines[-1:]
     if len(lines) != 1 or not ERROR.match(lines[0]):
         return f"{len(lines)} lines of errors: {errors[:300]!r}"
-    if EXHAUSTED.search(lines[0]):
+    if EXHAUSTED in lines[0] and case.named != EXHAUSTED:
         return f"memory: {lines[0][:300]}"
     names = [case.named] if isinstance(case.named, str) else case.named
     names = [str(folder / "in" / name[1:]) if name[:1] == "@" else name for name in names]
     if not any(name in lines[0] for name in names):
         return f"the error does not name {names}: {lines[0][:300]}"
     outputs = [path for path in (folder / "out").rglob("*") if not path.is_dir()]
-    if left := [path.name for path in outputs if path.name != LOCK]:
+    patterns = (LOCK, *case.leaves)
+    if left := [path.name for path in outputs if not any(map(path.match, patterns))]:
         return f"it leaves {left} behind; {lines[0][:200]}"
     return None
 

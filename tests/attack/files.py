@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tests.attack.case import FINE, Case
+from tests.attack.case import EXHAUSTED, FINE, Case
 from tests.attack.programs import readers
 from tests.attack.valid import World, field_of, mindspore_record, varint
 
@@ -36,7 +36,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "eval": lambda: Call(eval, "open('/tmp/attacked', 'w')"),
     "Popen": lambda: Call(subprocess.Popen, ["touch", "/tmp/attacked"]),
     "bytearray of 4 GB": lambda: Call(bytearray, 1 << 32),
-    "getattr": lambda: Call(getattr, torch, "load"),
+    "getattr": lambda: Call(getattr, int, "from_bytes"),
     "torch.load": lambda: Call(torch.load, "/etc/passwd"),
     "torch.zeros of 4 TB": lambda: Call(torch.zeros, 1 << 40),
     "torch.Size": lambda: Call(torch.Size, [1 << 40]),
@@ -184,8 +184,8 @@ FILES: dict[str, Write] = {
     "a link to zeros": lambda path, world: path.symlink_to("/dev/zero"),
     "sparse, 1 TB": sparse(1 << 40),
     "sparse zip, 1 TB": sparse(1 << 40, b"PK\3\4"),
-    "sparse safetensors, 1 TB": sparse(1 << 40, safetensors({"a": entry([1 << 38], 0, 1 << 40)})),
-    "sparse MindSpore, 1 TB": sparse(1 << 40, b"\n" + varint((1 << 40) - 99) + b"\n\4head\x12"),
+    "1 TB in truth, safetensors": sparse(1 << 40, safetensors({"a": entry([1 << 38], 0, 1 << 40)})),
+    "1 TB in truth, MindSpore": sparse(1 << 40, b"\n" + varint((1 << 40) - 99) + b"\n\4head\x12"),
     "zip bomb": bomb,
     "20000 records": many_records,
     "records overlap": overlapping,
@@ -215,7 +215,8 @@ def cases(rng: random.Random) -> list[Case]:
         programs = [*readers("@x.pth"), ("load_model", ["@x.pth", "vit_b_32_224"])]
         program, words = programs[(start + i) % len(programs)]
         make = lambda folder, world, write=write: write(folder / "x.pth", world)  # noqa: E731
-        found.append(Case("files", name, program, words, make, "x.pth"))
+        named = EXHAUSTED if name.startswith("1 TB in truth") else "x.pth"
+        found.append(Case("files", name, program, words, make, named))
     odd = "a\nb\x1b[2J\u202e\udcff.pth"
     for program, words in readers(f"@{odd}"):
         make = of_valid("mid.pth", bytes)

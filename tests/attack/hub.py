@@ -25,7 +25,10 @@ VALUES: dict[str, tuple[Any, str]] = {  # a key of the config: its value, and wh
     "pretrained_cfg text": (("pretrained_cfg", "x"), "config.json"),
     "model_args list": (("model_args", [1]), "model_args"),
     "model_args text": (("model_args", "depth"), "model_args"),
-    "model_args url": (("model_args", {"pretrained_cfg": {"url": "http://x.invalid"}}), "pretrained"),
+    "model_args url": (
+        ("model_args", {"pretrained_cfg": {"url": "http://x.invalid"}}),
+        "pretrained",
+    ),
     "model_args file": (("model_args", {"checkpoint_path": "/etc/passwd"}), "checkpoint_path"),
     "model_args cache": (("model_args", {"cache_dir": "/tmp/attacked"}), "cache_dir"),
     "model_args huge": (("model_args", {"depth": 10**5}), "hub"),
@@ -79,7 +82,9 @@ def with_config(write: Callable[[Path, World], object]) -> Callable[[Path, World
 
 
 def of_values(key: str, value: Any) -> Callable[[Path, World], None]:
-    return with_config(lambda path, world: path.write_text(json.dumps(world.config(**{key: value}))))
+    return with_config(
+        lambda path, world: path.write_text(json.dumps(world.config(**{key: value})))
+    )
 
 
 def of_images(key: str, value: Any) -> Callable[[Path, World], None]:
@@ -137,9 +142,7 @@ def cases(rng: random.Random) -> list[Case]:
     makes = [(name, of_values(*value), named) for name, (value, named) in VALUES.items()]
     for key, values in IMAGES.items():
         makes += [(f"{key} {i}", of_images(key, value), key) for i, value in enumerate(values)]
-    makes += [
-        (name, of_bytes(data), ("config.json", "ud800x")) for name, data in TEXTS.items()
-    ]
+    makes += [(name, of_bytes(data), ("config.json", "ud800x")) for name, data in TEXTS.items()]
     makes += [(name, with_config(write), "hub") for name, write in KINDS.items()]
     makes += [(name, with_weights(write), "hub") for name, write in WEIGHTS.items()]
     found, start = [], rng.randrange(10**6)

@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Callable
 
+import matplotlib.font_manager  # noqa: F401 starts a program to find the fonts
+
 import hubconf
 import main
 import models
@@ -62,8 +64,23 @@ def readers(path: str) -> list[tuple[str, list[object]]]:
         ("main", ["--finetune", path, *TRAIN]),
         ("validate", [path, *DATA]),
         ("predict", ["+photo.jpg", "--checkpoint", path, "--device", "cpu", "--csv", "=table.csv"]),
-        ("export", ["--checkpoint", path, "--output", "=model.pt2", "--device", "cpu", "--no-check"]),
-        ("visualize", ["features", path, "--image", "+photo.jpg", "--device", "cpu", "--output", "=figure.png"]),
+        (
+            "export",
+            ["--checkpoint", path, "--output", "=model.pt2", "--device", "cpu", "--no-check"],
+        ),
+        (
+            "visualize",
+            [
+                "features",
+                path,
+                "--image",
+                "+photo.jpg",
+                "--device",
+                "cpu",
+                "--output",
+                "=figure.png",
+            ],
+        ),
         ("convert", [path, "=model.safetensors"]),
         ("convert", [path, "=hub", "--to", "hub"]),
         ("torch.hub", [path]),
