@@ -179,4 +179,6 @@ def _checked(values: Mapping[str, Any], source: str) -> DataConfig:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if type(value) is int:  # which may exceed all floats
+        return abs(value) < MAX_SIZE
+    return isinstance(value, float) and math.isfinite(value)

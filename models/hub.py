@@ -4,6 +4,7 @@ Such a folder has a ``config.json`` (architecture, arguments, preprocessing, cla
 weights next to it. Both are read as plain values.
 """
 
+import http.client
 import json
 import os
 import urllib.error
@@ -104,7 +105,7 @@ def check_reachable(address: str, source: str) -> None:
         urllib.request.urlopen(request, timeout=CONNECT_SECONDS).close()
     except urllib.error.HTTPError:
         return  # it answers
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise CheckpointError(f"cannot download {source}: {reason}") from error
 

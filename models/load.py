@@ -177,7 +177,8 @@ def from_checkpoint(
         CheckpointError: The content is inconsistent, or names no registered model.
         ModelError: No model is named, or ``name`` is unknown.
     """
-    saved_name = checkpoint.get("model_name") or checkpoint.get("arch")
+    names = (checkpoint.get(key) for key in ("model_name", "arch"))
+    saved_name = next((found for found in names if found is not None), None)
     if saved_name is not None and not isinstance(saved_name, str):
         raise CheckpointError(f"{label}: model_name must be text, not {brief(saved_name)}")
     if name is None and saved_name is not None and not timm.is_model(saved_name):
@@ -189,7 +190,8 @@ def from_checkpoint(
         raise ModelError(f"{label} does not contain the model name: give --model NAME")
     check_name(name)
     is_own = saved_name is not None and _architecture(saved_name) == _architecture(name)
-    saved = checkpoint.get("model_kwargs") or {}
+    saved = checkpoint.get("model_kwargs")
+    saved = {} if saved is None else saved
     if not isinstance(saved, Mapping):
         raise CheckpointError(f"{label}: model_kwargs must be a dict")
     saved = plain_arguments(saved, label) if is_own or saved_name is None else {}

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -130,7 +131,8 @@ class ModelSource:
         count = GROWTH * len(tensors) + FREE_TENSORS
         given = {key for key in self.optional if key not in required}
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # an error says more
                 known = _parameters_of(type(build_model(self.name, {}, {})[0]))
                 if strange := sorted(given - known):
                     raise CheckpointError(

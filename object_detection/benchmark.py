@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from object_detection import checkpoints, recipe, runtime
+from training.flags import Parser
 from training.launch import select_device
 
 OBJECTS = 8
@@ -109,7 +110,7 @@ def benchmark(args: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Measure with the flags ``argv``; return the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m object_detection.benchmark", description=__doc__.splitlines()[0]
     )
     recipe.add_options(parser)

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.layers import set_fused_attention
 from object_detection import recipe, runtime
+from training.flags import Parser
 from utils import UserError
 
 PROPOSALS, MASKS = 1000, 100
@@ -83,9 +84,7 @@ def flops(args: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Count with the flags ``argv``; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m object_detection.flops", description=__doc__.splitlines()[0]
-    )
+    parser = Parser(prog="python -m object_detection.flops", description=__doc__.splitlines()[0])
     recipe.add_options(parser)
     recipe.add_size(parser)
     return runtime.run(flops, parser.parse_args(argv))

@@ -17,6 +17,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from models import CheckpointError
 from object_detection import checkpoints, recipe, runtime
 from pipeline.images import load_image
+from training.flags import Parser
 from training.launch import select_device
 from utils import UserError, printable
 
@@ -106,9 +107,7 @@ def infer(args: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Find objects with the flags ``argv``; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m object_detection.infer", description=__doc__.splitlines()[0]
-    )
+    parser = Parser(prog="python -m object_detection.infer", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="file that training wrote, or an address")
     parser.add_argument("image", help="image file")
     parser.add_argument("--config", help="config, if the checkpoint does not contain one")

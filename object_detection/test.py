@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from object_detection import launch, runtime
+from training.flags import Parser
 
 
 def test(args: argparse.Namespace) -> None:
@@ -19,9 +20,7 @@ def test(args: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Evaluate with the flags ``argv``; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m object_detection.test", description=__doc__.splitlines()[0]
-    )
+    parser = Parser(prog="python -m object_detection.test", description=__doc__.splitlines()[0])
     launch.add_options(parser)
     parser.add_argument("checkpoint", help="file that training wrote, or an address")
     return runtime.run(test, parser.parse_args(argv))

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from object_detection import launch, runtime
+from training.flags import Parser
 
 
 def train(args: argparse.Namespace) -> None:
@@ -29,9 +30,7 @@ def train(args: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Train with the flags ``argv``; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m object_detection.train", description=__doc__.splitlines()[0]
-    )
+    parser = Parser(prog="python -m object_detection.train", description=__doc__.splitlines()[0])
     launch.add_options(parser)
     parser.add_argument(
         "--resume",

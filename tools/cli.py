@@ -13,7 +13,6 @@ from training.files import OutputError
 from training.flags import check_values, get_args_parser, given_flags, positive
 from utils import UserError
 
-CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 SURROGATES = re.compile("[\ud800-\udfff]")  # Python's code points for bytes that are not UTF-8
 DATA = "data"  # main.py's group of flags for datasets
 TRAINING_ONLY = ("sampling_ratio", "decode_on_device", "dist_eval")  # flags of that group
@@ -21,7 +20,8 @@ TRAINING_ONLY = ("sampling_ratio", "decode_on_device", "dist_eval")  # flags of 
 
 def shown(value: object) -> str:
     """Return a text as one printable line: control characters as spaces, invalid bytes as �."""
-    return SURROGATES.sub("�", CONTROLS.sub(" ", str(value)))
+    text = SURROGATES.sub("�", str(value))
+    return "".join(char if char.isprintable() else " " for char in text)
 
 
 def shortened(text: str, width: int) -> str:

@@ -3,11 +3,12 @@
 Every command is printed and runs in its own process.
 """
 
-import argparse
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+from training.flags import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 STOP_EPOCH = "8"
@@ -34,7 +35,7 @@ def accuracies(lines: list[str]) -> list[str]:
 
 def main() -> int:
     """Run the demo; return 1 if the evaluation differs from the last one of the training."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", default="output/demo")
     output = parser.parse_args().output_dir
     train = ["-c", "configs/digits.yaml", "--output_dir", output]

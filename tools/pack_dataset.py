@@ -38,7 +38,7 @@ from pipeline.workers import worker_init_fn
 from tools import cli
 from tools.files import folder_for
 from training.files import OutputError, write_atomically
-from training.flags import usable_cpus
+from training.flags import Parser, usable_cpus
 
 
 class PackedSample(NamedTuple):
@@ -190,25 +190,26 @@ class Split:
         def fill(file: BinaryIO) -> None:
             size, limit = 0, self.args.shard_images
             # PAX has names of any length
-            writer = TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT")
-            for index, sample in samples:
-                record["taken"] += 1
-                if sample.data is None:
-                    if self.args.on_corrupt == "error":
-                        raise DataError(f"{sample.suffix} (--on-corrupt skip omits such images)")
-                    print(f"omitted: {sample.suffix}", file=sys.stderr)
-                    record["left_out"].append(sample.suffix)
-                    continue
-                key, target = self.keys[index], int(self.images.targets[index])
-                parts = {sample.suffix: sample.data, "cls": str(target).encode()}
-                writer.write({"__key__": key, **parts})
-                written.append((f"{key}.{sample.suffix}", target, zlib.crc32(sample.data)))
-                size += len(sample.data)
-                is_full = size >= self.args.shard_size * 1e6
-                is_full |= 2 * len(written) >= shard_index.MAX_MEMBERS
-                if len(written) == limit or (limit is None and is_full):
-                    break
-            writer.close()
+            with TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT") as writer:
+                for index, sample in samples:
+                    record["taken"] += 1
+                    if sample.data is None:
+                        if self.args.on_corrupt == "error":
+                            raise DataError(
+                                f"{sample.suffix} (--on-corrupt skip omits such images)"
+                            )
+                        print(f"omitted: {sample.suffix}", file=sys.stderr)
+                        record["left_out"].append(sample.suffix)
+                        continue
+                    key, target = self.keys[index], int(self.images.targets[index])
+                    parts = {sample.suffix: sample.data, "cls": str(target).encode()}
+                    writer.write({"__key__": key, **parts})
+                    written.append((f"{key}.{sample.suffix}", target, zlib.crc32(sample.data)))
+                    size += len(sample.data)
+                    is_full = size >= self.args.shard_size * 1e6
+                    is_full |= 2 * len(written) >= shard_index.MAX_MEMBERS
+                    if len(written) == limit or (limit is None and is_full):
+                        break
 
         def verify(temporary: Path) -> None:
             with temporary.open("rb") as file:
@@ -290,7 +291,7 @@ def index_shards(args: argparse.Namespace) -> None:
 @cli.program
 def main(argv: list[str]) -> None:
     """Run with the flags ``argv``; pack or index."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--data-path", type=Path, help="image folder with train/ and val/")
     add("--output", type=Path, help="folder of the shards")

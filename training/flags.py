@@ -7,14 +7,14 @@ import os
 import sys
 from argparse import BooleanOptionalAction as OnOff
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from datasets import DATA_SETS, HUB, data_set_named
 from pipeline.sources.fine_grained import INAT_CATEGORIES
 from training.recipes import recipe_argv
-from utils import UserError
+from utils import UserError, printable
 
 ELSEWHERE = {  # model arguments that --model-kwargs does not accept, and what sets them instead
     "num_classes": "is set by the dataset: leave it out",
@@ -52,7 +52,10 @@ def keyword_arguments(words: Sequence[str]) -> dict[str, Any]:
 
 
 class Parser(argparse.ArgumentParser):
-    """Accepts every long flag with dashes and with underscores."""
+    """Accepts every long flag with dashes and with underscores; its errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
 
     def parse_known_args(self, args=None, namespace=None):
         known = {option.replace("_", "-"): option for option in self._option_string_actions}

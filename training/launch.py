@@ -130,7 +130,7 @@ def rendezvous(info: DistInfo, env: Mapping[str, str]) -> tuple[str, int]:
     if info.launcher == "srun":
         nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
         address = address or env.get("SLURM_LAUNCH_NODE_IPADDR") or first_node(nodes)
-        port = port or 20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000
+        port = port or 20000 + (_read(env, ["SLURM_JOB_ID"]) or 0) % 20000
     elif info.launcher == "mpirun":
         local_size = _read(env, ["OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"])
         if local_size == info.world_size:
@@ -397,5 +397,5 @@ def fail(message: str, status: int = 1) -> int:
     rank = os.environ.get("RANK")
     where = f" on rank {rank}" if rank else ""
     with contextlib.suppress(OSError, ValueError):  # nobody may read it
-        print(f"error{where}: {printable(message)}", file=sys.stderr, flush=True)
+        print(printable(f"error{where}: {message}"), file=sys.stderr, flush=True)
     return status

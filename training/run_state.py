@@ -16,6 +16,7 @@ from samplers import RASampler
 from training import fsdp, optimizers
 from training.launch import DistInfo
 from training.network import Network
+from training.saved_state import check_state, restoring
 from utils import UserError, log
 
 SILENT = (
@@ -174,25 +175,33 @@ class RunState:
     def restore(self, origin: ModelSource) -> None:
         """Resume from a checkpoint; weights without an optimizer start at ``--start_epoch``."""
         checkpoint, source = origin.checkpoint, origin.label
+        resumes = "optimizer" in checkpoint and "epoch" in checkpoint
+        if resumes:
+            check_state(checkpoint, source)
         self.load(origin)
         self.ema = self.start_average()
         if self.ema is not None and checkpoint.get("model_ema"):
             origin.load(self.ema.module, "ema")
-        if "optimizer" not in checkpoint or "epoch" not in checkpoint:
+        if not resumes:
             log(f"{source} has no optimizer state: its weights start a new run")
             return
         optimizers.compare(self.args.opt, checkpoint.get("args"), source)
         moments = fsdp.shard_optimizer_state(self.optimizer, checkpoint["optimizer"])
-        optimizers.restore(self.optimizer, moments, source)
+        with restoring("optimizer", source):
+            optimizers.restore(self.optimizer, moments, source)
         if checkpoint.get("scaler"):  # empty unless the run used float16
-            self.precision.scaler.load_state_dict(checkpoint["scaler"])
+            with restoring("scaler", source):
+                self.precision.scaler.load_state_dict(checkpoint["scaler"])
         self.best_acc1 = checkpoint.get("best_acc1", 0.0)
         self.best = [tuple(pair) for pair in checkpoint.get("best", ())]
         self.epoch = checkpoint["epoch"]
-        self.log_changed_flags(checkpoint.get("args"))
-        engine.restore_scheduler(self.scheduler, checkpoint.get("lr_scheduler") or {})
+        with restoring("args", source):
+            self.log_changed_flags(checkpoint.get("args"))
+        with restoring("lr_scheduler", source):
+            engine.restore_scheduler(self.scheduler, checkpoint.get("lr_scheduler") or {})
         if checkpoint.get("step"):
-            self._restore_progress(checkpoint, source)
+            with restoring("progress within the epoch (step, sampler, ranks)", source):
+                self._restore_progress(checkpoint, source)
 
     def _restore_progress(self, checkpoint: Mapping[str, Any], source: str) -> None:
         """Resume in the middle of an epoch."""
@@ -215,6 +224,8 @@ class RunState:
         log(f"resuming in epoch {epoch} after step {self.meter.steps}")
         self._steps_before = self.meter.steps
         self._random = ranks[info.rank]["random"] if info.rank < len(ranks) else {}
+        if self._random:  # an error of its values is to be found before the epoch begins
+            utils.set_random_state(self._random, self.precision.device)
 
     def finetune(self, source: ModelSource) -> None:
         """Load the weights of a source, with a new classifier for other classes."""

@@ -142,7 +142,8 @@ def class_names(checkpoint: Mapping[str, Any], source: str) -> list[str]:
     Raises:
         CheckpointError: They are not names.
     """
-    names = checkpoint.get("classes") or []
+    names = checkpoint.get("classes")
+    names = [] if names is None else names  # of any type: a tensor is neither true nor false
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{source}: classes must be a list of names")
     return list(names)

@@ -3,7 +3,6 @@
 import argparse
 import errno
 import hashlib
-import http.client
 import json
 import os
 import re
@@ -51,6 +50,16 @@ def fetch(url: str) -> Path:
     Raises:
         CheckpointError: The address names no file, or downloading or the digits fail.
     """
+    try:
+        return _fetch(url)
+    except CheckpointError:
+        raise
+    except Exception as error:  # addresses and servers of any kind raise errors of any kind
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"cannot download {url}: {reason}") from error
+
+
+def _fetch(url: str) -> Path:
     name = Path(urlparse(url).path).name
     if name in ("", ".."):
         raise CheckpointError(f"cannot download {url}: it names no file")
@@ -58,13 +67,10 @@ def fetch(url: str) -> Path:
     if not digits:
         name = f"{hashlib.sha256(url.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}-{name}"
     path = Path(torch.hub.get_dir(), "checkpoints", name)
-    try:
-        if path.is_file() and (not digits or _digest(path).startswith(digits[1])):
-            return path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _download(url, path, digits and digits[1])
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise CheckpointError(f"cannot download {url}: {error}") from error
+    if path.is_file() and (not digits or _digest(path).startswith(digits[1])):
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _download(url, path, digits and digits[1])
     return path
 
 

@@ -5,6 +5,7 @@ opened here.
 """
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -99,7 +100,7 @@ def _read_json(path: Path) -> Any:
 def _find_images(root: Path, names: Sequence[str]) -> list[Path]:
     """Return the paths of the images in the published layout or in DeiT's."""
     folder = (root / names[0]).parent
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         rows = [name.split("/") for name in names]
         names = ["/".join([first, *rest[1:]]) for first, *rest in rows]  # no supercategory
         if not (root / names[0]).parent.is_dir():
@@ -130,7 +131,7 @@ def open_inat2021(
     place = root / version
     if category not in INAT_CATEGORIES or category == "supercategory":
         raise DataError(f"iNaturalist 2021 in {root} has no level {category}")
-    if not download and not place.is_dir():
+    if not download and not os.path.isdir(place):
         raise DataError(f"folder {place} does not exist{DOWNLOAD}")
 
     level = "full" if category == "name" else category

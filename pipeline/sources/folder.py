@@ -107,12 +107,12 @@ def open_image_folder(root: Path, is_train: bool, download: bool = False) -> Fil
         DataError: A folder is missing, a class has no image, or the two splits have
             different classes.
     """
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise DataError(f"data folder {root} does not exist (--data-path)")
     train = root / "train"
     val = next((root / name for name in ("val", "validation") if (root / name).is_dir()), None)
     folder, other = (train, val) if is_train else (val, train)
-    if folder is None or not folder.is_dir():
+    if folder is None or not os.path.isdir(folder):
         wanted = "train/" if is_train else "val/ or validation/"
         raise DataError(f"{root} has no folder {wanted} (--data-path needs train/ and val/)")
     found = open_folder_of_classes(folder, hidden=True)

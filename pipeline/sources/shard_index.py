@@ -164,7 +164,7 @@ def _checked(file: Part) -> Any:
         raise ValueError(f"{asdict(file)} has a size that is not a number")
     if numbers[1] * BLOCK > file.size:
         raise ValueError(f"{asdict(file)} is too small for its images")
-    if file.name in ("", ".", "..") or "/" in file.name or file.name.startswith(REMOTE):
+    if file.name in ("", ".", "..") or {"/", "\0"} & {*file.name} or file.name.startswith(REMOTE):
         raise ValueError(f"{file.name!r} is not a file of its folder")
     if file.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", file.sha256):
         raise ValueError(f"{file.sha256!r} is not a SHA-256")

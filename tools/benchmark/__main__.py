@@ -21,6 +21,7 @@ from tools.benchmark import candidates, measure
 from tools.benchmark.candidates import Case, Peer
 from tools.flops import count, our_models
 from training import launch
+from training.flags import Parser
 from utils import UserError
 
 NAMES = ("visformer_tiny", "visformer_small", "swin_visformer_tiny_v2", "swin_visformer_small_v2")
@@ -187,7 +188,7 @@ def plot(rows: list[dict], path: Path) -> None:
 @cli.program
 def main(argv: list[str]) -> None:
     """Run with the flags ``argv``."""
-    parser = argparse.ArgumentParser("tools.benchmark", description=__doc__.splitlines()[0])
+    parser = Parser("tools.benchmark", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help=f"our models; default: {', '.join(NAMES)}")
     add("--mode", nargs="+", choices=["infer", "train"], default=["infer", "train"])

@@ -27,6 +27,7 @@ from models.layers.window import WindowAttention2d
 from tools import cli
 from tools.benchmark import measure
 from training import launch
+from training.flags import Parser
 from utils import UserError
 
 NAMES = ("swin_visformer_small_v2", "swin_visformer_tiny_v2", "swin_visformer_small")
@@ -219,9 +220,7 @@ def compare(args: argparse.Namespace, name: str) -> None:
 @cli.program
 def main(argv: list[str]) -> None:
     """Run with the flags ``argv``."""
-    parser = argparse.ArgumentParser(
-        "tools.benchmark.backbone", description=__doc__.splitlines()[0]
-    )
+    parser = Parser("tools.benchmark.backbone", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help=f"models with windows; default: {NAMES}")
     measure.add_flags(parser, batch_size=1, rounds=10, timing=True)

@@ -27,6 +27,7 @@ from samplers import RASampler
 from tools import cli
 from tools.benchmark import measure
 from training import launch
+from training.flags import Parser
 from training.launch import DistInfo
 from training.network import Network, choose_precision
 from training.output import Output
@@ -104,7 +105,7 @@ def compare(args: Namespace, place: DistInfo) -> None:
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags."""
-    parser = argparse.ArgumentParser("tools.benchmark.saving", description=__doc__.splitlines()[0])
+    parser = Parser("tools.benchmark.saving", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("model", nargs="?", default="visformer_tiny")
     measure.add_flags(parser, batch_size=32)

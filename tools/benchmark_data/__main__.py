@@ -25,6 +25,7 @@ from tools import cli, files, pack_dataset, plots
 from tools.benchmark.measure import add_flags, in_turn, machine, medians
 from tools.benchmark_data.pipelines import Training, in_memory, pipelines
 from tools.tables import markdown, write_csv
+from training.flags import Parser
 from training.launch import select_device
 
 
@@ -120,7 +121,7 @@ def plot(rows: Sequence[dict], path: Path) -> None:
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags."""
-    parser = argparse.ArgumentParser("tools.benchmark_data", description=__doc__.splitlines()[0])
+    parser = Parser("tools.benchmark_data", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--data-path", type=Path, required=True, help="folder with a folder of images per class")
     add("--images", type=int, default=512, help="largest number of images")

@@ -20,7 +20,7 @@ from tools.export.formats import FORMATS, check_requirements, device_of, format_
 from tools.export.source import load_source
 from tools.files import check_outputs, check_writable, folder_beside
 from training.files import OutputError
-from training.flags import positive
+from training.flags import Parser, positive
 from utils import UserError
 
 
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags."""
-    parser = argparse.ArgumentParser("tools.export", description=__doc__.splitlines()[0])
+    parser = Parser("tools.export", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--output", type=Path, required=True, help="file to write, .onnx or .pt2")
     add("--format", choices=list(FORMATS), help="of a .pt2 file: exported (default) or aot")

@@ -27,7 +27,7 @@ from tools import cli, files
 from tools.flops.counting import PartCost, Request, our_models, run, total
 from tools.flops.stages import by_stage
 from tools.tables import markdown, write_csv
-from training.flags import positive
+from training.flags import Parser, positive
 
 # name: (parameters in M, GMACs, ImageNet top-1 in %) as printed in the paper
 PAPER = {
@@ -99,7 +99,7 @@ def requests(args: argparse.Namespace) -> list[Request]:
 @cli.program
 def main(argv: list[str]) -> None:
     """Run with the flags ``argv``; count, print and write."""
-    parser = argparse.ArgumentParser("tools.flops", description=__doc__.splitlines()[0])
+    parser = Parser("tools.flops", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help="models, any of timm's; ours if none")
     cli.add_input_size(parser)

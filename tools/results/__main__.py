@@ -22,7 +22,7 @@ import torch
 from tools.files import folder_for
 from tools.results.claims import CLAIMS, Arm
 from tools.tables import markdown
-from training.flags import parse_args, usable_cpus
+from training.flags import Parser, parse_args, usable_cpus
 from training.launch import run_program
 from training.output import LOG
 from utils import UserError
@@ -120,7 +120,7 @@ def tables(args: Namespace, names: Sequence[str]) -> Iterator[str]:
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("claims", nargs="*", metavar="CLAIM", help=f"one of {', '.join(CLAIMS)}; all if none")
     add("--data-path", required=True, help="image folder with train and val")

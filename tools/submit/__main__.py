@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tools import cli
-from training.flags import parse_args
+from training.flags import Parser, parse_args
 from utils import UserError
 
 SHARED = ("partition", "constraint", "account", "qos", "comment", "exclude")
@@ -20,7 +20,7 @@ SHARED = ("partition", "constraint", "account", "qos", "comment", "exclude")
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags before ``--``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m tools.submit",
         description=__doc__.partition("\n")[0],
         usage="%(prog)s [options] -- FLAGS OF main.py",

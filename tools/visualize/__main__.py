@@ -13,7 +13,7 @@ from tools import cli
 from tools.visualize import attention, curves, features, heads, kernels, positions
 from tools.visualize.capture import PARTS
 from tools.visualize.figures import check_targets, save
-from training.flags import positive
+from training.flags import Parser, positive
 
 NUMBERS = {"type": int, "nargs": "+"}
 IMAGES = {"--image": {"nargs": "+", "metavar": "IMG", "help": "images to average over"}}
@@ -71,7 +71,7 @@ KINDS = {  # kind: (function from flags to Picture, flags ...)
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of all kinds."""
-    parser = argparse.ArgumentParser("tools.visualize", description=__doc__.splitlines()[0])
+    parser = Parser("tools.visualize", description=__doc__.splitlines()[0])
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     for name, (make, *flags) in KINDS.items():
         what = make.__doc__.splitlines()[0]

@@ -1,0 +1,1 @@
+"""Attack test: hostile files, servers, environments and flags, each to be survived."""
