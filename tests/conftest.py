@@ -29,7 +29,7 @@ THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # two cores, whoever 
 
 
 # the longest files: first, so that no process is left alone with one of them
-LONGEST = ("docs", "torchvision_rcnn", "mmdet_commands", "main", "crash", "nodes", "fsdp")
+LONGEST = ("docs", "torchvision_rcnn", "mmdet_commands", "main", "crash", "attack", "nodes", "fsdp")
 LONGEST += ("watchdog", "submit", "benchmark", "distributed", "mmdet", "recipes")
 MARKED = {
     "distributed": ("agreement", "distributed", "fsdp", "nodes"),

@@ -192,7 +192,7 @@ class RunState:
         if checkpoint.get("scaler"):  # empty unless the run used float16
             with restoring("scaler", source):
                 self.precision.scaler.load_state_dict(checkpoint["scaler"])
-        self.best_acc1 = checkpoint.get("best_acc1", 0.0)
+        self.best_acc1 = float(checkpoint.get("best_acc1", 0.0))
         self.best = [tuple(pair) for pair in checkpoint.get("best", ())]
         self.epoch = checkpoint["epoch"]
         with restoring("args", source):

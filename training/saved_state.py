@@ -4,6 +4,8 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
+
 from models.errors import CheckpointError, ModelError, brief
 from utils import UserError
 
@@ -12,6 +14,11 @@ LARGEST = 1 << 53  # of a count; float64 holds all up to it
 
 def _is_count(value: Any, least: int = 0) -> bool:
     return type(value) is int and least <= value <= LARGEST
+
+
+def _is_number(value: Any) -> bool:
+    """Return True for a number, also as a tensor as PyTorch's examples save it."""
+    return type(value) in (int, float) or (torch.is_tensor(value) and value.numel() == 1)
 
 
 def _are_ranks(value: Any) -> bool:
@@ -69,7 +76,7 @@ def _is_dict(value: Any) -> bool:
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "epoch": (lambda value: _is_count(value, -1), "the number of an epoch"),
     "step": (_is_count, "a number of steps"),
-    "best_acc1": (lambda value: type(value) in (int, float), "a number"),
+    "best_acc1": (_is_number, "a number"),
     "best": (_are_best, "pairs of accuracy and epoch"),
     "optimizer": (_is_optimizer, "an optimizer's state and param_groups"),
     "model_ema": (_is_dict, "a dict"),
