@@ -52,7 +52,7 @@ def test_a_crop_has_the_pixels_of_the_whole(kind):
     data = encode(image, "JPEG", **KINDS.get(kind, {}))
     whole = np.asarray(decoded(data))
     header = read_header(data)
-    assert header[:2] == (157, 203) and is_readable(header)
+    assert header[:2] == (157, 203) and is_readable(header, data)
     assert header.is_baseline == (kind != "progressive")
     for box in [(0, 0, 157, 203), (0, 0, 1, 1), (3, 5, 40, 60), (100, 7, 57, 9), (8, 0, 8, 203)]:
         top, left, height, width = box
