@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from pipeline.augment_ops import Box
-from pipeline.images import MAX_MEMORY, are_few_scans, count_scans
+from pipeline.images import allowed_memory, are_few_scans, count_scans
 
 BASELINE = (0xC0, 0xC1)  # Huffman-coded, the image in one pass
 PROGRESSIVE = 0xC2
@@ -59,7 +59,8 @@ def is_readable(header: Header | None, data: bytes) -> bool:
     pixels, limit = header.height * header.width, Image.MAX_IMAGE_PIXELS
     scans = count_scans(data)
     memory = 4 if scans == 1 else 10
-    is_small = (limit is None or pixels <= limit) and pixels * memory <= MAX_MEMORY
+    is_small = limit is None or pixels <= 2 * limit
+    is_small = is_small and pixels * memory <= allowed_memory(data)
     return is_small and are_few_scans(scans, pixels)
 
 

@@ -1,5 +1,6 @@
 """Decoding image files, and the errors of data that cannot be used."""
 
+import errno
 import io
 import os
 import stat
@@ -16,12 +17,15 @@ MAX_ASPECT = 8
 # Pillow also reads formats that it recognises by guesswork, or by calling Ghostscript.
 IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
 MAX_BYTES = 1 << 28  # of an encoded image
-MAX_MEMORY = 480_000_000  # bytes that decoding an image may take
+# bytes that decoding an image may take: more for large files, as real photographs are, than for
+# small ones that claim many pixels
+MAX_MEMORY, MEMORY_PER_BYTE = 480_000_000, 100
 MEMORY_PER_PIXEL = {"JPEG2000": 24, "AVIF": 12, "WEBP": 16}  # bytes; others: 4, and 5 to convert
 MAX_READS = 1 << 17  # Pillow parses markers, chunks, tags and strips in Python
 MAX_PLAIN = 1 << 23  # bytes of a PPM in decimal digits, parsed in Python
-MAX_SCANS = 100  # of a progressive JPEG; libjpeg's, mozjpeg's and jpegtran's scripts have up to 20
-MAX_SCANNED = 1 << 30  # pixels times scans
+# scans of a progressive JPEG: those of libjpeg's, mozjpeg's and jpegtran's scripts, and any
+USUAL_SCANS, MAX_SCANS = 20, 100
+MAX_SCANNED = 1 << 30  # pixels times scans, of more than the usual number
 GREY_OF_16_BITS = ((np.arange(2**16) + 128) // 257).astype(np.uint8)  # 0..65535 to 0..255
 
 
@@ -45,19 +49,30 @@ class _CountedReads(io.BytesIO):
         return super().read(size)
 
 
+def open_regular(path: str | Path) -> int:
+    """Return a descriptor of a regular file, without waiting for the writer of a named pipe.
+
+    Raises:
+        OSError: It is missing, or not a regular file.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file")
+    return descriptor
+
+
 def read_file(path: str | Path) -> bytes:
     """Return the content of a regular file.
 
     Raises:
         CorruptImageError: It is missing, empty, or not a regular file; names the path.
     """
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
-        descriptor = os.open(path, flags)  # without waiting for the writer of a named pipe
+        descriptor = open_regular(path)
         try:
             status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError("not a regular file")
             if status.st_size == 0:
                 raise OSError("empty file")
             if status.st_size > MAX_BYTES:
@@ -75,8 +90,8 @@ def decode_image(data: bytes, name: str | Path, is_upright: bool = False) -> Ima
 
     The content tells the format. Of several frames or pages, the first is used. As in the
     published results, alpha is dropped, and neither the EXIF orientation nor a colour profile is
-    applied. Grey of 16 bits is scaled to 8. More than ``PIL.Image.MAX_IMAGE_PIXELS`` (89 million)
-    are an error, and fewer are in formats whose decoding takes more memory than others.
+    applied. Grey of 16 bits is scaled to 8. Up to 179 million pixels (twice
+    ``PIL.Image.MAX_IMAGE_PIXELS``) are decoded, and fewer of small files that claim many.
 
     Args:
         data: Encoded image.
@@ -89,8 +104,7 @@ def decode_image(data: bytes, name: str | Path, is_upright: bool = False) -> Ima
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd EXIF, palette transparency
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # odd EXIF, palette transparency, many pixels
             with Image.open(_CountedReads(data), formats=IMAGE_FORMATS) as image:
                 _check_cost(image, data)
                 if is_upright:
@@ -117,13 +131,18 @@ def _check_cost(image: Image.Image, data: bytes) -> None:
                 f" {min(MAX_SCANS, MAX_SCANNED // pixels)} are decoded"
             )
         memory += 2 * len(image.getbands())  # coefficients of all scans
-    if pixels * memory > MAX_MEMORY:
+    if pixels * memory > (allowed := allowed_memory(data)):
         raise ValueError(
-            f"{pixels} pixels, of which at most {MAX_MEMORY // memory} are decoded in"
-            f" {image.format} of mode {image.mode}"
+            f"{pixels} pixels, of which at most {allowed // memory} are decoded in {image.format}"
+            f" of mode {image.mode} and {len(data)} bytes"
         )
     if image.tile and image.tile[0][0] == "ppm_plain" and len(data) > MAX_PLAIN:
         raise ValueError(f"{len(data)} bytes of plain PPM, of which at most {MAX_PLAIN} are read")
+
+
+def allowed_memory(data: bytes) -> int:
+    """Return the bytes that decoding an encoded image may take."""
+    return MAX_MEMORY + MEMORY_PER_BYTE * len(data)
 
 
 def count_scans(data: bytes) -> int:
@@ -146,7 +165,7 @@ def count_scans(data: bytes) -> int:
 
 def are_few_scans(scans: int, pixels: int) -> bool:
     """Return True if a JPEG of so many scans is decoded in bounded time."""
-    return scans == 1 or (scans <= MAX_SCANS and scans * pixels <= MAX_SCANNED)
+    return scans <= USUAL_SCANS or (scans <= MAX_SCANS and scans * pixels <= MAX_SCANNED)
 
 
 def load_image(path: str | Path, is_upright: bool = False) -> Image.Image:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.images import CorruptImageError, DataError
+from pipeline.images import CorruptImageError, DataError, open_regular
 from pipeline.sources.base import Encoded, Strings
 from pipeline.sources.download import (
     PIPE,
@@ -173,7 +173,7 @@ def open_shard(
         return cache.open(path, size, sha256, scan if sha256 is None else None)
     try:
         check_size(path, os.stat(path).st_size, size)
-        return os.open(path, os.O_RDONLY)
+        return open_regular(path)
     except OSError as error:
         raise DataError(f"cannot read shard {path}: {error.strerror}") from error
 
@@ -308,7 +308,7 @@ def _read_json(location: str, cache: Cache | None) -> bytes | None:
     try:
         if location.startswith(REMOTE):
             return cache.fetch(location, MAX_INDEX)
-        with open(location, "rb") as file:
+        with os.fdopen(open_regular(location), "rb") as file:
             return file.read(MAX_INDEX + 1)  # one more is an error of parse_index
     except (FileNotFoundError, NotADirectoryError, MissingFileError):
         return None

@@ -301,9 +301,9 @@ def test_16_bits_are_scaled_not_clipped(tmp_path, name):
     np.testing.assert_array_equal(pixels, np.tile(np.array(GREY16_IN_8)[:, None], (6, 1, 3)))
 
 
-@pytest.mark.parametrize(("limit", "passes"), [(1920, True), (1919, False)])
+@pytest.mark.parametrize(("limit", "passes"), [(1920, True), (960, True), (959, False)])
 def test_many_pixels(tmp_path, monkeypatch, limit, passes):
-    """1,920 pixels, with Pillow's limit at and below them."""
+    """1,920 pixels, with Pillow's limit at, at half of and below half of them."""
     (path := tmp_path / "x.png").write_bytes(PNG)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with warnings.catch_warnings():
