@@ -1,6 +1,7 @@
 """A model that can be built: its name, arguments, weights and preprocessing."""
 
 import contextlib
+import functools
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -131,14 +132,13 @@ class ModelSource:
         count = GROWTH * len(tensors) + FREE_TENSORS
         given = {key for key in self.optional if key not in required}
         try:
+            if strange := sorted(given - _arguments_of(self.name)):
+                raise CheckpointError(
+                    f"{self.label}: model_kwargs has {', '.join(strange)}, which is not an "
+                    f"argument of {self.name}"
+                )
             with torch.device("meta"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # an error says more
-                known = _parameters_of(type(build_model(self.name, {}, {})[0]))
-                if strange := sorted(given - known):
-                    raise CheckpointError(
-                        f"{self.label}: model_kwargs has {', '.join(strange)}, which is not an "
-                        f"argument of {self.name}"
-                    )
                 with _bounded(count, elements, f"{self.label}: {self.name}"):
                     build_model(self.name, required, optional)
         except CheckpointError:
@@ -188,15 +188,18 @@ class ModelSource:
         model.pretrained_cfg = model.default_cfg = old | own
 
 
-def _parameters_of(cls: type[nn.Module]) -> set[str]:
-    """Return the names of the constructor's arguments, with those passed on to a base class."""
-    return {
-        name
-        for base in cls.__mro__
+@functools.cache
+def _arguments_of(name: str) -> frozenset[str]:
+    """Return the names of a constructor's arguments, with those passed on to a base class."""
+    with torch.device("meta"):
+        model, _ = build_model(name, {}, {})
+    return frozenset(
+        argument
+        for base in type(model).__mro__
         if base not in (nn.Module, object)
-        for name in inspect.signature(base.__init__).parameters
-        if name not in ("self", "args", "kwargs")
-    }
+        for argument in inspect.signature(base.__init__).parameters
+        if argument not in ("self", "args", "kwargs")
+    )
 
 
 @contextlib.contextmanager
