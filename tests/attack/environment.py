@@ -79,7 +79,7 @@ LAUNCHERS: dict[str, tuple[dict[str, str], str]] = {
 }
 Around = Callable[[], object]
 SOUND: dict[str, Around] = {
-    "no TMPDIR": variables(TMPDIR="/nonesuch/folder"),
+    "no TMPDIR": variables(TMPDIR="nonesuch/folder"),
     "no HOME": variables(HOME=None),
     "HOME unwritable": unwritable,
     "OMP_NUM_THREADS=x": variables(OMP_NUM_THREADS="x"),

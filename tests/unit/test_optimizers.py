@@ -48,6 +48,7 @@ def train(model, optimizer, steps):
     engine.train_one_epoch(model, nn.CrossEntropyLoss(), data, optimizer, CPU, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "count"), STEPS)
 def test_resuming_is_exact(name, count, tmp_path, monkeypatch):
     if name.startswith(("bnb", "fused")):  # of bitsandbytes and of Apex, for CUDA
