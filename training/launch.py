@@ -330,12 +330,10 @@ def shorten_sockets() -> None:
     Raises:
         UserError: /tmp cannot be written.
     """
-    try:
-        given = tempfile.gettempdir()
-    except FileNotFoundError:  # without loader workers, none is needed
+    given = next(filter(None, map(os.environ.get, ("TMPDIR", "TEMP", "TMP"))), "")
+    if not given or len(os.fsencode(os.path.abspath(given))) <= SOCKET_ROOM:
         return
-    if len(os.fsencode(given)) <= SOCKET_ROOM:
-        return
+    before = tempfile.tempdir
     try:
         tempfile.tempdir = SHORT
         multiprocessing.util.get_temp_dir()  # creates its folder, once
@@ -345,7 +343,7 @@ def shorten_sockets() -> None:
             f"({error.strerror}): set TMPDIR to a folder of at most {SOCKET_ROOM} bytes"
         ) from error
     finally:
-        tempfile.tempdir = given
+        tempfile.tempdir = before
 
 
 def last_message(error: BaseException) -> str:
