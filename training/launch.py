@@ -330,7 +330,8 @@ def shorten_sockets() -> None:
     Raises:
         UserError: /tmp cannot be written.
     """
-    given = next(filter(None, map(os.environ.get, ("TMPDIR", "TEMP", "TMP"))), "")
+    variables = map(os.environ.get, ("TMPDIR", "TEMP", "TMP"))
+    given = tempfile.tempdir or next(filter(None, variables), "")
     if not given or len(os.fsencode(os.path.abspath(given))) <= SOCKET_ROOM:
         return
     before = tempfile.tempdir
