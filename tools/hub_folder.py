@@ -68,7 +68,7 @@ import timm
 model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # or hf-hub:ORG/NAME
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"""
 OURS = """\
-import datasets, models  # of the repository that trained it
+import models  # of the repository that trained it
 
 found = models.load_model("local-dir:FOLDER")  # or hf-hub:ORG/NAME
 model, config = found.model, found.data_config"""
