@@ -367,14 +367,14 @@ def end_children() -> None:
 def loader_message(error: Exception) -> str:
     """Return the message for a dead loader worker or a lost rank; raise any other error."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if loader_died(error):
+        return (
+            f"a loader worker died ({reason}), possibly out of memory; "
+            f"lower --num_workers. The last checkpoint is kept"
+        )
     if peer_lost(error):
         return f"another process is lost or stuck ({reason[:200]})"
-    if not loader_died(error):
-        raise error
-    return (
-        f"a loader worker died ({reason}), possibly out of memory; "
-        f"lower --num_workers. The last checkpoint is kept"
-    )
+    raise error
 
 
 def loader_died(error: Exception) -> bool:

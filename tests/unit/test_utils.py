@@ -90,10 +90,12 @@ def test_a_dead_loader_process_is_told_from_other_errors():
     assert message in launch.loader_message(RuntimeError(message))
     with pytest.raises(RuntimeError, match="another"):
         launch.loader_message(RuntimeError("another"))
-    code = compile("raise EOFError", "/x/torch/utils/data/dataloader.py", "exec")
-    with pytest.raises(EOFError) as caught:
-        exec(code)
-    assert "EOFError" in launch.loader_message(caught.value)
+    broken = [EOFError(), ConnectionResetError(104, "Connection reset by peer")]
+    for error in [*broken, BrokenPipeError(32, "Broken pipe")]:
+        code = compile("raise error", "/x/torch/utils/data/dataloader.py", "exec")
+        with pytest.raises(type(error)) as caught:
+            exec(code, {"error": error})
+        assert "--num_workers" in launch.loader_message(caught.value)
 
 
 def test_messages_lose_the_traceback_of_a_loader_process():
