@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from object_detection import checkpoints, recipe, runtime
-from training.flags import Parser
 from training.launch import select_device
+from training.parser import Parser
 
 OBJECTS = 8
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.layers import set_fused_attention
 from object_detection import recipe, runtime
-from training.flags import Parser
+from training.parser import Parser
 from utils import UserError
 
 PROPOSALS, MASKS = 1000, 100

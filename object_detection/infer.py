@@ -17,8 +17,8 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from models import CheckpointError
 from object_detection import checkpoints, recipe, runtime
 from pipeline.images import load_image
-from training.flags import Parser
 from training.launch import select_device
+from training.parser import Parser
 from utils import UserError, printable
 
 COLOURS = ("red", "lime", "blue", "yellow", "magenta", "cyan", "orange", "purple")

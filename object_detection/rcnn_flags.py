@@ -6,7 +6,8 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from object_detection.mask_rcnn import CHANNELS, MAX_SIZE, MIN_SIZE
-from training.flags import Parser, add_processes, flags_of, usable_cpus
+from training.flags import add_processes
+from training.parser import Parser, flags_of, usable_cpus
 from utils import UserError
 
 MODEL = "swin_visformer_small_v2"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from object_detection.runtime import REFUSALS, last_line
-from training.flags import positive
+from training.parser import positive
 from utils import UserError
 
 if TYPE_CHECKING:

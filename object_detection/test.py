@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from object_detection import launch, runtime
-from training.flags import Parser
+from training.parser import Parser
 
 
 def test(args: argparse.Namespace) -> None:

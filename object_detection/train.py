@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from object_detection import launch, runtime
-from training.flags import Parser
+from training.parser import Parser
 
 
 def train(args: argparse.Namespace) -> None:

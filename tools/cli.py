@@ -10,7 +10,9 @@ from pathlib import Path
 
 from training import launch
 from training.files import OutputError
-from training.flags import check_values, get_args_parser, given_flags, positive
+from training.flag_checks import check_values
+from training.flags import get_args_parser
+from training.parser import given_flags, positive
 from utils import UserError
 
 SURROGATES = re.compile("[\ud800-\udfff]")  # Python's code points for bytes that are not UTF-8

@@ -20,7 +20,7 @@ from tools import cli, files
 from tools.hub_folder import push_folder, write_folder
 from training import checkpoints
 from training.files import OutputError, write_atomically
-from training.flags import Parser
+from training.parser import Parser
 from utils import UserError
 
 SUFFIXES = (".safetensors", ".pth")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from training.flags import Parser
+from training.parser import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 STOP_EPOCH = "8"

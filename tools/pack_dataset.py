@@ -38,7 +38,7 @@ from pipeline.workers import worker_init_fn
 from tools import cli
 from tools.files import folder_for
 from training.files import OutputError, write_atomically
-from training.flags import Parser, usable_cpus
+from training.parser import Parser, usable_cpus
 
 
 class PackedSample(NamedTuple):

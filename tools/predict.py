@@ -37,7 +37,7 @@ from tools.validate.classes import (
 from tools.validate.eval_models import EvalModel, check_sources, eval_models
 from training import launch
 from training.files import OutputError
-from training.flags import Parser, positive
+from training.parser import Parser, positive
 from utils import UserError
 
 if TYPE_CHECKING:

@@ -1,78 +1,15 @@
 """Flags of ``main.py``: spellings and defaults of DeiT and Visformer, then our own."""
 
 import argparse
-import ast
-import math
-import os
-import sys
 from argparse import BooleanOptionalAction as OnOff
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
-
-import torch
+from collections.abc import Sequence
 
 from datasets import DATA_SETS, HUB, data_set_named
 from pipeline.sources.fine_grained import INAT_CATEGORIES
+from training.flag_checks import check_flags
+from training.parser import Parser, flags_of, given_flags, usable_cpus
 from training.recipes import recipe_argv
-from utils import UserError, printable
-
-ELSEWHERE = {  # model arguments that --model-kwargs does not accept, and what sets them instead
-    "num_classes": "is set by the dataset: leave it out",
-    "img_size": "is set by --input-size",
-    "drop_rate": "is set by --drop",
-    "drop_path_rate": "is set by --drop-path",
-    "qk_scale_factor": "is set by --qk-scale-factor",
-    "locality_strength": "is set by --locality-strength",
-    "local_up_to_layer": "is set by --local-up-to-layer",
-    "pretrained": "loads weights: use --pretrained",
-    "checkpoint_path": "loads weights: use --finetune CHECKPOINT",
-    "features_only": "makes a backbone without a classifier: leave it out",
-    "in_chans": "is always 3 here: leave it out",
-}
-
-
-def keyword_arguments(words: Sequence[str]) -> dict[str, Any]:
-    """Parse ``--model-kwargs``: ``KEY=VALUE`` words; a value is a Python literal, else a string.
-
-    Raises:
-        UserError: A word has another form, or another flag sets the argument.
-    """
-    found = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or not key.isidentifier():
-            raise UserError(f"--model-kwargs {word} must be KEY=VALUE, such as depth=6")
-        if key in ELSEWHERE:
-            raise UserError(f"--model-kwargs {word}: {key} {ELSEWHERE[key]}")
-        try:
-            found[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            found[key] = value
-    return found
-
-
-class Parser(argparse.ArgumentParser):
-    """Accepts every long flag with dashes and with underscores; its errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        super().error(printable(message))
-
-    def parse_known_args(self, args=None, namespace=None):
-        known = {option.replace("_", "-"): option for option in self._option_string_actions}
-        words = []
-        for word in sys.argv[1:] if args is None else args:
-            flag, equals, value = word.partition("=")
-            if flag.startswith("--"):
-                flag = known.get(flag.replace("_", "-"), flag)
-            words.append(flag + equals + value)
-        return super().parse_known_args(words, namespace)
-
-
-def positive(text: str) -> int:
-    """Convert the text of a flag to an integer of at least 1; a type for argparse."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 1")
-    return int(text)
+from utils import UserError
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -92,23 +29,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     _add_data(parser.add_argument_group("data"))
     add_processes(parser.add_argument_group("processes"))
     return parser
-
-
-def flags_of(group: argparse._ArgumentGroup) -> Callable[..., None]:
-    """Return ``add_argument`` of a group with the default value as default help text."""
-
-    def add(*names: str, **options: Any) -> None:
-        options.setdefault("help", "default: %(default)s")
-        group.add_argument(*names, **options)
-
-    return add
-
-
-def usable_cpus() -> int:
-    """Return the number of CPU cores available to this process."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _add_run(group: argparse._ArgumentGroup) -> None:
@@ -293,13 +213,6 @@ def add_processes(group: argparse._ArgumentGroup) -> None:
     add("--local_rank", type=int, help=argparse.SUPPRESS)
 
 
-def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
-    """Return the values of the flags in ``argv``, without defaults; the parser loses its own."""
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return vars(parser.parse_args(argv))
-
-
 def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
     """Parse a command line, preceded by the flags of ``--config FILE``.
 
@@ -315,7 +228,7 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
     args = parser.parse_args(argv)
     del args.config  # its flags are in
     given, typed = given_flags(get_args_parser(), argv), given_flags(get_args_parser(), words)
-    _check(args)
+    check_flags(args)
     resumes = typed.get("resume", "") not in ("", "auto")
     other = "--pretrained" if typed.get("pretrained") else f"--finetune {args.finetune}"
     if resumes and (typed.get("pretrained") or (typed.get("finetune") and not args.eval)):
@@ -324,85 +237,3 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
             f"read: leave one of them out"
         )
     return args, set(given)
-
-
-RANGES = (  # a condition, the condition in words, and the flags whose values must meet it
-    (
-        lambda value: 0 < value < math.inf,
-        "positive",
-        "batch_size epochs accum_iter log_interval keep_checkpoints clip_grad max_nonfinite "
-        "save_every_steps save_every_minutes dist_timeout input_size eval_crop_ratio "
-        "distillation_tau",
-    ),
-    (
-        lambda value: 0 <= value < math.inf,
-        "0 or more, and finite",
-        "num_workers seed start_epoch warmup_epochs weight_decay mixup cutmix color_jitter lr "
-        "freeze_stages",
-    ),
-    (
-        lambda value: 0 <= value <= 1,
-        "from 0 to 1",
-        "drop drop_path smoothing reprob mixup_prob mixup_switch_prob model_ema_decay "
-        "distillation_alpha",
-    ),
-    (lambda value: 0 < value <= 1, "above 0, at most 1", "sampling_ratio layer_decay"),
-)
-
-
-def check_values(args: argparse.Namespace) -> None:
-    """Check the ranges of numbers, and the backend of ``--compile``; None is always valid.
-
-    Raises:
-        UserError: A number, or one of a list, is out of range, or the backend is unknown.
-    """
-    for is_valid, what, names in RANGES:
-        for name in names.split():
-            value = getattr(args, name)
-            for one in value if isinstance(value, list | tuple) else [value]:
-                if one is not None and not is_valid(one):
-                    raise UserError(f"--{name.replace('_', '-')} {one} must be {what}")
-    if args.compile is not None and args.compile not in torch.compiler.list_backends(None):
-        backends = ", ".join(torch.compiler.list_backends())
-        raise UserError(f"unknown backend --compile {args.compile}; choose one of {backends}")
-
-
-def _check(args: argparse.Namespace) -> None:
-    check_values(args)
-    ratios = args.cutmix_minmax
-    if ratios is not None and not (len(ratios) == 2 and 0 <= ratios[0] < ratios[1] <= 1):
-        given = " ".join(map(str, ratios))
-        raise UserError(f"--cutmix-minmax {given} must be two ratios from 0 to 1, such as 0.2 0.8")
-    if args.opt_betas is not None and len(args.opt_betas) < 2:
-        raise UserError(f"--opt-betas {args.opt_betas[0]} must be two numbers or more")
-    _check_finetuning(args)
-    keyword_arguments(args.model_kwargs)
-    if args.resume == "auto" and not args.output_dir:
-        raise UserError("--resume auto needs --output_dir FOLDER")
-    if args.eval and not (args.resume or args.pretrained):
-        raise UserError("--eval needs --resume CHECKPOINT, or --model NAME --pretrained")
-    if args.pretrained and args.finetune:
-        raise UserError(f"--pretrained and --finetune {args.finetune} exclude each other")
-    if args.fuse and not args.eval:
-        raise UserError("--fuse needs --eval: a fused model cannot be trained")
-
-
-def _check_finetuning(args: argparse.Namespace) -> None:
-    for flag in ("linear_probe", "freeze_stages"):
-        wanted = getattr(args, flag) not in (None, False)
-        if wanted and not (args.finetune or args.resume or args.pretrained):
-            raise UserError(
-                f"--{flag.replace('_', '-')} would freeze random weights: give --finetune "
-                f"CHECKPOINT"
-            )
-    if args.linear_probe and (args.freeze_stages is not None or args.layer_decay is not None):
-        other = "--layer-decay" if args.freeze_stages is None else "--freeze-stages"
-        raise UserError(f"--linear-probe trains the classifier alone: leave {other} out")
-    distils, teacher = args.distillation_type != "none", args.teacher_model or args.teacher_path
-    if distils and not teacher:
-        raise UserError(
-            f"--distillation-type {args.distillation_type} needs a teacher: give --teacher-model "
-            f"NAME or --teacher-path CHECKPOINT"
-        )
-    if teacher and not distils:
-        raise UserError(f"teacher {teacher} is not used: give --distillation-type soft or hard")

@@ -14,7 +14,8 @@ import engine
 import models
 from models import DataConfig, ModelSource
 from pipeline.images import DataError
-from training.flags import get_args_parser, keyword_arguments
+from training.flag_checks import keyword_arguments
+from training.flags import get_args_parser
 from utils import log
 
 

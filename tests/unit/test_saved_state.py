@@ -11,8 +11,9 @@ from models.data_config import data_config_of
 from models.load import from_checkpoint
 from pipeline.sources.shard_index import parse_index
 from tools.cli import shown
-from training.flags import Parser, get_args_parser
+from training.flags import get_args_parser
 from training.launch import DistInfo, rendezvous
+from training.parser import Parser
 from training.recipes import recipe_argv
 from training.saved_state import check_state, restoring
 from utils import UserError

@@ -14,7 +14,7 @@ from validating import caller, random_vit, refuses, save
 import models
 from tools import convert_checkpoint, tables
 from training.files import OutputError
-from training.flags import positive
+from training.parser import positive
 
 
 @pytest.fixture

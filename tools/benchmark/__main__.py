@@ -21,7 +21,7 @@ from tools.benchmark import candidates, measure
 from tools.benchmark.candidates import Case, Peer
 from tools.flops import count, our_models
 from training import launch
-from training.flags import Parser
+from training.parser import Parser
 from utils import UserError
 
 NAMES = ("visformer_tiny", "visformer_small", "swin_visformer_tiny_v2", "swin_visformer_small_v2")

@@ -27,7 +27,7 @@ from models.layers.window import WindowAttention2d
 from tools import cli
 from tools.benchmark import measure
 from training import launch
-from training.flags import Parser
+from training.parser import Parser
 from utils import UserError
 
 NAMES = ("swin_visformer_small_v2", "swin_visformer_tiny_v2", "swin_visformer_small")

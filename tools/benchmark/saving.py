@@ -27,10 +27,10 @@ from samplers import RASampler
 from tools import cli
 from tools.benchmark import measure
 from training import launch
-from training.flags import Parser
 from training.launch import DistInfo
 from training.network import Network, choose_precision
 from training.output import Output
+from training.parser import Parser
 from training.run_state import RunState
 from training.trainer import Trainer
 from utils import log

@@ -25,8 +25,8 @@ from tools import cli, files, pack_dataset, plots
 from tools.benchmark.measure import add_flags, in_turn, machine, medians
 from tools.benchmark_data.pipelines import Training, in_memory, pipelines
 from tools.tables import markdown, write_csv
-from training.flags import Parser
 from training.launch import select_device
+from training.parser import Parser
 
 
 def open_folder(path: Path, count: int) -> Files:

@@ -20,7 +20,7 @@ from tools.export.formats import FORMATS, check_requirements, device_of, format_
 from tools.export.source import load_source
 from tools.files import check_outputs, check_writable, folder_beside
 from training.files import OutputError
-from training.flags import Parser, positive
+from training.parser import Parser, positive
 from utils import UserError
 
 

@@ -27,7 +27,7 @@ from tools import cli, files
 from tools.flops.counting import PartCost, Request, our_models, run, total
 from tools.flops.stages import by_stage
 from tools.tables import markdown, write_csv
-from training.flags import Parser, positive
+from training.parser import Parser, positive
 
 # name: (parameters in M, GMACs, ImageNet top-1 in %) as printed in the paper
 PAPER = {

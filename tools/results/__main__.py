@@ -22,9 +22,10 @@ import torch
 from tools.files import folder_for
 from tools.results.claims import CLAIMS, Arm
 from tools.tables import markdown
-from training.flags import Parser, parse_args, usable_cpus
+from training.flags import parse_args
 from training.launch import run_program
 from training.output import LOG
+from training.parser import Parser, usable_cpus
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent

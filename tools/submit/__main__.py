@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tools import cli
-from training.flags import Parser, parse_args
+from training.flags import parse_args
+from training.parser import Parser
 from utils import UserError
 
 SHARED = ("partition", "constraint", "account", "qos", "comment", "exclude")

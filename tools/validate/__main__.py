@@ -25,7 +25,7 @@ from tools.validate.eval_models import EvalModel, check_sources, eval_models
 from tools.validate.metrics import class_scores, evaluate
 from tools.validate.sets import EvalSet, open_set, read_real_labels
 from training import launch
-from training.flags import Parser
+from training.parser import Parser
 from utils import UserError
 
 NETWORK = ("batch_size", "qk_scale_factor", "amp", "amp_dtype", "channels_last", "compile")

@@ -13,7 +13,7 @@ from tools import cli
 from tools.visualize import attention, curves, features, heads, kernels, positions
 from tools.visualize.capture import PARTS
 from tools.visualize.figures import check_targets, save
-from training.flags import Parser, positive
+from training.parser import Parser, positive
 
 NUMBERS = {"type": int, "nargs": "+"}
 IMAGES = {"--image": {"nargs": "+", "metavar": "IMG", "help": "images to average over"}}
