@@ -17,6 +17,7 @@ from training.launch import DistInfo
 from training.network import fused
 from training.output import Output
 from training.run_state import RunState
+from training.tracking import Tracking
 from training.trainer import Trainer, example_images
 from utils import log
 
@@ -72,12 +73,15 @@ def train(
     )
     state.start(job.source, resumes)
     utils.all_or_none(lambda: output.begin(args, state.epoch + 1), group)
-    if state.epoch < 0 and not state.meter.steps:
-        output.add_images(
-            "train/images", example_images(batches, len(train_set), job.network.images)
-        )
-    criterion = job.criterion.to(batches.device)
-    return Trainer(state, output, batches, job.evaluation, job.mixup_fn, criterion).train()
+    continues = resumes or bool(args.resume)  # or was stopped before there was a checkpoint
+    with utils.all_or_none(lambda: Tracking(args, output, continues), group) as tracking:
+        if state.epoch < 0 and not state.meter.steps:
+            output.add_images(
+                "train/images", example_images(batches, len(train_set), job.network.images)
+            )
+        criterion = job.criterion.to(batches.device)
+        parts = (state, output, batches, job.evaluation, job.mixup_fn, criterion, tracking)
+        return Trainer(*parts).train()
 
 
 def start(argv: list[str]) -> int:

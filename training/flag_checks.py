@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from training.tracking import check_installed
 from utils import UserError
 
 ELSEWHERE = {  # model arguments that --model-kwargs does not accept, and what sets them instead
@@ -100,6 +101,12 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--resume auto needs --output_dir FOLDER")
     if args.eval and not (args.resume or args.pretrained):
         raise UserError("--eval needs --resume CHECKPOINT, or --model NAME --pretrained")
+    if args.log_to and not args.eval:
+        if not args.output_dir:
+            raise UserError(f"--log-to {args.log_to[0]} needs --output_dir FOLDER")
+        check_installed(args.log_to)
+    if args.experiment and not args.log_to:
+        raise UserError(f"--experiment {args.experiment} names the run of a tracker: give --log-to")
     if args.pretrained and args.finetune:
         raise UserError(f"--pretrained and --finetune {args.finetune} exclude each other")
     if args.fuse and not args.eval:

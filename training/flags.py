@@ -9,6 +9,7 @@ from pipeline.sources.fine_grained import INAT_CATEGORIES
 from training.flag_checks import check_flags
 from training.parser import Parser, flags_of, given_flags, usable_cpus
 from training.recipes import recipe_argv
+from training.tracking import TRACKERS
 from utils import UserError
 
 
@@ -55,6 +56,8 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     add("--deterministic", action="store_true", help="bitwise reproducible on CUDA as well; slower")
     add("--max-nonfinite", type=int, default=10, help="consecutive nonfinite losses that end it")
     add("--log-interval", type=int, default=50, help="steps between readings of the loss")
+    add("--log-to", nargs="+", choices=TRACKERS, default=[], help="trackers next to TensorBoard")
+    add("--experiment", default="", metavar="NAME", help="name of the run for --log-to")
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:

@@ -26,6 +26,8 @@ SILENT = (
     "pretrained",
     "output_dir",
     "eval_crop_ratio",
+    "log_to",
+    "experiment",
 )  # flags that may differ silently
 
 

@@ -28,6 +28,7 @@ from training.output import Output, list_corrupt
 from training.progress import Progress
 from training.run_state import RunState
 from training.stopping import LoaderStalled, RequestExchange, StopSignals
+from training.tracking import Tracking
 from training.watchdog import Watchdog
 from utils import log
 
@@ -94,6 +95,7 @@ class Trainer:
         evaluation: Called after every epoch.
         mixup_fn: Mixes a batch on the device.
         criterion: Loss.
+        tracking: Trackers of the epochs.
     """
 
     def __init__(
@@ -104,7 +106,9 @@ class Trainer:
         evaluation: Evaluation,
         mixup_fn: Mixup | None,
         criterion: nn.Module,
+        tracking: Tracking,
     ):
+        self.tracking = tracking
         self.state, self.output, self.loader = state, output, loader
         self.evaluation, self.mixup_fn, self.criterion = evaluation, mixup_fn, criterion
         self.args, self.info = state.args, state.info
@@ -241,7 +245,9 @@ class Trainer:
         state, output = self.state, self.output
         is_best = state.end_epoch(stats["test_acc1"])
         log(f"Max accuracy: {state.best_acc1:.2f}%")
-        output.log_epoch(stats | {"epoch": state.epoch}, state.epoch)
+        stats = stats | {"epoch": state.epoch}
+        output.log_epoch(stats, state.epoch)
+        self.tracking.log(stats | {"best_acc1": state.best_acc1}, state.epoch)
         self.save(is_best, state.epoch, [epoch for _, epoch in state.best])
 
     def stalled(self) -> int:
@@ -251,6 +257,7 @@ class Trainer:
         within a step, and end as they lose this one.
         """
         launch.end_children()
+        self.tracking.status = "interrupted"
         number = self.signals.requested
         if self.info.world_size == 1 and self.state.steps_here % self.args.accum_iter == 0:
             log("the loader does not deliver: it is left")
@@ -273,6 +280,7 @@ class Trainer:
     def stopped(self) -> int:
         """Save the current state and report it; return the exit status."""
         state = self.state
+        self.tracking.status = "interrupted"
         self.watchdog.pause()
         (number, *_) = self.exchange.now(self.requests())
         name, where = signal.Signals(number).name, f"epoch {state.epoch + 1}"
