@@ -49,7 +49,14 @@ class Tracker(Protocol):
     def __init__(self, package: ModuleType): ...
 
     def begin(self, folder: Path, name: str, config: Mapping[str, Any], run: str | None) -> str:
-        """Start a run, or continue the run of this id; return its id."""
+        """Start a run, or continue the run of this id; return its id.
+
+        Args:
+            folder: Output folder; its name is that of a run without one.
+            name: Name of the run, or an empty string.
+            config: Flags.
+            run: Id to continue, if any.
+        """
 
     def log(self, metrics: Mapping[str, float], epoch: int) -> None:
         """Record the metrics of an epoch."""
@@ -67,7 +74,7 @@ class Wandb:
     def begin(self, folder: Path, name: str, config: Mapping[str, Any], run: str | None) -> str:
         self.run = self.package.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
-            name=name,
+            name=name or os.environ.get("WANDB_NAME", folder.name),
             dir=os.environ.get("WANDB_DIR", str(folder)),
             id=run,
             resume="allow",
@@ -77,7 +84,7 @@ class Wandb:
         return self.run.id
 
     def log(self, metrics: Mapping[str, float], epoch: int) -> None:
-        self.run.log(dict(metrics), step=epoch)
+        self.run.log(dict(metrics), step=epoch, commit=True)  # else with the next one
 
     def end(self, status: str) -> None:
         self.run.summary["status"] = status
@@ -97,7 +104,9 @@ class Mlflow:
     def begin(self, folder: Path, name: str, config: Mapping[str, Any], run: str | None) -> str:
         params = {key: str(value) for key, value in config.items()}
         if run is None:
-            run = self.client.create_run(self._experiment(), run_name=name).info.run_id
+            run = self.client.create_run(
+                self._experiment(), run_name=name or folder.name
+            ).info.run_id
         else:  # a parameter cannot change: its first value stays
             known = self.client.get_run(run).data.params
             params = {key: value for key, value in params.items() if key not in known}
@@ -131,7 +140,7 @@ class Trackio:
         self.package = package
 
     def begin(self, folder: Path, name: str, config: Mapping[str, Any], run: str | None) -> str:
-        project = os.environ.get("TRACKIO_PROJECT", PROJECT)
+        project, name = os.environ.get("TRACKIO_PROJECT", PROJECT), name or folder.name
         if run is None:  # runs are resumed by name: it must be unique
             taken = set()
             with contextlib.suppress(ValueError):  # the project is new
@@ -225,8 +234,7 @@ class Tracking:
         tracker = TRACKERS[name](importlib.import_module(name))
         entry = self._record.get(name, {"id": None, "epoch": -1})
         folder = self._output.folder.absolute()
-        title = args.experiment or os.environ.get(f"{name.upper()}_NAME") or folder.name
-        entry["id"] = tracker.begin(folder, title, plain(vars(args)), entry["id"])
+        entry["id"] = tracker.begin(folder, args.experiment, plain(vars(args)), entry["id"])
         self._active[name], self._record[name] = tracker, entry
         self._write()
 
