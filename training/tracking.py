@@ -36,6 +36,7 @@ DEFAULTS = {  # of the packages' settings: quiet, no telemetry, and an outage en
     "WANDB_CONSOLE": "off",
     "WANDB_ERROR_REPORTING": "false",
     "WANDB_FINISH_TIMEOUT": "300",
+    "WANDB__TRANSACTION_LOG_FLUSH_INTERVAL": "1",  # seconds; a killed run loses the rest
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
@@ -87,10 +88,13 @@ class Wandb:
         self.run.log(dict(metrics), step=epoch, commit=True)  # else with the next one
 
     def end(self, status: str) -> None:
-        self.run.summary["status"] = status
-        if status == "interrupted":
-            self.run.mark_preempting()
-        self.run.finish(exit_code=int(status != "finished"))
+        try:
+            self.run.summary["status"] = status
+            if status == "interrupted":
+                self.run.mark_preempting()
+            self.run.finish(exit_code=int(status != "finished"))
+        finally:  # else it prints an error at the exit if its process was lost
+            self.package.teardown()
 
 
 class Mlflow:
@@ -213,6 +217,7 @@ class Tracking:
         self.status = "finished"
         self._output = output
         self._active: dict[str, Tracker] = {}
+        self._failed: list[Tracker] = []
         self._record: dict[str, dict[str, Any]] = {}
         if not args.log_to or not utils.is_main_process():
             return
@@ -270,14 +275,17 @@ class Tracking:
 
     def _drop(self, name: str, reason: str | None) -> None:
         if reason is not None:
-            self._active.pop(name, None)
+            self._failed += [self._active.pop(name)] if name in self._active else []
             log(f"warning: {name} does not record this run any more: {reason}")
 
     def _end(self, status: str) -> None:
         self._output.wait()  # its warnings are printed while the output is
-        for name, tracker in list(self._active.items()):
-            self._drop(name, self._attempt(lambda tracker=tracker: tracker.end(status)))
-        self._active.clear()
+        for tracker in self._failed:  # it may be back
+            self._attempt(lambda tracker=tracker: tracker.end(status))
+        for name, tracker in self._active.items():
+            if reason := self._attempt(lambda tracker=tracker: tracker.end(status)):
+                log(f"warning: {name} did not record the end of this run: {reason}")
+        self._failed, self._active = [], {}
 
     def __enter__(self) -> "Tracking":
         return self

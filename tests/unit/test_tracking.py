@@ -133,6 +133,7 @@ def test_a_failing_tracker_costs_one_warning(fake, tmp_path, capsys):
     assert len(read_log(tmp_path)) == 3
     assert logged(fake) == EXPECTED[:2]
     assert len(warnings_of(capsys.readouterr().out, "wandb", "network 7")) == 1
+    assert fake.calls[-1] == ("wandb", "end", "finished")  # it may be back
     fake.fails, fake.calls = {}, []
     train(tmp_path, 3, 3, resumes=True)
     assert logged(fake) == EXPECTED[1:]  # made up for
