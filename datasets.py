@@ -337,6 +337,7 @@ def build_train_loader(
         num_repeats=3 if args.repeated_aug else 1,
         seed=args.seed,
         shards=dataset.source.shards,
+        targets=dataset.source.targets if args.balanced_sampling else None,
     )
     if args.batch_size > len(sampler):
         raise DataError(

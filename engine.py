@@ -221,14 +221,52 @@ def build_mixup(args: Namespace, num_classes: int) -> Mixup | None:
     )
 
 
-def build_criterion(args: Namespace, mixup_fn: Mixup | None, num_classes: int) -> nn.Module:
-    """Return the training loss: for soft targets wherever mixup *or* cutmix is on."""
+class WeightedCrossEntropy(nn.Module):
+    """Cross-entropy with a weight per class, the mean over the batch.
+
+    ``-sum_k w_k t_k log softmax(z)_k``, where ``t`` are the targets after label smoothing.
+
+    Args:
+        weight: Weights of the classes, ``K``.
+        smoothing: Label smoothing of targets that are classes.
+    """
+
+    def __init__(self, weight: torch.Tensor, smoothing: float = 0.0):
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.smoothing = smoothing
+
+    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Map logits ``B K`` and targets, classes ``B`` or probabilities ``B K``, to the loss."""
+        if targets.ndim == 1:
+            count = logits.shape[-1]
+            hot = nn.functional.one_hot(targets, count).float()
+            targets = hot * (1 - self.smoothing) + self.smoothing / count
+        return nn.functional.cross_entropy(logits.float(), targets.float(), self.weight)
+
+
+def build_criterion(
+    args: Namespace,
+    mixup_fn: Mixup | None,
+    num_classes: int,
+    weights: torch.Tensor | None = None,
+) -> nn.Module:
+    """Return the training loss: for soft targets wherever mixup *or* cutmix is on.
+
+    Args:
+        args: The flags.
+        mixup_fn: Mixes batches, None for none.
+        num_classes: Number of classes K.
+        weights: Weights of the classes, ``K``.
+    """
     if args.bce_loss:
         if mixup_fn is None:
-            return BinaryCrossEntropy(smoothing=args.smoothing)
+            return BinaryCrossEntropy(smoothing=args.smoothing, weight=weights)
         # every class in the mixture is a full target, as in DeiT; smoothing mass is not
         off_value = args.smoothing / num_classes
-        return BinaryCrossEntropy(smoothing=0.0, target_threshold=off_value * 1.001)
+        return BinaryCrossEntropy(smoothing=0.0, target_threshold=off_value * 1.001, weight=weights)
+    if weights is not None:
+        return WeightedCrossEntropy(weights, args.smoothing)
     if mixup_fn is not None:
         return SoftTargetCrossEntropy()
     if args.smoothing:

@@ -1,6 +1,7 @@
 """Samplers: repeated augmentation for training, exact distributed evaluation."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate, islice
@@ -50,6 +51,7 @@ class Deck:
         seed: Seed of the permutations.
         shards: Images in each shard, in order; ``None`` shuffles all images together.
         window: Number of shards shuffled together.
+        is_balanced: Draw every class equally often, from all images whatever their shards.
     """
 
     num_images: int
@@ -59,17 +61,23 @@ class Deck:
     seed: int
     shards: tuple[int, ...] | None = None
     window: int = WINDOW
+    is_balanced: bool = False
 
     def __len__(self) -> int:
         """Samples of an epoch, a multiple of ``num_replicas``."""
         return math.ceil(self.num_images / self.num_replicas) * self.num_replicas
 
-    def _images(self, epoch: int) -> list[int]:
-        """Return the distinct images of an epoch: its part of the permutation of its cycle."""
+    def _images(self, epoch: int, targets: torch.Tensor | None) -> list[int]:
+        """Return the images of an epoch before repeats: its part of the permutation of its cycle.
+
+        Of balanced classes, those that the epoch draws from them.
+        """
+        count = math.ceil(len(self) / self.num_repeats)
+        if self.is_balanced:
+            return self._draws(epoch, count, targets).tolist()
         cycle, part = divmod(epoch, self.num_repeats)
         generator = torch.Generator().manual_seed(mix_seed(self.seed, cycle))
         order = self._permutation(generator).tolist()
-        count = math.ceil(len(self) / self.num_repeats)
         return [order[i % self.num_images] for i in range(part * count, (part + 1) * count)]
 
     def _permutation(self, generator: torch.Generator) -> torch.Tensor:
@@ -84,6 +92,25 @@ class Deck:
             parts.append(images[torch.randperm(len(images), generator=generator)])
         return torch.cat(parts)
 
+    def _draws(self, epoch: int, count: int, targets: torch.Tensor) -> torch.Tensor:
+        """Return the images that an epoch draws from the classes, ``count`` of int64.
+
+        The classes take turns, which go on from epoch to epoch. Each deals its images in random
+        order, all of them before the first comes again.
+        """
+        classes = targets.unique().tolist()
+        turns = torch.arange(epoch * count, (epoch + 1) * count)
+        parts = []
+        for number, name in enumerate(classes):
+            images = (targets == name).nonzero().flatten()
+            places = turns[turns % len(classes) == number] // len(classes)
+            for deal in (places // len(images)).unique().tolist():
+                generator = torch.Generator().manual_seed(mix_seed(self.seed, name, deal))
+                order = torch.randperm(len(images), generator=generator)
+                parts.append(images[order[places[places // len(images) == deal] % len(images)]])
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
+        return torch.cat(parts)[torch.randperm(count, generator=generator)]
+
     def _block_size(self) -> int:
         """Return the number of distinct images whose repeats come before the next images."""
         if self.num_replicas >= self.num_repeats:
@@ -91,20 +118,36 @@ class Deck:
         replicas = self.num_replicas
         return max(2 * replicas, self.batch_size * replicas // self.num_repeats)
 
-    def samples(self, epoch: int) -> Iterator[SampleIndex]:
-        """Yield the samples of an epoch in order."""
-        images, block_size = self._images(epoch), self._block_size()
+    def samples(self, epoch: int, targets: torch.Tensor | None = None) -> Iterator[SampleIndex]:
+        """Yield the samples of an epoch in order.
+
+        Args:
+            epoch: Epoch, from 0.
+            targets: Class of each image, ``N``; needed if ``is_balanced``.
+        """
+        images, block_size = self._images(epoch, targets), self._block_size()
+        before = _occurrences(images) if self.is_balanced else [0] * len(images)
         starts = list(range(0, len(images), block_size))
         if len(starts) > 1 and len(images) - starts[-1] < block_size:
             starts.pop()  # a short last block would put repeats next to each other
         stops = [*starts[1:], len(images)]
         samples = (
-            SampleIndex(image, epoch, copy)
+            SampleIndex(images[place], epoch, copy + self.num_repeats * before[place])
             for start, stop in zip(starts, stops, strict=True)
             for copy in range(self.num_repeats)
-            for image in images[start:stop]
+            for place in range(start, stop)
         )
         return islice(samples, len(self))
+
+
+def _occurrences(images: Sequence[int]) -> list[int]:
+    """Return how often each image has come before in a sequence, ``len(images)`` numbers."""
+    seen: Counter[int] = Counter()
+    counts = []
+    for image in images:
+        counts.append(seen[image])
+        seen[image] += 1
+    return counts
 
 
 class RASampler(Sampler[SampleIndex]):
@@ -125,6 +168,10 @@ class RASampler(Sampler[SampleIndex]):
     An interrupted epoch can resume, also on another number of ranks: the samples that no rank
     has taken are distributed over the new ranks.
 
+    With ``targets``, the classes are drawn in turn, so that each has the same number of samples
+    in an epoch, within one (times the repeats): images of small classes come several times, with
+    other augmentations, and those of large classes over several epochs.
+
     Args:
         num_images: Size of the dataset.
         num_replicas: Number of ranks.
@@ -134,10 +181,12 @@ class RASampler(Sampler[SampleIndex]):
         seed: Seed of the permutations, equal on all ranks.
         shards: Images in each shard, in order; see :class:`Deck`.
         window: Number of shards shuffled together.
+        targets: Class of each image, ``N``, to draw every class equally often.
 
     Raises:
         ValueError: There are no images, ``rank`` is not within ``num_replicas``, ``shards`` do
-            not add up to ``num_images``, or ``window`` is not positive.
+            not add up to ``num_images``, ``window`` is not positive, or there are not as many
+            ``targets`` as images.
     """
 
     def __init__(
@@ -150,6 +199,7 @@ class RASampler(Sampler[SampleIndex]):
         seed: int = 0,
         shards: Sequence[int] | None = None,
         window: int = WINDOW,
+        targets: Sequence[int] | None = None,
     ):
         if num_images < 1:
             raise ValueError(f"num_images must be positive, not {num_images}")
@@ -159,9 +209,13 @@ class RASampler(Sampler[SampleIndex]):
             raise ValueError(f"shards have {sum(shards)} images; the dataset has {num_images}")
         if window < 1:
             raise ValueError(f"window must be positive, not {window}")
+        if targets is not None and len(targets) != num_images:
+            raise ValueError(f"{len(targets)} targets for {num_images} images")
         self.num_replicas, self.rank, self.batch_size = num_replicas, rank, batch_size
+        self._targets = None if targets is None else torch.as_tensor(targets)
         shards = None if shards is None else tuple(int(count) for count in shards)
-        self._own = Deck(num_images, num_replicas, batch_size, num_repeats, seed, shards, window)
+        order = (num_repeats, seed, shards, window, targets is not None)
+        self._own = Deck(num_images, num_replicas, batch_size, *order)
         self.epoch, self._deck, self.dealt = 0, self._own, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -182,7 +236,8 @@ class RASampler(Sampler[SampleIndex]):
         """Resume the epoch of a ``state_dict`` with the samples that no rank has taken.
 
         Raises:
-            ValueError: The state belongs to a dataset of another size or in other shards.
+            ValueError: The state belongs to a dataset of another size or in other shards, or to
+                an epoch whose classes are drawn otherwise.
         """
         values = dict(state)
         epoch, dealt = values.pop("epoch"), values.pop("dealt")
@@ -199,6 +254,12 @@ class RASampler(Sampler[SampleIndex]):
                 f"the dataset is stored in {_shards(self._own.shards)}; the state to resume was"
                 f" saved with {_shards(deck.shards)}"
             )
+        if deck.is_balanced != self._own.is_balanced:
+            how = ("without", "with")
+            raise ValueError(
+                f"the epoch to resume was started {how[deck.is_balanced]} balanced sampling, and"
+                f" would go on {how[self._own.is_balanced]} it"
+            )
         self.epoch, self._deck, self.dealt = epoch, deck, dealt
 
     @property
@@ -213,7 +274,7 @@ class RASampler(Sampler[SampleIndex]):
 
     def __iter__(self) -> Iterator[SampleIndex]:
         stop = self.dealt + len(self) * self.num_replicas
-        samples = self._deck.samples(self.epoch)
+        samples = self._deck.samples(self.epoch, self._targets)
         return islice(samples, self.dealt + self.rank, stop, self.num_replicas)
 
     def __len__(self) -> int:

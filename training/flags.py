@@ -133,6 +133,12 @@ def _add_optimisation(group: argparse._ArgumentGroup) -> None:
     add("--fsdp", action="store_true", help="shard weights and optimizer state over the processes")
     add("--bce-loss", action="store_true", help="binary cross-entropy per class")
     add("--smoothing", type=float, default=0.1, help="label smoothing")
+    add(
+        "--class-weights",
+        metavar="FILE",
+        help="weights of the classes in the loss: balanced (inverse to their number of images), "
+        "or a file of lines CLASS,WEIGHT",
+    )
     add("--sched", default="cosine", help="any schedule of timm")
     add("--sched-on-updates", action=OnOff, default=False, help="step per update, not per epoch")
     add("--lr", type=float, default=5e-4, help="for 512 images per step, scaled linearly")
@@ -194,6 +200,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
     add("--inat-category", choices=INAT_CATEGORIES, default="name", help="level of the classes")
     add("--input-key", default="image", help=f"for {HUB}NAME: column of the images")
     add("--target-key", default="label", help=f"for {HUB}NAME: column of the classes")
+    add("--balanced-sampling", action="store_true", help="draw every class equally often")
     add("--sampling-ratio", type=float, default=1.0, help="fraction of every class to train on")
     add("--loader", choices=["fast", "timm"], default="fast", help="timm: the slow reference")
     where = ["auto", "workers", "device"]

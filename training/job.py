@@ -15,6 +15,7 @@ import utils
 from models import ModelSource
 from pipeline.prefetch import Prefetcher
 from training import agreement
+from training.class_weights import class_weights
 from training.distillation import TeacherTargets, distill
 from training.launch import DistInfo
 from training.network import Network, build_network, choose_source, compare_classes
@@ -86,8 +87,12 @@ def build_job(
     placement = (device, precision.dtype or torch.float32, precision.memory_format)
     batches = datasets.build_prefetcher(loader, *placement)
     mixup_fn = engine.build_mixup(args, num_classes)
-    criterion = engine.build_criterion(args, mixup_fn, num_classes)
+    own = train_set.source
+    weights = class_weights(args.class_weights, own.classes, own.targets)
+    criterion = engine.build_criterion(args, mixup_fn, num_classes, weights)
     facts |= agreement.image_facts("training", train_set)
+    if weights is not None:
+        facts["weights of the classes"] = lambda: agreement.contents({"weights": weights})
     if args.distillation_type != "none":
         mixup_fn, criterion = distill(args, network, mixup_fn, criterion)
         teacher = engine.unwrap(mixup_fn.teacher)
