@@ -27,6 +27,31 @@ def images(seed: int = 0) -> Iterator[Hostile]:
     buffer = io.BytesIO()
     Image.new("RGB", (5000, 5000)).save(buffer, "JPEG2000")
     yield "large.jp2", buffer.getvalue(), "25000000 pixels"
+    for name, tag, order in (
+        ("strips", 273, "<"),
+        ("motorola", 273, ">"),
+        ("resolution", 282, "<"),
+    ):
+        yield f"{name}.tif", tiff({tag: [8] * 10**6}, order), str(1 << 21)
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<HHHII", 2, 282, 5, 300_000, 50)
+    exif = (exif + struct.pack("<HHII", 296, 3, 1, 2)).ljust(65_000, b"\1")
+    more = b"Exif\0\0".ljust(65_000, b"\1")
+    segments = b"".join(b"\xff\xe1" + struct.pack(">H", 65_002) + x for x in [exif] + [more] * 50)
+    start = 4 + int.from_bytes(jpeg[4:6], "big")  # behind JFIF's, which has a resolution
+    yield "exif.jpg", jpeg[:2] + segments + jpeg[start:], "51"
+
+
+def tiff(tags: dict[int, list[int]], order: str = "<") -> bytes:
+    """Return a TIFF of 1 x 10^6 pixels in strips of one row, whose tags have 32 bits."""
+    usual = {256: [1], 257: [10**6], 258: [8], 259: [1], 262: [1], 273: [8], 278: [1], 279: [1]}
+    fields, values, start = b"", b"", 12 + 2 + 12 * len(usual | tags) + 4
+    for tag, numbers in sorted((usual | tags).items()):
+        packed, count = struct.pack(f"{order}{len(numbers)}I", *numbers), len(numbers)
+        if count > 1:
+            packed, values = struct.pack(f"{order}I", start + len(values)), values + packed
+        fields += struct.pack(f"{order}HHI", tag, 4, count) + packed
+    head = {"<": b"II", ">": b"MM"}[order] + struct.pack(f"{order}HI4xH", 42, 12, len(fields) // 12)
+    return head + fields + bytes(4) + values
 
 
 def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
