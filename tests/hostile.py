@@ -61,6 +61,11 @@ def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
     return info.tobuf(tarfile.GNU_FORMAT)
 
 
+def member(name: str, data: bytes, kind: bytes) -> bytes:
+    """Return a member of a tar file."""
+    return header(name, len(data), kind) + data + bytes(-len(data) % 512)
+
+
 def tars() -> Iterator[Hostile]:
     """Shards whose headers lie, or are long."""
     million = 1 << 20
@@ -71,6 +76,21 @@ def tars() -> Iterator[Hostile]:
     yield "negative-0.tar", header("a.jpg", -512), "-512"
     yield "sparse-0.tar", header("a.jpg", 1, b"S") + bytes(1024), "a.jpg"
     yield "chain-0.tar", (header("p", 9, b"x") + b"9 a=bcde\n".ljust(512, b"\0")) * 5000, ""
+    for kind in (b"L", b"K"):
+        yield f"chain{kind.decode()}-0.tar", member("p", b"a" * 100, kind) * 5000, ""
+    yield "digits-0.tar", member("p", b"1" * (1 << 15), b"x"), str(1 << 15)
+    size = b"9 GNU.sparse.size=1\n1 GNU.sparse.offset="
+    yield "offset-0.tar", member("p", size.ljust(1 << 15, b"1"), b"x"), "256"
+    yield "charsets-0.tar", member("p", b"1 hdrcharset=" * 2500, b"x"), "two"
+    version = b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n"
+    sparse = member("p", version, b"x") + member("a.bin", b"2000000\n" + b"1\n" * 4 * 10**6, b"0")
+    yield "map-0.tar", sparse, str(1 << 16)
+    old = bytearray(header("a.bin", 1, b"S")[:482] + b"\1" + bytes(29))
+    old[148:156] = b"%06o\0 " % (sum(old[:148]) + 8 * 32 + sum(old[156:]))
+    yield "extended-0.tar", bytes(old) + (b"1".ljust(504) + b"\1" * 8) * 20_000, str(1 << 16)
+    records = b"".join(b"8 %04x=\n" % number for number in range(4000))
+    yield "all-0.tar", member("p", records, b"g") + header("x", 0) * 130_000, "4000"
+    yield "each-0.tar", (member("p", records, b"x") + header("x", 0)) * 2000, "4000"
     yield "members-0.tar", header("x", 0) * 140_000, str(1 << 17)
 
 
