@@ -5,7 +5,7 @@ import json
 import math
 import random
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,20 @@ def find_images(annotations: Annotations, folders: Sequence[Path]) -> Path:
             return folder
     looked = ", ".join(map(str, dict.fromkeys(folders)))
     raise DataError(f"image {name} of {annotations.path} is not in {looked} (--images FOLDER)")
+
+
+def listing(annotations: Annotations, folder: Path) -> Iterator[str]:
+    """Yield a line per image: its name and bytes.
+
+    Raises:
+        DataError: It cannot be found.
+    """
+    for image in annotations.images:
+        path = folder / image["file_name"]
+        try:
+            yield f"{image['file_name']}, {path.stat().st_size} bytes"
+        except OSError as error:
+            raise DataError(f"cannot read image {path}: {error.strerror}") from error
 
 
 def check_categories(

@@ -9,6 +9,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -329,6 +330,9 @@ def run_in(
         "weights": lambda: agreement.contents(model.state_dict()),
         "checkpoint": lambda: agreement.contents(checkpoint),
     }
+    folders = {"validation": (val, val_folder)}
+    folders |= {} if args.eval else {"training": (train, train_folder)}
+    facts |= {f"{split} images": partial(coco.listing, *where) for split, where in folders.items()}
     agreement.agree(facts, group)
     if args.eval:
         log(str(models.load_weights(model, checkpoint, source)))

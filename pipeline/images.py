@@ -22,10 +22,14 @@ MAX_BYTES = 1 << 28  # of an encoded image
 MAX_MEMORY, MEMORY_PER_BYTE = 480_000_000, 100
 MEMORY_PER_PIXEL = {"JPEG2000": 24, "AVIF": 12, "WEBP": 16}  # bytes; others: 4, and 5 to convert
 MAX_READS = 1 << 17  # Pillow parses markers, chunks, tags and strips in Python
+MAX_TAGS = 1 << 21  # bytes of numbers in a TIFF's tags, which Pillow unpacks to Python's
+MAX_EXIF = 32  # segments of 64 kB, whose numbers Pillow unpacks for the resolution
 MAX_PLAIN = 1 << 23  # bytes of a PPM in decimal digits, parsed in Python
 # scans of a progressive JPEG: those of libjpeg's, mozjpeg's and jpegtran's scripts, and any
 USUAL_SCANS, MAX_SCANS = 20, 100
 MAX_SCANNED = 1 << 30  # pixels times scans, of more than the usual number
+# of TIFF's types; 0 for bytes, texts and unknown ones, which Pillow does not unpack
+NUMBER_BYTES = np.array([0, 0, 0, 2, 4, 8, 1, 0, 2, 4, 8, 4, 8, 4, 0, 0, 8, 0], np.float64)
 GREY_OF_16_BITS = ((np.arange(2**16) + 128) // 257).astype(np.uint8)  # 0..65535 to 0..255
 
 
@@ -105,15 +109,45 @@ def decode_image(data: bytes, name: str | Path, is_upright: bool = False) -> Ima
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd EXIF, palette transparency, many pixels
+            _check_tags(data)
             with Image.open(_CountedReads(data), formats=IMAGE_FORMATS) as image:
                 _check_cost(image, data)
                 if is_upright:
+                    image.getexif()  # kept by Pillow, which would also write it without the tag
+                    image.info.pop("exif", None)
                     ImageOps.exif_transpose(image, in_place=True)
                 return _to_rgb(image)
     except MemoryError:  # not a property of the file
         raise
     except Exception as error:  # on damaged files the decoders raise errors of any kind
         raise CorruptImageError(f"cannot decode image {name}: {_reason(error)}") from error
+
+
+def _check_tags(data: bytes) -> None:
+    """Check that the metadata of an encoded TIFF or JPEG take bounded time and memory to open.
+
+    Raises:
+        ValueError: They take more.
+    """
+    if data[:2] == b"\xff\xd8" and (count := data.count(b"Exif\0\0")) > MAX_EXIF:
+        raise ValueError(f"{count} segments of EXIF, of which at most {MAX_EXIF} are read")
+    if data[:2] not in (b"II", b"MM") or not {42, 43} & {*data[2:4]}:
+        return
+    order, is_big = "<" if data[:2] == b"II" else ">", data[2] == 43
+    word, many = ("u8", "u8") if is_big else ("u4", "u2")
+    kinds = [("tag", "u2"), ("type", "u2"), ("count", word), ("value", word)]
+    entry = np.dtype([(name, order + kind) for name, kind in kinds])
+
+    def number(kind: str, at: int) -> int:
+        size = np.dtype(kind).itemsize
+        return int(np.frombuffer(data[at : at + size].ljust(size, b"\0"), order + kind)[0])
+
+    start = number(word, 8 if is_big else 4)
+    table = data[start + np.dtype(many).itemsize :][: number(many, start) * entry.itemsize]
+    entries = np.frombuffer(table, entry, len(table) // entry.itemsize)
+    sizes = entries["count"] * NUMBER_BYTES[np.minimum(entries["type"], len(NUMBER_BYTES) - 1)]
+    if (size := int(sizes[sizes <= len(data)].sum())) > MAX_TAGS:  # larger ones are not read
+        raise ValueError(f"{size} bytes of tags, of which at most {MAX_TAGS} are read")
 
 
 def _check_cost(image: Image.Image, data: bytes) -> None:

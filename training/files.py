@@ -74,6 +74,23 @@ def write_atomically(
             _remove(temporary)
 
 
+def append(path: Path, content: bytes) -> None:
+    """Append to a file, and sync it.
+
+    Raises:
+        OSError: The disk is full, or the file cannot be written; it is as before.
+    """
+    with path.open("ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            if file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(before)
+            raise
+
+
 def _remove(temporary: Path) -> None:
     # in a folder that has become read-only, the first error must not be replaced by this one
     with contextlib.suppress(OSError):

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 import yaml
-from torch.utils.tensorboard import SummaryWriter
 
 from training.checkpoints import BEST, Saver, plain, snapshot
-from training.files import OutputError, write_atomically
+from training.events import EventFile
+from training.files import OutputError, append, write_atomically
 from utils import is_main_process, log, printable
 
 LOG = "log.txt"
@@ -92,7 +92,8 @@ class Output:
     def __init__(self, folder: str, keep: int = 1):
         self.folder = Path(folder) if folder else None
         self.keep = keep
-        self.writer: SummaryWriter | None = None
+        self._events: EventFile | None = None
+        self._events_fail = False
         self._saver: Saver | None = None
         self._lines: list[str] = []  # log lines not yet written
         if not self.folder or not is_main_process():
@@ -118,10 +119,8 @@ class Output:
         content = yaml.safe_dump(plain(vars(args)), sort_keys=False)
         write_atomically(self.folder / "args.yaml", lambda file: file.write(content.encode()))
         self._drop_lines_from(start_epoch)
-        try:
-            self.writer = SummaryWriter(str(self.folder), purge_step=start_epoch)
-        except (OSError, UnicodeError) as error:  # TensorBoard writes only to names in UTF-8
-            log(f"warning: no TensorBoard events: {getattr(error, 'strerror', None) or error}")
+        self._events = EventFile(self.folder, start_epoch)
+        self._to_tensorboard(self._events.flush)
 
     def _drop_lines_from(self, epoch: int) -> None:
         path = self.folder / LOG
@@ -145,39 +144,34 @@ class Output:
                 f"its lines are kept for the next attempt"
             )
 
-        def add(writer: SummaryWriter) -> None:
-            for name, value in stats.items():
-                if name not in ("epoch", "n_parameters"):
-                    writer.add_scalar(name.replace("_", "/", 1), value, epoch)
-            writer.flush()
-
-        self._to_tensorboard(add)
+        values = {
+            name.replace("_", "/", 1): value
+            for name, value in stats.items()
+            if name not in ("epoch", "n_parameters")
+        }
+        self._to_tensorboard(lambda: self._events.add_scalars(values, epoch))
 
     def _write_lines(self) -> None:
-        text = "".join(self._lines).encode()
-        with (self.folder / LOG).open("ab", buffering=0) as file:
-            before = file.tell()
-            try:
-                if file.write(text) < len(text):
-                    raise OSError(28, os.strerror(28))
-                os.fsync(file.fileno())
-            except OSError:
-                file.truncate(before)
-                raise
+        append(self.folder / LOG, "".join(self._lines).encode())
         self._lines.clear()
 
-    def _to_tensorboard(self, add: Callable[[SummaryWriter], None]) -> None:
-        if self.writer is None:
+    def _to_tensorboard(self, add: Callable[[], None]) -> None:
+        if self._events is None:
             return
         try:
-            add(self.writer)
+            add()
+            self._events_fail = False
         except OSError as error:
-            log(f"warning: no more TensorBoard events: {error.strerror or error}")
-            self.writer = None
+            if not self._events_fail:  # every later event would say the same
+                log(
+                    f"warning: cannot write TensorBoard events to {self._events.path}: "
+                    f"{error.strerror}; they are kept for the next attempt"
+                )
+            self._events_fail = True
 
     def add_images(self, name: str, images: torch.Tensor) -> None:
         """Write an image ``3 H W`` with values in [0, 1] to TensorBoard."""
-        self._to_tensorboard(lambda writer: writer.add_image(name, images))
+        self._to_tensorboard(lambda: self._events.add_image(name, images))
 
     @property
     def busy(self) -> bool:
@@ -246,7 +240,7 @@ class Output:
         """
         if self._saver is None:
             return
-        self._to_tensorboard(lambda writer: writer.close())
+        self._to_tensorboard(lambda: self._events.flush())
         with contextlib.ExitStack() as last:  # each runs even if another one fails
             last.callback(self._lock.release)
             last.callback(self._saver.finish)

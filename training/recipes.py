@@ -48,7 +48,8 @@ def recipe_argv(parser: argparse.ArgumentParser, path: str) -> list[str]:
             raise ValueError(f"it has more than {MAX_RECIPE} characters")
         recipe = yaml.load(text, _StrictLoader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read recipe {path}: {error}") from error
+        reason = " ".join(str(error).split())  # a place in YAML has lines
+        raise UserError(f"cannot read recipe {path}: {reason}") from error
     if not isinstance(recipe, dict):
         raise UserError(f"recipe {path} must be a mapping of flags to values")
     actions = {action.dest: action for action in parser._actions}

@@ -12,12 +12,13 @@ import torch
 import torch.distributed as dist
 
 from training import launch
-from utils import UserError
+from utils import PeerError, UserError
 
 T = TypeVar("T")
 TICK = 1.0  # seconds between signs of life
 JUMP = 2.0  # seconds by which a tick may be late
 ANSWER = 5.0  # seconds that the store has to answer
+FAILED = "failed"  # key of the store: the rank that reports an error of its own
 SHOWN = 4  # processes named in a message
 
 
@@ -71,6 +72,9 @@ class Watchdog:
         if error is not None:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise once more
         self._ended.set()
+        own = isinstance(error, UserError | MemoryError | torch.OutOfMemoryError)
+        if self._store and (own or (isinstance(error, RuntimeError) and launch.loader_died(error))):
+            _within(ANSWER, lambda: self._store.set(FAILED, str(self.rank)))
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
             raise UserError(
                 f"out of memory at {self.where} ({launch.last_message(error)[:200]}): a smaller "
@@ -80,6 +84,8 @@ class Watchdog:
             if launch.loader_died(error):
                 raise UserError(f"{launch.loader_message(error)} (at {self.where})") from error
             if launch.peer_lost(error):
+                if self._store and _within(ANSWER, lambda: self._store.check([FAILED])):
+                    raise PeerError("another rank failed, and reports it") from error
                 reason = str(error).strip().splitlines()[0][:200]
                 message = f"another process is lost or stuck at {self.where}{self.others()}"
                 raise UserError(f"{message} ({reason})") from error

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -9,7 +10,6 @@ import re
 import shutil
 import stat
 import tempfile
-import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from urllib.parse import urlparse
 import safetensors
 import torch
 
+from models.checkpoint.address import open_address
 from models.checkpoint.archive import safe_names, verify_archive
 from models.checkpoint.checksum import file_digest, verify_checksum
 from models.checkpoint.mindspore import looks_like_mindspore, read_mindspore
@@ -35,8 +36,8 @@ JSON_METADATA = {
 ABOUT_CONTENT = (None, errno.EINVAL, errno.EOVERFLOW, errno.EFBIG, errno.ENOENT, errno.EISDIR)
 OUT_OF_MEMORY = "DefaultCPUAllocator"  # in PyTorch's message
 MAX_HEADER = 1 << 23  # bytes of safetensors, some 70 per tensor
-TIMEOUT = 60.0  # seconds without a byte
 CHUNK = 1 << 20  # bytes
+DIGITS = re.compile(r"-([0-9a-f]{8,})\.")  # of a file's SHA-256, in its name
 START_BYTES = 256  # enough to tell the formats apart
 
 
@@ -45,7 +46,8 @@ def fetch(url: str) -> Path:
 
     A name such as ``visformer_small-839e1f5b.pth`` holds the first digits of the file's
     SHA-256, which are verified; a copy that fails is fetched again. A name without digits, such
-    as ``best.pth``, is that of many files: the copy's begins with a hash of the address.
+    as ``best.pth``, is that of many files: the copy's begins with a hash of the address and
+    the digits of what was fetched, which are verified in the same way.
 
     Raises:
         CheckpointError: The address names no file, or downloading or the digits fail.
@@ -63,31 +65,39 @@ def _fetch(url: str) -> Path:
     name = Path(urlparse(url).path).name
     if name in ("", ".."):
         raise CheckpointError(f"cannot download {url}: it names no file")
-    digits = re.search(r"-([0-9a-f]{8,})\.", name)
-    if not digits:
-        name = f"{hashlib.sha256(url.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}-{name}"
-    path = Path(torch.hub.get_dir(), "checkpoints", name)
-    if path.is_file() and (not digits or _digest(path).startswith(digits[1])):
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _download(url, path, digits and digits[1])
-    return path
+    folder, digits = Path(torch.hub.get_dir(), "checkpoints"), DIGITS.search(name)
+    if digits:
+        copies = {folder / name: digits[1]}
+    else:
+        address = hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        name = f"{address}-{{digits}}-{name[-150:]}"
+        found = folder.glob(glob.escape(name).replace("{digits}", "*"))
+        copies = {path: path.name[len(address) + 1 :][:16] for path in found}
+    for path, known in copies.items():
+        if path.is_file() and _digest(path).startswith(known):
+            return path
+    folder.mkdir(parents=True, exist_ok=True)
+    return _download(url, folder, name, digits and digits[1])
 
 
-def _download(url: str, path: Path, digits: str | None) -> None:
+def _download(url: str, folder: Path, name: str, digits: str | None) -> Path:
     """Write a file that is complete, and leaves a tenth of the disk's free space.
+
+    Without ``digits``, its name holds ``{digits}`` for the first ones of its SHA-256.
 
     Raises:
         OSError, ValueError, http.client.HTTPException: It cannot be had so.
     """
-    room = shutil.disk_usage(path.parent).free // 10 * 9
+    room = shutil.disk_usage(folder).free // 10 * 9
     digest, received = hashlib.sha256(), 0
     with (
-        urllib.request.urlopen(url, timeout=TIMEOUT) as response,
-        tempfile.TemporaryDirectory(dir=path.parent) as folder,
-        open(Path(folder, "part"), "wb") as file,
+        open_address(url) as response,
+        tempfile.TemporaryDirectory(dir=folder) as temporary,
+        open(Path(temporary, "part"), "wb") as file,
     ):
-        size = getattr(response, "length", None)
+        if response.status != 200:
+            raise ValueError(f"the server answers with {response.status}, not with the file")
+        size = response.length
         while (size or 0) <= room >= received and (chunk := response.read1(CHUNK)):
             received += len(chunk)
             digest.update(chunk)
@@ -96,10 +106,14 @@ def _download(url: str, path: Path, digits: str | None) -> None:
             raise ValueError(f"it has more than the {room} bytes that the disk has room for")
         if size not in (None, received):
             raise ValueError(f"the connection ended after {received} of {size} bytes")
+        if not received:
+            raise ValueError("the server sends an empty file")
         if not digest.hexdigest().startswith(digits or ""):
             raise ValueError(f"its SHA-256 is {digest.hexdigest()}, not {digits}...")
         file.flush()
+        path = folder / (name if digits else name.replace("{digits}", digest.hexdigest()[:16]))
         os.replace(file.name, path)
+    return path
 
 
 def _digest(path: Path) -> str:

@@ -7,7 +7,7 @@ import re
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO, NamedTuple
 
@@ -31,6 +31,8 @@ CHUNK = 2**20  # bytes
 MAX_INDEX = 2**24  # bytes of JSON, enough for 100,000 shards
 MAX_MEMBERS = 2**17  # files in a shard
 MAX_HEADER = 2**15  # bytes of a long name or of PAX records, which tarfile parses in Python
+MAX_DIGITS = 256  # one after the other in a header; tarfile's patterns take the square of it
+MAX_RECORDS = 64  # of PAX for a member; tarfile applies those for all members to each of them
 MAX_LABEL = 64  # bytes
 MEMBER_BYTES = 300  # in an index, of which a name takes most
 TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, RecursionError, OSError)
@@ -220,15 +222,55 @@ def sha256_of(file: BinaryIO) -> str:
 
 
 class _Headers:
-    """A tar file without the bytes of its members, for tarfile."""
+    """A tar file without the bytes of its members, for tarfile.
+
+    Args:
+        file: The tar file.
+
+    Attributes:
+        left: Bytes that the headers of the current member may still have.
+    """
 
     def __init__(self, file: BinaryIO):
-        self.file, self.seek, self.tell = file, file.seek, file.tell
+        self.file, self.seek, self.tell, self.left = file, file.seek, file.tell, 2 * MAX_HEADER
 
     def read(self, size: int) -> bytes:
         if not 0 <= size <= MAX_HEADER:
             raise tarfile.ReadError(f"a header of {size} bytes, at most {MAX_HEADER} are read")
-        return self.file.read(size)
+        self.left -= size
+        if self.left < 0:
+            raise tarfile.ReadError(f"a member has more than {2 * MAX_HEADER} bytes of headers")
+        data = self.file.read(size)
+        if size > BLOCK:
+            digits = max(map(len, re.findall(rb"[0-9]+", data)), default=0)
+            if digits > MAX_DIGITS or data.count(b"hdrcharset=") > 1:
+                raise tarfile.ReadError(
+                    f"a header with {digits} digits in a row, at most {MAX_DIGITS} are read, or"
+                    f" with two character sets"
+                )
+        return data
+
+
+def _members(archive: tarfile.TarFile, headers: _Headers, name: str) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of a tar file, keeping none.
+
+    Raises:
+        DataError: There are too many, or too many records for all of them.
+        tarfile.TarError: It is damaged, or its headers would take long.
+    """
+    count = 0
+    while (member := archive.next()) is not None:
+        count, records = count + 1, max(len(archive.pax_headers), len(member.pax_headers))
+        if count > MAX_MEMBERS:
+            raise DataError(f"{name} has more than {MAX_MEMBERS} members")
+        if records > MAX_RECORDS:
+            raise DataError(
+                f"{name}: {member.name[:100]} has {records} records (PAX), of which at most"
+                f" {MAX_RECORDS} are read"
+            )
+        yield member
+        archive.members.clear()  # tarfile keeps them: 100,000 take 200 MB
+        headers.left = 2 * MAX_HEADER
 
 
 def scan_shard(file: BinaryIO, name: str, with_checksums: bool = False) -> Members:
@@ -245,11 +287,10 @@ def scan_shard(file: BinaryIO, name: str, with_checksums: bool = False) -> Membe
     """
     images: dict[str, tuple[str, int, int, int]] = {}
     labels: dict[str, int] = {}
+    headers = _Headers(file)
     try:
-        with tarfile.open(fileobj=_Headers(file), mode="r:") as archive:
-            for count, member in enumerate(archive):
-                if count == MAX_MEMBERS:
-                    raise DataError(f"{name} has more than {MAX_MEMBERS} members")
+        with tarfile.open(fileobj=headers, mode="r:") as archive:
+            for member in _members(archive, headers, name):
                 if member.size < 0:
                     raise DataError(f"{name}: {member.name[:100]} has {member.size} bytes")
                 folder, _, last = member.name.rpartition("/")

@@ -114,14 +114,17 @@ def cases(rng: random.Random) -> list[Case]:
                 continue
             case = Case("environment", name, program, words, outcome=FINE, around=around)
             found.append(case)
-    small = limited(resource.RLIMIT_FSIZE, 100_000)
     leaves = ("args.yaml", "events.*", "log.txt")
-    for program, words, named in (
-        ("main", RUN, "checkpoint.pth"),
-        ("export", ["--checkpoint", "+mid.pth", "--output", "=x.pt2", "--no-check"], "x.pt2"),
-        ("convert", ["+mid.pth", "=x.safetensors"], "x.safetensors"),
-        ("convert", ["+mid.pth", "=x.pth"], "x.pth"),
+    features = ["features", "+mid.pth", "--image", "+photo.jpg", "--tensorboard", "=run"]
+    for size, program, words, named in (
+        (10, "main", RUN, "checkpoint.pth"),
+        (10, "visualize", features, "run"),
+        (100, "main", RUN, "checkpoint.pth"),
+        (100, "export", ["--checkpoint", "+mid.pth", "--output", "=x.pt2", "--no-check"], "x.pt2"),
+        (100, "convert", ["+mid.pth", "=x.safetensors"], "x.safetensors"),
+        (100, "convert", ["+mid.pth", "=x.pth"], "x.pth"),
     ):
-        case = Case("environment", "files of 100 kB", program, words, named=named, around=small)
+        name, around = f"files of {size} kB", limited(resource.RLIMIT_FSIZE, 1000 * size)
+        case = Case("environment", name, program, words, named=named, around=around)
         found.append(Case(**vars(case) | {"leaves": leaves, "outcome": REFUSED}))
     return found

@@ -16,7 +16,7 @@ ALLOWED = {  # rooms that a room may import from, itself apart
     "training": FLOORS - {"training"},
     "datasets": {"models", "pipeline", "samplers", "utils"},
     "engine": {"utils"},
-    "pipeline": {"samplers", "utils"},
+    "pipeline": GROUND,
     "hubconf": {"models"},
     "models": set(),
     "samplers": set(),

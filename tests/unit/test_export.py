@@ -2,10 +2,12 @@
 
 import copy
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -334,3 +336,18 @@ def test_says_what_to_install(vit, tmp_path, monkeypatch, capsys):
         assert "--device cuda" in capsys.readouterr().err
     assert not out.exists()
     assert not package.exists()
+
+
+def test_packages_leave_nothing_in_the_temporary_folder(tmp_path, monkeypatch):
+    (tmp_path / "left").mkdir()
+    text = "import os, pathlib\npathlib.Path(os.environ['TMPDIR'], '.ses').touch()\n"
+    (tmp_path / "leaving.py").write_text(text)
+    (tmp_path / "failing.py").write_text(f"{text}raise ImportError")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "left"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "left"))
+    formats.import_package("leaving")
+    with pytest.raises(ImportError):
+        formats.import_package("failing")
+    assert list((tmp_path / "left").iterdir()) == []
+    assert os.environ["TMPDIR"] == str(tmp_path / "left")

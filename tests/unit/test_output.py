@@ -68,6 +68,7 @@ def test_what_a_full_disk_did_not_take_is_written_later(tmp_path):
     assert [line["epoch"] for line in read_log(tmp_path)] == [0, 1, 2, 3]
     assert len(warnings_of(text, tmp_path / "log.txt")) == 2
     assert len(warnings_of(text, "TensorBoard")) == 1
+    assert "Traceback" not in text
 
 
 def end_on_a_full_disk(folder):
@@ -118,14 +119,33 @@ def test_a_disk_that_fills_up(small_disk, capsys):
     assert numbers(small_disk) == {"checkpoint.pth": 3, "previous.pth": 1, "best.pth": 2}
 
 
-def test_a_log_begun_on_a_full_disk_needs_no_tensorboard(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(module, "SummaryWriter", partial(fail, errno.ENOSPC))
-    output = Output(str(tmp_path))
+def events_on_a_full_disk(folder):
+    output = Output(str(folder))
+    limit_files(60)
     output.begin(Namespace(), 0)
-    output.log_epoch({"epoch": 0}, 0)
+    limit_files(10_000)
+    output.add_images("train/images", torch.rand(3, 100, 100))
+    output.log_epoch({"epoch": 0, "test_a\x1b[2J\udcff": 1.0}, 0)
+    limit_files(-1)
+    output.log_epoch({"epoch": 1, "test_a\x1b[2J\udcff": 2.0}, 1)
+    limit_files(10)
+    output.log_epoch({"epoch": 2}, 2)
+    limit_files(-1)
     output.close()
-    assert read_log(tmp_path) == [{"epoch": 0}]
-    assert warnings_of(capsys.readouterr().out, "TensorBoard")
+
+
+def test_events_that_a_full_disk_did_not_take_are_written_later(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    text = done(events_on_a_full_disk, tmp_path)
+    (events,) = tmp_path.glob("events.*")
+    assert len(warnings_of(text, events)) == 1
+    assert len(text.splitlines()) == 2, text  # the other one is of log.txt
+    found = EventAccumulator(str(tmp_path)).Reload()
+    assert found.Tags()["scalars"] == ["test/a\\x1b[2J\\udcff"]
+    values = found.Scalars("test/a\\x1b[2J\\udcff")
+    assert [(value.step, value.value) for value in values] == [(0, 1.0), (1, 2.0)]
+    assert len(found.Images("train/images")) == 1
 
 
 # --- permission -----------------------------------------------------------------------------

@@ -319,6 +319,37 @@ def endless(handler):
             handler.wfile.write(bytes(1 << 16))
 
 
+def test_cached_checkpoints_are_verified_when_used_again(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    digits = hashlib.sha256(b"first").hexdigest()[:8]
+    for name in ("best.pth", f"best-{digits}.pth", "best", "*[!a].pth"):
+        (server.folder / name).write_bytes(b"first")
+        url = f"{server.url}/{name}"
+        path = fetch(url)
+        assert fetch(url) == path and server.count(name)[name] == 1
+        for damage in (b"fir", b"other", b""):
+            path.write_bytes(damage)
+            assert fetch(url) == path and path.read_bytes() == b"first"
+        assert server.count(name)[name] == 4
+        path.write_bytes(b"other")
+        (server.folder / name).unlink()
+        refused(partial(fetch, url), url, "404", kind=CheckpointError)
+
+
+def test_cached_shards_are_verified_when_used_again(truth, server, cache):
+    assert content(open_shards(server.url, True, cache=cache)) == truth[0]
+    (path,) = cache.folder.glob(f"*{FIRST}")
+    os.truncate(path, 4000)
+    assert content(open_shards(server.url, True, cache=cache)) == truth[0]
+    assert server.count()[FIRST] == 2
+    shards = open_shards(server.url, True, cache=cache)
+    fill(path)
+    refused(partial(shards.read, 0), FIRST, "CRC-32", kind=CorruptImageError)
+    for path in cache.folder.glob("*.npz"):
+        fill(path)
+    refused(partial(open_shards, server.url, True, cache=cache), ".npz")
+
+
 class Endless(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass

@@ -9,10 +9,12 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -43,6 +45,25 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def import_package(name: str) -> ModuleType:
+    """Import a package; what it leaves in the temporary folder is removed.
+
+    onnxruntime writes an identifier of the machine's session to ``TMPDIR``.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    before = os.environ.get("TMPDIR")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TMPDIR"] = folder
+        try:
+            return importlib.import_module(name)
+        finally:
+            os.environ.pop("TMPDIR")
+            if before is not None:
+                os.environ["TMPDIR"] = before
 
 
 @torch.no_grad()
@@ -89,8 +110,7 @@ def write_onnx(
 
 def load_onnx(path: Path, device: torch.device) -> Program:
     """Load an ONNX file in onnxruntime, with PyTorch's number of threads."""
-    import onnxruntime
-
+    onnxruntime = import_package("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
@@ -177,7 +197,7 @@ def device_of(name: str | None, format_name: str) -> torch.device:
     has_cuda = True
     if format_name == "onnx" and torch.cuda.is_available():
         try:
-            import onnxruntime
+            onnxruntime = import_package("onnxruntime")
         except ImportError:
             has_cuda = False
         else:
@@ -204,7 +224,7 @@ def check_requirements(format_name: str, check: bool) -> None:
         packages = (*packages, "onnxruntime")
     for package in packages:
         try:
-            importlib.import_module(package)
+            import_package(package)
         except ImportError as error:
             raise UserError(f"this needs {package}: pip install {' '.join(packages)}") from error
     compiler = os.environ.get("CXX") or "g++"

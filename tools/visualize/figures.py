@@ -170,13 +170,13 @@ def save(picture: Picture, kind: str, args: Namespace) -> list[str]:
 
 
 def _to_tensorboard(figure: Any, tag: str, step: int, folder: Path) -> None:
-    from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+    from training.events import EventFile  # takes seconds to import
 
     png = io.BytesIO(plots.as_png(figure, DPI, PADDING))
     try:
-        with SummaryWriter(str(folder)) as writer:
-            image = np.asarray(Image.open(png).convert("RGB"))
-            writer.add_image(tag, image, step, dataformats="HWC")
+        folder.mkdir(parents=True, exist_ok=True)
+        image = np.asarray(Image.open(png).convert("RGB"))
+        EventFile(folder).add_image(tag, image, step, dataformats="HWC")
     except (OSError, ValueError) as error:  # ValueError: a step that is too large
         reason = getattr(error, "strerror", None) or error
         raise OutputError(f"cannot write to {folder}: {reason}") from error
