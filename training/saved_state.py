@@ -38,9 +38,11 @@ def _are_ranks(value: Any) -> bool:
 def _is_sampler(value: Any) -> bool:
     if not isinstance(value, Mapping):
         return False
-    numbers = {key: number for key, number in value.items() if key != "shards"}
+    numbers = {k: number for k, number in value.items() if k not in ("shards", "is_balanced")}
     divisors = ("num_images", "num_replicas", "batch_size", "num_repeats", "window")
     if not all(_is_count(number, key in divisors) for key, number in numbers.items()):
+        return False
+    if type(value.get("is_balanced", False)) is not bool:
         return False
     images, ranks = numbers.get("num_images", 0), numbers.get("num_replicas", 0)
     return numbers.get("dealt", 0) <= images + ranks
