@@ -14,9 +14,9 @@ from conftest import ROOT, write_images
 from small_models import shrunk
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-import engine
 import models
 from tools.flops import our_models
+from training import schedules
 from training.flags import get_args_parser, parse_args
 from utils import UserError
 
@@ -70,9 +70,11 @@ def test_header_agrees_with_the_file(path):
     note = re.search(r"^lr: \S+  # (\S+) for (\d+) images$", path.read_text(), re.M)
     if note:
         assert int(note[2]) == head.global_batch
-        assert engine.scaled_lr(args, head.processes) == pytest.approx(float(note[1]), rel=1e-5)
+        assert schedules.learning_rates(args, head.processes).peak == pytest.approx(
+            float(note[1]), rel=1e-5
+        )
     else:
-        assert head.global_batch == engine.REFERENCE_BATCH or path.stem == "digits"
+        assert head.global_batch == schedules.REFERENCE_BATCH or path.stem == "digits"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
