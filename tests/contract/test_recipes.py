@@ -67,12 +67,18 @@ def test_header_agrees_with_the_file(path):
     )
     assert args.batch_size * args.accum_iter * head.processes == head.global_batch
     assert timm.is_model(args.model)
-    note = re.search(r"^lr: \S+  # (\S+) for (\d+) images$", path.read_text(), re.M)
+    rates = schedules.learning_rates(args, head.processes)
+    note, floor = (
+        re.search(rf"^{key}: \S+  # (\S+) for (\d+) images$", path.read_text(), re.M)
+        for key in ("lr", "min-lr")
+    )
+    assert bool(floor) == (head.global_batch < schedules.REFERENCE_BATCH)
+    if floor:
+        assert (rates.floor, head.global_batch) == (float(floor[1]), int(floor[2]))
+        assert rates.warmup in (0.0, 1e-6)
     if note:
         assert int(note[2]) == head.global_batch
-        assert schedules.learning_rates(args, head.processes).peak == pytest.approx(
-            float(note[1]), rel=1e-5
-        )
+        assert rates.peak == pytest.approx(float(note[1]), rel=1e-5)
     else:
         assert head.global_batch == schedules.REFERENCE_BATCH or path.stem == "digits"
 

@@ -3,17 +3,20 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import error_of, succeed
-from loading import flags
+from loading import flags, refused
 from timm.optim import list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 import engine
+from datasets import build_train_loader
 from main import main
 from models import CheckpointError, DataConfig, read_checkpoint
+from pipeline.sources.base import Pixels
 from samplers import RASampler
 from training import schedules
 from training.checkpoints import plain, save_checkpoint, snapshot
@@ -337,10 +340,15 @@ def test_single_images(images, tmp_path):
     succeed(*run, "--model", "fastvit_t8", "--no-train-mode")
 
 
-@pytest.mark.parametrize(
-    ("words", "most"),
-    [((), 24), (("--sampling-ratio", 0.4), 8), (("--sampling-ratio", 0.4, "--mixup", 0), 8)],
-)
-def test_batches_larger_than_the_set(images, words, most):
-    line = error_of(main, *TINY, "--data-path", images, "--batch-size", 50, *words)
-    assert line.rstrip().endswith(f"--batch-size {most}")
+def test_batches_larger_than_the_set(images):
+    line = error_of(main, *TINY, "--data-path", images, "--batch-size", 50)
+    assert line.rstrip().endswith("--batch-size 24")
+    dataset = Pixels(np.zeros((24, 4, 4, 3), np.uint8), [0] * 24, ["a"])
+    dataset.source = dataset
+    for words, ranks, named in (
+        ((), 8, "--batch-size 2"),  # mixup needs pairs
+        (("--mixup", 0, "--cutmix", 0), 8, "--batch-size 3"),
+        ((), 24, "--batch-size 1"),
+    ):
+        args = flags("--batch-size", 4, *words)
+        assert refused(lambda: build_train_loader(dataset, args, ranks, 0), "24").endswith(named)  # noqa: B023
