@@ -340,9 +340,12 @@ def build_train_loader(
         targets=dataset.source.targets if args.balanced_sampling else None,
     )
     if args.batch_size > len(sampler):
+        pairs = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax
+        most = len(sampler) // 2 * 2 if pairs else len(sampler)
+        advice = f"give --batch-size {most}" if most else "give --mixup 0 --cutmix 0 --batch-size 1"
         raise DataError(
             f"--batch-size {args.batch_size} is larger than the training set: {len(dataset)} images"
-            f" over {num_replicas} process(es) leave {len(sampler)} each"
+            f" over {num_replicas} process(es) leave {len(sampler)} each: {advice}"
         )
     return DataLoader(
         dataset,

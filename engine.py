@@ -14,9 +14,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2, get_optimizer_info
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.plateau_lr import PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -25,11 +22,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from utils import UserError, all_or_none, sum_over_processes
-
-REFERENCE_BATCH = 512  # global batch size for which --lr is given
-# optimizers of PyTorch; fused, they also skip a step of the gradient scaler without a device sync
-FUSED_OPTIMIZERS = ("adamw", "adam", "sgd", "momentum")
-FUSED_SHARDED_OPTIMIZERS = ("adamw", "adam")
 
 
 @dataclass
@@ -85,115 +77,6 @@ def set_determinism(deterministic: bool) -> None:
         # cuBLAS reads it at its start
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
-
-
-def scaled_lr(args: Namespace, world_size: int) -> float:
-    """Return ``--lr`` scaled linearly with the global batch size, relative to 512 (DeiT).
-
-    The global batch counts all ranks and accumulated batches; ``--unscale-lr`` returns ``--lr``
-    unchanged.
-    """
-    if args.unscale_lr:
-        return args.lr
-    return args.lr * args.batch_size * args.accum_iter * world_size / REFERENCE_BATCH
-
-
-def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """Build timm's optimizer ``--opt``; norms, biases and ``no_weight_decay`` do not decay.
-
-    With ``--layer-decay``, the learning rate falls by that factor with every layer from the
-    classifier down (BEiT, arXiv 2106.08254, section 3.1). Layers are timm's: a norm before the
-    classifier belongs to the last block, where BEiT's code counts it with the classifier.
-
-    Raises:
-        UserError: Unknown optimizer, an option it does not accept, or a model without
-            ``group_matcher`` with ``--layer-decay``.
-    """
-    options = {"eps": args.opt_eps, "betas": args.opt_betas, "layer_decay": args.layer_decay}
-    sharded = isinstance(model, FSDPModule)
-    if args.opt.lower() in (FUSED_SHARDED_OPTIMIZERS if sharded else FUSED_OPTIMIZERS):
-        options["fused"] = True
-    try:
-        name = args.opt.lower().removeprefix("lookahead_")
-        kind, betas = get_optimizer_info(name), args.opt_betas
-        if betas is not None and kind.has_betas and len(betas) != kind.num_betas:
-            given = " ".join(map(str, betas))
-            raise ValueError(f"--opt-betas {given} must be {kind.num_betas} numbers")
-        if "kron" in name:  # its random numbers are then its own: equal on all ranks, and saved
-            options["deterministic"] = True
-        optimizer = create_optimizer_v2(
-            model,
-            opt=args.opt,
-            lr=lr,
-            weight_decay=args.weight_decay,
-            momentum=args.momentum,
-            **{key: value for key, value in options.items() if value is not None},
-        )
-    except (ValueError, TypeError, AssertionError, ImportError) as error:
-        raise UserError(f"cannot build optimizer --opt {args.opt}: {error}") from error
-    if args.layer_decay not in (None, 1) and not hasattr(model, "group_matcher"):
-        name = type(model).__name__
-        raise UserError(f"{name} has no group_matcher for its layers: leave --layer-decay out")
-    return optimizer
-
-
-def layer_scales(optimizer: torch.optim.Optimizer) -> list[float]:
-    """Return the learning rate scales of ``--layer-decay``, in ascending order."""
-    return sorted({group.get("lr_scale", 1.0) for group in optimizer.param_groups})
-
-
-def build_scheduler(
-    args: Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int
-) -> Scheduler:
-    """Build timm's schedule ``--sched`` over ``--epochs``.
-
-    Raises:
-        UserError: Unknown schedule, or an option it does not accept.
-    """
-    try:
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            sched=args.sched,
-            num_epochs=args.epochs,
-            decay_epochs=args.decay_epochs,
-            cooldown_epochs=args.cooldown_epochs,
-            patience_epochs=args.patience_epochs,
-            decay_rate=args.decay_rate,
-            min_lr=args.min_lr,
-            # timm's plateau schedule starts there even without a warm-up
-            warmup_lr=args.warmup_lr if args.warmup_epochs else optimizer.defaults["lr"],
-            warmup_epochs=args.warmup_epochs,
-            noise=args.lr_noise,
-            noise_pct=args.lr_noise_pct,
-            noise_std=args.lr_noise_std,
-            step_on_epochs=not args.sched_on_updates,
-            updates_per_epoch=updates_per_epoch,
-        )
-    except ValueError as error:
-        raise UserError(f"cannot build schedule --sched {args.sched}: {error}") from error
-    if scheduler is None:  # older versions of timm, for an unknown name
-        raise UserError(f"unknown schedule --sched {args.sched}; choose one of cosine, step, ...")
-    return scheduler
-
-
-def scheduler_state(scheduler: Scheduler) -> dict[str, Any]:
-    """Return the full state of a schedule as plain values, including what timm's own omits."""
-    state = scheduler.state_dict()
-    if isinstance(scheduler, PlateauLRScheduler):
-        state |= {"plateau": scheduler.lr_scheduler.state_dict(), "lrs": scheduler.restore_lr}
-    return state
-
-
-def restore_scheduler(scheduler: Scheduler, state: Mapping[str, Any]) -> None:
-    """Restore :func:`scheduler_state` of a schedule that depends on its past (plateau).
-
-    The others are functions of the step and of the flags, which may have changed.
-    """
-    if isinstance(scheduler, PlateauLRScheduler) and state:
-        scheduler.load_state_dict(dict(state))
-        if "plateau" in state:
-            scheduler.lr_scheduler.load_state_dict(dict(state["plateau"]))
-            scheduler.restore_lr = state["lrs"]
 
 
 def build_mixup(args: Namespace, num_classes: int) -> Mixup | None:

@@ -7,9 +7,8 @@ from argparse import Namespace
 import torch
 import torch.distributed as dist
 
-import engine
 import utils
-from training import agreement, launch
+from training import agreement, launch, schedules
 from training.checkpoints import read_resume
 from training.flags import parse_args
 from training.job import Job, build_job
@@ -61,14 +60,17 @@ def train(
     """Train, resuming a run or from the weights of a source; return the exit status."""
     args, batches = job.args, job.batches
     train_set = batches.loader.dataset
-    lr = engine.scaled_lr(args, info.world_size)
+    continues = resumes and {"optimizer", "epoch"} <= job.source.checkpoint.keys()
+    rates = schedules.learning_rates(
+        args, info.world_size, job.source.checkpoint if continues else None
+    )
     global_batch = args.batch_size * args.accum_iter * info.world_size
     share = "" if args.sampling_ratio == 1 else f" ({args.sampling_ratio:g} of the set)"
-    log(f"learning rate {lr:.6g} (--lr {args.lr:g}) for {global_batch} images per step")
+    schedules.describe(args, rates, global_batch)
     log(f"training on {len(train_set)} images{share}")
     updates = -(-len(batches) // args.accum_iter)
     state = RunState(
-        *(args, job.network, lr, updates),
+        *(args, job.network, rates, updates),
         *(batches.sampler, info, group, train_set.classes),
     )
     state.start(job.source, resumes)

@@ -3,11 +3,12 @@
 import argparse
 import ast
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from training import schedules
 from training.tracking import check_installed
 from utils import UserError
 
@@ -24,10 +25,26 @@ ELSEWHERE = {  # model arguments that --model-kwargs does not accept, and what s
     "features_only": "makes a backbone without a classifier: leave it out",
     "in_chans": "is always 3 here: leave it out",
 }
+OPTIMIZER_ELSEWHERE = {  # likewise, arguments of optimizers
+    "params": "are the model's: leave it out",
+    "lr": "is set by --lr",
+    "weight_decay": "is set by --weight-decay",
+    "eps": "is set by --opt-eps",
+    "betas": "is set by --opt-betas",
+    "momentum": "is set by --momentum",
+    "deterministic": "is always on: leave it out",
+}
 
 
-def keyword_arguments(words: Sequence[str]) -> dict[str, Any]:
-    """Parse ``--model-kwargs``: ``KEY=VALUE`` words; a value is a Python literal, else a string.
+def keyword_arguments(
+    words: Sequence[str], flag: str = "--model-kwargs", elsewhere: Mapping[str, str] = ELSEWHERE
+) -> dict[str, Any]:
+    """Parse ``KEY=VALUE`` words; a value is a Python literal, else a string.
+
+    Args:
+        words: Values of the flag.
+        flag: Its name.
+        elsewhere: Arguments that it does not accept, and what sets them instead.
 
     Raises:
         UserError: A word has another form, or another flag sets the argument.
@@ -36,9 +53,9 @@ def keyword_arguments(words: Sequence[str]) -> dict[str, Any]:
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not key.isidentifier():
-            raise UserError(f"--model-kwargs {word} must be KEY=VALUE, such as depth=6")
-        if key in ELSEWHERE:
-            raise UserError(f"--model-kwargs {word}: {key} {ELSEWHERE[key]}")
+            raise UserError(f"{flag} {word} must be KEY=VALUE, such as depth=6")
+        if key in elsewhere:
+            raise UserError(f"{flag} {word}: {key} {elsewhere[key]}")
         try:
             found[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -52,19 +69,21 @@ RANGES = (  # a condition, the condition in words, and the flags whose values mu
         "positive",
         "batch_size epochs accum_iter log_interval keep_checkpoints clip_grad max_nonfinite "
         "save_every_steps save_every_minutes dist_timeout input_size eval_crop_ratio "
-        "distillation_tau",
+        "distillation_tau decay_epochs decay_milestones lr_cycle_mul lr_cycle_limit lr_k_decay "
+        "lr_noise_pct",
     ),
     (
         lambda value: 0 <= value < math.inf,
         "0 or more, and finite",
         "num_workers seed start_epoch warmup_epochs weight_decay mixup cutmix color_jitter lr "
-        "freeze_stages",
+        "freeze_stages min_lr warmup_lr decay_rate cooldown_epochs patience_epochs lr_noise_std "
+        "lr_cycle_decay",
     ),
     (
         lambda value: 0 <= value <= 1,
         "from 0 to 1",
         "drop drop_path smoothing reprob mixup_prob mixup_switch_prob model_ema_decay "
-        "distillation_alpha",
+        "distillation_alpha lr_noise",
     ),
     (lambda value: 0 < value <= 1, "above 0, at most 1", "sampling_ratio layer_decay"),
 )
@@ -97,6 +116,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--opt-betas {args.opt_betas[0]} must be two numbers or more")
     _check_finetuning(args)
     keyword_arguments(args.model_kwargs)
+    keyword_arguments(args.opt_kwargs, "--opt-kwargs", OPTIMIZER_ELSEWHERE)
+    schedules.check(args)
     if args.resume == "auto" and not args.output_dir:
         raise UserError("--resume auto needs --output_dir FOLDER")
     if args.eval and not (args.resume or args.pretrained):

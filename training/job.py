@@ -18,7 +18,13 @@ from training import agreement
 from training.class_weights import class_weights
 from training.distillation import TeacherTargets, distill
 from training.launch import DistInfo
-from training.network import Network, build_network, choose_source, compare_classes
+from training.network import (
+    Network,
+    build_network,
+    check_single_images,
+    choose_source,
+    compare_classes,
+)
 from training.trainer import Evaluation
 from utils import log
 
@@ -83,6 +89,7 @@ def build_job(
         raise datasets.DataError(
             f"the training set has {trained} classes, the validation set {num_classes}"
         )
+    check_single_images(network, args)
     loader = datasets.build_train_loader(train_set, args, info.world_size, info.rank)
     placement = (device, precision.dtype or torch.float32, precision.memory_format)
     batches = datasets.build_prefetcher(loader, *placement)

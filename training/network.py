@@ -1,5 +1,6 @@
 """Model of a run: built from the flags and a checkpoint, with its precision."""
 
+import copy
 import functools
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from models import DataConfig, ModelSource
 from pipeline.images import DataError
 from training.flag_checks import keyword_arguments
 from training.flags import get_args_parser
-from utils import log
+from utils import UserError, log, random_state, set_random_state
 
 
 def choose_source(
@@ -197,6 +198,31 @@ def freeze(args: Namespace, model: nn.Module) -> None:
         models.freeze_all_but_classifier(model)
     elif args.freeze_stages is not None:
         models.freeze_stages(model, args.freeze_stages)
+
+
+def check_single_images(network: Network, args: Namespace) -> None:
+    """Check that the model can train on batches of one image, if it has to.
+
+    BatchNorm cannot, where a channel has one value: over one image of 1x1 pixels.
+
+    Raises:
+        UserError: It cannot.
+    """
+    if args.batch_size > 1 or not args.train_mode:
+        return
+    model, state = copy.deepcopy(network.model).train(), random_state(network.precision.device)
+    engine.eval_frozen(model)
+    image = network.precision.move(torch.zeros(1, 3, network.images.side, network.images.side))
+    try:
+        with torch.no_grad(), network.precision.autocast():
+            model(image)
+    except ValueError as error:
+        raise UserError(
+            f"{network.name} cannot be trained with --batch-size 1: {error}; give --batch-size 2 "
+            f"or more"
+        ) from error
+    finally:
+        set_random_state(state, network.precision.device)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -1,13 +1,18 @@
 """Optimizers of a run: which flags they support, and their full state."""
 
+import difflib
+import inspect
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.optim import get_optimizer_info
+from timm.optim import create_optimizer_v2, get_optimizer_class, get_optimizer_info, list_optimizers
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from models import CheckpointError
+from training.flag_checks import OPTIMIZER_ELSEWHERE, keyword_arguments
 from utils import UserError
 
 GENERATOR = "generator"  # key of an optimizer's random state
@@ -20,6 +25,79 @@ FULL_TENSORS = {
     *("Adafactor", "AdafactorBigVision", "AdamP", "Kron", "Mars", "Muon", "NvNovoGrad", "SGDP"),
 }
 LOOKAHEAD = "lookahead_"
+# optimizers of PyTorch; fused, they also skip a step of the gradient scaler without a device sync
+FUSED = ("adamw", "adam", "sgd", "momentum")
+FUSED_SHARDED = ("adamw", "adam")
+
+
+def build(args: Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """Build timm's optimizer ``--opt``; norms, biases and ``no_weight_decay`` do not decay.
+
+    With ``--layer-decay``, the learning rate falls by that factor with every layer from the
+    classifier down (BEiT, arXiv 2106.08254, section 3.1). Layers are timm's: a norm before the
+    classifier belongs to the last block, where BEiT's code counts it with the classifier.
+
+    Raises:
+        UserError: Unknown optimizer, an option it does not accept, or a model without
+            ``group_matcher`` with ``--layer-decay``.
+    """
+    options = {"eps": args.opt_eps, "betas": args.opt_betas, "layer_decay": args.layer_decay}
+    sharded = isinstance(model, FSDPModule)
+    if args.opt.lower() in (FUSED_SHARDED if sharded else FUSED):
+        options["fused"] = True
+    try:
+        name = args.opt.lower().removeprefix(LOOKAHEAD)
+        kind, betas = get_optimizer_info(name), args.opt_betas
+        _check_class(args.opt, name, kind.opt_class)
+        if betas is not None and kind.has_betas and len(betas) != kind.num_betas:
+            given = " ".join(map(str, betas))
+            raise ValueError(f"--opt-betas {given} must be {kind.num_betas} numbers")
+        if "kron" in name:  # its random numbers are then its own: equal on all ranks, and saved
+            options["deterministic"] = True
+        options |= _options(args, name)
+        optimizer = create_optimizer_v2(
+            model,
+            opt=args.opt,
+            lr=lr,
+            weight_decay=args.weight_decay,
+            momentum=args.momentum,
+            **{key: value for key, value in options.items() if value is not None},
+        )
+    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
+        raise UserError(f"cannot build optimizer --opt {args.opt}: {error}") from error
+    if args.layer_decay not in (None, 1) and not hasattr(model, "group_matcher"):
+        name = type(model).__name__
+        raise UserError(f"{name} has no group_matcher for its layers: leave --layer-decay out")
+    return optimizer
+
+
+def _check_class(given: str, name: str, opt_class: type | str) -> None:
+    """Refuse the optimizers that timm imports from other packages, whose state is their own."""
+    if isinstance(opt_class, str):
+        plain = name.removeprefix("bnb").removeprefix("fused").removesuffix("8bit")
+        other = plain if plain in list_optimizers() else "adamw"
+        package = opt_class.partition(".")[0]
+        raise UserError(f"--opt {given} of {package} is not supported: use --opt {other}")
+
+
+def _options(args: Namespace, name: str) -> dict[str, Any]:
+    """Return ``--opt-kwargs``, which the constructor of the optimizer must accept."""
+    options = keyword_arguments(args.opt_kwargs, "--opt-kwargs", OPTIMIZER_ELSEWHERE)
+    parameters = inspect.signature(get_optimizer_class(name, bind_defaults=False)).parameters
+    accepted = [key for key in parameters if key not in OPTIMIZER_ELSEWHERE]
+    for key in options:
+        if key not in accepted:
+            near = ", ".join(difflib.get_close_matches(key, accepted) or accepted)
+            raise UserError(
+                f"--opt-kwargs {key}={options[key]}: --opt {args.opt} does not accept {key}; it "
+                f"accepts {near}"
+            )
+    return options
+
+
+def layer_scales(optimizer: torch.optim.Optimizer) -> list[float]:
+    """Return the learning rate scales of ``--layer-decay``, in ascending order."""
+    return sorted({group.get("lr_scale", 1.0) for group in optimizer.param_groups})
 
 
 def check(optimizer: torch.optim.Optimizer, args: Namespace, world_size: int) -> None:
@@ -67,22 +145,31 @@ def full_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return state if generator is None else {**state, GENERATOR: generator.get_state()}
 
 
-def compare(name: str, saved: Any, source: str) -> None:
+def compare(name: str, saved: Any, source: str, options: Sequence[str] = ()) -> None:
     """Compare ``--opt`` with that of a checkpoint, whose state has another meaning elsewhere.
 
     Args:
         name: Optimizer of the run.
         saved: Flags of the checkpoint; of other programs, these may be missing or of any type.
         source: Name of the checkpoint.
+        options: ``--opt-kwargs`` of the run.
 
     Raises:
-        CheckpointError: They are optimizers of different classes.
+        CheckpointError: They are optimizers of different classes or arguments.
     """
     other = saved.get("opt") if isinstance(saved, Mapping) else None
     if isinstance(other, str) and _kind(other) != _kind(name):
         raise CheckpointError(
             f"{source} was trained with --opt {other}, whose state --opt {name} cannot use: give "
             f"--opt {other}, or start from its weights with --finetune"
+        )
+    before = saved.get("opt_kwargs", ()) if isinstance(saved, Mapping) else options
+    if isinstance(before, list | tuple) and sorted(map(str, before)) != sorted(options):
+        given = " ".join(("--opt-kwargs", *map(str, before))) if before else "no --opt-kwargs"
+        raise CheckpointError(
+            f"{source} was trained with {given}, and other arguments may need another state than "
+            f"--opt-kwargs {' '.join(options)}: give the same, or start from its weights with "
+            f"--finetune"
         )
 
 

@@ -13,7 +13,7 @@ import engine
 import utils
 from models import ModelSource
 from samplers import RASampler
-from training import fsdp, optimizers
+from training import fsdp, optimizers, schedules
 from training.launch import DistInfo
 from training.network import Network
 from training.saved_state import check_state, restoring
@@ -37,7 +37,7 @@ class RunState:
     Args:
         args: Flags.
         network: Model on its device, with its name, arguments, precision and preprocessing.
-        lr: Scaled learning rate.
+        rates: Learning rates that the schedule spans.
         updates_per_epoch: Optimizer steps per epoch.
         sampler: Sampler of the training set.
         info: Ranks of this process.
@@ -49,14 +49,14 @@ class RunState:
         self,
         args: Namespace,
         network: Network,
-        lr: float,
+        rates: schedules.Rates,
         updates_per_epoch: int,
         sampler: RASampler,
         info: DistInfo,
         group: dist.ProcessGroup | None = None,
         classes: Sequence[str] = (),
     ):
-        self.args, self.network = args, network
+        self.args, self.network, self.rates = args, network, rates
         self.model, self.precision = network.model, network.precision
         self.updates_per_epoch = updates_per_epoch
         self.sampler, self.info, self.group = sampler, info, group
@@ -71,13 +71,15 @@ class RunState:
             self._shard()
         else:
             self.ema = self.start_average()
-        self.optimizer = engine.build_optimizer(args, self.model, lr)
+        self.optimizer = optimizers.build(args, self.model, rates.peak)
         optimizers.check(self.optimizer, args, info.world_size)
         if args.layer_decay is not None:
-            scales = engine.layer_scales(self.optimizer)
+            scales = optimizers.layer_scales(self.optimizer)
             low, high = scales[0], scales[-1]
             log(f"{len(scales)} layers with learning rates scaled by {low:.3g} to {high:.3g}")
-        self.scheduler = engine.build_scheduler(args, self.optimizer, updates_per_epoch)
+        self.scheduler, self.epochs = schedules.build(
+            args, self.optimizer, updates_per_epoch, rates
+        )
         self._random: Mapping[str, Any] | None = None  # to restore, in the middle of an epoch
         self._steps_before = 0  # steps of the epoch that the sampler skips already
 
@@ -126,7 +128,8 @@ class RunState:
             return None
         return {
             **weights,
-            "lr_scheduler": engine.scheduler_state(self.scheduler),
+            "lr_scheduler": schedules.full_state(self.scheduler),
+            "unscaled_rates": self.rates.unscaled,
             "scaler": self.precision.scaler.state_dict(),
             "epoch": self.epoch,
             "step": self.meter.steps,
@@ -187,7 +190,8 @@ class RunState:
         if not resumes:
             log(f"{source} has no optimizer state: its weights start a new run")
             return
-        optimizers.compare(self.args.opt, checkpoint.get("args"), source)
+        options = self.args.opt_kwargs
+        optimizers.compare(self.args.opt, checkpoint.get("args"), source, options)
         moments = fsdp.shard_optimizer_state(self.optimizer, checkpoint["optimizer"])
         with restoring("optimizer", source):
             optimizers.restore(self.optimizer, moments, source)
@@ -200,7 +204,7 @@ class RunState:
         with restoring("args", source):
             self.log_changed_flags(checkpoint.get("args"))
         with restoring("lr_scheduler", source):
-            engine.restore_scheduler(self.scheduler, checkpoint.get("lr_scheduler") or {})
+            schedules.restore(self.scheduler, checkpoint.get("lr_scheduler") or {})
         if checkpoint.get("step"):
             with restoring("progress within the epoch (step, sampler, ranks)", source):
                 self._restore_progress(checkpoint, source)

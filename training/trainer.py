@@ -121,11 +121,11 @@ class Trainer:
     def train(self) -> int:
         """Train; return the exit status, which is not 0 after an interrupt."""
         state, args = self.state, self.args
-        stop = args.epochs if args.stop_epoch is None else min(args.epochs, args.stop_epoch)
+        stop = state.epochs if args.stop_epoch is None else min(state.epochs, args.stop_epoch)
         if state.epoch + 1 >= stop:
             log(f"nothing left to train: {state.epoch + 1} of {stop} epochs are done")
             return 0
-        log(f"training epochs {state.epoch + 1} to {stop - 1} of {args.epochs}")
+        log(f"training epochs {state.epoch + 1} to {stop - 1} of {state.epochs}")
         started, n_parameters = time.time(), count_parameters(state.model)
         with self.signals, self.watchdog:
             model = self.wrapped()
@@ -141,8 +141,8 @@ class Trainer:
                     return self.stopped()
                 self.finish_epoch(stats | {"n_parameters": n_parameters})
             self.output.finish_saving()
-        if state.epoch + 1 < args.epochs:
-            log(f"stopped before epoch {stop} of {args.epochs} (--stop-epoch)")
+        if state.epoch + 1 < state.epochs:
+            log(f"stopped before epoch {stop} of {state.epochs} (--stop-epoch)")
         log(f"Training time {timedelta(seconds=int(time.time() - started))}")
         return 0
 

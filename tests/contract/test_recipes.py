@@ -14,9 +14,9 @@ from conftest import ROOT, write_images
 from small_models import shrunk
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-import engine
 import models
 from tools.flops import our_models
+from training import schedules
 from training.flags import get_args_parser, parse_args
 from utils import UserError
 
@@ -67,12 +67,20 @@ def test_header_agrees_with_the_file(path):
     )
     assert args.batch_size * args.accum_iter * head.processes == head.global_batch
     assert timm.is_model(args.model)
-    note = re.search(r"^lr: \S+  # (\S+) for (\d+) images$", path.read_text(), re.M)
+    rates = schedules.learning_rates(args, head.processes)
+    note, floor = (
+        re.search(rf"^{key}: \S+  # (\S+) for (\d+) images$", path.read_text(), re.M)
+        for key in ("lr", "min-lr")
+    )
+    assert bool(floor) == (head.global_batch < schedules.REFERENCE_BATCH)
+    if floor:
+        assert (rates.floor, head.global_batch) == (float(floor[1]), int(floor[2]))
+        assert rates.warmup in (0.0, 1e-6)
     if note:
         assert int(note[2]) == head.global_batch
-        assert engine.scaled_lr(args, head.processes) == pytest.approx(float(note[1]), rel=1e-5)
+        assert rates.peak == pytest.approx(float(note[1]), rel=1e-5)
     else:
-        assert head.global_batch == engine.REFERENCE_BATCH or path.stem == "digits"
+        assert head.global_batch == schedules.REFERENCE_BATCH or path.stem == "digits"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)

@@ -16,7 +16,6 @@ from timm.optim import list_optimizers
 from torch import nn
 from torch.optim import AdamW
 
-import engine
 import models
 from main import main
 from tests.crash.compare import differing_bits
@@ -245,7 +244,7 @@ def trained_shards(rank, world, names):
         model, args = build(name)
         shard(model, CPU)
         model.load_state_dict(weights)
-        optimizer = engine.build_optimizer(args, model, 0.01)
+        optimizer = optimizers.build(args, model, 0.01)
         optimizers.check(optimizer, args, world)
         return model, optimizer
 
@@ -253,7 +252,7 @@ def trained_shards(rank, world, names):
     for name in names:
         whole, args = build(name)
         first = copy.deepcopy(whole.state_dict())
-        steps(whole, engine.build_optimizer(args, whole, 0.01), range(7))
+        steps(whole, optimizers.build(args, whole, 0.01), range(7))
         try:
             model, optimizer = sharded(name, first)
         except UserError:
@@ -292,7 +291,7 @@ def random_steps(rank, world):
     timm.optim.kron.has_dynamo = False  # of this process; compiling takes long
     torch.manual_seed(0)
     model = nn.parallel.DistributedDataParallel(nn.Linear(2, 3))
-    optimizer = engine.build_optimizer(flags("--opt", "kron"), model.module, 0.01)
+    optimizer = optimizers.build(flags("--opt", "kron"), model.module, 0.01)
     torch.manual_seed(rank)
     steps(model, optimizer, range(3))
     return model.module.weight.detach()

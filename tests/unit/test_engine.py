@@ -13,6 +13,7 @@ from torch import nn
 import engine
 from engine import Precision
 from pipeline.reference import Batch
+from training import optimizers
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -50,42 +51,6 @@ def train(model, data, opt=None, precision=None, criterion=None, **options):
 
 def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def test_learning_rate_is_scaled_by_the_global_batch():
-    args = flags("--lr", 1e-3, "--batch-size", 64, "--accum-iter", 2)
-    assert engine.scaled_lr(args, 8) == pytest.approx(1e-3 * 64 * 2 * 8 / 512)
-    assert engine.scaled_lr(flags("--lr", 1e-3, "--unscale-lr"), 8) == 1e-3
-
-
-def learning_rates(args, epochs):
-    optimizer = torch.optim.SGD(linear().parameters(), lr=args.lr)
-    scheduler = engine.build_scheduler(args, optimizer, updates_per_epoch=10)
-    rates = []
-    for epoch in range(epochs):
-        scheduler.step(epoch)
-        rates.append(optimizer.param_groups[0]["lr"])
-    return rates
-
-
-def test_warm_up_ends_where_it_says_and_the_cosine_takes_over():
-    args = flags("--epochs", 30, "--warmup-epochs", 5, "--lr", 1e-3, "--min-lr", 1e-5)
-    rates = learning_rates(args, 30)
-    warm = [1e-6 + (1e-3 - 1e-6) * epoch / 5 for epoch in range(5)]
-    cosine = [1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * t / 30)) / 2 for t in range(5, 30)]
-    assert rates == pytest.approx(warm + cosine, rel=1e-9)
-    assert rates[0] != rates[1]
-
-
-def test_schedule_on_updates():
-    words = ("--epochs", 2, "--warmup-epochs", 1, "--lr", 1, "--warmup-lr", 0)
-    args = flags(*words, "--sched-on-updates")
-    model = linear()
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr)
-    scheduler = engine.build_scheduler(args, optimizer, updates_per_epoch=10)
-    stats = train(model, batches(10), optimizer, lr_scheduler=scheduler)
-    assert stats["lr"] == pytest.approx(0.9)  # of the last step, the tenth of the warm-up
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5, abs=1e-4)  # of the cosine
 
 
 @pytest.mark.parametrize("count", [1, 3, 5, 8])
@@ -151,7 +116,7 @@ def test_the_device_is_read_at_log_intervals_only(monkeypatch, dtype):
 
     def count(steps, interval):
         model = linear()
-        optimizer = engine.build_optimizer(flags(), model, 1e-3)
+        optimizer = optimizers.build(flags(), model, 1e-3)
         reports = []
         options = {"max_norm": 1.0, "model_ema": ModelEmaV3(model), "log_interval": interval}
         data = batches(steps)
@@ -262,29 +227,6 @@ def test_meters_of_other_processes_are_merged():
     assert meters[0].images == 16
 
 
-def test_plateau_goes_on_where_it_was():
-    words = ["--sched", "plateau", "--patience-epochs", 2, "--warmup-epochs", 1, "--lr", 1]
-    args = flags(*words, "--lr-noise", 0.0, "--epochs", 9)
-    rates = []
-    for stop in (99, 4):
-        optimizer = torch.optim.SGD(linear().parameters(), lr=1.0)
-        scheduler = engine.build_scheduler(args, optimizer, 1)
-        series = []
-        for epoch, metric in enumerate([50.0, 40.0, 30.0, 20.0, 10.0, 9.0, 8.0, 7.0], start=1):
-            if epoch == stop:
-                state = engine.scheduler_state(scheduler)
-                groups = optimizer.state_dict()
-                optimizer = torch.optim.SGD(linear().parameters(), lr=1.0)
-                scheduler = engine.build_scheduler(args, optimizer, 1)
-                optimizer.load_state_dict(groups)
-                engine.restore_scheduler(scheduler, state)
-            scheduler.step(epoch, metric)
-            series.append(optimizer.param_groups[0]["lr"])
-        rates.append(series)
-    assert rates[0] == rates[1]
-    assert len(set(rates[0])) > 3
-
-
 @pytest.mark.parametrize(
     ("words", "kind"),
     [
@@ -353,13 +295,3 @@ def test_evaluation_of_nothing_is_an_error():
     data = [Batch(torch.empty(0), torch.empty(0, dtype=torch.long), ["bad"] * 4)]
     with pytest.raises(UserError, match=r"\b4\b"):
         engine.evaluate(data, linear(), CPU)
-
-
-def test_weight_decay_spares_biases():
-    args = flags("--opt-betas", 0.8, 0.9, "--opt-eps", 1e-6, "--weight-decay", 0.3)
-    optimizer = engine.build_optimizer(args, linear(), 1e-3)
-    assert {g["weight_decay"] for g in optimizer.param_groups} == {0.0, 0.3}
-    assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
-    assert optimizer.param_groups[0]["eps"] == 1e-6
-    sgd = engine.build_optimizer(flags("--opt", "momentum", "--momentum", 0.7), linear(), 1e-3)
-    assert sgd.param_groups[0]["momentum"] == 0.7

@@ -16,8 +16,9 @@ import engine
 import models
 from pipeline.sources.base import Files, Pixels
 from pipeline.sources.subset import share_of, stratified_share
-from training import optimizers
+from training import optimizers, schedules
 from training.network import model_arguments
+from training.schedules import Rates
 from utils import UserError
 
 SMALL = ["--input-size", 32, "--batch-size", 4, "--num_workers", 0, "--no-model-ema"]
@@ -33,7 +34,7 @@ FIRST = {  # the stage that is frozen first
 @pytest.mark.parametrize("name", FIRST)
 def test_layers_learn_the_slower_the_deeper_they_lie(name):
     model = small(name)
-    optimizer = engine.build_optimizer(flags("--layer-decay", 0.5), model, lr=1.0)
+    optimizer = optimizers.build(flags("--layer-decay", 0.5), model, lr=1.0)
     scale = {id(p): g["lr_scale"] for g in optimizer.param_groups for p in g["params"]}
     assert len(scale) == len(list(model.parameters()))
     scales = {key: scale[id(parameter)] for key, parameter in model.named_parameters()}
@@ -42,7 +43,7 @@ def test_layers_learn_the_slower_the_deeper_they_lie(name):
     assert row == sorted(row)
     assert min(scales.values()) == 0.5 ** (len(set(scales.values())) - 1)
     assert scales[next(key for key in scales if key.startswith(("stem", "patch_embed")))] < min(row)
-    engine.build_scheduler(flags("--warmup-lr", 0.25), optimizer, 10).step(0)
+    schedules.build(flags(), optimizer, 10, Rates(1.0, 0.0, 0.25))[0].step(0)
     assert {g["lr"] for g in optimizer.param_groups} == {0.25 * s for s in scales.values()}
 
 
@@ -53,7 +54,7 @@ def test_layers_that_a_model_does_not_tell():
             self.head = nn.Linear(2, 2)
 
     with pytest.raises(UserError, match="Plain"):
-        engine.build_optimizer(flags("--layer-decay", 0.5), Plain(), lr=1.0)
+        optimizers.build(flags("--layer-decay", 0.5), Plain(), lr=1.0)
 
 
 @pytest.mark.parametrize("name", FIRST)
@@ -62,7 +63,7 @@ def test_frozen_stages_stay_as_they_are(name):
     model = small(name)
     models.freeze_stages(model, 1)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    optimizer = engine.build_optimizer(flags("--weight-decay", 0.5), model, lr=0.1)
+    optimizer = optimizers.build(flags("--weight-decay", 0.5), model, lr=0.1)
     batch = torch.randn(2, 3, 64, 64), torch.tensor([0, 1]), []
     precision = engine.Precision(torch.device("cpu"))
     loss = nn.CrossEntropyLoss()
@@ -205,25 +206,16 @@ def test_what_a_recipe_holds_is_not_always_asked_for():
 def test_options_of_a_resumed_optimizer_are_those_of_the_flags():
     model = small("vit_b_32_224")
     words = ["--layer-decay", 0.5, "--weight-decay", 0.3, "--opt-betas", 0.8, 0.9]
-    before = engine.build_optimizer(flags(*words), model, lr=1.0)
+    before = optimizers.build(flags(*words), model, lr=1.0)
     model(torch.zeros(1, 3, 64, 64)).sum().backward()
     before.step()
-    after = engine.build_optimizer(flags("--layer-decay", 0.7), model, lr=2.0)
+    after = optimizers.build(flags("--layer-decay", 0.7), model, lr=2.0)
     optimizers.restore(after, before.state_dict(), "file")
     assert {g["betas"] for g in after.param_groups} == {(0.9, 0.999)}
     assert {g["weight_decay"] for g in after.param_groups} == {0.0, 0.05}
     assert min(g["lr_scale"] for g in after.param_groups) == pytest.approx(0.7**3)
     old, new = (list(o.state.values()) for o in (before, after))
     assert all(torch.equal(a["exp_avg"], b["exp_avg"]) for a, b in zip(old, new, strict=True))
-
-
-def test_plateau_without_warm_up_begins_at_the_learning_rate():
-    args = flags("--sched", "plateau", "--warmup-epochs", 0)
-    optimizer = engine.build_optimizer(args, nn.Linear(2, 2), lr=0.1)
-    scheduler = engine.build_scheduler(args, optimizer, 10)
-    for epoch in range(3):
-        scheduler.step(epoch, 50.0)
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
 
 
 def test_locality_of_convit(trained, main):

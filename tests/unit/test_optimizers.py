@@ -1,28 +1,23 @@
-"""Every optimizer of ``--opt``: a resumed run is bitwise the uninterrupted one, or refused."""
+"""Optimizers of ``--opt``: their state, and what they do not support."""
+
+import re
 
 import pytest
 import timm
 import torch
-from conftest import error_of
+from conftest import ROOT, error_of
 from timm.optim import list_optimizers
 from torch import nn
 
 import engine
 from main import main
-from models import CheckpointError, read_checkpoint
+from models import CheckpointError
 from training import optimizers
-from training.checkpoints import plain, save_checkpoint, snapshot
+from training.checkpoints import plain
 from training.flags import parse_args
 from utils import UserError
 
 CPU = torch.device("cpu")
-# steps before and after the checkpoint; the 6th step of Lookahead is its first slow one
-STEPS = [pytest.param(name, 3, id=name) for name in list_optimizers()]
-STEPS += [
-    pytest.param(f"lookahead_{name}", done, id=f"lookahead_{name}-{done}")
-    for name in ("adamw", "adahessian", "lamb", "kron")
-    for done in (3, 7)
-]
 SMALL = ["--model", "test_vit", "--data-set", "DIGITS", "--epochs", "1", "--device", "cpu"]
 
 
@@ -35,7 +30,7 @@ def build(name):
     torch.manual_seed(0)
     layers = (nn.Conv2d(3, 16, 2), nn.Flatten(), nn.Linear(16, 17), nn.GELU(), nn.Linear(17, 3))
     model = nn.Sequential(*layers)
-    return model, engine.build_optimizer(flags("--opt", name), model, 0.01)
+    return model, optimizers.build(flags("--opt", name), model, 0.01)
 
 
 def train(model, optimizer, steps):
@@ -46,30 +41,6 @@ def train(model, optimizer, steps):
     ]
     options = {"epoch": 0, "precision": engine.Precision(CPU)}
     engine.train_one_epoch(model, nn.CrossEntropyLoss(), data, optimizer, CPU, **options)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "count"), STEPS)
-def test_resuming_is_exact(name, count, tmp_path, monkeypatch):
-    if name.startswith(("bnb", "fused")):  # of bitsandbytes and of Apex, for CUDA
-        with pytest.raises(UserError, match=rf"--opt {name}\b"):
-            build(name)
-        return
-    monkeypatch.setattr("timm.optim.kron.has_dynamo", False)  # compiling takes seconds
-    model, optimizer = build(name)
-    train(model, optimizer, range(count))
-    state = {"model": model.state_dict(), "optimizer": optimizers.full_state(optimizer)}
-    save_checkpoint(snapshot(plain(state)), tmp_path / "checkpoint.pth")
-    train(model, optimizer, range(count, 2 * count))
-
-    torch.rand(7)  # of another process, the global generator is elsewhere
-    resumed, twin = build(name)
-    saved = read_checkpoint(tmp_path / "checkpoint.pth")
-    resumed.load_state_dict(saved["model"])
-    optimizers.restore(twin, saved["optimizer"], "checkpoint.pth")
-    train(resumed, twin, range(count, 2 * count))
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[key]), key
 
 
 def test_state_without_a_generator_loads():
@@ -153,9 +124,38 @@ def test_second_order_trains_a_transformer():
     """Whose fused attention has no second derivative."""
     args = flags("--opt", "adahessian")
     model = timm.create_model("test_vit", num_classes=3, img_size=32)
-    optimizer = engine.build_optimizer(args, model, 0.01)
+    optimizer = optimizers.build(args, model, 0.01)
     before = model.head.weight.detach().clone()
     data = [(torch.rand(2, 3, 32, 32), torch.tensor([0, 1]), [])]
     options = {"epoch": 0, "precision": engine.Precision(CPU)}
     engine.train_one_epoch(model, nn.CrossEntropyLoss(), data, optimizer, CPU, **options)
     assert not torch.equal(before, model.head.weight)
+
+
+def test_weight_decay_spares_biases():
+    args = flags("--opt-betas", 0.8, 0.9, "--opt-eps", 1e-6, "--weight-decay", 0.3)
+    optimizer = optimizers.build(args, nn.Linear(12, 3), 1e-3)
+    assert {g["weight_decay"] for g in optimizer.param_groups} == {0.0, 0.3}
+    assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+    assert optimizer.param_groups[0]["eps"] == 1e-6
+    sgd = optimizers.build(flags("--opt", "momentum", "--momentum", 0.7), nn.Linear(12, 3), 1e-3)
+    assert sgd.param_groups[0]["momentum"] == 0.7
+
+
+def test_the_documented_count_of_optimizers_is_true():
+    page = (ROOT / "docs" / "RECIPES.md").read_text()
+    trained, whole, version = re.search(
+        r"(\d+) of (\d+) optimizers of timm ([\d.]*\d)", page
+    ).groups()
+    if timm.__version__ != version:
+        pytest.skip(f"timm {timm.__version__} is not {version}")
+    refused = 0
+    for name in list_optimizers():
+        try:
+            build(name)
+        except UserError as error:
+            refused += 1
+            other = str(error).split()[-1]
+            assert f"--opt {name} " in str(error)
+            assert other in list_optimizers() and not other.startswith(("bnb", "fused"))
+    assert (int(trained), int(whole)) == (len(list_optimizers()) - refused, len(list_optimizers()))

@@ -32,6 +32,7 @@ from training.network import Network, choose_precision
 from training.output import Output
 from training.parser import Parser
 from training.run_state import RunState
+from training.schedules import Rates
 from training.trainer import Trainer
 from utils import log
 
@@ -67,7 +68,8 @@ def build(
     images = args.steps * count * place.world_size
     sampler = RASampler(images, place.world_size, place.rank, count, 1)
     network = Network(model, args.model, kwargs, precision, models.DataConfig((size, size)))
-    state = RunState(args, network, 1e-4, args.steps, sampler, place, group)
+    rates = Rates(1e-4, args.min_lr, args.warmup_lr)
+    state = RunState(args, network, rates, args.steps, sampler, place, group)
     output = Output(args.output_dir if kind is Trainer else "")
     loader = Batches([batch] * args.steps)
     return kind(state, output, loader, None, None, torch.nn.CrossEntropyLoss())

@@ -21,6 +21,7 @@ from pipeline import augment_host, fast, prefetch, reference
 from pipeline.sources.base import Encoded, Pixels, Source
 from samplers import SampleIndex
 from tools.benchmark.measure import from_proc
+from training import optimizers
 from training.network import choose_precision
 
 CLASSES = 1000  # of mixup's targets
@@ -173,7 +174,7 @@ class Training:
         self.model, _ = models.build_model(args.model, required, optional)
         self.precision = choose_precision(args, self.model, device)
         self.precision.place(self.model)
-        self.optimizer = engine.build_optimizer(args, self.model, 1e-5)
+        self.optimizer = optimizers.build(args, self.model, 1e-5)
         self.mixup = engine.build_mixup(args, classes)
         self.criterion = engine.build_criterion(args, self.mixup, classes)
         dataset = datasets.augmented(source, True, args, device)
