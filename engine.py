@@ -156,8 +156,9 @@ def build_scheduler(
             sched=args.sched,
             num_epochs=args.epochs,
             decay_epochs=args.decay_epochs,
-            cooldown_epochs=args.cooldown_epochs,
-            patience_epochs=args.patience_epochs,
+            # the plateau schedule counts evaluations
+            cooldown_epochs=-(-args.cooldown_epochs // args.val_interval),
+            patience_epochs=args.patience_epochs // args.val_interval,
             decay_rate=args.decay_rate,
             min_lr=args.min_lr,
             # timm's plateau schedule starts there even without a warm-up
@@ -221,14 +222,42 @@ def build_mixup(args: Namespace, num_classes: int) -> Mixup | None:
     )
 
 
+def switch_mixup(mixup_fn: Any, args: Namespace, epoch: int) -> None:
+    """Turn mixup and cutmix off from ``--mixup-off-epoch`` on; smoothed labels remain, as in timm.
+
+    Args:
+        mixup_fn: timm's ``Mixup``, something that has it as ``mixup_fn``, or None.
+        args: Flags.
+        epoch: Epoch number, from 0.
+    """
+    mixup_fn = getattr(mixup_fn, "mixup_fn", mixup_fn)
+    if mixup_fn is not None:
+        mixup_fn.mixup_enabled = not 0 < args.mixup_off_epoch <= epoch
+
+
+def train_size(args: Namespace, epoch: int) -> int:
+    """Return the side of an epoch's training images: each size has an equal span of epochs."""
+    sizes = args.progressive_sizes or [args.input_size]
+    return sizes[min(epoch * len(sizes) // args.epochs, len(sizes) - 1)]
+
+
+def is_evaluated(args: Namespace, epoch: int) -> bool:
+    """Return True if an epoch, counted from 0, ends with an evaluation (``--val-interval``)."""
+    return (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs
+
+
 def build_criterion(args: Namespace, mixup_fn: Mixup | None, num_classes: int) -> nn.Module:
-    """Return the training loss: for soft targets wherever mixup *or* cutmix is on."""
-    if args.bce_loss:
+    """Return the training loss: for soft targets wherever mixup *or* cutmix is on.
+
+    ``--cosub`` compares probabilities per class, too; its full targets need ``--bce-loss``.
+    """
+    if args.bce_loss or args.cosub:
         if mixup_fn is None:
             return BinaryCrossEntropy(smoothing=args.smoothing)
         # every class in the mixture is a full target, as in DeiT; smoothing mass is not
         off_value = args.smoothing / num_classes
-        return BinaryCrossEntropy(smoothing=0.0, target_threshold=off_value * 1.001)
+        threshold = off_value * 1.001 if args.bce_loss else None
+        return BinaryCrossEntropy(smoothing=0.0, target_threshold=threshold)
     if mixup_fn is not None:
         return SoftTargetCrossEntropy()
     if args.smoothing:

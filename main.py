@@ -77,7 +77,8 @@ def train(
             "train/images", example_images(batches, len(train_set), job.network.images)
         )
     criterion = job.criterion.to(batches.device)
-    return Trainer(state, output, batches, job.evaluation, job.mixup_fn, criterion).train()
+    parts = (job.evaluation, job.mixup_fn, criterion, job.batches_at)
+    return Trainer(state, output, batches, *parts).train()
 
 
 def start(argv: list[str]) -> int:
