@@ -120,9 +120,9 @@ def test_epochs_without_an_evaluation_are_drawn(tmp_path):
     assert [row["test_acc1"] for row in picture.rows] == [10.0, None, 10.0]
     loss, accuracy, *_ = picture.figure.axes
     assert [len(drawn.get_xdata()) for drawn in (*loss.lines, *accuracy.lines)] == [3, 2, 2]
+    file = run / "log.txt"
     for key in ("test_loss", "train_loss"):  # the rest of an evaluation, or of a line
         row = {k: v for k, v in json.loads(line(1)).items() if k != key}
-        file = tmp_path / "run" / "log.txt"
         file.write_text(json.dumps(row))
         refused(lambda: read_log(file), "line 1", key, kind=UserError)
 
