@@ -13,7 +13,7 @@ from torchvision import transforms
 
 from models import DataConfig
 from models.data_config import SMALL_SIZE
-from pipeline.augmentation import Augmentation
+from pipeline.augmentation import CROP_MODES, Augmentation
 from pipeline.fast import FastDataset, RawBatch
 from pipeline.images import DataError
 from pipeline.prefetch import BatchFinalizer, Prefetcher, to_device
@@ -143,16 +143,20 @@ def choose_images(
     0.875 in evaluation.
 
     Args:
-        args: ``--input-size`` and ``--eval-crop-ratio``, None or empty if not given.
+        args: ``--input-size``, ``--eval-crop-ratio`` and ``--interpolation``, None or empty if not
+            given.
         own: Preprocessing that the weights were trained with; None without weights.
         source: Name of the weights, for warnings.
         warn: Receives a warning for a flag that differs from it.
     """
-    size, ratio = args.input_size, args.eval_crop_ratio
+    size, ratio, filtered = args.input_size, args.eval_crop_ratio, args.interpolation
+    changed = {"interpolation": filtered} if filtered else {}
     if own is None:
-        found = DataConfig().at_size(input_size_of(args))
+        found = replace(DataConfig().at_size(input_size_of(args)), **changed)
         return found if ratio is None else found.with_crop(ratio)
-    found = own.at_size(size or own.input_size)
+    found = replace(own.at_size(size or own.input_size), **changed)
+    if found.interpolation != own.interpolation:
+        warn(f"warning: --interpolation {filtered}, but {source} expects {own.interpolation}")
     if found.input_size != own.input_size:
         warn(f"warning: --input-size {_text(size)}, but {source} expects {_text(own.input_size)}")
     if ratio is None:
@@ -180,7 +184,8 @@ def build_augmentation(
 ) -> Augmentation:
     """Return the augmentation of the flags: DeiT's for training, resize and crop for evaluation.
 
-    Inputs of at most 32 pixels are padded and cropped for training.
+    Inputs of at most 32 pixels are padded and cropped for training, unless ``--train-crop-mode``
+    is given.
 
     Args:
         is_train: Augment for training (else for evaluation).
@@ -193,12 +198,16 @@ def build_augmentation(
     if not is_train:
         crop = (images.crop_mode, images.crop_pct, images.interpolation)
         return Augmentation(size, *crop, **values)
-    small = size <= SMALL_SIZE
+    usual = "padded" if size <= SMALL_SIZE else "reflected" if args.src else "rrc"
+    hflip = data_set_named(data_set_name(args)).hflip
     plain = Augmentation(
         size,
-        "padded" if small else "reflected" if args.src else "random-resized",
+        CROP_MODES.get(args.train_crop_mode or usual, usual),
         interpolation=args.train_interpolation,
-        hflip=data_set_named(data_set_name(args)).hflip,
+        hflip=hflip if args.hflip is None else args.hflip,
+        vflip=args.vflip,
+        scale=tuple(args.scale) if args.scale else None,
+        ratio=tuple(args.ratio) if args.ratio else None,
         **values,
     )
     if args.std_aug:
@@ -320,33 +329,38 @@ def identity(batch: Batch | RawBatch) -> Batch | RawBatch:
 
 
 def build_train_loader(
-    dataset: LoadedDataset, args: Namespace, num_replicas: int, rank: int
+    dataset: LoadedDataset,
+    args: Namespace,
+    num_replicas: int,
+    rank: int,
+    sampler: RASampler | None = None,
 ) -> DataLoader:
     """Return the loader of this rank's part of the training set.
 
-    Its ``sampler`` has ``set_epoch``.
+    Its ``sampler`` has ``set_epoch``; a given one is of another loader of the same images.
 
     Raises:
         DataError: ``--batch-size`` is larger than a rank's part.
     """
-    sampler = RASampler(
-        len(dataset),
-        num_replicas,
-        rank,
-        args.batch_size,
-        num_repeats=3 if args.repeated_aug else 1,
-        seed=args.seed,
-        shards=dataset.source.shards,
-        targets=dataset.source.targets if args.balanced_sampling else None,
-    )
-    if args.batch_size > len(sampler):
-        pairs = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax
-        most = len(sampler) // 2 * 2 if pairs else len(sampler)
-        advice = f"give --batch-size {most}" if most else "give --mixup 0 --cutmix 0 --batch-size 1"
-        raise DataError(
-            f"--batch-size {args.batch_size} is larger than the training set: {len(dataset)} images"
-            f" over {num_replicas} process(es) leave {len(sampler)} each: {advice}"
+    if sampler is None:
+        sampler = RASampler(
+            len(dataset),
+            num_replicas,
+            rank,
+            args.batch_size,
+            num_repeats=3 if args.repeated_aug else 1,
+            seed=args.seed,
+            shards=dataset.source.shards,
+            targets=dataset.source.targets if args.balanced_sampling else None,
         )
+        if args.batch_size > len(sampler):
+            pairs = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax
+            most = len(sampler) // 2 * 2 if pairs else len(sampler)
+            advice = f"--batch-size {most}" if most else "--mixup 0 --cutmix 0 --batch-size 1"
+            raise DataError(
+                f"--batch-size {args.batch_size} is larger than the training set: {len(dataset)} "
+                f"images over {num_replicas} process(es) leave {len(sampler)} each: give {advice}"
+            )
     return DataLoader(
         dataset,
         batch_size=args.batch_size,

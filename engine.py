@@ -104,6 +104,30 @@ def build_mixup(args: Namespace, num_classes: int) -> Mixup | None:
     )
 
 
+def switch_mixup(mixup_fn: Any, args: Namespace, epoch: int) -> None:
+    """Turn mixup and cutmix off from ``--mixup-off-epoch`` on; smoothed labels remain, as in timm.
+
+    Args:
+        mixup_fn: timm's ``Mixup``, something that has it as ``mixup_fn``, or None.
+        args: Flags.
+        epoch: Epoch number, from 0.
+    """
+    mixup_fn = getattr(mixup_fn, "mixup_fn", mixup_fn)
+    if mixup_fn is not None:
+        mixup_fn.mixup_enabled = not 0 < args.mixup_off_epoch <= epoch
+
+
+def train_size(args: Namespace, epoch: int) -> int:
+    """Return the side of an epoch's training images: each size has an equal span of epochs."""
+    sizes = args.progressive_sizes or [args.input_size]
+    return sizes[min(epoch * len(sizes) // args.epochs, len(sizes) - 1)]
+
+
+def is_evaluated(args: Namespace, epoch: int) -> bool:
+    """Return True if an epoch, counted from 0, ends with an evaluation (``--val-interval``)."""
+    return (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs
+
+
 class WeightedCrossEntropy(nn.Module):
     """Cross-entropy with a weight per class, the mean over the batch.
 
@@ -136,18 +160,21 @@ def build_criterion(
 ) -> nn.Module:
     """Return the training loss: for soft targets wherever mixup *or* cutmix is on.
 
+    ``--cosub`` compares probabilities per class, too; its full targets need ``--bce-loss``.
+
     Args:
         args: The flags.
         mixup_fn: Mixes batches, None for none.
         num_classes: Number of classes K.
         weights: Weights of the classes, ``K``.
     """
-    if args.bce_loss:
+    if args.bce_loss or args.cosub:
         if mixup_fn is None:
             return BinaryCrossEntropy(smoothing=args.smoothing, weight=weights)
         # every class in the mixture is a full target, as in DeiT; smoothing mass is not
         off_value = args.smoothing / num_classes
-        return BinaryCrossEntropy(smoothing=0.0, target_threshold=off_value * 1.001, weight=weights)
+        threshold = off_value * 1.001 if args.bce_loss else None
+        return BinaryCrossEntropy(smoothing=0.0, target_threshold=threshold, weight=weights)
     if weights is not None:
         return WeightedCrossEntropy(weights, args.smoothing)
     if mixup_fn is not None:

@@ -82,8 +82,8 @@ def train(
                 "train/images", example_images(batches, len(train_set), job.network.images)
             )
         criterion = job.criterion.to(batches.device)
-        parts = (state, output, batches, job.evaluation, job.mixup_fn, criterion, tracking)
-        return Trainer(*parts).train()
+        parts = (job.evaluation, job.mixup_fn, criterion, job.batches_at, tracking)
+        return Trainer(state, output, batches, *parts).train()
 
 
 def start(argv: list[str]) -> int:

@@ -11,7 +11,7 @@ from models.data_config import DataConfig
 from models.detection_backbone import Backbone, SwinVisformer, VisionBackbone, load_backbone
 from models.errors import CheckpointError, ModelError, UnreadableFileError, UnsafeFileError
 from models.factory import build_model, check_input_size, pretrained_config
-from models.freezing import freeze_all_but_classifier, freeze_stages
+from models.freezing import freeze_all_but_attention, freeze_all_but_classifier, freeze_stages
 from models.load import LoadedModel, find_model, from_checkpoint, load_model, read_weights
 from models.source import ModelSource
 
@@ -32,6 +32,7 @@ __all__ = [
     "convit",
     "fastvit",
     "find_model",
+    "freeze_all_but_attention",
     "freeze_all_but_classifier",
     "freeze_stages",
     "from_checkpoint",

@@ -116,7 +116,11 @@ def build_model(
 
 @torch.no_grad()
 def check_input_size(
-    model: nn.Module, name: str, size: int | tuple[int, int], in_chans: int = 3
+    model: nn.Module,
+    name: str,
+    size: int | tuple[int, int],
+    in_chans: int = 3,
+    flag: str = "--input-size",
 ) -> None:
     """Raise ModelError if ``model`` does not accept images of ``size`` (side, or height, width)."""
     training = model.training
@@ -127,6 +131,6 @@ def check_input_size(
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         text = size if isinstance(size, int) else f"{height}x{width}"
-        raise ModelError(f"{name} does not accept --input-size {text}: {reason}") from error
+        raise ModelError(f"{name} does not accept {flag} {text}: {reason}") from error
     finally:
         model.train(training)

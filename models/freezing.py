@@ -1,4 +1,4 @@
-"""Freezing: the first stages of a model, or everything but its classifier."""
+"""Freezing: the first stages of a model, or everything but its attention or its classifier."""
 
 from timm.models._manipulate import group_with_matcher
 from torch import nn
@@ -44,6 +44,25 @@ def freeze_all_but_classifier(model: nn.Module) -> None:
         raise ModelError(f"{type(model).__name__} does not have a classifier to train")
     model.requires_grad_(False)
     for parameter in parameters:
+        parameter.requires_grad_(True)
+
+
+def freeze_all_but_attention(model: nn.Module) -> None:
+    """Freeze all parameters except attention, position embeddings and classifier, as DeiT does.
+
+    Attention is what is registered as ``attn`` (Touvron et al., arXiv 2203.09795, section 4).
+
+    Raises:
+        ModelError: The model does not have attention of this name.
+    """
+    attention = [p for name, p in model.named_parameters() if "attn" in name.split(".")]
+    if not attention:
+        raise ModelError(f"{type(model).__name__} does not have attention (attn) to train")
+    positions = [
+        p for name, p in model.named_parameters() if name.split(".")[-1].startswith("pos_embed")
+    ]
+    model.requires_grad_(False)
+    for parameter in [*attention, *positions, *_classifier_parameters(model)]:
         parameter.requires_grad_(True)
 
 

@@ -212,10 +212,10 @@ def crop_padded(images: Tensor, offsets: Tensor, padding: int) -> Tensor:
     return crops.permute(0, 3, 1, 2)  # B 3 H W
 
 
-def flip(images: Tensor, mask: Tensor) -> Tensor:
-    """Flip the images ``B 3 H W`` for which ``mask`` ``B`` is true horizontally."""
+def flip(images: Tensor, mask: Tensor, dim: int = 3) -> Tensor:
+    """Flip the images ``B 3 H W`` for which ``mask`` ``B`` is true, 3: horizontally."""
     mask = mask.to(images.device, non_blocking=True)
-    return torch.where(mask[:, None, None, None], images.flip(3), images)
+    return torch.where(mask[:, None, None, None], images.flip(dim), images)
 
 
 def erase(

@@ -11,16 +11,21 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import (
     CenterCropOrPad,
+    RandomCropOrPad,
     RandomResizedCropAndInterpolation,
     ResizeKeepRatio,
     str_to_interp_mode,
 )
 from torchvision import transforms
 
-from pipeline.images import CropLongSide, DataError, EnlargeTiny
+from pipeline.images import RRC_RATIO, RRC_SCALE, CropLongSide, DataError, EnlargeTiny
 
 PADDING = 4  # pixels around a small or resized image that is cropped at random
 BICUBIC = transforms.InterpolationMode.BICUBIC
+KEEP_RATIO = {"rkrc": CenterCropOrPad, "rkrr": RandomCropOrPad}  # timm's crop modes
+# values of --train-crop-mode, and the crops they stand for
+CROP_MODES = {"rrc": "random-resized"} | {mode: mode for mode in KEEP_RATIO}
+RKR_SCALE, RKR_RATIO, RKR_PROB = (0.8, 1.0), (0.9, 1 / 0.9), 0.5  # timm's, of both
 
 
 class Stages(NamedTuple):
@@ -51,16 +56,18 @@ class Augmentation:
 
     Attributes:
         size: Height and width of the input, in pixels.
-        crop: ``random-resized`` (8 to 100 % of the area, aspect ratio 3:4 to 4:3); ``padded``
-            (resize to ``size``, pad with black, crop at random); ``reflected`` (resize the short
-            side, pad with reflected pixels, crop at random: DeiT III's simple random crop); and
+        crop: ``random-resized``; ``padded`` (resize to ``size``, pad with black, crop at random);
+            ``reflected`` (resize the short side, pad with reflected pixels, crop at random: DeiT
+            III's simple random crop); timm's ``rkrc`` and ``rkrr`` (resize the short side, half
+            of the images to another scale and half to another aspect ratio, crop or reflect at
+            the centre or at random); and
             timm's for evaluation, of an image of ``size / crop_ratio`` pixels: ``center`` (resize
             the short side, crop the centre), ``squash`` (resize both sides, crop the centre) or
             ``border`` (resize the long side, pad with ``mean``, crop the centre).
         crop_ratio: ``size`` over the side of the resized image, for timm's three.
-        interpolation: Filter of ``random-resized``, of the policy and of timm's three:
-            ``bilinear``, ``bicubic``, or for the first two ``random`` for either; timm's three
-            take any of Pillow's.
+        interpolation: Filter of the random crops, of the policy and of timm's three for
+            evaluation: ``bilinear``, ``bicubic``, or for the first two ``random`` for either; the
+            last take any of Pillow's.
         hflip: Probability of a horizontal flip.
         policy: timm's name of a RandAugment, AutoAugment or AugMix policy; empty for none.
         color_jitter: Strength of brightness, contrast and saturation jitter; applied without a
@@ -69,6 +76,13 @@ class Augmentation:
         erase_mode: ``pixel`` (normal noise), ``rand`` (one random colour) or ``const`` (zeros).
         erase_count: Largest number of erased boxes.
         mean, std: Normalisation, per channel.
+        vflip: Probability of a vertical flip.
+        scale, ratio: Ranges of ``random-resized``, ``rkrc`` and ``rkrr``: share of the area, and
+            aspect ratio or, for the latter two, its change. None for timm's: 0.08 to 1 and 3/4 to
+            4/3, or 0.8 to 1 and 0.9 to 1/0.9.
+
+    Raises:
+        DataError: The crop has no ``scale`` or ``ratio``.
     """
 
     size: int
@@ -83,6 +97,19 @@ class Augmentation:
     erase_count: int = 1
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+    vflip: float = 0.0
+    scale: tuple[float, float] | None = None
+    ratio: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        for flag in ("scale", "ratio"):
+            value = getattr(self, flag)
+            if value is not None and self.crop not in CROP_MODES.values():
+                raise DataError(
+                    f"--{flag} {value[0]:g} {value[1]:g} has no effect: training images of"
+                    f" {self.size} pixels get a {self.crop} crop; --train-crop-mode rrc resizes"
+                    f" random crops instead"
+                )
 
     def compose(self) -> transforms.Compose:
         """Return the reference transform: PIL image to tensor ``3 H W``."""
@@ -99,17 +126,35 @@ class Augmentation:
         )
         return Stages(
             *self._resize_and_crop(),
-            flip=[transforms.RandomHorizontalFlip(self.hflip)] if self.hflip > 0 else [],
+            flip=self._flip(),
             color=self._color(),
             normalize=[transforms.ToTensor(), transforms.Normalize(self.mean, self.std)],
             erase=[erase] if self.erase_prob > 0 else [],
         )
 
+    def _flip(self) -> list[Callable]:
+        kinds = (transforms.RandomHorizontalFlip, transforms.RandomVerticalFlip)
+        pairs = zip(kinds, (self.hflip, self.vflip), strict=True)
+        return [kind(probability) for kind, probability in pairs if probability > 0]
+
     def _resize_and_crop(self) -> tuple[list[Callable], list[Callable]]:
         size = self.size
         if self.crop == "random-resized":
-            crop = RandomResizedCropAndInterpolation(size, interpolation=self.interpolation)
-            return [EnlargeTiny()], [crop]
+            ranges = (self.scale or RRC_SCALE, self.ratio or RRC_RATIO)
+            crop = RandomResizedCropAndInterpolation(size, *ranges, self.interpolation)
+            return [EnlargeTiny(*ranges)], [crop]
+        if self.crop in KEEP_RATIO:
+            resize = ResizeKeepRatio(
+                size,
+                interpolation=self.interpolation,
+                random_scale_prob=RKR_PROB,
+                random_scale_range=self.scale or RKR_SCALE,
+                random_scale_area=True,
+                random_aspect_prob=RKR_PROB,
+                random_aspect_range=self.ratio or RKR_RATIO,
+            )
+            crop = KEEP_RATIO[self.crop](size, padding_mode="reflect")
+            return [CropLongSide(), resize], [crop]
         if self.crop == "padded":
             resize = transforms.Resize((size, size))
             return [resize], [transforms.RandomCrop(size, padding=PADDING)]

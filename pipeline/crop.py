@@ -134,6 +134,6 @@ def resize(pixels: np.ndarray, size: int, mode: str) -> np.ndarray:
     return resized[0].permute(1, 2, 0).numpy()
 
 
-def flip(pixels: np.ndarray) -> np.ndarray:
-    """Flip an image ``H W 3`` horizontally."""
-    return torch.from_numpy(pixels).flip(1).numpy()  # several times as fast as NumPy
+def flip(pixels: np.ndarray, axis: int = 1) -> np.ndarray:
+    """Flip an image ``H W 3`` along an axis, 1: horizontally."""
+    return torch.from_numpy(pixels).flip(axis).numpy()  # several times as fast as NumPy

@@ -48,8 +48,9 @@ class EncodedImages(NamedTuple):
     Attributes:
         images: uint8 ``B H W 3``; undefined where there is a JPEG.
         data: uint8, the JPEGs one after the other.
-        crops: int64 ``B 7``: length of the JPEG (0 for none), top, left, height and width of its
-            crop, 1 to flip it, 1 to resize it by bicubic instead of bilinear filter.
+        crops: int64 ``B 8``: length of the JPEG (0 for none), top, left, height and width of its
+            crop, 1 to flip it horizontally, 1 vertically, 1 to resize it by bicubic instead of
+            bilinear filter.
     """
 
     images: torch.Tensor
@@ -63,7 +64,7 @@ class ResidentImages(NamedTuple):
     Attributes:
         indices: int64 ``B``.
         offsets: int64 ``B 2``, top and left of the crop of the padded image.
-        flips: bool ``B``.
+        flips: bool ``B 2``, horizontally and vertically.
     """
 
     indices: torch.Tensor
@@ -97,7 +98,7 @@ class EncodedCrop(NamedTuple):
     data: bytes
     box: Box
     is_bicubic: bool
-    is_flipped: bool = False
+    flips: tuple[bool, bool] = (False, False)
 
 
 class ResidentCrop(NamedTuple):
@@ -105,7 +106,7 @@ class ResidentCrop(NamedTuple):
 
     index: int
     offset: tuple[int, int]
-    is_flipped: bool = False
+    flips: tuple[bool, bool] = (False, False)
 
 
 class RawSample(NamedTuple):
@@ -193,7 +194,7 @@ class FastDataset(LabelledImages):
             return ResidentImages(
                 torch.tensor(indices, dtype=torch.long),
                 torch.tensor(offsets, dtype=torch.long).view(-1, 2),
-                torch.tensor(flips, dtype=torch.bool),
+                torch.tensor(flips, dtype=torch.bool).view(-1, 2),
             )
         images = empty_batch(len(crops), self.size)
         pixels, encoded = images.numpy(), {}
@@ -205,23 +206,31 @@ class FastDataset(LabelledImages):
         if not encoded:
             return images
         data = bytearray().join(crop.data for crop in encoded.values())
-        rows = torch.zeros(len(crops), 7, dtype=torch.long)
+        rows = torch.zeros(len(crops), 8, dtype=torch.long)
         for i, crop in encoded.items():
-            rows[i] = torch.tensor([len(crop.data), *crop.box, crop.is_flipped, crop.is_bicubic])
+            rows[i] = torch.tensor([len(crop.data), *crop.box, *crop.flips, crop.is_bicubic])
         return EncodedImages(images, torch.frombuffer(data, dtype=torch.uint8), rows)
 
     def _sample(self, index: int) -> RawSample:
-        pixels = self._crop(index)
-        hflip = self.augmentation.hflip
-        if hflip > 0 and torch.rand(1).item() < hflip:
-            is_array = isinstance(pixels, np.ndarray)
-            pixels = flip(pixels) if is_array else pixels._replace(is_flipped=True)
+        pixels = self._flip(self._crop(index))
         operations = self.policy.sample() if self.policy else []
         if self._augment and operations:
             pixels, operations = augment_host.apply(pixels, operations, self.policy.fill), []
         if self._pil_steps:
             pixels = np.array(_apply(self._pil_steps, Image.fromarray(pixels)))
         return RawSample(pixels, operations, self._erasing.sample() if self._erasing else [])
+
+    def _flip(
+        self, pixels: np.ndarray | EncodedCrop | ResidentCrop
+    ) -> np.ndarray | EncodedCrop | ResidentCrop:
+        """Flip an image horizontally and vertically by chance, or note that it is to be."""
+        probabilities = (self.augmentation.hflip, self.augmentation.vflip)
+        flips = tuple(p > 0 and torch.rand(1).item() < p for p in probabilities)
+        if not isinstance(pixels, np.ndarray):
+            return pixels._replace(flips=flips)
+        for axis, is_flipped in zip((1, 0), flips, strict=True):
+            pixels = flip(pixels, axis) if is_flipped else pixels
+        return pixels
 
     def _crop(self, index: int) -> np.ndarray | EncodedCrop | ResidentCrop:
         crop = self.augmentation.crop
@@ -265,7 +274,8 @@ class FastDataset(LabelledImages):
         if isinstance(self.source, Encoded):
             data = self.source.read(index)
             header = read_header(data)
-            if is_readable(header, data) and header.height * header.width >= 5:
+            (enlarge,) = self._stages.resize
+            if is_readable(header, data) and not enlarge.is_tiny(header.height, header.width):
                 return self._crop_jpeg(data, header, index)
             image = self.source.decode(data, index)
         else:

@@ -31,6 +31,7 @@ MAX_SCANNED = 1 << 30  # pixels times scans, of more than the usual number
 # of TIFF's types; 0 for bytes, texts and unknown ones, which Pillow does not unpack
 NUMBER_BYTES = np.array([0, 0, 0, 2, 4, 8, 1, 0, 2, 4, 8, 4, 8, 4, 0, 0, 8, 0], np.float64)
 GREY_OF_16_BITS = ((np.arange(2**16) + 128) // 257).astype(np.uint8)  # 0..65535 to 0..255
+RRC_SCALE, RRC_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # timm's random resized crop
 
 
 class DataError(UserError):
@@ -258,13 +259,29 @@ class CropLongSide:
 
 
 class EnlargeTiny:
-    """Repeat the pixels of an image of fewer than 5 pixels 4 times in each direction.
+    """Repeat the pixels of a tiny image 4 times in each direction, until it is not tiny any more.
 
-    Of so few, timm's random crop may select a box whose sides round to 0. Other images are
-    unchanged.
+    Of so few pixels, timm's random resized crop may select a box whose sides round to 0. Other
+    images are unchanged.
+
+    Args:
+        scale, ratio: Ranges of the crop's area and aspect ratio; timm's by default, with which an
+            image of fewer than 5 pixels is tiny.
     """
 
+    def __init__(
+        self, scale: tuple[float, float] = RRC_SCALE, ratio: tuple[float, float] = RRC_RATIO
+    ):
+        widest = max(ratio[0], ratio[1], 1 / ratio[0], 1 / ratio[1])
+        self.pixels = 0.25 * widest / scale[0]  # sides above 0.5 round to 1 or more
+        self.side = max(ratio[0], 1 / ratio[1]) / 2  # of the crop of an image that is too narrow
+
+    def is_tiny(self, height: int, width: int) -> bool:
+        """Return True if an image of this size is enlarged."""
+        return height * width <= self.pixels or min(height, width) <= self.side
+
     def __call__(self, image: Image.Image) -> Image.Image:
-        if image.width * image.height >= 5:
-            return image
-        return image.resize((4 * image.width, 4 * image.height), Image.Resampling.NEAREST)
+        while self.is_tiny(image.height, image.width):
+            size = (4 * image.width, 4 * image.height)
+            image = image.resize(size, Image.Resampling.NEAREST)
+        return image

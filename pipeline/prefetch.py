@@ -116,7 +116,10 @@ class BatchFinalizer:
         images = self.resident[self._move(pixels.indices)].permute(0, 3, 1, 2)
         if self.augmentation.crop == "padded":
             images = crop_padded(images, pixels.offsets, PADDING)
-        return flip(images, pixels.flips) if self.augmentation.hflip else images
+        for dim, mask in zip((3, 2), pixels.flips.T, strict=True):
+            used = self.augmentation.hflip if dim == 3 else self.augmentation.vflip
+            images = flip(images, mask, dim) if used else images
+        return images
 
     def _decoded(self, batch: EncodedImages) -> torch.Tensor:
         """Return the images ``B H W 3`` of which some are still encoded."""
@@ -133,11 +136,11 @@ class BatchFinalizer:
             decoded = [self._move(_decoded_by_pillow(one)) for one in data]
         positions = [position for position, length in enumerate(lengths) if length]
         for position, whole in zip(positions, decoded, strict=True):
-            _, top, left, height, width, is_flipped, is_bicubic = batch.crops[position].tolist()
+            _, top, left, height, width, *flips, is_bicubic = batch.crops[position].tolist()
             crop = whole[None, :, top : top + height, left : left + width].float()
             mode = "bicubic" if is_bicubic else "bilinear"
             crop = F.interpolate(crop, size, mode=mode, antialias=True)
-            crop = crop.flip(-1) if is_flipped else crop
+            crop = crop.flip([dim for dim, on in zip((3, 2), flips, strict=True) if on])
             images[position] = crop[0].round_().clamp_(0, 255).permute(1, 2, 0).to(torch.uint8)
         return images
 

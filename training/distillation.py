@@ -144,6 +144,8 @@ def build_teacher(
     if report := source.load(model):
         log(f"teacher {source.name}: {report}")
     models.check_input_size(model, source.name, images.side)
+    for size in args.progressive_sizes or ():
+        models.check_input_size(model, source.name, size, flag="--progressive-sizes")
     own = source.data_config
     if (own.mean, own.std) != (images.mean, images.std):
         model = Renormalized(model, images, own)

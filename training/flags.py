@@ -5,6 +5,8 @@ from argparse import BooleanOptionalAction as OnOff
 from collections.abc import Sequence
 
 from datasets import DATA_SETS, HUB, data_set_named
+from models.data_config import INTERPOLATIONS
+from pipeline.augmentation import CROP_MODES
 from pipeline.sources.fine_grained import INAT_CATEGORIES
 from training.flag_checks import check_flags
 from training.parser import Parser, flags_of, given_flags, usable_cpus
@@ -44,6 +46,7 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     )
     add("--start_epoch", type=int, default=0)
     add("--stop-epoch", type=int, help="stop before this epoch; the schedule still spans --epochs")
+    add("--val-interval", type=int, default=1, metavar="N", help="epochs between evaluations")
     add(
         "--eval",
         action="store_true",
@@ -72,6 +75,14 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
         "--input-size",
         type=int,
         help="pixels; default: that of the weights, else 224, or 32 for DIGITS",
+    )
+    add(
+        "--progressive-sizes",
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        help="sizes of training images, each for an equal span of the epochs; the last is "
+        "--input-size",
     )
     add("--drop", type=float, default=0.0, metavar="RATE", help="dropout")
     add("--drop-path", type=float, default=0.1, metavar="RATE", help="stochastic depth")
@@ -103,6 +114,11 @@ def _add_finetuning(group: argparse._ArgumentGroup) -> None:
     add("--layer-decay", type=float, metavar="RATE", help="learning-rate decay per layer")
     add("--freeze-stages", type=int, metavar="N", help="freeze the stem (0) and the first N stages")
     add("--linear-probe", action="store_true", help="train only the classifier")
+    add(
+        "--attn-only",
+        action="store_true",
+        help="train only attention, position embeddings and the classifier (DeiT III)",
+    )
     add("--teacher-model", help="as --model, with its published weights")
     add("--teacher-path", default="", help="weights of the teacher, as for --finetune")
     add("--distillation-type", choices=["none", "soft", "hard"], default="none")
@@ -133,6 +149,7 @@ def _add_optimisation(group: argparse._ArgumentGroup) -> None:
     add("--grad-checkpointing", action="store_true", help="recompute blocks to save memory")
     add("--fsdp", action="store_true", help="shard weights and optimizer state over the processes")
     add("--bce-loss", action="store_true", help="binary cross-entropy per class")
+    add("--cosub", action="store_true", help="co-train two submodels by stochastic depth (DeiT)")
     add("--smoothing", type=float, default=0.1, help="label smoothing")
     add(
         "--class-weights",
@@ -170,6 +187,18 @@ def _add_augmentation(group: argparse._ArgumentGroup) -> None:
     add("--std-aug", action="store_true", help="random resized crop and horizontal flip only")
     add("--ThreeAugment", action="store_true", help="grey, solarise or blur (DeiT III)")
     add("--src", action="store_true", help="resize and padded crop instead of random resized crop")
+    add(
+        "--train-crop-mode",
+        choices=list(CROP_MODES),
+        help="timm's crops: random resized, or resized by the short side and cropped at the centre "
+        "or at random; default: rrc, or a padded crop of at most 32 pixels",
+    )
+    add(
+        "--scale", type=float, nargs="+", metavar="AREA", help="MIN MAX; default: 0.08 1, rkr 0.8 1"
+    )
+    add("--ratio", type=float, nargs="+", metavar="RATIO", help="MIN MAX; default: 3/4 4/3")
+    add("--hflip", type=float, metavar="P", help="default: 0.5, or 0 for DIGITS")
+    add("--vflip", type=float, default=0.0, metavar="P")
     add("--train-interpolation", default="bicubic", choices=["random", "bilinear", "bicubic"])
     add("--repeated-aug", action=OnOff, default=True, help="three repeats of a third of the images")
     add("--reprob", type=float, default=0.25, help="probability of random erasing")
@@ -182,6 +211,7 @@ def _add_augmentation(group: argparse._ArgumentGroup) -> None:
     add("--mixup-prob", type=float, default=1.0)
     add("--mixup-switch-prob", type=float, default=0.5)
     add("--mixup-mode", default="batch", choices=["batch", "pair", "elem"])
+    add("--mixup-off-epoch", type=int, default=0, metavar="N", help="mix before it only; 0: always")
 
 
 def _data_set(name: str) -> str:
@@ -216,6 +246,11 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
     add("--decode-on-device", action="store_true", help="decode training JPEGs on the device")
     add("--on-corrupt", choices=["error", "skip"], default="error", help="unreadable images")
     add("--eval-crop-ratio", type=float, help="default: that of the weights, else 0.875")
+    add(
+        "--interpolation",
+        choices=INTERPOLATIONS,
+        help="resize of evaluation; default: that of the weights, else bicubic",
+    )
     add("--dist-eval", action=OnOff, default=True, help="distribute evaluation over the processes")
     workers = min(10, usable_cpus())
     add("--num_workers", type=int, default=workers, help="loader workers per process")
@@ -245,6 +280,8 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
     argv = recipe_argv(parser, recipe) + words if recipe else words
     args = parser.parse_args(argv)
     del args.config  # its flags are in
+    if args.progressive_sizes and args.input_size is None:
+        args.input_size = args.progressive_sizes[-1]
     given, typed = given_flags(get_args_parser(), argv), given_flags(get_args_parser(), words)
     check_flags(args)
     resumes = typed.get("resume", "") not in ("", "auto")

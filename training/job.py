@@ -1,7 +1,7 @@
 """What a rank builds from the flags before any rank trains or evaluates."""
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from models import ModelSource
 from pipeline.prefetch import Prefetcher
 from training import agreement
 from training.class_weights import class_weights
+from training.cosub import CosubLoss, TwoViews
 from training.distillation import TeacherTargets, distill
 from training.launch import DistInfo
 from training.network import (
@@ -41,6 +42,7 @@ class Job(NamedTuple):
         batches: This rank's part of the training set; None for an evaluation.
         mixup_fn: Mixes a batch on the device.
         criterion: Loss of the training.
+        batches_at: Returns ``batches`` with images of another size, in pixels.
     """
 
     args: Namespace
@@ -49,8 +51,9 @@ class Job(NamedTuple):
     evaluation: Evaluation
     facts: agreement.Facts
     batches: Prefetcher | None = None
-    mixup_fn: Mixup | TeacherTargets | None = None
+    mixup_fn: Mixup | TeacherTargets | TwoViews | None = None
     criterion: nn.Module | None = None
+    batches_at: Callable[[int], Prefetcher] | None = None
 
 
 def build_job(
@@ -93,6 +96,15 @@ def build_job(
     loader = datasets.build_train_loader(train_set, args, info.world_size, info.rank)
     placement = (device, precision.dtype or torch.float32, precision.memory_format)
     batches = datasets.build_prefetcher(loader, *placement)
+
+    def batches_at(size: int) -> Prefetcher:
+        resized = (train_set.source, True, args, device, images.at_size(size))
+        part = (info.world_size, info.rank, loader.sampler)
+        resized = datasets.build_train_loader(datasets.augmented(*resized), args, *part)
+        return datasets.build_prefetcher(resized, *placement)
+
+    for size in args.progressive_sizes or ():
+        datasets.build_augmentation(True, args, images.at_size(size))  # raises errors
     mixup_fn = engine.build_mixup(args, num_classes)
     own = train_set.source
     weights = class_weights(args.class_weights, own.classes, own.targets)
@@ -104,4 +116,7 @@ def build_job(
         mixup_fn, criterion = distill(args, network, mixup_fn, criterion)
         teacher = engine.unwrap(mixup_fn.teacher)
         facts["teacher's weights"] = lambda: agreement.contents(teacher.state_dict())
-    return Job(args, source, network, evaluation, facts, batches, mixup_fn, criterion)
+    if args.cosub:
+        mixup_fn, criterion = TwoViews(mixup_fn), CosubLoss(criterion)
+    parts = (batches, mixup_fn, criterion, batches_at)
+    return Job(args, source, network, evaluation, facts, *parts)

@@ -180,6 +180,8 @@ def build_network(
     if hasattr(model, "qk_scale_factor"):
         kwargs["qk_scale_factor"] = model.qk_scale_factor
     models.check_input_size(model, name, images.side)
+    for size in args.progressive_sizes or ():
+        models.check_input_size(model, name, size, flag="--progressive-sizes")
     precision = choose_precision(args, model, device)
     precision.place(model)
     if args.grad_checkpointing:
@@ -193,9 +195,11 @@ def build_network(
 
 
 def freeze(args: Namespace, model: nn.Module) -> None:
-    """Freeze the parts that ``--linear-probe`` or ``--freeze-stages`` names."""
+    """Freeze the parts that ``--linear-probe``, ``--attn-only`` or ``--freeze-stages`` names."""
     if args.linear_probe:
         models.freeze_all_but_classifier(model)
+    elif args.attn_only:
+        models.freeze_all_but_attention(model)
     elif args.freeze_stages is not None:
         models.freeze_stages(model, args.freeze_stages)
 

@@ -28,6 +28,7 @@ SILENT = (
     "eval_crop_ratio",
     "log_to",
     "experiment",
+    "interpolation",
 )  # flags that may differ silently
 
 
@@ -170,10 +171,10 @@ class RunState:
                 log(f"{flag} is not read: the run continues from {source.label}")
         elif source.has_weights:
             self.finetune(source)
-        elif args.linear_probe or args.freeze_stages is not None:
+        elif args.linear_probe or args.attn_only or args.freeze_stages is not None:
             raise UserError(
-                f"{args.output_dir} has no checkpoint to resume, and --linear-probe and "
-                f"--freeze-stages would freeze random weights: give --finetune CHECKPOINT"
+                f"{args.output_dir} has no checkpoint to resume, and --linear-probe, --attn-only "
+                f"and --freeze-stages would freeze random weights: give --finetune CHECKPOINT"
             )
         self.set_lr()
 
@@ -280,12 +281,18 @@ class RunState:
             self._random = None
         return epoch
 
-    def end_epoch(self, accuracy: float) -> bool:
-        """Finish the epoch; return True if its top-1 accuracy is the best so far."""
+    def end_epoch(self, accuracy: float | None) -> bool:
+        """Finish the epoch; return True if its top-1 accuracy is the best so far.
+
+        Args:
+            accuracy: In percent; None if it was not measured after this epoch.
+        """
         self.epoch += 1
         self.meter.restart()
         self._steps_before = 0
         self.set_lr(metric=accuracy)
+        if accuracy is None:
+            return False
         ranked = sorted([*self.best, (accuracy, self.epoch)], key=lambda pair: (-pair[0], pair[1]))
         self.best = ranked[: self.args.keep_checkpoints]
         is_best = accuracy > self.best_acc1

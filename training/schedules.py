@@ -144,7 +144,8 @@ def build(
                 num_epochs=args.epochs,
                 decay_epochs=args.decay_epochs,
                 decay_milestones=args.decay_milestones,
-                patience_epochs=args.patience_epochs,
+                # the plateau schedule counts evaluations
+                patience_epochs=args.patience_epochs // args.val_interval,
                 decay_rate=decay_rate,
                 min_lr=rates.floor,
                 # timm's plateau schedule starts there even without a warm-up

@@ -92,9 +92,10 @@ class Trainer:
         state: State of the run.
         output: Output folder.
         loader: This rank's part of the training set.
-        evaluation: Called after every epoch.
+        evaluation: Called after every ``--val-interval`` epochs, and after the last one.
         mixup_fn: Mixes a batch on the device.
         criterion: Loss.
+        batches_at: Returns ``loader`` with images of another size, in pixels.
         tracking: Trackers of the epochs.
     """
 
@@ -106,11 +107,13 @@ class Trainer:
         evaluation: Evaluation,
         mixup_fn: Mixup | None,
         criterion: nn.Module,
+        batches_at: Callable[[int], Prefetcher],
         tracking: Tracking,
     ):
         self.tracking = tracking
         self.state, self.output, self.loader = state, output, loader
         self.evaluation, self.mixup_fn, self.criterion = evaluation, mixup_fn, criterion
+        self.batches_at = batches_at
         self.args, self.info = state.args, state.info
         self.exchange = RequestExchange(state.group)
         self.signals = StopSignals()
@@ -134,7 +137,8 @@ class Trainer:
                     stats = self.train_epoch(model, stop)
                     if stats is None:
                         return self.stopped()
-                    stats |= self.evaluate()
+                    if engine.is_evaluated(args, state.epoch + 1):
+                        stats |= self.evaluate()
                 except LoaderStalled:
                     return self.stalled()
                 if any(self.exchange.now(self.requests())[:1]):
@@ -162,7 +166,9 @@ class Trainer:
     def train_epoch(self, model: nn.Module, stop: int) -> dict[str, float] | None:
         """Train the rest of the current epoch; return None if the run has to stop."""
         state, args = self.state, self.args
+        self.resize(state.epoch + 1)
         epoch = state.begin_epoch()
+        engine.switch_mixup(self.mixup_fn, args, epoch)
         self.watchdog.where = f"epoch {epoch} step {state.meter.steps}"
         progress = Progress(
             self.loader,
@@ -197,6 +203,15 @@ class Trainer:
         if stats.get("corrupt"):
             self.output.list_corrupt(utils.gather_lines(state.meter.corrupt, state.group))
         return {f"train_{key}": value for key, value in stats.items()}
+
+    def resize(self, epoch: int) -> None:
+        """Replace the loader where ``--progressive-sizes`` has another size for an epoch."""
+        size = engine.train_size(self.args, epoch)
+        if size == self.loader.loader.dataset.augmentation.size:
+            return
+        self.output.wait()  # loader workers are started while no other thread runs
+        self.loader = self.batches_at(size)
+        log(f"epoch {epoch} starts to train on images of {size} pixels")
 
     def requests(self) -> list[int]:
         """Return this rank's requests: signal to stop, save, nonfinite losses in a row."""
@@ -243,8 +258,10 @@ class Trainer:
     def finish_epoch(self, stats: dict[str, Any]) -> None:
         """Log and save the epoch."""
         state, output = self.state, self.output
-        is_best = state.end_epoch(stats["test_acc1"])
-        log(f"Max accuracy: {state.best_acc1:.2f}%")
+        accuracy = stats.get("test_acc1")
+        is_best = state.end_epoch(accuracy)
+        if accuracy is not None:
+            log(f"Max accuracy: {state.best_acc1:.2f}%")
         stats = stats | {"epoch": state.epoch}
         output.log_epoch(stats, state.epoch)
         self.tracking.log(stats | {"best_acc1": state.best_acc1}, state.epoch)

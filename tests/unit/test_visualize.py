@@ -3,19 +3,23 @@
 import csv
 import json
 import math
+from argparse import Namespace
 from functools import partial
 
 import numpy as np
 import pytest
 import timm
 import torch
+from loading import refused
 from PIL import Image
 from validating import caller, refuses
 from visualizing import gate, in_folder, model_of, write_files
 
 from tools.visualize import __main__ as visualize
+from tools.visualize import curves
 from tools.visualize.attention import measure, parse_query
 from tools.visualize.curves import read_log
+from utils import UserError
 
 IMAGE = "@images/val/cat/0.jpg"
 CLASS = ("--query", "class")
@@ -106,6 +110,21 @@ def test_the_last_line_of_an_epoch_counts(tmp_path):
     lines = [line(0), line(1, test_acc1=1.0), line(2), line(1, test_acc1=7.0)]
     rows = read_log(write_log(tmp_path / "run", *lines) / "log.txt")
     assert [(row["epoch"], row["test_acc1"]) for row in rows] == [(0, 10.0), (1, 7.0), (2, 10.0)]
+
+
+def test_epochs_without_an_evaluation_are_drawn(tmp_path):
+    """Those of --val-interval have no point in the curves of the test."""
+    skipped = json.dumps({"epoch": 1, "train_loss": 2.0, "train_lr": 1e-3})
+    run = write_log(tmp_path / "run", line(0), skipped, line(2))
+    picture = curves.make(Namespace(runs=[str(run)]))
+    assert [row["test_acc1"] for row in picture.rows] == [10.0, None, 10.0]
+    loss, accuracy, *_ = picture.figure.axes
+    assert [len(drawn.get_xdata()) for drawn in (*loss.lines, *accuracy.lines)] == [3, 2, 2]
+    file = run / "log.txt"
+    for key in ("test_loss", "train_loss"):  # the rest of an evaluation, or of a line
+        row = {k: v for k, v in json.loads(line(1)).items() if k != key}
+        file.write_text(json.dumps(row))
+        refused(lambda: read_log(file), "line 1", key, kind=UserError)
 
 
 def test_gates_over_epochs_and_of_the_average(rows_of):

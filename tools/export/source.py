@@ -137,7 +137,7 @@ def load_source(args: argparse.Namespace, device: torch.device) -> ExportSource:
     """
     source = _model_source(args)
     notes: list[str] = []
-    flags = argparse.Namespace(input_size=args.input_size, eval_crop_ratio=None)
+    flags = argparse.Namespace(input_size=args.input_size, eval_crop_ratio=None, interpolation=None)
     images = datasets.choose_images(flags, source.data_config, source.label, notes.append)
     size = images.input_size
     classes = {} if args.num_classes is None else {"num_classes": args.num_classes}

@@ -12,6 +12,7 @@ from training.output import LOG
 from utils import UserError
 
 NEEDED = ("epoch", "train_loss", "test_loss", "test_acc1", "test_acc5", "train_lr")
+MEASURED = {"test_loss", "test_acc1", "test_acc5"}  # all or none, see main.py's --val-interval
 OPTIONAL = ("ema_loss", "ema_acc1", "ema_acc5")
 STYLES = {
     "training": {"linestyle": ":", "marker": "v"},
@@ -63,7 +64,7 @@ def _parse(line: str, where: str) -> dict[str, float]:
     if not isinstance(row, dict):
         raise UserError(f"{where} is a {type(row).__name__}, not an object of numbers")
     missing = [key for key in NEEDED if key not in row]
-    if missing:
+    if missing and set(missing) != MEASURED:
         raise UserError(f"{where} does not have {', '.join(missing)}")
     for key in (*NEEDED, *OPTIONAL):
         if type(row.get(key, 0.0)) not in (int, float):  # True is an int, too
