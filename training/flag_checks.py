@@ -7,8 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from timm.optim import get_optimizer_info, list_optimizers
+from timm.scheduler import create_scheduler_v2
 
+from models.errors import did_you_mean
+from pipeline.policies import check_policy
+from training.optimizers import LOOKAHEAD
 from utils import UserError
+
+SCHEDULES = ("cosine", "step", "multistep", "plateau", "poly", "tanh")  # of every timm
 
 ELSEWHERE = {  # model arguments that --model-kwargs does not accept, and what sets them instead
     "num_classes": "is set by the dataset: leave it out",
@@ -94,6 +101,9 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--cutmix-minmax {given} must be two ratios from 0 to 1, such as 0.2 0.8")
     if args.opt_betas is not None and len(args.opt_betas) < 2:
         raise UserError(f"--opt-betas {args.opt_betas[0]} must be two numbers or more")
+    check_optimizer(args.opt)
+    check_schedule(args.sched)
+    check_policy(args.aa)
     _check_finetuning(args)
     keyword_arguments(args.model_kwargs)
     if args.resume == "auto" and not args.output_dir:
@@ -104,6 +114,29 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--pretrained and --finetune {args.finetune} exclude each other")
     if args.fuse and not args.eval:
         raise UserError("--fuse needs --eval: a fused model cannot be trained")
+
+
+def check_optimizer(name: str) -> None:
+    """Raise UserError, with the nearest names, unless timm has an optimizer of this name."""
+    try:
+        get_optimizer_info(name.lower().removeprefix(LOOKAHEAD))
+    except ValueError as error:
+        near = did_you_mean(name, list_optimizers())
+        raise UserError(f"unknown optimizer --opt {name}{near}") from error
+
+
+def check_schedule(name: str) -> None:
+    """Raise UserError, with the nearest names, unless timm has a schedule of this name."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1)
+    try:
+        scheduler, _ = create_scheduler_v2(optimizer, name, num_epochs=100)
+    except ValueError as error:
+        if "unknown" not in str(error).lower():  # one that needs other flags
+            return
+        scheduler = None
+    if scheduler is None:
+        near = did_you_mean(name, SCHEDULES)
+        raise UserError(f"unknown schedule --sched {name}; timm has {', '.join(SCHEDULES)}{near}")
 
 
 def _check_finetuning(args: argparse.Namespace) -> None:
