@@ -3,6 +3,7 @@
 import argparse
 import ast
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -121,7 +122,7 @@ def check_optimizer(name: str) -> None:
     try:
         get_optimizer_info(name.lower().removeprefix(LOOKAHEAD))
     except ValueError as error:
-        near = did_you_mean(name, list_optimizers())
+        near = did_you_mean(name, list_optimizers()) or "; timm.optim.list_optimizers() has all"
         raise UserError(f"unknown optimizer --opt {name}{near}") from error
 
 
@@ -129,7 +130,9 @@ def check_schedule(name: str) -> None:
     """Raise UserError, with the nearest names, unless timm has a schedule of this name."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1)
     try:
-        scheduler, _ = create_scheduler_v2(optimizer, name, num_epochs=100)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            scheduler, _ = create_scheduler_v2(optimizer, name, num_epochs=100)
     except ValueError as error:
         if "unknown" not in str(error).lower():  # one that needs other flags
             return
