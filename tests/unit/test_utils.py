@@ -22,15 +22,21 @@ class Terminal(io.StringIO):
         return True
 
 
+def use_terminal(monkeypatch):
+    """In the test itself: capsys replaces what a fixture sets."""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("LINES", "40")
+    monkeypatch.setenv("COLUMNS", "150")
+    return sys.stderr
+
+
 def walk(progress):
     for step, _ in enumerate(progress, start=1):
         progress.report(step, 0.5, 1e-3, 8.0)
 
 
 def test_progress_is_a_bar_on_a_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setenv("LINES", "40")
-    monkeypatch.setenv("COLUMNS", "150")
+    use_terminal(monkeypatch)
     walk(progress.Progress(DataLoader(range(8), batch_size=4), 1, 3, world_size=2))
     bar = sys.stderr.getvalue()
     # 2 steps of 4 images are left in the next epoch, at 8 images per second and process
@@ -52,19 +58,10 @@ def test_progress_is_lines_elsewhere(capsys):
     assert errors == ""
 
 
-@pytest.fixture
-def terminal(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setenv("LINES", "40")
-    monkeypatch.setenv("COLUMNS", "150")
-    return sys.stderr
-
-
-def train_on(items, epochs=1):
+def train_on(items):
     """An epoch of engine's loop over ``items``, with the loader's rate and loss shown."""
     model = torch.nn.Linear(2, 2)
-    shown = progress.Progress(DataLoader(items, batch_size=4), 0, epochs, world_size=1)
-    shown.loader = Batches(items)
+    shown = progress.Progress(Batches(items), 0, 1, world_size=1)
     engine.train_one_epoch(
         model,
         torch.nn.CrossEntropyLoss(),
@@ -83,8 +80,8 @@ class Batches(list):
 
 
 @pytest.mark.parametrize(("steps", "reports"), [(3, 3), (20, 10)])
-def test_short_epochs_show_loss_and_rate(terminal, monkeypatch, capsys, steps, reports):
-    told = []
+def test_short_epochs_show_loss_and_rate(monkeypatch, capsys, steps, reports):
+    terminal, told = use_terminal(monkeypatch), []
     report = progress.Progress.report
     monkeypatch.setattr(
         progress.Progress,
@@ -102,7 +99,8 @@ def test_short_epochs_are_one_line_elsewhere(capsys):
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
-def test_any_loop_is_a_bar_on_a_terminal(terminal, capsys):
+def test_any_loop_is_a_bar_on_a_terminal(monkeypatch, capsys):
+    terminal = use_terminal(monkeypatch)
     assert list(progress.shown("abc", "packing", 5, done=2)) == [*"abc"]
     assert "packing" in terminal.getvalue() and "2/5" in terminal.getvalue()
     assert capsys.readouterr().out == ""
