@@ -13,6 +13,7 @@ from torchvision import transforms
 
 from models import DataConfig
 from models.data_config import SMALL_SIZE
+from models.errors import did_you_mean
 from pipeline.augmentation import CROP_MODES, Augmentation
 from pipeline.fast import FastDataset, RawBatch
 from pipeline.images import DataError
@@ -117,7 +118,8 @@ def data_set_named(name: str) -> DataSet:
     if name.startswith(HUB) and name != HUB:
         return DataSet(_open_hub)
     if name not in DATA_SETS:
-        raise ValueError(f"{name!r} must be one of {', '.join(DATA_SETS)} or {HUB}NAME")
+        known = f"{', '.join(DATA_SETS)} or {HUB}NAME"
+        raise ValueError(f"{name!r} must be one of {known}{did_you_mean(name, DATA_SETS)}")
     return DATA_SETS[name]
 
 

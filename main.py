@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 import utils
 from training import agreement, launch, schedules
-from training.checkpoints import read_resume
+from training.checkpoints import read_resume, was_restarted
+from training.existing_run import check_resumed, treatment
 from training.flags import parse_args
 from training.job import Job, build_job
 from training.launch import DistInfo
@@ -29,10 +30,13 @@ def run(args: Namespace, given: set[str], info: DistInfo, device: torch.device) 
     group = utils.control_group(args.dist_timeout)
     agreement.agree(agreement.start_facts(args, device), group)
     folder = "" if args.eval else args.output_dir  # evaluation locks and writes nothing there
+    existing = treatment(args, "overwrite" in given, was_restarted(info, group))
     with contextlib.closing(
-        utils.all_or_none(lambda: Output(folder, args.keep_checkpoints), group)
+        utils.all_or_none(lambda: Output(folder, args.keep_checkpoints, existing), group)
     ) as output:
         resumed = read_resume(args, info, group)
+        if folder:
+            utils.all_or_none(lambda: check_resumed(args, resumed[1]), group)
         job = utils.all_or_none(
             lambda: build_job(args, given, *resumed, info, device, group), group
         )
@@ -73,7 +77,7 @@ def train(
         *(args, job.network, rates, updates),
         *(batches.sampler, info, group, train_set.classes),
     )
-    state.start(job.source, resumes)
+    utils.all_or_none(lambda: state.start(job.source, resumes), group)
     utils.all_or_none(lambda: output.begin(args, state.epoch + 1), group)
     continues = resumes or bool(args.resume)  # or was stopped before there was a checkpoint
     with utils.all_or_none(lambda: Tracking(args, output, continues), group) as tracking:

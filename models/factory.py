@@ -1,6 +1,5 @@
 """Registration of models with timm, and building by name with helpful errors."""
 
-import difflib
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -12,7 +11,7 @@ from timm.models import PretrainedCfg, build_model_with_cfg
 from timm.models import register_model as timm_register_model
 from torch import nn
 
-from models.errors import ModelError
+from models.errors import ModelError, nearest
 
 
 def register_model(entrypoint: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -56,7 +55,7 @@ def build_registered(
 def check_name(name: str) -> None:
     """Raise ModelError, with the nearest names, if timm has no model of this name."""
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
+        near = nearest(name, timm.list_models(), count=5, cutoff=0.5)
         hint = f"the nearest are {', '.join(near)}" if near else "timm.list_models() lists them"
         raise ModelError(f"there is no model {name!r}; {hint}")
 

@@ -14,6 +14,7 @@ from torchvision.ops import box_convert
 
 from engine import Precision
 from object_detection.coco import Annotations, to_input, to_rle
+from training.progress import shown
 from utils import is_main_process
 
 FIGURES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
@@ -133,7 +134,7 @@ def evaluate(
     """
     model.eval()
     results = []
-    for images, targets in loader:
+    for images, targets in shown(loader, "evaluation", len(loader)):
         with precision.autocast():
             detections = model([to_input(image, precision.device) for image in images])
         for target, found in zip(targets, detections, strict=True):

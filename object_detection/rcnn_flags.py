@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from object_detection.mask_rcnn import CHANNELS, MAX_SIZE, MIN_SIZE
+from training.existing_run import check_overwrite
 from training.flags import add_processes
 from training.parser import Parser, flags_of, usable_cpus
 from utils import UserError
@@ -36,6 +37,7 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     add("--epochs", type=int, default=12)
     add("--output_dir", default="", help="folder of checkpoints and logs; empty for none")
     add("--resume", default="", help="checkpoint of a detector, or auto: of --output_dir")
+    add("--overwrite", action="store_true", help="remove a run that --output_dir holds")
     add("--finetune", default="", help="weights of a classifier, for the backbone")
     add("--stop-epoch", type=int, help="stop before this epoch of the schedule for --epochs")
     add("--eval", action="store_true", help="evaluate the checkpoint of --resume and exit")
@@ -113,4 +115,6 @@ def parse_args(argv: Sequence[str]) -> Namespace:
         raise UserError("--resume auto needs --output_dir FOLDER")
     if args.eval and not args.resume:
         raise UserError("--eval needs --resume CHECKPOINT")
+    if args.overwrite:
+        check_overwrite(args)
     return args

@@ -27,10 +27,12 @@ from object_detection import coco, coco_evaluation
 from object_detection.mask_rcnn import CHANNELS, MAX_SIZE, MIN_SIZE, build_mask_rcnn
 from object_detection.rcnn_flags import MODEL, WARMUP_ITERS, parse_args
 from training import agreement, launch, optimizers, progress
-from training.checkpoints import read_resume
+from training.checkpoints import read_resume, was_restarted
 from training.ddp import distribute
+from training.existing_run import treatment
 from training.launch import DistInfo
 from training.output import Output
+from training.trainer import finished
 from utils import log
 
 __all__ = ["build_mask_rcnn", "main"]
@@ -281,7 +283,10 @@ def run(args: Namespace, info: DistInfo, device: torch.device) -> None:
     group = utils.control_group(args.dist_timeout)
     agreement.agree(agreement.start_facts(args, device), group)
     folder = "" if args.eval else args.output_dir  # evaluation locks and writes nothing there
-    with contextlib.closing(utils.all_or_none(lambda: Output(folder), group)) as output:
+    existing = treatment(args, args.overwrite, was_restarted(info, group))
+    with contextlib.closing(
+        utils.all_or_none(lambda: Output(folder, existing=existing), group)
+    ) as output:
         run_in(output, args, info, device, group)
 
 
@@ -362,7 +367,7 @@ def train_epochs(
     args, model, precision = state.args, state.model, state.precision
     stop = args.epochs if args.stop_epoch is None else min(args.epochs, args.stop_epoch)
     if state.epoch + 1 >= stop:
-        log(f"nothing left to train: {state.epoch + 1} of {stop} epochs are done")
+        log(finished(state.epoch + 1, args))
         return
     wrapped = model
     if info.world_size > 1:
@@ -377,15 +382,16 @@ def train_epochs(
     for epoch in range(state.epoch + 1, stop):
         utils.seed_everything(args.seed, epoch, info.rank)
         train_loader.sampler.set_epoch(epoch)
+        shown = progress.Progress(train_loader, epoch, stop, info.world_size)
         train_stats = train_one_epoch(
             wrapped,
-            progress.Progress(train_loader, epoch, stop, info.world_size),
+            shown,
             state.optimizer,
             lambda update: args.lr * lr_factor(update, args.epochs * steps, warmup),
             precision,
             epoch,
             args.clip_grad,
-            args.log_interval,
+            shown.interval(args.log_interval),
         )
         test_stats = evaluate(val_loader, model, precision, state.settings["categories"])
         state.epoch = epoch

@@ -4,25 +4,37 @@ Every command is printed and runs in its own process.
 """
 
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
-from training.parser import Parser
-
 ROOT = Path(__file__).resolve().parent.parent
+OUTPUT = "output/demo"
 STOP_EPOCH = "8"
+INTERRUPT = (signal.SIGINT,)
 
 
 def run_main(*flags: str) -> list[str]:
-    """Run ``main.py`` with ``flags``, print its output and return its lines."""
+    """Run ``main.py`` with ``flags``, print its output and return its lines.
+
+    After Ctrl-C it may save its state. It does not get the terminal's signal, as it may be busy
+    with its imports, but SIGTERM.
+    """
     print("\n$ python main.py", shlex.join(flags), flush=True)
     command = [sys.executable, str(ROOT / "main.py"), *flags]
     lines = []
+    signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPT)  # which the process inherits
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            lines.append(line.rstrip("\n"))
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPT)
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                lines.append(line.rstrip("\n"))
+        except KeyboardInterrupt:
+            process.terminate()
+            print(process.stdout.read(), end="", flush=True)
+            raise
     if process.returncode:
         raise SystemExit(process.returncode)
     return lines
@@ -33,14 +45,17 @@ def accuracies(lines: list[str]) -> list[str]:
     return [line for line in lines if "* Acc@1" in line][-2:]
 
 
-def main() -> int:
-    """Run the demo; return 1 if the evaluation differs from the last one of the training."""
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output_dir", default="output/demo")
-    output = parser.parse_args().output_dir
+def demo(argv: list[str]) -> int:
+    """Run with the flags ``argv``; return 1 if evaluation and training differ in accuracy."""
+    from training.parser import Parser
+
+    parser = Parser("tools.demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", default=OUTPUT)
+    output = parser.parse_args(argv).output_dir
     train = ["-c", "configs/digits.yaml", "--output_dir", output]
     checkpoint = f"{output}/checkpoint.pth"
-    run_main(*train, "--stop-epoch", STOP_EPOCH)
+    again = ["--overwrite"] if output == OUTPUT else []  # nobody keeps a run there
+    run_main(*train, "--stop-epoch", STOP_EPOCH, *again)
     trained = accuracies(run_main(*train, "--resume", "auto"))
     evaluated = accuracies(run_main("--eval", "--resume", checkpoint))
     print("\nat the end of training:", *trained, sep="\n  ")
@@ -52,5 +67,16 @@ def main() -> int:
     return 0
 
 
+def main(argv: list[str]) -> int:
+    """Run the command line ``argv``; return the exit status."""
+    try:
+        from tools import cli  # takes seconds, in which Ctrl-C may come
+
+        return cli.program(demo)(argv)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

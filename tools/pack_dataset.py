@@ -26,6 +26,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 from webdataset import TarWriter
 
 from pipeline.images import CorruptImageError, DataError
@@ -39,6 +40,7 @@ from tools import cli
 from tools.files import folder_for
 from training.files import OutputError, write_atomically
 from training.parser import Parser, usable_cpus
+from training.progress import shown
 
 
 class PackedSample(NamedTuple):
@@ -168,7 +170,10 @@ class Split:
             num_workers=self.args.num_workers,
             worker_init_fn=worker_init_fn,
         )
-        samples = zip(self.order[position:], loader, strict=True)
+        samples = shown(
+            zip(self.order[position:], loader, strict=True),
+            *(f"{self.name}, images packed", len(self.order), position),
+        )
         while position < len(self.order):
             record, members = self._write_shard(len(records), samples)
             name = self.partial / record["shard"]["name"]
@@ -176,7 +181,7 @@ class Split:
             write(name.with_suffix(".json"), record)
             records.append(record)
             position += record["taken"]
-            print("{name}: {images:,} images, {size:,} bytes".format(**record["shard"]))
+            tqdm.write("{name}: {images:,} images, {size:,} bytes".format(**record["shard"]))
 
     def _write_shard(
         self, number: int, samples: Iterator[tuple[int, PackedSample]]
@@ -198,7 +203,7 @@ class Split:
                             raise DataError(
                                 f"{sample.suffix} (--on-corrupt skip omits such images)"
                             )
-                        print(f"omitted: {sample.suffix}", file=sys.stderr)
+                        tqdm.write(f"omitted: {sample.suffix}", file=sys.stderr)
                         record["left_out"].append(sample.suffix)
                         continue
                     key, target = self.keys[index], int(self.images.targets[index])

@@ -243,6 +243,12 @@ def _set_aside(path: Path) -> None:
         raise OutputError(f"cannot rename damaged {path}: {error.strerror}") from error
 
 
+def was_restarted(info: DistInfo, group: dist.ProcessGroup | None) -> bool:
+    """Return True if torchrun or Slurm restarted any rank; all ranks must call it."""
+    # on several machines, torchrun counts a restart only where a process died
+    return any(gather(info.restarts, group))
+
+
 def read_resume(
     args: Namespace, info: DistInfo, group: dist.ProcessGroup | None
 ) -> tuple[str, dict[str, Any]]:
@@ -255,9 +261,7 @@ def read_resume(
         Its name and contents; both empty without a checkpoint.
     """
     source = args.resume
-    # on several machines, torchrun counts a restart only where a process died
-    restarted = any(gather(info.restarts, group))
-    if source == "auto" or (restarted and args.output_dir and not args.eval):
+    if source == "auto" or (was_restarted(info, group) and args.output_dir and not args.eval):
         folder = Path(args.output_dir) if info.rank == 0 else None
         found = all_or_none(lambda: folder and find_checkpoint(folder, not args.eval), group)
         path = broadcast_value(found and str(found[0]), group)

@@ -1,67 +1,18 @@
 """What the values of ``main.py``'s flags may be, alone and together."""
 
 import argparse
-import ast
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
+from timm.optim import get_optimizer_info, list_optimizers
 
+from models.errors import did_you_mean
+from pipeline.policies import check_policy
 from training import schedules
+from training.keywords import OPTIMIZER_ELSEWHERE, keyword_arguments
+from training.optimizers import LOOKAHEAD
 from training.tracking import check_installed
 from utils import UserError
-
-ELSEWHERE = {  # model arguments that --model-kwargs does not accept, and what sets them instead
-    "num_classes": "is set by the dataset: leave it out",
-    "img_size": "is set by --input-size",
-    "drop_rate": "is set by --drop",
-    "drop_path_rate": "is set by --drop-path",
-    "qk_scale_factor": "is set by --qk-scale-factor",
-    "locality_strength": "is set by --locality-strength",
-    "local_up_to_layer": "is set by --local-up-to-layer",
-    "pretrained": "loads weights: use --pretrained",
-    "checkpoint_path": "loads weights: use --finetune CHECKPOINT",
-    "features_only": "makes a backbone without a classifier: leave it out",
-    "in_chans": "is always 3 here: leave it out",
-}
-OPTIMIZER_ELSEWHERE = {  # likewise, arguments of optimizers
-    "params": "are the model's: leave it out",
-    "lr": "is set by --lr",
-    "weight_decay": "is set by --weight-decay",
-    "eps": "is set by --opt-eps",
-    "betas": "is set by --opt-betas",
-    "momentum": "is set by --momentum",
-    "deterministic": "is always on: leave it out",
-}
-
-
-def keyword_arguments(
-    words: Sequence[str], flag: str = "--model-kwargs", elsewhere: Mapping[str, str] = ELSEWHERE
-) -> dict[str, Any]:
-    """Parse ``KEY=VALUE`` words; a value is a Python literal, else a string.
-
-    Args:
-        words: Values of the flag.
-        flag: Its name.
-        elsewhere: Arguments that it does not accept, and what sets them instead.
-
-    Raises:
-        UserError: A word has another form, or another flag sets the argument.
-    """
-    found = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or not key.isidentifier():
-            raise UserError(f"{flag} {word} must be KEY=VALUE, such as depth=6")
-        if key in elsewhere:
-            raise UserError(f"{flag} {word}: {key} {elsewhere[key]}")
-        try:
-            found[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            found[key] = value
-    return found
-
 
 RANGES = (  # a condition, the condition in words, and the flags whose values must meet it
     (
@@ -114,6 +65,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--cutmix-minmax {given} must be two ratios from 0 to 1, such as 0.2 0.8")
     if args.opt_betas is not None and len(args.opt_betas) < 2:
         raise UserError(f"--opt-betas {args.opt_betas[0]} must be two numbers or more")
+    check_optimizer(args.opt)
+    check_policy(args.aa)
     _check_crop(args)
     _check_sizes(args)
     _check_finetuning(args)
@@ -162,6 +115,15 @@ def _check_sizes(args: argparse.Namespace) -> None:
         raise UserError(f"{given} must end with --input-size {args.input_size}")
     if len(sizes) > args.epochs:
         raise UserError(f"{given} needs {len(sizes)} epochs or more, not --epochs {args.epochs}")
+
+
+def check_optimizer(name: str) -> None:
+    """Raise UserError, with the nearest names, unless timm has an optimizer of this name."""
+    try:
+        get_optimizer_info(name.lower().removeprefix(LOOKAHEAD))
+    except ValueError as error:
+        near = did_you_mean(name, list_optimizers()) or "; timm.optim.list_optimizers() has all"
+        raise UserError(f"unknown optimizer --opt {name}{near}") from error
 
 
 def _check_finetuning(args: argparse.Namespace) -> None:

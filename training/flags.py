@@ -8,14 +8,16 @@ from datasets import DATA_SETS, HUB, data_set_named
 from models.data_config import INTERPOLATIONS
 from pipeline.augmentation import CROP_MODES
 from pipeline.sources.fine_grained import INAT_CATEGORIES
+from training.existing_run import check_overwrite
 from training.flag_checks import check_flags
+from training.old_flags import ANSWERS
 from training.parser import Parser, flags_of, given_flags, usable_cpus
 from training.recipes import recipe_argv
 from training.tracking import TRACKERS
 from utils import UserError
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> Parser:
     """Return the parser of all flags."""
     parser = Parser(
         "main.py",
@@ -23,7 +25,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("-c", "--config", help="YAML file of flags; the command line wins")
+    parser.answers = ANSWERS
+    config = "recipe: YAML file of flags, or its name in configs/; the command line wins"
+    parser.add_argument("-c", "--config", metavar="RECIPE", help=config)
     _add_run(parser.add_argument_group("run"))
     _add_model(parser.add_argument_group("model"))
     _add_finetuning(parser.add_argument_group("fine-tuning and distillation"))
@@ -36,7 +40,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def _add_run(group: argparse._ArgumentGroup) -> None:
     add = flags_of(group)
-    add("--batch-size", type=int, default=64, help="images per process and step")
+    add("--batch-size", "-b", type=int, default=64, help="images per process and step")
     add("--epochs", type=int, default=300)
     add("--output_dir", default="", help="folder of checkpoints and logs; empty for none")
     add(
@@ -44,6 +48,7 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
         default="",
         help="weights as of --finetune, or auto: newest of --output_dir",
     )
+    add("--overwrite", action="store_true", help="remove a run that --output_dir holds")
     add("--start_epoch", type=int, default=0)
     add("--stop-epoch", type=int, help="stop before this epoch; the schedule still spans --epochs")
     add("--val-interval", type=int, default=1, metavar="N", help="epochs between evaluations")
@@ -55,7 +60,10 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     add("--seed", type=int, default=0)
     add("--save-every-steps", type=int, metavar="N", help="also save within an epoch")
     add("--save-every-minutes", type=float, metavar="M", help="also save within an epoch")
-    add("--keep-checkpoints", type=int, default=1, metavar="K", help="keep the last K and best K")
+    add(
+        *("--keep-checkpoints", "--checkpoint-hist"),
+        **{"type": int, "default": 1, "metavar": "K", "help": "keep the last K and best K"},
+    )
     add("--deterministic", action="store_true", help="bitwise reproducible on CUDA as well; slower")
     add("--max-nonfinite", type=int, default=10, help="consecutive nonfinite losses that end it")
     add("--log-interval", type=int, default=50, help="steps between readings of the loss")
@@ -72,7 +80,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     )
     add("--pretrained", action="store_true", help="start from the published weights of --model")
     add(
-        "--input-size",
+        *("--input-size", "--img-size"),
         type=int,
         help="pixels; default: that of the weights, else 224, or 32 for DIGITS",
     )
@@ -106,7 +114,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
 def _add_finetuning(group: argparse._ArgumentGroup) -> None:
     add = flags_of(group)
     add(
-        "--finetune",
+        *("--finetune", "--initial-checkpoint"),
         default="",
         help="start from these weights: a file, an address, hf-hub:ORG/NAME, local-dir:FOLDER, or "
         "a model name for timm's; new classifier for other classes",
@@ -135,12 +143,13 @@ def _add_optimisation(group: argparse._ArgumentGroup) -> None:
     add("--clip-grad", type=float, metavar="NORM", help="maximum gradient norm")
     add("--momentum", type=float, default=0.9)
     add("--weight-decay", type=float, default=0.05)
-    add("--accum-iter", type=int, default=1, help="batches per optimizer step")
+    steps = ("--accum-iter", "--grad-accum-steps")
+    add(*steps, type=int, default=1, help="batches per optimizer step")
     add("--amp", action=OnOff, default=False, help="automatic mixed precision")
     add("--amp-dtype", choices=["float16", "bfloat16"], default="float16")
     add("--channels-last", action=OnOff, help="memory format; default: chosen by the model")
     add(
-        "--compile",
+        *("--compile", "--torchcompile"),
         nargs="?",
         const="inductor",
         metavar="BACKEND",
@@ -231,10 +240,15 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         help=f"{names}, or {HUB}NAME for the Hugging Face Hub; IMNET with --data-path, else DIGITS",
     )
-    add("--data-path", help="folder of the dataset; for WDS, also a pattern of shards, or a URL")
+    add(
+        "--data-path",
+        "--data-dir",
+        help="folder of the dataset; for WDS, also a pattern of shards, or a URL",
+    )
     add("--val-path", help="for WDS: validation shards, if stored elsewhere")
     add("--shard-cache", metavar="FOLDER", help="for WDS: cache folder of remote shards")
-    add("--download", action="store_true", help="download the dataset into --data-path")
+    download = ("--download", "--dataset-download")
+    add(*download, action="store_true", help="download the dataset into --data-path")
     add("--inat-category", choices=INAT_CATEGORIES, default="name", help="level of the classes")
     add("--input-key", default="image", help=f"for {HUB}NAME: column of the images")
     add("--target-key", default="label", help=f"for {HUB}NAME: column of the classes")
@@ -245,7 +259,12 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
     add("--augment-on", choices=where, default="auto", help="auto: the device if it is CUDA")
     add("--decode-on-device", action="store_true", help="decode training JPEGs on the device")
     add("--on-corrupt", choices=["error", "skip"], default="error", help="unreadable images")
-    add("--eval-crop-ratio", type=float, help="default: that of the weights, else 0.875")
+    add(
+        "--eval-crop-ratio",
+        "--crop-pct",
+        type=float,
+        help="default: that of the weights, else 0.875",
+    )
     add(
         "--interpolation",
         choices=INTERPOLATIONS,
@@ -253,7 +272,8 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
     )
     add("--dist-eval", action=OnOff, default=True, help="distribute evaluation over the processes")
     workers = min(10, usable_cpus())
-    add("--num_workers", type=int, default=workers, help="loader workers per process")
+    names = ("--num_workers", "--workers", "-j")
+    add(*names, type=int, default=workers, help="loader workers per process")
     add("--pin-mem", action=OnOff, default=True)
 
 
@@ -279,11 +299,13 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
     recipe, words = parser.parse_args(argv).config, list(argv)
     argv = recipe_argv(parser, recipe) + words if recipe else words
     args = parser.parse_args(argv)
-    del args.config  # its flags are in
+    del args.config, args.overwrite  # nothing of a run
     if args.progressive_sizes and args.input_size is None:
         args.input_size = args.progressive_sizes[-1]
     given, typed = given_flags(get_args_parser(), argv), given_flags(get_args_parser(), words)
     check_flags(args)
+    if "overwrite" in given:
+        check_overwrite(args)
     resumes = typed.get("resume", "") not in ("", "auto")
     other = "--pretrained" if typed.get("pretrained") else f"--finetune {args.finetune}"
     if resumes and (typed.get("pretrained") or (typed.get("finetune") and not args.eval)):

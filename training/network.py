@@ -15,8 +15,8 @@ import engine
 import models
 from models import DataConfig, ModelSource
 from pipeline.images import DataError
-from training.flag_checks import keyword_arguments
 from training.flags import get_args_parser
+from training.keywords import keyword_arguments
 from utils import UserError, log, random_state, set_random_state
 
 

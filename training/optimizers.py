@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from models import CheckpointError
-from training.flag_checks import OPTIMIZER_ELSEWHERE, keyword_arguments
+from training.keywords import OPTIMIZER_ELSEWHERE, keyword_arguments
 from utils import UserError
 
 GENERATOR = "generator"  # key of an optimizer's random state

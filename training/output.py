@@ -16,20 +16,46 @@ from typing import Any
 import torch
 import yaml
 
+from training import existing_run
 from training.checkpoints import BEST, Saver, plain, snapshot
 from training.events import EventFile
+from training.existing_run import ARGS, CORRUPT, LOG, epoch_of
 from training.files import OutputError, append, write_atomically
 from utils import is_main_process, log, printable
 
-LOG = "log.txt"
 LOCK = "run.lock"
-CORRUPT = "corrupt.txt"
 
 
 def _check_regular(path: Path) -> None:
     """Raise OutputError where a file cannot be appended to: a pipe would be waited for."""
     if os.path.lexists(path) and not path.is_file():
         raise OutputError(f"{path} is not a regular file: move it away, or use another folder")
+
+
+def _locked(folder: Path, flags: int = 0) -> int:
+    """Return a descriptor of the lock of ``folder``, locked, opened with additional ``flags``."""
+    file = os.open(folder / LOCK, os.O_RDWR | flags, 0o644)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        holder = os.pread(file, 1000, 0).decode(errors="replace").strip()
+        os.close(file)
+        raise OutputError(
+            f"--output_dir {folder} is in use by {holder or 'another process'}: stop that run, "
+            f"or choose another folder"
+        ) from error
+    except OSError as error:
+        log(f"warning: {folder} cannot be locked against a second run: {error.strerror}")
+    return file
+
+
+def _refuse_run(folder: Path) -> None:
+    """Raise OutputError if ``folder`` holds a run, or one is using it; write nothing."""
+    for name in (LOG, ARGS, LOCK):
+        _check_regular(folder / name)
+    with contextlib.suppress(OSError):  # there is no lock, or it is read-only
+        os.close(_locked(folder))
+    existing_run.refuse(folder)
 
 
 class RunLock:
@@ -43,18 +69,7 @@ class RunLock:
     """
 
     def __init__(self, folder: Path):
-        self._file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            holder = os.pread(self._file, 1000, 0).decode(errors="replace").strip()
-            os.close(self._file)
-            raise OutputError(
-                f"--output_dir {folder} is in use by {holder or 'another process'}: stop that run, "
-                f"or choose another folder"
-            ) from error
-        except OSError as error:
-            log(f"warning: {folder} cannot be locked against a second run: {error.strerror}")
+        self._file = _locked(folder, os.O_CREAT)
         left = os.pread(self._file, 1000, 0).decode(errors="replace").strip()
         if left:
             log(f"{folder} was last used by {left}, which did not exit normally")
@@ -84,14 +99,17 @@ class Output:
     Args:
         folder: ``--output_dir``, or an empty string.
         keep: Number of last and of best checkpoints to keep.
+        existing: What to do with a run that the folder holds: continue it, refuse to start, or
+            remove it once this one begins; see :func:`training.existing_run.treatment`.
 
     Raises:
-        OutputError: The folder cannot be created or written, or another run uses it.
+        OutputError: The folder cannot be created or written, another run uses it, or it holds a
+            run.
     """
 
-    def __init__(self, folder: str, keep: int = 1):
+    def __init__(self, folder: str, keep: int = 1, existing: str = existing_run.CONTINUE):
         self.folder = Path(folder) if folder else None
-        self.keep = keep
+        self.keep, self.existing = keep, existing
         self._events: EventFile | None = None
         self._events_fail = False
         self._saver: Saver | None = None
@@ -99,6 +117,8 @@ class Output:
         if not self.folder or not is_main_process():
             return
         try:
+            if existing == existing_run.REFUSE:
+                _refuse_run(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             for name in (LOG, LOCK, CORRUPT):
                 _check_regular(self.folder / name)
@@ -113,11 +133,18 @@ class Output:
         self._saver = Saver(self.folder)
 
     def begin(self, args: Namespace, start_epoch: int) -> None:
-        """Write ``args.yaml``; remove log lines of ``start_epoch`` and later epochs."""
+        """Write ``args.yaml``; remove log lines of ``start_epoch`` and later epochs.
+
+        By now, nothing but training can fail: this is when ``--overwrite`` removes a run.
+        """
+        if not self.folder:
+            log("warning: nothing will be saved: no --output_dir FOLDER")
         if self._saver is None:
             return
+        if self.existing == existing_run.OVERWRITE:
+            existing_run.remove(self.folder)
         content = yaml.safe_dump(plain(vars(args)), sort_keys=False)
-        write_atomically(self.folder / "args.yaml", lambda file: file.write(content.encode()))
+        write_atomically(self.folder / ARGS, lambda file: file.write(content.encode()))
         self._drop_lines_from(start_epoch)
         self._events = EventFile(self.folder, start_epoch)
         self._to_tensorboard(self._events.flush)
@@ -127,7 +154,7 @@ class Output:
         if not path.exists():
             return
         lines = path.read_text("utf-8", errors="replace").splitlines(keepends=True)
-        kept = [line for line in lines if _epoch_of(line) < epoch]
+        kept = [line for line in lines if epoch_of(line) < epoch]
         if kept != lines:
             write_atomically(path, lambda file: file.write("".join(kept).encode()))
 
@@ -266,10 +293,3 @@ def list_corrupt(folder: Path, messages: Sequence[str]) -> None:
             file.writelines(f"{line}\n" for line in lines if line not in known)
     except (OSError, OutputError) as error:
         log(f"warning: cannot write {path}: {getattr(error, 'strerror', None) or error}")
-
-
-def _epoch_of(line: str) -> float:
-    try:
-        return json.loads(line)["epoch"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line cut short

@@ -1,13 +1,51 @@
-"""Progress of an epoch: a bar on a terminal, lines elsewhere."""
+"""Progress of epochs and other loops: a bar on a terminal, lines elsewhere."""
 
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from pipeline.prefetch import Prefetcher
 from utils import is_main_process, log
+
+T = TypeVar("T")
+REPORTS = 10  # of an epoch, at least, on a terminal
+MINUTE = 60.0
+
+
+def _on_terminal() -> bool:
+    return is_main_process() and sys.stderr is not None and sys.stderr.isatty()
+
+
+def _bar(items: Iterable[T], what: str, **options: Any) -> tqdm:
+    """Return a bar around ``items``, disabled where there is no terminal or another rank has it."""
+    return tqdm(items, what, leave=False, disable=not _on_terminal(), dynamic_ncols=True, **options)
+
+
+def shown(
+    items: Iterable[T], what: str, total: int, done: int = 0, seconds: float = MINUTE
+) -> Iterator[T]:
+    """Yield ``items``, and show on rank 0 how many are done.
+
+    On a terminal by a bar, elsewhere by a line per ``seconds``.
+
+    Args:
+        items: What to iterate over.
+        what: Name of the loop.
+        total: Number of items, including those done before.
+        done: Items done before.
+        seconds: Time between lines; infinity for none.
+    """
+    bar = _bar(items, what, total=total, initial=done)
+    told = time.monotonic()
+    for number, item in enumerate(bar, start=done + 1):
+        yield item
+        if bar.disable and time.monotonic() - told >= seconds and number < total:
+            log(f"{what}: {number:,} of {total:,}")
+            told = time.monotonic()
 
 
 class Progress:
@@ -40,11 +78,12 @@ class Progress:
     def __len__(self) -> int:
         return len(self.loader)
 
+    def interval(self, log_interval: int) -> int:
+        """Return the steps between reports: ``--log-interval``, or fewer on a terminal."""
+        return min(log_interval, max(1, self.steps // REPORTS)) if _on_terminal() else log_interval
+
     def __iter__(self) -> Iterator:
-        shown = is_main_process() and sys.stderr is not None and sys.stderr.isatty()
-        options = {"leave": False, "disable": not shown, "dynamic_ncols": True}
-        sizes = {"initial": self.done, "total": self.steps}
-        self.bar = tqdm(self.loader, f"epoch {self.epoch}", **sizes, **options)
+        self.bar = _bar(self.loader, f"epoch {self.epoch}", initial=self.done, total=self.steps)
         self.waiting(True)
         for batch in self.bar:
             self.waiting(False)

@@ -1,15 +1,20 @@
 """Recipe files: YAML mappings from flags of ``main.py`` to values."""
 
 import argparse
-import difflib
+import os
 from argparse import BooleanOptionalAction as OnOff
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from models.errors import did_you_mean
 from pipeline.sources.download import PIPE
+from training.parser import Parser
 from utils import UserError
 
+RECIPES = Path(__file__).resolve().parent.parent / "configs"
+ON_COMMAND_LINE = ("help", "config", "overwrite")  # flags that a recipe cannot give
 MAX_RECIPE = 1 << 15  # characters
 
 
@@ -34,13 +39,33 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def recipe_argv(parser: argparse.ArgumentParser, path: str) -> list[str]:
-    """Return the flags of a recipe file as command-line words.
+def recipe_path(name: str) -> str:
+    """Return the path of a recipe: a file, else one of ``configs/``, with or without ``.yaml``.
+
+    Raises:
+        UserError: There is none; names those that are nearest.
+    """
+    if os.path.exists(name) and not os.path.isdir(name):
+        return name
+    known = {path.stem: path for path in RECIPES.glob("*.yaml")}
+    asked = Path(name).name.removesuffix(".yaml")
+    if asked in known and name in (asked, f"{asked}.yaml"):
+        return str(known[asked])
+    raise UserError(f"there is no recipe {name}{did_you_mean(asked, known)}")
+
+
+def recipe_argv(parser: Parser, name: str) -> list[str]:
+    """Return the flags of a recipe as command-line words.
+
+    Args:
+        parser: Of all flags.
+        name: As :func:`recipe_path` takes it.
 
     Raises:
         UserError: The file cannot be read, has an unknown or duplicate flag, or a flag does not
             accept its value.
     """
+    path = recipe_path(name)
     try:
         with open(path) as file:
             text = file.read(MAX_RECIPE + 1)
@@ -52,19 +77,17 @@ def recipe_argv(parser: argparse.ArgumentParser, path: str) -> list[str]:
         raise UserError(f"cannot read recipe {path}: {reason}") from error
     if not isinstance(recipe, dict):
         raise UserError(f"recipe {path} must be a mapping of flags to values")
-    actions = {action.dest: action for action in parser._actions}
-    actions = {name: actions[name] for name in actions.keys() - {"help", "config"}}
+    actions = _actions(parser)
     argv: list[str] = []
     spelled: dict[str, Any] = {}
     for key, value in recipe.items():
         name = str(key).replace("-", "_")
         if name not in actions:
-            near = difflib.get_close_matches(name, actions, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"recipe {path}: unknown flag {key!r}{hint}")
-        if name in spelled:
-            raise UserError(f"recipe {path}: {key!r} and {spelled[name]!r} are the same flag")
-        spelled[name] = key
+            raise UserError(f"recipe {path}: {key!r}: {parser.unknown_flag(f'--{key}')}")
+        dest = actions[name].dest
+        if dest in spelled:
+            raise UserError(f"recipe {path}: {key!r} and {spelled[dest]!r} are the same flag")
+        spelled[dest] = key
         if value is None or value == actions[name].default == []:
             continue
         try:
@@ -73,6 +96,17 @@ def recipe_argv(parser: argparse.ArgumentParser, path: str) -> list[str]:
             reason = getattr(error, "message", error)
             raise UserError(f"recipe {path}: {key!r} is {value!r}: {reason}") from error
     return argv
+
+
+def _actions(parser: Parser) -> dict[str, argparse.Action]:
+    """Return the flags that a recipe may give, by all spellings without dashes."""
+    return {
+        name.lstrip("-").replace("-", "_"): action
+        for action in parser._actions
+        if action.dest not in ON_COMMAND_LINE
+        for name in [f"--{action.dest}", *action.option_strings]
+        if name.startswith("--") and not name.startswith("--no-")
+    }
 
 
 def _words(parser: argparse.ArgumentParser, action: argparse.Action, value: Any) -> list[str]:

@@ -11,6 +11,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.plateau_lr import PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
 
+from models.errors import did_you_mean
 from utils import UserError, log
 
 SCALED_DOWN = ("min_lr", "warmup_lr")
@@ -109,6 +110,8 @@ def check(args: Namespace) -> None:
     Raises:
         UserError: Names the flag and its value.
     """
+    if args.sched not in NAMES:
+        raise _unknown(args.sched)
     if args.sched == "plateau" and args.sched_on_updates:
         raise UserError("--sched plateau steps per epoch: leave --sched-on-updates out")
     milestones, given = args.decay_milestones, " ".join(map(str, args.decay_milestones))
@@ -181,6 +184,7 @@ def _unknown(name: str) -> UserError:
     known = [n for n in NAMES if n not in LATER or hasattr(timm.scheduler, "WSDLRScheduler")]
     return UserError(
         f"unknown schedule --sched {name}; timm {timm.__version__} has {', '.join(known)}"
+        f"{did_you_mean(name, known)}"
     )
 
 

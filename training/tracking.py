@@ -25,11 +25,11 @@ import torch
 
 import utils
 from training.checkpoints import plain
+from training.existing_run import LOG, TRACKING
 from training.files import write_atomically
-from training.output import LOG, Output
+from training.output import Output
 from utils import UserError, log
 
-RECORD = "tracking.json"  # of every tracker: the id of the run and the last epoch
 PROJECT = "visformer"
 DEFAULTS = {  # of the packages' settings: quiet, no telemetry, and an outage ends in a minute
     "WANDB_SILENT": "true",
@@ -223,7 +223,7 @@ class Tracking:
             return
         for key, value in DEFAULTS.items():
             os.environ.setdefault(key, value)
-        self._path = output.folder / RECORD
+        self._path = output.folder / TRACKING
         if resumes:
             self._record = _read(self._path)
         for name in dict.fromkeys(args.log_to):

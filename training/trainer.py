@@ -25,7 +25,7 @@ from training import fsdp, launch
 from training.ddp import distribute, warm_up_ddp
 from training.network import count_parameters
 from training.output import Output, list_corrupt
-from training.progress import Progress
+from training.progress import Progress, shown
 from training.run_state import RunState
 from training.stopping import LoaderStalled, RequestExchange, StopSignals
 from training.tracking import Tracking
@@ -65,7 +65,7 @@ class Evaluation:
         utils.broadcast_buffers(model)
         with fsdp.gathered(model):
             stats = engine.evaluate(
-                self.loader,
+                shown(self.loader, f"{prefix}evaluation", len(self.loader)),
                 engine.compiled(model, args.compile),
                 precision.device,
                 precision,
@@ -126,7 +126,7 @@ class Trainer:
         state, args = self.state, self.args
         stop = state.epochs if args.stop_epoch is None else min(state.epochs, args.stop_epoch)
         if state.epoch + 1 >= stop:
-            log(f"nothing left to train: {state.epoch + 1} of {stop} epochs are done")
+            log(finished(state.epoch + 1, args))
             return 0
         log(f"training epochs {state.epoch + 1} to {stop - 1} of {state.epochs}")
         started, n_parameters = time.time(), count_parameters(state.model)
@@ -192,7 +192,7 @@ class Trainer:
             lr_scheduler=state.scheduler,
             accum_iter=args.accum_iter,
             set_training_mode=args.train_mode,
-            log_interval=args.log_interval,
+            log_interval=progress.interval(args.log_interval),
             report=progress.report,
             max_nonfinite=args.max_nonfinite,
             meter=state.meter,
@@ -309,6 +309,15 @@ class Trainer:
         self.output.finish_saving()
         log(f"stopped by {name} in {where}; --resume auto continues")
         return 128 + number if number == signal.SIGINT else 0
+
+
+def finished(epochs: int, args: Namespace) -> str:
+    """Return the message of a run that has no epoch left to train, after ``epochs``."""
+    if args.stop_epoch is not None and args.stop_epoch < args.epochs:
+        limit, why = args.stop_epoch, "up to --stop-epoch"
+    else:
+        limit, why = args.epochs, "the run is finished"
+    return f"nothing left to train: {epochs} of {limit} epochs are done, {why}"
 
 
 def example_images(

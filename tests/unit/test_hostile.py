@@ -1,6 +1,5 @@
 """Hostile files end soon, with one line that names them."""
 
-import argparse
 import resource
 from functools import partial
 
@@ -14,6 +13,7 @@ from pipeline.crop import is_readable, read_header
 from pipeline.images import CorruptImageError, DataError, load_image
 from pipeline.sources.shard_index import MAX_INDEX, parse_index
 from pipeline.sources.shards import open_shards
+from training.parser import Parser
 from training.recipes import recipe_argv
 from utils import UserError
 
@@ -25,7 +25,7 @@ def shards(path):
 
 
 def recipe(path):
-    return recipe_argv(argparse.ArgumentParser(), str(path))
+    return recipe_argv(Parser(), str(path))
 
 
 CASES = [

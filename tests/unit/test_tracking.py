@@ -14,9 +14,10 @@ from conftest import read_log
 from saving import warnings_of
 
 from training import flag_checks, tracking
+from training.existing_run import TRACKING
 from training.flags import parse_args
 from training.output import Output
-from training.tracking import RECORD, TRACKERS, Tracking
+from training.tracking import TRACKERS, Tracking
 from utils import UserError
 
 NAMES = list(TRACKERS)
@@ -111,7 +112,7 @@ def test_a_resumed_run_logs_every_epoch_once(fake, tmp_path, start):
     train(tmp_path, 3, start, resumes=True)
     assert logged(fake) == EXPECTED
     assert [call[-1] for call in fake.calls if call[1] == "begin"] == [None, "id5"]
-    assert json.loads((tmp_path / RECORD).read_text()) == {"wandb": {"id": "id5", "epoch": 2}}
+    assert json.loads((tmp_path / TRACKING).read_text()) == {"wandb": {"id": "id5", "epoch": 2}}
 
 
 def test_a_new_run_in_a_used_folder_is_another_one(fake, tmp_path):
@@ -150,9 +151,9 @@ def test_a_tracker_that_cannot_start(fake, tmp_path, capsys):
 
 def test_a_damaged_record_is_another_run(fake, tmp_path, capsys):
     train(tmp_path, 1)
-    (tmp_path / RECORD).write_text("{")
+    (tmp_path / TRACKING).write_text("{")
     train(tmp_path, 1, 1, resumes=True)
-    assert warnings_of(capsys.readouterr().out, tmp_path / RECORD)
+    assert warnings_of(capsys.readouterr().out, tmp_path / TRACKING)
     assert fake.calls[-3:-1] == [
         ("wandb", "begin", "", 0.5, None),
         ("wandb", "log", *EXPECTED[0]),
@@ -214,7 +215,7 @@ def test_no_package_is_imported_unless_asked_for(tmp_path):
     before = set(sys.modules)
     train(tmp_path, 2, names=[])
     assert not {"wandb", "mlflow", "trackio"} & (set(sys.modules) - before)
-    assert not (tmp_path / RECORD).exists()
+    assert not (tmp_path / TRACKING).exists()
 
 
 # --- the packages ---------------------------------------------------------------------------
@@ -225,9 +226,9 @@ def interrupted_and_resumed(name, folder):
     os.environ["WANDB_DIR"] = str(folder.parent)  # whose folders are named by the second
     train(folder, 2, names=[name], status="interrupted")
     del os.environ["WANDB_DIR"]
-    run = json.loads((folder / RECORD).read_text())[name]["id"]
+    run = json.loads((folder / TRACKING).read_text())[name]["id"]
     train(folder, 3, 1, resumes=True, names=[name])
-    assert json.loads((folder / RECORD).read_text()) == {name: {"id": run, "epoch": 2}}
+    assert json.loads((folder / TRACKING).read_text()) == {name: {"id": run, "epoch": 2}}
     return run
 
 
@@ -255,7 +256,7 @@ def test_trackio(tmp_path, monkeypatch):
     assert run == "run"
     (tmp_path / "b").mkdir()
     train(tmp_path / "b" / "run", 1, names=["trackio"])  # of the same name
-    assert json.loads((tmp_path / "b" / "run" / RECORD).read_text())["trackio"]["id"] == "run-2"
+    assert json.loads((tmp_path / "b" / "run" / TRACKING).read_text())["trackio"]["id"] == "run-2"
     from trackio.sqlite_storage import SQLiteStorage
 
     rows = SQLiteStorage.get_logs("visformer", "run")

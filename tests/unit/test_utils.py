@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+import engine
 import utils
 from training import launch, progress
 from training.output import Output
@@ -21,15 +22,21 @@ class Terminal(io.StringIO):
         return True
 
 
+def use_terminal(monkeypatch):
+    """In the test itself: capsys replaces what a fixture sets."""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("LINES", "40")
+    monkeypatch.setenv("COLUMNS", "150")
+    return sys.stderr
+
+
 def walk(progress):
     for step, _ in enumerate(progress, start=1):
         progress.report(step, 0.5, 1e-3, 8.0)
 
 
 def test_progress_is_a_bar_on_a_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setenv("LINES", "40")
-    monkeypatch.setenv("COLUMNS", "150")
+    use_terminal(monkeypatch)
     walk(progress.Progress(DataLoader(range(8), batch_size=4), 1, 3, world_size=2))
     bar = sys.stderr.getvalue()
     # 2 steps of 4 images are left in the next epoch, at 8 images per second and process
@@ -49,6 +56,64 @@ def test_progress_is_lines_elsewhere(capsys):
         "epoch 0 step 3/3",
     ]
     assert errors == ""
+
+
+def train_on(items):
+    """An epoch of engine's loop over ``items``, with the loader's rate and loss shown."""
+    model = torch.nn.Linear(2, 2)
+    shown = progress.Progress(Batches(items), 0, 1, world_size=1)
+    engine.train_one_epoch(
+        model,
+        torch.nn.CrossEntropyLoss(),
+        shown,
+        torch.optim.SGD(model.parameters(), 0.1),
+        torch.device("cpu"),
+        0,
+        engine.Precision(torch.device("cpu")),
+        log_interval=shown.interval(50),
+        report=shown.report,
+    )
+
+
+class Batches(list):
+    batch_size = 4
+
+
+@pytest.mark.parametrize(("steps", "reports"), [(3, 3), (20, 10)])
+def test_short_epochs_show_loss_and_rate(monkeypatch, capsys, steps, reports):
+    terminal, told = use_terminal(monkeypatch), []
+    report = progress.Progress.report
+    monkeypatch.setattr(
+        progress.Progress,
+        "report",
+        lambda self, *args: (told.append(args[0]), report(self, *args))[0],
+    )
+    train_on([(torch.ones(4, 2), torch.ones(4, dtype=torch.long), [])] * steps)
+    assert len(told) == reports and told[-1] == steps
+    assert "images/s" in terminal.getvalue() and "loss" in terminal.getvalue()
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_short_epochs_are_one_line_elsewhere(capsys):
+    train_on([(torch.ones(4, 2), torch.ones(4, dtype=torch.long), [])] * 20)
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_any_loop_is_a_bar_on_a_terminal(monkeypatch, capsys):
+    terminal = use_terminal(monkeypatch)
+    assert list(progress.shown("abc", "packing", 5, done=2)) == [*"abc"]
+    assert "packing" in terminal.getvalue() and "2/5" in terminal.getvalue()
+    assert capsys.readouterr().out == ""
+
+
+def test_any_loop_is_few_lines_elsewhere(monkeypatch, capsys):
+    assert list(progress.shown("abc", "packing", 3)) == [*"abc"]
+    assert capsys.readouterr() == ("", "")
+    now = iter(range(0, 10_000, 20))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    assert sum(progress.shown(range(30), "packing", 30, seconds=200)) == 435
+    lines = capsys.readouterr().out.splitlines()
+    assert 1 <= len(lines) <= 5 and all("of 30" in line for line in lines)
 
 
 def test_lines_of_an_interrupted_run_are_dropped(tmp_path):

@@ -52,7 +52,10 @@ def flags_of_run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[list
     """
     flags = ["--output_dir", str(Path(options.job_dir).absolute()), *argv]
     args, _ = parse_args(flags)
-    return flags if args.resume else [*flags, "--resume", "auto"], args.device != "cpu"
+    if not args.resume:
+        flags += ["--resume", "auto"]
+        parse_args(flags)  # which excludes other flags
+    return flags, args.device != "cpu"
 
 
 def submit(options: argparse.Namespace, argv: Sequence[str]) -> Any:

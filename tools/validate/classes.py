@@ -1,6 +1,5 @@
 """Matching the classes of a test set to the outputs of a model, and class names."""
 
-import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from timm.data import ImageNetInfo
 
+from models.errors import nearest
 from pipeline.images import DataError
 from pipeline.sources.folder import some_of
 from tools.cli import shortened, shown
@@ -128,7 +128,7 @@ def match_classes(
     for name in names:
         key = name.lstrip("0") or "0" if rule == "number" else name
         if key not in places:
-            near = difflib.get_close_matches(name, known, n=3) or known[:3]
+            near = nearest(name, known) or known[:3]
             raise DataError(
                 f"{title}: class {name!r} is not one of the {len(known)} of {source}, such as "
                 f"{', '.join(near)} (--classes position takes them in order)"
@@ -190,7 +190,7 @@ def find_class(asked: str, names: Sequence[str]) -> int:
     if NUMBER.fullmatch(asked):
         raise DataError(f"--class {asked[:20]} must be from 0 to {len(names) - 1}")
     known = dict.fromkeys(one.lower() for name in names for one in (name, *synonyms(name)))
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5) or list(known)[:3]
+    near = nearest(word, known, cutoff=0.5) or list(known)[:3]
     raise DataError(
         f"unknown --class {asked!r}; choose from {', '.join(near)}, ... or 0 to {len(names) - 1}"
     )

@@ -1,6 +1,7 @@
 """Metrics of a model on a test set: accuracy, likelihood, calibration, confusion and speed."""
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import engine
 from tools.validate.classes import ClassMap
 from tools.validate.eval_models import EvalModel
 from tools.validate.sets import EvalSet
+from training.progress import shown
 
 NUM_BINS = 15
 
@@ -197,7 +199,8 @@ def evaluate(
     started = time.perf_counter()
     loader = test_set.loader(subject.args, device, precision.memory_format)
     found = engine.evaluate(
-        *(loader, subject.model, device, precision, False),
+        shown(loader, "evaluation", len(loader), seconds=math.inf),
+        *(subject.model, device, precision, False),
         observe=observe,
         timer=clock.batch,
         size=len(target_of_image),
