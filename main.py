@@ -71,7 +71,7 @@ def train(
         *(batches.sampler, info, group, train_set.classes),
     )
     state.start(job.source, resumes)
-    utils.all_or_none(lambda: output.begin(args, state.epoch + 1), group)
+    utils.all_or_none(lambda: output.begin(args, state.epoch + 1, job.data_record()), group)
     if state.epoch < 0 and not state.meter.steps:
         output.add_images(
             "train/images", example_images(batches, len(train_set), job.network.images)

@@ -24,6 +24,7 @@ from utils import is_main_process, log, printable
 LOG = "log.txt"
 LOCK = "run.lock"
 CORRUPT = "corrupt.txt"
+DATA = "data.json"
 
 
 def _check_regular(path: Path) -> None:
@@ -111,12 +112,23 @@ class Output:
             raise OutputError(f"cannot create --output_dir {folder}: {reason}") from error
         self._saver = Saver(self.folder)
 
-    def begin(self, args: Namespace, start_epoch: int) -> None:
-        """Write ``args.yaml``; remove log lines of ``start_epoch`` and later epochs."""
+    def begin(
+        self, args: Namespace, start_epoch: int, data: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write ``args.yaml`` and ``data.json``; remove log lines from ``start_epoch`` on.
+
+        Args:
+            args: Flags.
+            start_epoch: First epoch to train.
+            data: What the dataset has; None writes no ``data.json``.
+        """
         if self._saver is None:
             return
         content = yaml.safe_dump(plain(vars(args)), sort_keys=False)
         write_atomically(self.folder / "args.yaml", lambda file: file.write(content.encode()))
+        if data is not None:
+            text = json.dumps(data, indent=1) + "\n"
+            write_atomically(self.folder / DATA, lambda file: file.write(text.encode()))
         self._drop_lines_from(start_epoch)
         try:
             self.writer = SummaryWriter(str(self.folder), purge_step=start_epoch)

@@ -101,7 +101,7 @@ def test_where_names_come_from(images, call, tmp_path):
     output = call(image, "--checkpoint", plain, "--classes", file)[1]
     index, name = re.search(r"%  (\d)  (.*)$", output, re.MULTILINE).groups()
     assert name == f"kind {CLASSES[int(index)]}"
-    file.write_text("cat, black\ncat, white\n" + "x\n" * 5)
+    file.write_text("cat, black\ncat, white\n" + "".join(f"x{i}\n" for i in range(5)))
     status, output, _ = call(image, "--checkpoint", plain, "--classes", file, "--class", 0)
     assert (status, "cat, black  (--class)" in output) == (0, True)
     file.write_text("ant\nbee\n")
@@ -190,7 +190,7 @@ def test_outputs_that_are_not_finite(images, call, tmp_path):
     csv_file.write_text("kept")
     flags = ("--checkpoint", checkpoint, "--csv", csv_file, "--output", tmp_path / "out")
     status, output, errors = call(images, *flags)
-    assert (status, output) == (1, "")
+    assert (status, "%" in output) == (1, False)
     for name, line in zip(("a.jpg", "b.png", "c.png", "d.jpg"), errors.splitlines(), strict=True):
         assert line.startswith("error: ")
         assert str(images / name) in line
