@@ -35,7 +35,7 @@ from tools.validate.classes import (
 )
 from tools.validate.eval_models import EvalModel, check_sources, eval_models
 from training import launch
-from training.files import OutputError
+from training.files import OutputError, names_of_pictures
 from training.parser import Parser, positive
 from utils import UserError
 
@@ -183,14 +183,7 @@ def picture_paths(output: Path, images: Sequence[Path]) -> list[Path]:
                 f"--output {output} is one file for {len(images)} images: give a folder"
             )
         return [output]
-    found, seen = [], set()
-    for image in images:
-        stem, number = image.stem, 2
-        while stem in seen:
-            stem, number = f"{image.stem}-{number}", number + 1
-        seen.add(stem)
-        found.append(output / f"{stem}{ENDING}")
-    return found
+    return [output / name for name in names_of_pictures(images, ENDING)]
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -235,12 +228,12 @@ def run(
     short = labels(names, range(len(names)), NAME_WIDTH)
     failed: list[str] = []
     rows: list[tuple] = []
-    if any(map(os.path.isdir, args.images)):
-        print(shown(listing), flush=True)
+    head = [shown(listing)] if any(map(os.path.isdir, args.images)) else []
     try:
         for found in predict(subject, list(pictures), args.topk, asked, failed):
             rows += csv_rows(found, names, asked)
-            print(text_of(found, names, asked), flush=True)
+            print("\n".join([*head, text_of(found, names, asked)]), flush=True)
+            head = []
             if place := pictures[found.path]:
                 try:
                     save(figure_of(found, short, asked, load_image(found.path)), place)

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import os
 import shutil
 import tempfile
@@ -72,6 +73,15 @@ def write_atomically(
     finally:
         if temporary is not None:
             _remove(temporary)
+
+
+def names_of_pictures(images: Sequence[Path], ending: str) -> list[str]:
+    """Return a name for each image's picture: its stem, a number if others have it, ``ending``."""
+    found: dict[str, None] = {}
+    for image in images:
+        stems = itertools.chain([image.stem], (f"{image.stem}-{n}" for n in itertools.count(2)))
+        found[next(f"{stem}{ending}" for stem in stems if f"{stem}{ending}" not in found)] = None
+    return list(found)
 
 
 def _remove(temporary: Path) -> None:
