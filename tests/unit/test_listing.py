@@ -23,7 +23,6 @@ from object_detection import infer
 from pipeline.images import IMAGE_FORMATS
 from pipeline.sources.cifar import open_digits
 from pipeline.sources.folder import open_folder_of_classes, open_image_folder
-from pipeline.sources.hf_datasets import _targets
 from pipeline.sources.listing import find_images, image_suffixes, list_images
 from pipeline.sources.shards import open_shards
 from pipeline.sources.summary import lines_of
@@ -86,8 +85,8 @@ def mixed(image, tmp_path_factory):
     return root
 
 
-COUNTS = {"hidden": 2 * len(HIDDEN), "left by the system": 2 * len(SYSTEM), "not images": 4}
-IN_CLASS = {"hidden": len(HIDDEN), "left by the system": len(SYSTEM), "not images": 4}
+IN_CLASS = {"hidden": len(HIDDEN), "left by the system": len(SYSTEM), "not images": len(TEXTS)}
+COUNTS = IN_CLASS | {key: 2 * IN_CLASS[key] for key in ("hidden", "left by the system")}
 
 
 def files_of(folder):
@@ -397,9 +396,3 @@ def test_several_labels_and_numbers_are_refused(tmp_path, image):
         for name in ("a.jpg", "a.cls"):
             archive.add(tmp_path / "member", name)
     refused(partial(open_shards, tmp_path / "train-0.tar", True), "'1 0 2'", "one class")
-
-
-@pytest.mark.parametrize("values", [[0.5, 1.0], [[0, 1], [2]]])
-def test_columns_of_other_tasks(values):
-    pa = pytest.importorskip("pyarrow")
-    refused(partial(_targets, pa.table({"label": values}), "label", "set"), "label", "one class")
