@@ -1,7 +1,7 @@
 """Datasets by name, with their augmentation and data loaders."""
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -255,6 +255,7 @@ def build_dataset(
     args: Namespace,
     device: torch.device = CPU,
     images: DataConfig | None = None,
+    classes: tuple[Sequence[str], str] | None = None,
 ) -> tuple[LoadedDataset, int]:
     """Return a split of the dataset under its augmentation, and the number of classes.
 
@@ -263,14 +264,24 @@ def build_dataset(
         args: The flags.
         device: Device of the model.
         images: Preprocessing; see :func:`build_augmentation`.
+        classes: Class names of a model to evaluate, by which images are numbered if both have
+            names, and its name for messages.
 
     Raises:
         DataError: Data is missing or inconsistent, or flags are.
     """
     source = data_set_named(data_set_name(args)).open(args, is_train)
+    if classes is not None and not _by_position(source.classes, classes[0]):
+        source = source.in_classes(classes[0], "the evaluation set", classes[1])
     if is_train:
         source = share_of(source, args.sampling_ratio)
     return augmented(source, is_train, args, device, images), len(source.classes)
+
+
+def _by_position(names: Sequence[str], others: Sequence[str]) -> bool:
+    """Return True for as many classes, of which one or the other have numbers, not names."""
+    numbers = [str(number) for number in range(len(names))]
+    return len(names) == len(others) and numbers in (list(map(str, names)), list(others))
 
 
 def augmented(

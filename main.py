@@ -78,7 +78,7 @@ def train(
         *(batches.sampler, info, group, train_set.classes),
     )
     utils.all_or_none(lambda: state.start(job.source, resumes), group)
-    utils.all_or_none(lambda: output.begin(args, state.epoch + 1), group)
+    utils.all_or_none(lambda: output.begin(args, state.epoch + 1, job.data_record()), group)
     continues = resumes or bool(args.resume)  # or was stopped before there was a checkpoint
     with utils.all_or_none(lambda: Tracking(args, output, continues), group) as tracking:
         if state.epoch < 0 and not state.meter.steps:

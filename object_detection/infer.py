@@ -1,9 +1,10 @@
-"""Find objects in an image: ``python -m object_detection.infer CHECKPOINT IMAGE``.
+"""Find objects in images: ``python -m object_detection.infer CHECKPOINT IMAGE ...``.
 
-Boxes, masks and labels are drawn into a PNG.
+Boxes, masks and labels are drawn into a PNG for each image.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,13 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from models import CheckpointError
 from object_detection import checkpoints, recipe, runtime
 from pipeline.images import load_image
+from pipeline.sources.listing import Listing, find_images
+from training.files import names_of_pictures
 from training.launch import select_device
 from training.parser import Parser
-from utils import UserError, printable
+from utils import UserError, log, printable
 
+ENDING = "_objects.png"  # of the pictures in a folder
 COLOURS = ("red", "lime", "blue", "yellow", "magenta", "cyan", "orange", "purple")
 
 
@@ -75,11 +79,31 @@ def described(found: Any, names: list[str]) -> list[tuple[str, float]]:
     return [(names[label], score) for label, score in pairs]
 
 
+def plan(args: argparse.Namespace) -> tuple[Listing, list[Path]]:
+    """Return the images of the flags, and the path of each one's picture.
+
+    Raises:
+        DataError: A folder has no images.
+        UserError: ``--out`` is a file for several images.
+    """
+    listing = find_images(args.images, ENDING)
+    names = names_of_pictures(list(map(Path, listing.paths)), ENDING)
+    out = Path(args.out or "")
+    if args.out and len(names) == 1 and not any(map(os.path.isdir, [out, *args.images])):
+        return listing, [out]
+    if out.suffix.lower() == ".png" and not out.is_dir():
+        raise UserError(f"--out {out} is one file for {len(names)} image(s): give a folder")
+    return listing, [out / name for name in names]
+
+
 def infer(args: argparse.Namespace) -> None:
-    """Print what ``args.checkpoint`` finds in ``args.image``, and draw it into ``args.out``."""
+    """Print what ``args.checkpoint`` finds in ``args.images``, and draw it into ``args.out``."""
     from mmengine.config import Config
 
-    image = load_image(args.image, is_upright=True)
+    listing, pictures = plan(args)
+    if any(map(os.path.isdir, args.images)):
+        log(str(listing))
+    load_image(listing.paths[0], is_upright=True)  # an error before the model is built
     checkpoint = checkpoints.read(args.checkpoint)
     if args.config:
         config = recipe.read_config(args.config)
@@ -92,26 +116,36 @@ def infer(args: argparse.Namespace) -> None:
     checkpoints.load(model, checkpoint, args.checkpoint)
     model.to(select_device(args.device)).eval()
     names = class_names(checkpoint, runtime.number_of_classes(model))
-    found = detect(model, config.test_dataloader.dataset.pipeline, image)
-    found = found[found.scores >= args.score_thr]
+    steps = config.test_dataloader.dataset.pipeline
+    for path, picture in zip(listing.paths, pictures, strict=True):
+        if len(pictures) > 1:
+            print(f"{printable(path)}:")
+        image = load_image(path, is_upright=True)
+        found = detect(model, steps, image)
+        show(image, found[found.scores >= args.score_thr], names, picture)
+
+
+def show(image: Image.Image, found: Any, names: list[str], out: Path) -> None:
+    """Print the instances of an image, and draw them into the file ``out``."""
     for (name, score), box in zip(described(found, names), found.bboxes.tolist(), strict=True):
         print(f"{printable(name)} {score:.3f} at {', '.join(f'{side:.0f}' for side in box)}")
-    out = Path(args.out or f"{Path(args.image).stem}_objects.png")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         draw(image, found, names).save(out, format="PNG")
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
-    print(f"{len(found)} object(s) drawn into {out}")
+    print(f"{len(found)} object(s) drawn into {printable(str(out))}")
 
 
 def main(argv: list[str]) -> int:
     """Find objects with the flags ``argv``; return the exit status."""
     parser = Parser(prog="python -m object_detection.infer", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="file that training wrote, or an address")
-    parser.add_argument("image", help="image file")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, or folders of them")
     parser.add_argument("--config", help="config, if the checkpoint does not contain one")
-    parser.add_argument("--out", metavar="FILE.png", help="IMAGE_objects.png here if not given")
+    parser.add_argument(
+        "--out", metavar="PLACE", help="FILE.png for one image, or folder; default: here"
+    )
     parser.add_argument("--score-thr", type=float, default=0.3, help="lowest score to show")
     parser.add_argument("--device", help="cuda or cpu")
     return runtime.run(infer, parser.parse_args(argv))

@@ -32,15 +32,19 @@ from webdataset import TarWriter
 from pipeline.images import CorruptImageError, DataError
 from pipeline.sources import shard_index
 from pipeline.sources.base import Encoded, Strings
+from pipeline.sources.class_names import read_class_names
 from pipeline.sources.download import PIPE, REMOTE, Cache, default_folder, locked
 from pipeline.sources.folder import open_image_folder
+from pipeline.sources.listing import suffix_of
 from pipeline.sources.shards import scan_shards
+from pipeline.sources.summary import lines_of, record_of
 from pipeline.workers import worker_init_fn
 from tools import cli
 from tools.files import folder_for
 from training.files import OutputError, write_atomically
 from training.parser import Parser, usable_cpus
 from training.progress import shown
+from utils import log
 
 
 class PackedSample(NamedTuple):
@@ -70,7 +74,7 @@ class Encoder(Dataset):
         except CorruptImageError as error:
             return PackedSample(None, str(error))
         if self.short_side is None or min(image.size) <= self.short_side:
-            return PackedSample(data, Path(self.images.name(index)).suffix[1:].lower())
+            return PackedSample(data, suffix_of(self.images.name(index), data)[1:])
         short = min(image.size)
         size = [self.short_side * side // short for side in image.size]
         file = io.BytesIO()
@@ -97,6 +101,8 @@ class Split:
     def __init__(self, name: str, args: argparse.Namespace):
         self.name, self.args = name, args
         self.images = open_image_folder(args.data_path, name == "train", False)
+        for line in lines_of(name, self.images):
+            log(line)
         self.keys = make_keys(self.images, args.data_path)
         self.order = np.random.default_rng(args.seed).permutation(len(self.keys)).tolist()
         self.output, self.partial = args.output, args.output / f".{name}.partial"
@@ -242,7 +248,9 @@ class Split:
         members = shard_index.Members.joined(parts)
         index = shard_index.Index(list(self.images.classes), shards, members)
         left_out = [reason for record in records for reason in record["left_out"]]
-        write_index(index, self.partial / self.name, plan=self.plan, left_out=left_out)
+        passed_over = record_of(self.images)["left_out"]
+        notes = {"plan": self.plan, "left_out": left_out, "passed_over": passed_over}
+        write_index(index, self.partial / self.name, **notes)
         for name in (f"{self.name}.npz", f"{self.name}.json"):
             os.replace(self.partial / name, self.output / name)
         count = f"{sum(shard.images for shard in shards):,} images in {len(shards)} shards"
@@ -281,7 +289,7 @@ def index_shards(args: argparse.Namespace) -> None:
     remote = args.index.startswith(REMOTE)
     if remote and args.output is None:
         raise DataError(f"{args.index} is remote: name a folder for its index (--output)")
-    classes = args.classes.read_text().splitlines() if args.classes else None
+    classes = read_class_names(args.classes) if args.classes else None
     cache = Cache(args.shard_cache or default_folder(args.index)) if remote else None
     stem = Path(args.output or folders.pop()) / shard_index.index_name(args.index)
     with folder_for("--output" if args.output else "--index", stem.parent):

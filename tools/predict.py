@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import datasets
 from models import DataConfig
 from pipeline.images import CorruptImageError, DataError, load_image
-from pipeline.sources.folder import list_folders, list_images
+from pipeline.sources.class_names import read_class_names
+from pipeline.sources.listing import Listing, find_images, image_suffixes
 from tools import cli, files
 from tools.cli import shortened, shown
 from tools.plots import new_figure, plain_text, save
@@ -31,12 +31,11 @@ from tools.validate.classes import (
     find_class,
     imagenet_wnids,
     labels,
-    read_names,
     readable,
 )
 from tools.validate.eval_models import EvalModel, check_sources, eval_models
 from training import launch
-from training.files import OutputError
+from training.files import OutputError, names_of_pictures
 from training.parser import Parser, positive
 from utils import UserError
 
@@ -47,7 +46,6 @@ FLAGS = ("batch_size", "qk_scale_factor", "amp", "amp_dtype", "channels_last", "
 HEADS = ("image", "rank", "class", "name", "probability")  # of the CSV file
 ENDING = "-prediction.png"  # of the pictures in a folder
 DOCUMENTS = (".gif", ".svg", ".pdf", ".ps", ".eps", ".csv", ".txt", ".html")
-FILES = (*IMG_EXTENSIONS, *DOCUMENTS)  # suffixes of files, not of folders
 MARK = "  (--class)"
 SHOWN_PIXELS = 640  # longest side of an image in a picture
 BARS = 30  # in a picture, at most
@@ -64,30 +62,10 @@ class Prediction(NamedTuple):
     asked: float | None = None  # probability of --class, if given
 
 
-def find_images(places: Sequence[str]) -> list[Path]:
-    """Return files, and the images of folders sorted by name; each file once."""
-    found: dict[str, Path] = {}
-    for place in map(Path, places):
-        for path in images_in(place) if os.path.isdir(place) else [place]:
-            found.setdefault(os.path.realpath(path), path)
-    return list(found.values())
-
-
-def images_in(folder: Path) -> list[Path]:
-    """Return the images of a folder, without those written by ``--output``."""
-    found = [path for path in list_images(folder, recursive=False) if not path.endswith(ENDING)]
-    if not found and (inside := list_folders(folder)):
-        first = folder / inside[0]
-        raise DataError(f"folder {folder} has only subfolders: give one of them, such as {first}")
-    if not found:
-        raise DataError(f"folder {folder} has no images ({', '.join(IMG_EXTENSIONS)})")
-    return [Path(path) for path in found]
-
-
 def names_of(subject: EvalModel, file: Path | None) -> list[str]:
     """Return the class names: of a file, the checkpoint, ImageNet, or their numbers."""
     if file is not None:
-        names = read_names(file)
+        names = read_class_names(file)
         if len(names) != subject.num_outputs:
             raise DataError(
                 f"--classes {file} has {len(names)} lines; {subject.source.label} has "
@@ -197,7 +175,7 @@ def figure_of(
 def picture_paths(output: Path, images: Sequence[Path]) -> list[Path]:
     """Return the path of each image's picture: ``output`` itself, or a file in it."""
     suffix = output.suffix.lower()
-    if suffix in FILES and not os.path.isdir(output):
+    if suffix in (*image_suffixes(), *DOCUMENTS) and not os.path.isdir(output):
         if suffix != ".png":
             raise UserError(f"--output {output} must end in .png, or be a folder")
         if len(images) > 1:
@@ -205,14 +183,7 @@ def picture_paths(output: Path, images: Sequence[Path]) -> list[Path]:
                 f"--output {output} is one file for {len(images)} images: give a folder"
             )
         return [output]
-    found, seen = [], set()
-    for image in images:
-        stem, number = image.stem, 2
-        while stem in seen:
-            stem, number = f"{image.stem}-{number}", number + 1
-        seen.add(stem)
-        found.append(output / f"{stem}{ENDING}")
-    return found
+    return [output / name for name in names_of_pictures(images, ENDING)]
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -235,13 +206,19 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(args: Namespace, sources: list[str], pictures: Mapping[Path, Path | None]) -> int:
+def run(
+    args: Namespace,
+    sources: list[str],
+    pictures: Mapping[Path, Path | None],
+    listing: Listing,
+) -> int:
     """Predict images, print and write the results; return the exit status.
 
     Args:
         args: The flags.
         sources: The checkpoint, or none.
         pictures: Images, and the paths of their pictures, if any.
+        listing: Images, and what the folders have besides.
     """
     sizes = [args.input_size] if args.input_size else None
     flags = vars(args) | {"input_size": sizes, "fuse": False}
@@ -251,10 +228,12 @@ def run(args: Namespace, sources: list[str], pictures: Mapping[Path, Path | None
     short = labels(names, range(len(names)), NAME_WIDTH)
     failed: list[str] = []
     rows: list[tuple] = []
+    head = [shown(listing)] if any(map(os.path.isdir, args.images)) else []
     try:
         for found in predict(subject, list(pictures), args.topk, asked, failed):
             rows += csv_rows(found, names, asked)
-            print(text_of(found, names, asked), flush=True)
+            print("\n".join([*head, text_of(found, names, asked)]), flush=True)
+            head = []
             if place := pictures[found.path]:
                 try:
                     save(figure_of(found, short, asked, load_image(found.path)), place)
@@ -273,7 +252,8 @@ def main(argv: list[str]) -> int:
     sources = [args.checkpoint] if args.checkpoint else []
     check_sources(sources, args)
     files.check_suffix("--csv", args.csv, ".csv")
-    paths = find_images(args.images)
+    listing = find_images(args.images, ENDING)
+    paths = [Path(path) for path in listing.paths]
     places = picture_paths(args.output, paths) if args.output else []
     outputs = [("--csv", args.csv)] if args.csv else []
     outputs += [("--output", place) for place in places]
@@ -285,7 +265,7 @@ def main(argv: list[str]) -> int:
     if args.output and args.output not in places:
         folder = files.folder_for("--output", args.output)
     with folder:
-        return run(args, sources, dict(zip_longest(paths, places)))
+        return run(args, sources, dict(zip_longest(paths, places)), listing)
 
 
 if __name__ == "__main__":

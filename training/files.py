@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import os
 import shutil
 import tempfile
@@ -89,6 +90,15 @@ def append(path: Path, content: bytes) -> None:
         except OSError:
             file.truncate(before)
             raise
+
+
+def names_of_pictures(images: Sequence[Path], ending: str) -> list[str]:
+    """Return a name for each image's picture: its stem, a number if others have it, ``ending``."""
+    found: dict[str, None] = {}
+    for image in images:
+        stems = itertools.chain([image.stem], (f"{image.stem}-{n}" for n in itertools.count(2)))
+        found[next(f"{stem}{ending}" for stem in stems if f"{stem}{ending}" not in found)] = None
+    return list(found)
 
 
 def _remove(temporary: Path) -> None:

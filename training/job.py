@@ -14,9 +14,11 @@ import engine
 import utils
 from models import ModelSource
 from pipeline.prefetch import Prefetcher
+from pipeline.sources.summary import lines_of
 from training import agreement
 from training.class_weights import class_weights
 from training.cosub import CosubLoss, TwoViews
+from training.data import data_line, data_record
 from training.distillation import TeacherTargets, distill
 from training.launch import DistInfo
 from training.network import (
@@ -55,6 +57,18 @@ class Job(NamedTuple):
     criterion: nn.Module | None = None
     batches_at: Callable[[int], Prefetcher] | None = None
 
+    def data_record(self) -> dict[str, Any]:
+        """Return the content of ``data.json``."""
+        loaders = {"train": self.batches, "validation": self.evaluation.loader}
+        return data_record(
+            self.args, {name: each.loader.dataset.source for name, each in loaders.items() if each}
+        )
+
+
+def _log_lines(split: str, dataset: datasets.LoadedDataset) -> None:
+    for line in lines_of(split, dataset.source):
+        log(line)
+
 
 def build_job(
     args: Namespace,
@@ -74,7 +88,12 @@ def build_job(
     utils.seed_everything(args.seed)
     engine.set_determinism(args.deterministic)
 
-    eval_set, num_classes = datasets.build_dataset(False, args, device, images)
+    names = (source.classes, source.label) if source.classes and source.has_weights else None
+    eval_set, num_classes = datasets.build_dataset(
+        False, args, device, images, names if args.eval else None
+    )
+    log(data_line(args, eval_set.source))
+    _log_lines("validation", eval_set)
     compare_classes(source, eval_set.classes, new_head=not args.eval and not checkpoint)
     part = (info.world_size, info.rank) if args.dist_eval else (1, 0)
     eval_loader = datasets.build_eval_loader(eval_set, args, *part)
@@ -109,6 +128,7 @@ def build_job(
     own = train_set.source
     weights = class_weights(args.class_weights, own.classes, own.targets)
     criterion = engine.build_criterion(args, mixup_fn, num_classes, weights)
+    _log_lines("train", train_set)
     facts |= agreement.image_facts("training", train_set)
     if weights is not None:
         facts["weights of the classes"] = lambda: agreement.contents({"weights": weights})

@@ -19,7 +19,7 @@ import yaml
 from training import existing_run
 from training.checkpoints import BEST, Saver, plain, snapshot
 from training.events import EventFile
-from training.existing_run import ARGS, CORRUPT, LOG, epoch_of
+from training.existing_run import ARGS, CORRUPT, DATA, LOG, epoch_of
 from training.files import OutputError, append, write_atomically
 from utils import is_main_process, log, printable
 
@@ -132,10 +132,17 @@ class Output:
             raise OutputError(f"cannot create --output_dir {folder}: {reason}") from error
         self._saver = Saver(self.folder)
 
-    def begin(self, args: Namespace, start_epoch: int) -> None:
-        """Write ``args.yaml``; remove log lines of ``start_epoch`` and later epochs.
+    def begin(
+        self, args: Namespace, start_epoch: int, data: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write ``args.yaml`` and ``data.json``; remove log lines from ``start_epoch`` on.
 
         By now, nothing but training can fail: this is when ``--overwrite`` removes a run.
+
+        Args:
+            args: Flags.
+            start_epoch: First epoch to train.
+            data: What the dataset has; None writes no ``data.json``.
         """
         if not self.folder:
             log("warning: nothing will be saved: no --output_dir FOLDER")
@@ -145,6 +152,9 @@ class Output:
             existing_run.remove(self.folder)
         content = yaml.safe_dump(plain(vars(args)), sort_keys=False)
         write_atomically(self.folder / ARGS, lambda file: file.write(content.encode()))
+        if data is not None:
+            text = json.dumps(data, indent=1) + "\n"
+            write_atomically(self.folder / DATA, lambda file: file.write(text.encode()))
         self._drop_lines_from(start_epoch)
         self._events = EventFile(self.folder, start_epoch)
         self._to_tensorboard(self._events.flush)

@@ -1,15 +1,18 @@
 """Image sources: files, members of shards, or pixels in memory."""
 
+import copy
 import os
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from PIL import Image
 
-from pipeline.images import decode_image, read_file
+from pipeline.images import DataError, decode_image, read_file
+from pipeline.sources.listing import LeftOut, some_of
 
 
 class Source(ABC):
@@ -20,14 +23,47 @@ class Source(ABC):
         targets: Class of each image, ``N`` of int64.
         shards: Number of images of each shard, whose images are best read together and in
             order; ``None`` if any order is equally good.
+        left_out: What its folder has and is not among the images.
+        notices: What the user should know about the choice of images.
     """
 
     classes: Sequence[str]
     targets: np.ndarray
     shards: Sequence[int] | None = None
+    left_out = LeftOut()  # replaced by sources of folders, never changed
+    notices: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def in_classes(self, classes: Sequence[str], title: str, source: str = "training") -> Self:
+        """Return these images with ``classes``, by which they are numbered by name.
+
+        Classes without images are allowed; a notice names them.
+
+        Args:
+            classes: Names of the classes, which include those of the images.
+            title: Name of the images for messages.
+            source: What the classes are those of.
+
+        Raises:
+            DataError: A class of the images is not one of them.
+        """
+        if list(self.classes) == list(classes):
+            return self
+        numbers = {name: number for number, name in enumerate(classes)}
+        if unknown := [name for name in self.classes if name not in numbers]:
+            raise DataError(
+                f"{title} has classes that {source} does not have: {some_of(unknown)}; its classes"
+                f" are {some_of(list(classes))}"
+            )
+        renumbered = np.array([numbers[name] for name in self.classes], np.int64)
+        found = copy.copy(self)
+        found.targets, found.classes = renumbered[self.targets], list(classes)
+        if missing := sorted({*classes} - {*self.classes}, key=numbers.get):
+            share = f"{len(self.classes):,} of {len(classes):,}"
+            found.notices += (f"{title} has {share} classes of {source}: no {some_of(missing)}",)
+        return found
 
     @abstractmethod
     def open(self, index: int) -> Image.Image:

@@ -16,6 +16,7 @@ from torchvision.datasets import Flowers102, INaturalist, OxfordIIITPet, Stanfor
 
 from pipeline.images import DataError
 from pipeline.sources.base import Files
+from pipeline.sources.listing import LeftOut, keep_images
 
 # --inat-category, as in DeiT
 INAT_CATEGORIES = (
@@ -141,8 +142,12 @@ def open_inat2021(
         classes = [" ".join(name.split("_")[-2:]) for name in dataset.all_categories]
     else:
         classes = list(dataset.categories_index[category])
-    rows = sorted(zip(paths, targets, strict=True))
-    return _files(place, [path for path, _ in rows], [target for _, target in rows], classes)
+    left_out = LeftOut(place)
+    kept = {*keep_images(paths, left_out)}
+    rows = sorted(row for row in zip(paths, targets, strict=True) if row[0] in kept)
+    source = _files(place, [path for path, _ in rows], [target for _, target in rows], classes)
+    source.left_out = left_out
+    return source
 
 
 def open_flowers(root: Path, is_train: bool, download: bool) -> Files:

@@ -1,131 +1,125 @@
-"""Image folders: the images of a folder, of folders of classes, and of ImageNet's layout."""
+"""Image folders: folders of classes, and ImageNet's layout."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from pipeline.images import DataError
 from pipeline.sources.base import Files
+from pipeline.sources.listing import STRAY, LeftOut, Row, kinds, list_folders, some_of, walk
+
+VALIDATION = ("val", "validation", "valid", "test")  # folders of the split, the first is taken
+ONE_CLASS = "images have one class each, as FOLDER/CLASS/IMAGE"
 
 
-def list_images(
-    folder: str | Path,
-    *,
-    suffixes: Sequence[str] = IMG_EXTENSIONS,
-    recursive: bool = True,
-    hidden: bool = False,
-) -> list[str]:
-    """Return the paths of the images of a folder, sorted by folder, then by name.
-
-    Args:
-        folder: Folder of the images; links to folders are followed.
-        suffixes: Lower-case suffixes of image files.
-        recursive: List the folders within it, too.
-        hidden: Also list files and folders whose names begin with a dot.
-
-    Raises:
-        DataError: A folder cannot be read.
-    """
-    found = []
-    for place, _, names in sorted(_walk(folder, recursive, hidden)):
-        found += [
-            os.path.join(place, name)
-            for name in sorted(names)
-            if name.lower().endswith(tuple(suffixes)) and (hidden or not name.startswith("."))
-        ]
-    return found
-
-
-def list_folders(folder: str | Path, *, hidden: bool = False) -> list[str]:
-    """Return the sorted names of the folders in a folder.
-
-    Args:
-        folder: Folder of the folders; links to folders count.
-        hidden: Also list names that begin with a dot.
-
-    Raises:
-        DataError: The folder cannot be read.
-    """
-    _, names, _ = next(_walk(folder, False, hidden))
-    return sorted(names)
-
-
-def list_classes(folder: str | Path, *, hidden: bool = False) -> list[str]:
-    """Return the names of the classes of ``folder/CLASS/*`` as :func:`list_folders` does.
+def list_classes(folder: str | Path) -> list[str]:
+    """Return the sorted names of the classes of ``folder/CLASS/*``.
 
     Raises:
         DataError: There are none, or the folder cannot be read.
     """
-    names = list_folders(folder, hidden=hidden)
+    names = list_folders(folder)
     if not names:
-        raise DataError(f"{folder} has no folders of classes")
+        raise DataError(f"{folder} has no folders of classes; {ONE_CLASS}{_others(folder)}")
     return names
 
 
-def _walk(folder: str | Path, recursive: bool, hidden: bool) -> Iterator[tuple[str, list, list]]:
-    """Yield the rows of ``os.walk`` for one folder, or also for all within it."""
-
-    def refuse(error: OSError) -> None:
-        raise DataError(f"cannot read folder {error.filename}: {error.strerror}") from error
-
-    for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        if not hidden:
-            folders[:] = [name for name in folders if not name.startswith(".")]
-        yield place, folders, names
-        if not recursive:
-            return
+def _others(folder: str | Path) -> str:
+    """Return what a folder has next to what was looked for, for messages."""
+    names = sorted(os.listdir(folder))
+    return f", but there are only {some_of(names, 3)}" if names else ""
 
 
-def open_folder_of_classes(folder: str | Path, *, hidden: bool = False) -> Files:
+def open_folder_of_classes(
+    folder: str | Path, classes: Sequence[str] | None = None, *, is_train: bool = False
+) -> Files:
     """Open the images of ``folder/CLASS/*``, at any depth within a class.
 
     Args:
         folder: Folder of the classes.
-        hidden: Include names that begin with a dot, as torchvision's ``ImageFolder`` does.
+        classes: Classes of the training set, by which the images are numbered; default: those of
+            the folder.
+        is_train: Every class must have images. Else the classes without images are not among
+            the classes, and a notice names them.
 
     Raises:
-        DataError: There are no classes, a class has no images, or a folder cannot be read.
+        DataError: There are no classes or no images, a training class has no images, a class is
+            not one of ``classes``, a folder cannot be read, or a link leads to a folder above it.
     """
-    classes = list_classes(folder, hidden=hidden)
-    found = [list_images(os.path.join(folder, name), hidden=hidden) for name in classes]
-    if empty := [name for name, paths in zip(classes, found, strict=True) if not paths]:
+    list_classes(folder)  # an error, if there are none
+    left_out = LeftOut(folder)
+    by_class: dict[str, list[Row]] = {}
+    for row in walk(folder, left_out):
+        if row.top:
+            by_class.setdefault(row.top, []).append(row)
+        for path in row.images if not row.top else ():
+            left_out.add(STRAY, path)
+    found = {
+        name: [path for row in sorted(by_class[name]) for path in row.images]
+        for name in sorted(by_class)
+    }
+    empty = [name for name, paths in found.items() if not paths]
+    if empty and (is_train or len(empty) == len(found)):
         raise DataError(
-            f"{folder}: no images ({', '.join(IMG_EXTENSIONS)}) of class {some_of(empty)}"
+            f"{folder}: no images ({kinds()}) of class {some_of(empty)}{left_out.note()}"
         )
-    targets = np.repeat(np.arange(len(classes)), [len(paths) for paths in found])
-    return Files(list(chain.from_iterable(found)), targets, classes)
+    for name in empty:
+        del found[name]
+    targets = np.repeat(np.arange(len(found)), [len(paths) for paths in found.values()])
+    source = Files(list(chain.from_iterable(found.values())), targets, list(found))
+    source.left_out = left_out
+    if absent := [name for name in empty if name not in (classes or ())]:
+        source.notices += (f"{folder} has no images of class {some_of(absent)}",)
+    return source if classes is None else source.in_classes(classes, str(folder))
+
+
+def find_validation(root: Path) -> tuple[Path | None, tuple[str, ...]]:
+    """Return the folder of the validation split of ``root``, if there is one, and notices.
+
+    ``valid`` and ``test`` count if they have folders of classes: ImageNet's ``test`` has none.
+    """
+    found = [
+        name
+        for name in VALIDATION
+        if (root / name).is_dir() and (name in VALIDATION[:2] or list_folders(root / name))
+    ]
+    if not found:
+        return None, ()
+    notices = []
+    if found[0] not in VALIDATION[:2]:
+        notices.append(f"{root / found[0]} is the validation set: there is no val/ or validation/")
+    if others := ", ".join(f"{name}/" for name in found[1:]):
+        notices.append(f"{root / found[0]} is the validation set; {others} of {root} not used")
+    return root / found[0], tuple(notices[-1:])
 
 
 def open_image_folder(root: Path, is_train: bool, download: bool = False) -> Files:
-    """Open ImageNet's layout: ``train/CLASS/*`` and ``val/CLASS/*`` (or ``validation``).
+    """Open ImageNet's layout: ``train/CLASS/*``, and ``val/CLASS/*`` or another of ``VALIDATION``.
+
+    Validation images are numbered by the classes of ``train``, if it is there.
 
     Raises:
-        DataError: A folder is missing, a class has no image, or the two splits have
-            different classes.
+        DataError: A folder is missing, a training class has no image, or a validation class is
+            not one of training.
     """
     if not os.path.isdir(root):
-        raise DataError(f"data folder {root} does not exist (--data-path)")
+        what = "is not a folder" if os.path.exists(root) else "does not exist"
+        raise DataError(f"data folder {root} {what} (--data-path); {ONE_CLASS}")
     train = root / "train"
-    val = next((root / name for name in ("val", "validation") if (root / name).is_dir()), None)
-    folder, other = (train, val) if is_train else (val, train)
+    val, notices = find_validation(root)
+    folder = train if is_train else val
     if folder is None or not os.path.isdir(folder):
         wanted = "train/" if is_train else "val/ or validation/"
-        raise DataError(f"{root} has no folder {wanted} (--data-path needs train/ and val/)")
-    found = open_folder_of_classes(folder, hidden=True)
-    if other is not None and other.is_dir():
-        others = list_folders(other, hidden=True)
-        if others != found.classes:
-            different = sorted(set(others) ^ set(found.classes))
-            raise DataError(
-                f"{folder} and {other} have different classes: {some_of(different)} in only one"
-            )
-    return found
-
-
-def some_of(names: Sequence[str], count: int = 5) -> str:
-    """Return the first names for a message."""
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+        raise DataError(
+            f"{root} has no folder {wanted} (--data-path needs train/ and val/, in which"
+            f" {ONE_CLASS}){_others(root)}"
+        )
+    if is_train:
+        return open_folder_of_classes(folder, is_train=True)
+    classes = list_classes(train) if train.is_dir() else None
+    source = open_folder_of_classes(folder, classes)
+    source.notices = notices + source.notices
+    return source

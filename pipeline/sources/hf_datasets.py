@@ -224,8 +224,8 @@ def _targets(table: "pa.Table", key: str, title: str) -> np.ndarray:
     column = _column(table, key, title)
     if not kind.is_integer(column.type):
         raise DataError(
-            f"column {key} of {title} has type {column.type} instead of class numbers; the"
-            f" columns are {_describe(table)}"
+            f"column {key} of {title} has type {column.type} instead of class numbers: images"
+            f" have one class each; the columns are {_describe(table)}"
         )
     if not len(column):
         raise DataError(f"{title} has no images")

@@ -17,12 +17,11 @@ from braceexpand import UnbalancedBracesError, braceexpand
 from pipeline.images import MAX_BYTES, DataError
 from pipeline.sources.base import Strings
 from pipeline.sources.download import PIPE, REMOTE
+from pipeline.sources.listing import image_suffixes
 
 FORMAT = "packed shards 1"
 LABEL = "cls"
-IMAGES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "ppm", "pgm", "pbm"} | {
-    *("tif", "tiff", "jp2", "avif", "ico", "img", "image")
-}
+ANY_IMAGE = ("img", "image")  # suffixes of images of any format
 DTYPES = (np.int64, np.uint32, np.int32, np.uint32, np.uint8, np.uint16)  # of Members
 DAMAGED = (zipfile.BadZipFile, zlib.error, NotImplementedError, MemoryError)
 META = re.compile(r"__[^/]*__($|/)")  # names that the webdataset library passes over, too
@@ -298,15 +297,16 @@ def scan_shard(file: BinaryIO, name: str, with_checksums: bool = False) -> Membe
                 if not member.isreg() or META.match(member.name) or not (stem and suffix):
                     continue
                 key, suffix = (f"{folder}/{stem}" if folder else stem), suffix.lower()
-                if suffix not in IMAGES and suffix != LABEL:
+                if (kind := _kind_of(suffix.rpartition(".")[2])) is None:
                     continue
+                if "." in suffix:
+                    raise DataError(_split_name(name, member.name[:100], key, suffix))
                 if member.issparse() or not 0 <= member.size <= MAX_BYTES:
                     raise DataError(
                         f"{name}: {member.name[:100]} is sparse, or has {member.size} bytes,"
                         f" of which at most {MAX_BYTES} are read"
                     )
                 if key in (labels if suffix == LABEL else images):
-                    kind = "labels" if suffix == LABEL else "images"
                     raise DataError(f"{name}: {key} has two {kind}, or occurs twice")
                 if suffix == LABEL:
                     labels[key] = _parse_label(
@@ -340,15 +340,36 @@ def scan_shard(file: BinaryIO, name: str, with_checksums: bool = False) -> Membe
     )
 
 
+def _split_name(shard: str, member: str, key: str, suffix: str) -> str:
+    """Return the message for an image or a label with a dot in its name."""
+    folder, _, last = member.rpartition("/")
+    head, _, end = last.rpartition(".")
+    right = f"{folder}/" * bool(folder) + f"{head.replace('.', '_')}.{end}"
+    return (
+        f"{shard}: {member} is {suffix!r} of sample {key!r}, as the first dot of a name ends the"
+        f" key: an image and its label ({LABEL}) must not have others, as in {right}"
+    )
+
+
 def _read(file: BinaryIO, member: tarfile.TarInfo, limit: int = MAX_BYTES) -> bytes:
     file.seek(member.offset_data)
     return file.read(min(member.size, limit))
 
 
+def _kind_of(suffix: str) -> str | None:
+    """Return ``images`` or ``labels`` for the last suffix of a member, else None."""
+    if suffix == LABEL:
+        return "labels"
+    return "images" if suffix in ANY_IMAGE or f".{suffix}" in image_suffixes() else None
+
+
 def _parse_label(data: bytes, name: str) -> int:
     text = data.decode("utf-8", "replace").strip()
     if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise DataError(f"{name} is {text[:20]!r}, not the number of a class, from 0")
+        raise DataError(
+            f"{name} is {text[:20]!r}, not the number of a class, from 0: images have one class"
+            " each"
+        )
     return int(text)
 
 

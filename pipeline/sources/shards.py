@@ -21,7 +21,7 @@ from pipeline.sources.download import (
     default_folder,
     without_query,
 )
-from pipeline.sources.folder import some_of
+from pipeline.sources.listing import some_of
 from pipeline.sources.shard_index import (
     MAX_INDEX,
     Index,
@@ -322,11 +322,6 @@ def _open_index(location: str, cache: Cache | None, classes: list[str] | None) -
     if content is None:
         return None
     own, shards, part = parse_index(content, location)
-    if classes is not None and classes[: len(own)] != own:
-        different = sorted(set(own) ^ set(classes)) or ["their order"]
-        raise DataError(
-            f"{location} has other classes than the training set: {some_of(different, 3)}"
-        )
     path = sibling(location, part.name)
     images = sum(shard.images for shard in shards)
     if part.size > index_bytes(images):
@@ -335,5 +330,6 @@ def _open_index(location: str, cache: Cache | None, classes: list[str] | None) -
         data = file.read()
     if hashlib.sha256(data).hexdigest() != part.sha256:
         raise DataError(f"{path} is not the one that {location} was written with")
-    index = Index(classes or own, shards, Members.from_bytes(data, path, images))
-    return Shards(index, [sibling(location, shard.name) for shard in shards], cache)
+    index = Index(own, shards, Members.from_bytes(data, path, images))
+    found = Shards(index, [sibling(location, shard.name) for shard in shards], cache)
+    return found if classes is None else found.in_classes(classes, location)

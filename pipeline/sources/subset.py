@@ -44,6 +44,7 @@ class _Part(Encoded):
     def __init__(self, whole: Encoded, indices: np.ndarray):
         self._whole, self._indices = whole, indices
         self.targets, self.classes = whole.targets[indices], whole.classes
+        self.left_out, self.notices = whole.left_out, whole.notices
         if whole.shards is not None:
             number = np.searchsorted(np.cumsum(whole.shards), indices, side="right")
             counts = np.bincount(number, minlength=len(whole.shards))

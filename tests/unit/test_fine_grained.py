@@ -143,6 +143,8 @@ def write_inat2021(root):
 
 def test_inat2021(tmp_path):
     expected = write_inat2021(tmp_path)
+    for name in (".DS_Store", "Thumbs.db", "notes.txt"):
+        (tmp_path / "2021_train" / SPECIES[0] / name).write_text("x")
     names = ["Lumbricus terrestris", "Alca torda", "Acer rubrum"]
     for version, is_train, mini in (
         ("2021_train", True, False),

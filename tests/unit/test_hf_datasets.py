@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import datasets
 from pipeline.images import CorruptImageError
-from pipeline.sources.hf_datasets import open_hub
+from pipeline.sources.hf_datasets import _targets, open_hub
 
 # pyarrow comes with the library; here the name of the library itself means our module
 HAS_LIBRARY = importlib.util.find_spec("pyarrow") is not None and any(
@@ -249,3 +249,9 @@ def test_loaders_however_started(tmp_path, method):
         Reads(source), batch_size=None, num_workers=2, multiprocessing_context=method
     )
     assert list(loader) == [[png(i), target] for i, target in enumerate([0, 1, 2, 0, 1])]
+
+
+@pytest.mark.parametrize("values", [[0.5, 1.0], [[0, 1], [2]]])
+def test_columns_of_other_tasks_are_refused(values):
+    table = pytest.importorskip("pyarrow").table({"label": values})
+    refused(partial(_targets, table, "label", "set"), "label", "one class")

@@ -101,7 +101,7 @@ def test_where_names_come_from(images, call, tmp_path):
     output = call(image, "--checkpoint", plain, "--classes", file)[1]
     index, name = re.search(r"%  (\d)  (.*)$", output, re.MULTILINE).groups()
     assert name == f"kind {CLASSES[int(index)]}"
-    file.write_text("cat, black\ncat, white\n" + "x\n" * 5)
+    file.write_text("cat, black\ncat, white\n" + "".join(f"x{i}\n" for i in range(5)))
     status, output, _ = call(image, "--checkpoint", plain, "--classes", file, "--class", 0)
     assert (status, "cat, black  (--class)" in output) == (0, True)
     file.write_text("ant\nbee\n")

@@ -7,7 +7,7 @@ import pytest
 from loading import refused
 
 from tools.cli import shortened, shown
-from tools.validate.classes import find_class, imagenet_wnids, labels, match_classes, read_names
+from tools.validate.classes import find_class, imagenet_wnids, labels, match_classes
 
 ANIMALS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 
@@ -91,17 +91,6 @@ def test_finding_a_class():
 )
 def test_classes_that_are_not_found(asked, names, values):
     refused(partial(find_class, asked, names or imagenet_wnids()), *values)
-
-
-def test_a_file_of_names(tmp_path):
-    file = tmp_path / "names.txt"
-    file.write_bytes("\ufeffant\r\nbee\x0cwasp\r\ncat\u2028kitten\r\n".encode())
-    assert read_names(file) == ["ant", "bee\x0cwasp", "cat\u2028kitten"]
-    for text, line in (("ant\n\ncat\n", 2), ("ant\ncat\n \n", 3), ("", 1)):
-        file.write_text(text)
-        refused(partial(read_names, file), file, f" {line}")
-    file.write_bytes(b"\xff")
-    refused(partial(read_names, file), file)
 
 
 def test_how_names_are_shown():

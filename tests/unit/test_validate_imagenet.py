@@ -262,7 +262,7 @@ def test_alexnet_is_compared_on_all_of_imagenet(names, num_outputs, is_imagenet,
     model = SimpleNamespace(
         match=lambda names, title: match_classes(names, num_outputs), args=None, images=None
     )
-    test_set = SimpleNamespace(classes=names, title="set")
+    test_set = SimpleNamespace(classes=names, title="set", lines=list)
     scores = {"top1": 60.0, "messages": (), "corrupt": 0, "nonfinite": 0}
     monkeypatch.setattr(imagenet_c, "open_class_folders", lambda path, *args: test_set)
     monkeypatch.setattr(imagenet_c, "evaluate", lambda *words: scores)

@@ -31,7 +31,7 @@ from training.parser import Parser
 
 def open_folder(path: Path, count: int) -> Files:
     """Return at most ``count`` images of a folder of classes, spread evenly."""
-    found = open_folder_of_classes(path, hidden=True)
+    found = open_folder_of_classes(path, is_train=True)
     chosen = range(0, len(found), max(1, len(found) // count))[:count]
     return Files([found.name(i) for i in chosen], found.targets[list(chosen)], found.classes)
 

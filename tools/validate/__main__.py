@@ -214,7 +214,10 @@ def validate(args: Namespace, device: torch.device) -> int:
     After a failure, the rows so far are printed and written. Returns the exit status.
     """
     sets, planned = plan(args, device)  # of all models: errors before hours of work
-    check_outputs(args, planned, next(iter(sets.values())).paths())
+    first = next(iter(sets.values()))
+    check_outputs(args, planned, first.paths())
+    for line in first.lines():
+        print(shown(line), flush=True)
     pairs = args.confusion is not None or args.per_class is not None
     rows: list[Row] = []
     failed: list[str] = []

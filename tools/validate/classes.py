@@ -5,13 +5,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 from timm.data import ImageNetInfo
 
 from models.errors import nearest
 from pipeline.images import DataError
-from pipeline.sources.folder import some_of
+from pipeline.sources.listing import some_of
 from tools.cli import shortened, shown
 
 RULES = ("auto", "position", "wnid", "number")
@@ -148,23 +147,6 @@ def choose_rule(names: Sequence[str], num_outputs: int, known: Sequence[str] | N
         return "wnid"
     as_trained = len(names) == num_outputs != NUM_IMAGENET
     return "number" if all(map(NUMBER.fullmatch, names)) and not as_trained else "position"
-
-
-def read_names(file: Path) -> list[str]:
-    """Read class names, one per line of a file.
-
-    Raises:
-        DataError: The file cannot be read, or a line is empty.
-    """
-    try:
-        text = file.read_text(encoding="utf-8-sig")  # editors on Windows write a byte order mark
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read --classes {file}: {error}") from error
-    names = text.removesuffix("\n").split("\n")
-    for number, name in enumerate(names, start=1):
-        if not name.strip():
-            raise DataError(f"--classes {file}: line {number} is empty; it must be a class name")
-    return names
 
 
 def find_class(asked: str, names: Sequence[str]) -> int:

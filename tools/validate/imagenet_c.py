@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from pipeline.images import DataError
-from pipeline.sources.folder import list_classes, list_folders
+from pipeline.sources.folder import list_classes
+from pipeline.sources.listing import list_folders
 from tools import cli, tables
 from tools.validate.classes import NUM_IMAGENET
 from tools.validate.eval_models import EvalModel, eval_models
@@ -114,6 +115,8 @@ def measure(subject: EvalModel, name: str, paths: Sequence[Path], told: set[str]
     for path in paths:
         test_set = open_class_folders(path, subject.args, subject.images)
         matched = subject.match(test_set.classes, test_set.title)
+        for line in test_set.lines():
+            print(cli.shown(line), flush=True)
         is_imagenet &= matched.num_outputs == NUM_IMAGENET and not matched.is_subset
         found.append(evaluate(subject, test_set, matched))
         cli.warn(found[-1]["messages"], told)

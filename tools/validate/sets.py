@@ -16,7 +16,8 @@ from models import DataConfig
 from pipeline.images import DataError
 from pipeline.prefetch import Prefetcher
 from pipeline.sources.base import Encoded, Files
-from pipeline.sources.folder import list_classes, open_folder_of_classes
+from pipeline.sources.folder import find_validation, list_classes, open_folder_of_classes
+from pipeline.sources.summary import lines_of
 from tools.validate.classes import NUM_IMAGENET
 
 TIMM = "timm"  # value of --real-labels for the copy in timm
@@ -35,7 +36,7 @@ class EvalSet:
         self.title, self.classes = title, tuple(str(name) for name in source.classes)
         self.targets = source.targets
         self.real: torch.Tensor | None = None
-        self._dataset = dataset
+        self.source, self._dataset = source, dataset
         dataset.targets = np.arange(len(dataset))
 
     def loader(
@@ -45,9 +46,13 @@ class EvalSet:
         loader = datasets.build_eval_loader(self._dataset, args, 1, 0)
         return datasets.build_prefetcher(loader, device, torch.float32, memory_format)
 
+    def lines(self) -> list[str]:
+        """Return the lines that say which images these are, and what was left out."""
+        return lines_of(self.title, self.source)
+
     def paths(self) -> list[str]:
         """Return the paths of the images; none if they are in memory or in shards."""
-        source = self._dataset.source
+        source = self.source
         return [source.name(i) for i in range(len(source))] if isinstance(source, Files) else []
 
     def add_real_labels(self, labels: Sequence[Sequence[int]]) -> None:
@@ -56,7 +61,7 @@ class EvalSet:
         Raises:
             DataError: An image has no file name, no number in it, or one without labels.
         """
-        source = self._dataset.source
+        source = self.source
         if not isinstance(source, Encoded):
             raise DataError(f"{self.title} has no file names, which labels need")
         self.real = torch.zeros(len(source), NUM_IMAGENET, dtype=torch.bool)
@@ -77,8 +82,8 @@ class EvalSet:
 def open_set(args: Namespace, device: torch.device, images: DataConfig) -> EvalSet:
     """Open the test set of the flags, under a model's preprocessing.
 
-    Of an image folder, ``val`` or ``validation`` is read, or, without these and ``train``, the
-    folder itself.
+    Of an image folder, ``val`` or another folder of :func:`find_validation` is read, or, without
+    these and ``train``, the folder itself.
     """
     name = datasets.data_set_name(args)
     title = str(args.data_path or name)
@@ -89,10 +94,12 @@ def open_set(args: Namespace, device: torch.device, images: DataConfig) -> EvalS
         what = "is not a folder" if os.path.exists(folder) else "does not exist"
         raise DataError(f"--data-path {folder} {what}")
     names = list_classes(folder)
-    split = next((split for split in ("val", "validation") if split in names), "")
-    if not split and "train" in names:
+    split, notices = find_validation(folder)
+    if split is None and "train" in names:
         raise DataError(f"--data-path {folder} has train/, but neither val/ nor validation/")
-    return open_class_folders(folder / split, args, images, title)
+    found = open_class_folders(split or folder, args, images, title)
+    found.source.notices = notices + found.source.notices
+    return found
 
 
 def open_class_folders(

@@ -8,18 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torchvision import transforms
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import normalize
 
 import datasets
 import models
 from models import DataConfig
 from pipeline.images import DataError, load_image
-from pipeline.sources.folder import list_images
+from pipeline.sources.listing import list_images
 from training.launch import DistInfo, select_device
 from utils import UserError
-
-ENDINGS = (*IMG_EXTENSIONS, ".gif")
 
 
 class LoadedModel(NamedTuple):
@@ -97,8 +94,9 @@ def find_images(folder: str | Path, count: int) -> list[Path]:
     """
     if not Path(folder).is_dir():
         raise DataError(f"{folder} is not a folder")
-    paths = map(Path, list_images(folder, suffixes=ENDINGS, hidden=True))
-    found = sorted(path for path in paths if path.is_file())
+    listing = list_images(folder)
+    found = sorted(path for path in map(Path, listing.paths) if path.is_file())
     if len(found) < count:
-        raise DataError(f"{folder} has {len(found)} image(s), fewer than {count}")
+        left_out = listing.left_out.note()
+        raise DataError(f"{folder} has {len(found)} image(s), fewer than {count}{left_out}")
     return [found[index * len(found) // count] for index in range(count)]

@@ -1,0 +1,47 @@
+"""What a split of a dataset has: as lines for the log, and as plain values for a file."""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from pipeline.sources.base import Source
+
+UNEQUAL = 2  # times as many images in the largest class as in the smallest are mentioned
+
+
+def class_counts(source: Source) -> np.ndarray:
+    """Return the number of images of each class, ``C`` of int64."""
+    return np.bincount(source.targets, minlength=len(source.classes))
+
+
+def lines_of(split: str, source: Source) -> list[str]:
+    """Return the lines that say what a split has, what was left out, and its notices."""
+    counts, names = class_counts(source), source.classes
+    used = np.flatnonzero(counts)
+    share = f"{len(names):,}" if len(used) == len(names) else f"{len(used):,} of {len(names):,}"
+    lines = [f"{split}: {len(source):,} images in {share} classes{source.left_out.note()}"]
+    low, high = used[counts[used].argmin()], used[counts[used].argmax()]
+    if counts[high] > UNEQUAL * counts[low]:
+        lines.append(
+            f"{split}: from {counts[low]:,} images of class {names[low]} to {counts[high]:,} of"
+            f" class {names[high]}"
+        )
+    return lines + [f"notice: {notice}" for notice in source.notices]
+
+
+def record_of(source: Source) -> dict[str, Any]:
+    """Return images, classes, images per class and what was left out, as plain values."""
+    left_out = {
+        reason: {"count": count, "first": source.left_out.names.get(reason, [])}
+        for reason, count in source.left_out.counts.items()
+    }
+    per_class: Counter[str] = Counter()  # two classes may have one name
+    for name, count in zip(source.classes, class_counts(source).tolist(), strict=True):
+        per_class[str(name)] += count
+    return {
+        "images": len(source),
+        "classes": len(source.classes),
+        "images_per_class": dict(per_class),
+        "left_out": left_out,
+    }
