@@ -1,5 +1,6 @@
 """Datasets by name, with their augmentation and data loaders."""
 
+import math
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from models import DataConfig
+from models import DataConfig, size_text
 from models.data_config import SMALL_SIZE
 from pipeline.augmentation import Augmentation
 from pipeline.fast import FastDataset, RawBatch
@@ -126,7 +127,7 @@ def data_set_name(args: Namespace) -> str:
     return args.data_set or ("IMNET" if args.data_path else "DIGITS")
 
 
-def input_size_of(args: Namespace) -> int:
+def input_size_of(args: Namespace) -> int | tuple[int, int]:
     """Return ``--input-size``; if not given, that of the dataset."""
     return args.input_size or data_set_named(data_set_name(args)).input_size
 
@@ -154,12 +155,13 @@ def choose_images(
         return found if ratio is None else found.with_crop(ratio)
     found = own.at_size(size or own.input_size)
     if found.input_size != own.input_size:
-        warn(f"warning: --input-size {_text(size)}, but {source} expects {_text(own.input_size)}")
+        expected = size_text(own.input_size)
+        warn(f"warning: --input-size {size_text(size)}, but {source} expects {expected}")
     if ratio is None:
         return found
     cropped = found.with_crop(ratio)
     if cropped.crop_mode != "center":
-        side = _text(found.input_size)
+        side = size_text(found.input_size)
         warn(
             f"warning: --eval-crop-ratio {ratio:g} has no effect: images of {side} are not cropped"
         )
@@ -167,12 +169,6 @@ def choose_images(
         mode = "" if found.crop_mode == "center" else f" ({found.crop_mode})"
         warn(f"warning: --eval-crop-ratio {ratio:g}, but {source} expects {found.crop_pct:g}{mode}")
     return cropped
-
-
-def _text(size: int | tuple[int, int]) -> str:
-    """Return an input size as text: the side in pixels, or height and width."""
-    height, width = size if isinstance(size, tuple) else (size, size)
-    return str(height) if height == width else f"{height}x{width}"
 
 
 def build_augmentation(
@@ -189,11 +185,11 @@ def build_augmentation(
     """
     images = images or choose_images(args)
     values = {"mean": images.mean, "std": images.std}
-    size = images.side
+    size = images.size
     if not is_train:
         crop = (images.crop_mode, images.crop_pct, images.interpolation)
         return Augmentation(size, *crop, **values)
-    small = size <= SMALL_SIZE
+    small = max(images.input_size) <= SMALL_SIZE
     plain = Augmentation(
         size,
         "padded" if small else "reflected" if args.src else "random-resized",
@@ -281,7 +277,7 @@ def augmented(
     on_device = device.type == "cuda" if args.augment_on == "auto" else args.augment_on == "device"
     if args.decode_on_device and not on_device:
         raise DataError("--decode-on-device needs --augment-on device")
-    pixels = len(source) * augmentation.size**2
+    pixels = len(source) * math.prod(augmentation.shape)
     return FastDataset(
         source,
         augmentation,

@@ -15,12 +15,12 @@ from timm.data.transforms import (
     ResizeKeepRatio,
     str_to_interp_mode,
 )
+from timm.layers import to_2tuple
 from torchvision import transforms
 
 from pipeline.images import CropLongSide, DataError, EnlargeTiny
 
 PADDING = 4  # pixels around a small or resized image that is cropped at random
-BICUBIC = transforms.InterpolationMode.BICUBIC
 
 
 class Stages(NamedTuple):
@@ -47,10 +47,12 @@ class Stages(NamedTuple):
 class Augmentation:
     """How a decoded image becomes a model input. Both loaders are built from this.
 
-    Before a resize by the short side, images longer than 8:1 are cropped to that.
+    Before a resize by the short side, images longer than 8:1 are cropped to that. For an input that
+    is not square, the resize by the short side makes the smallest image that covers it, that by the
+    long side the largest within it, as timm's do.
 
     Attributes:
-        size: Height and width of the input, in pixels.
+        size: Side of the input, or height and width, in pixels.
         crop: ``random-resized`` (8 to 100 % of the area, aspect ratio 3:4 to 4:3); ``padded``
             (resize to ``size``, pad with black, crop at random); ``reflected`` (resize the short
             side, pad with reflected pixels, crop at random: DeiT III's simple random crop); and
@@ -71,7 +73,7 @@ class Augmentation:
         mean, std: Normalisation, per channel.
     """
 
-    size: int
+    size: int | tuple[int, int]
     crop: str
     crop_ratio: float = 1.0
     interpolation: str = "bicubic"
@@ -83,6 +85,11 @@ class Augmentation:
     erase_count: int = 1
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of the input."""
+        return to_2tuple(self.size)
 
     def compose(self) -> transforms.Compose:
         """Return the reference transform: PIL image to tensor ``3 H W``."""
@@ -106,24 +113,24 @@ class Augmentation:
         )
 
     def _resize_and_crop(self) -> tuple[list[Callable], list[Callable]]:
-        size = self.size
+        size = self.shape
         if self.crop == "random-resized":
             crop = RandomResizedCropAndInterpolation(size, interpolation=self.interpolation)
             return [EnlargeTiny()], [crop]
         if self.crop == "padded":
-            resize = transforms.Resize((size, size))
-            return [resize], [transforms.RandomCrop(size, padding=PADDING)]
+            return [transforms.Resize(size)], [transforms.RandomCrop(size, padding=PADDING)]
         if self.crop == "reflected":
             crop = transforms.RandomCrop(size, padding=PADDING, padding_mode="reflect")
-            return [CropLongSide(), transforms.Resize(size, BICUBIC)], [crop]
-        whole, mode = int(size / self.crop_ratio), str_to_interp_mode(self.interpolation)
+            return [CropLongSide(), _resize_to_cover(size, "bicubic")], [crop]
+        whole = tuple(int(side / self.crop_ratio) for side in size)
         crop = [] if whole == size else [transforms.CenterCrop(size)]
         if self.crop == "squash":
-            return [transforms.Resize((whole, whole), mode)], crop
+            return [transforms.Resize(whole, str_to_interp_mode(self.interpolation))], crop
         if self.crop == "border":
             fill = tuple(round(255 * value) for value in self.mean)
             return [ResizeKeepRatio(whole, 1.0, self.interpolation)], [CenterCropOrPad(size, fill)]
-        return [CropLongSide(), transforms.Resize(whole, mode)], [transforms.CenterCrop(size)]
+        resize = _resize_to_cover(whole, self.interpolation)
+        return [CropLongSide(), resize], [transforms.CenterCrop(size)]
 
     def _color(self) -> list[Callable]:
         if not self.policy and self.color_jitter is None:
@@ -145,6 +152,13 @@ class Augmentation:
             ) from error
         _keep_one_bit(color.transforms)
         return color.transforms
+
+
+def _resize_to_cover(size: tuple[int, int], interpolation: str) -> Callable:
+    """Return timm's resize to the smallest image of the same aspect ratio that covers a size."""
+    if size[0] == size[1]:
+        return transforms.Resize(size[0], str_to_interp_mode(interpolation))
+    return ResizeKeepRatio(size, interpolation=interpolation)
 
 
 def _keep_one_bit(steps: Sequence[Callable]) -> None:

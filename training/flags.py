@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datasets import DATA_SETS, HUB, data_set_named
 from pipeline.sources.fine_grained import INAT_CATEGORIES
 from training.flag_checks import check_flags
-from training.parser import Parser, flags_of, given_flags, usable_cpus
+from training.parser import PIXELS, Parser, add_input_size, flags_of, given_flags, usable_cpus
 from training.recipes import recipe_argv
 from utils import UserError
 
@@ -65,11 +65,8 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
         help="any model name of timm, hf-hub:ORG/NAME or local-dir:FOLDER",
     )
     add("--pretrained", action="store_true", help="start from the published weights of --model")
-    add(
-        "--input-size",
-        type=int,
-        help="pixels; default: that of the weights, else 224, or 32 for DIGITS",
-    )
+    size = f"{PIXELS}; default: that of the weights, else 224, or 32 for DIGITS"
+    add_input_size(group, help=size)
     add("--drop", type=float, default=0.0, metavar="RATE", help="dropout")
     add("--drop-path", type=float, default=0.1, metavar="RATE", help="stochastic depth")
     add(

@@ -17,7 +17,7 @@ from pipeline.prefetch import Prefetcher
 from training import agreement
 from training.distillation import TeacherTargets, distill
 from training.launch import DistInfo
-from training.network import Network, build_network, choose_source, compare_classes
+from training.network import Network, build_network, check_size, choose_source, compare_classes
 from training.trainer import Evaluation
 from utils import log
 
@@ -60,7 +60,9 @@ def build_job(
     weights = (source.data_config, source.label) if source.has_weights else ()
     images = datasets.choose_images(args, *weights)
     log(f"images: {images}")
-    args = Namespace(**vars(args) | {"input_size": images.side})
+    args = Namespace(**vars(args) | {"input_size": images.size})
+    if args.input_size is not None:
+        check_size(args, given, source, images.size)
     utils.seed_everything(args.seed)
     engine.set_determinism(args.deterministic)
 

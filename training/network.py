@@ -3,7 +3,7 @@
 import functools
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,6 +80,21 @@ def model_arguments(
         if flag in given and getattr(args, flag) != defaults.get_default(flag):
             required[key] = optional.pop(key)
     return required, optional
+
+
+def check_size(
+    args: Namespace, given: set[str], source: ModelSource, size: int | tuple[int, int]
+) -> None:
+    """Raise ModelError if a model of this repository does not accept a size, before data is read.
+
+    The model is built without memory, unless the size is that of the source.
+    """
+    other = models.height_and_width(size) != source.data_config.input_size
+    if other and models.is_own_model(source.name):
+        arguments = model_arguments(args, given, source, source.num_classes or 1)
+        with torch.device("meta"):
+            model, _ = replace(source, pretrained=False).build_with_kwargs(size, *arguments)
+        models.check_input_size(model, source.name, size)
 
 
 @functools.cache
@@ -174,11 +189,11 @@ def build_network(
 ) -> Network:
     """Build the model of the flags and the source, and freeze the parts flagged."""
     required, optional = model_arguments(args, given, source, num_classes)
-    model, kwargs = source.build_with_kwargs(images.side, required, optional)
+    model, kwargs = source.build_with_kwargs(images.size, required, optional)
     name = source.name
     if hasattr(model, "qk_scale_factor"):
         kwargs["qk_scale_factor"] = model.qk_scale_factor
-    models.check_input_size(model, name, images.side)
+    models.check_input_size(model, name, images.size)
     precision = choose_precision(args, model, device)
     precision.place(model)
     if args.grad_checkpointing:

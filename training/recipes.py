@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from pipeline.sources.download import PIPE
+from training.parser import takes_image_size
 from utils import UserError
 
 MAX_RECIPE = 1 << 15  # characters
@@ -87,6 +88,8 @@ def _words(parser: argparse.ArgumentParser, action: argparse.Action, value: Any)
             raise ValueError("it must be true or false")
         off = ["--no-" + flag.removeprefix("--")] if isinstance(action, OnOff) else []
         return [flag] if value else off
+    if takes_image_size(action) and isinstance(value, list):
+        value = "x".join(map(str, value))
     several = action.nargs == "+"
     values = value if several and isinstance(value, list) else [value]
     if any(str(item).lstrip().startswith(PIPE) for item in values):
