@@ -30,7 +30,7 @@ def make(args: Namespace) -> figures.Picture:
         model = load_model(args.model, Namespace(**vars(args) | {"model": None}))
     else:
         raise UserError("give --checkpoint CKPT or --model NAME")
-    query = parse_query(args.query, model.size)
+    query = parse_query(args.query, model.images.input_size)
     image = load_images(model, [args.image])
     parts = PARTS if args.part == "all" else (args.part,)
     layers = list(measure(model, image, query, parts, args.layers, args.heads))
@@ -97,7 +97,7 @@ def measure(
     for captured in capture(model.module, layers, model.normalized(image)):
         place = None
         if query != CLASS:
-            (x, y), (rows, columns), (height, width) = query, captured.grid, model.size
+            (x, y), (rows, columns), (height, width) = query, captured.grid, model.images.input_size
             place = (y * rows // height, x * columns // width)
         elif not (captured.prefix and has_class):
             if chosen is None:
@@ -142,8 +142,8 @@ def draw(layers: Sequence[LayerMaps], parts: Sequence[str], image: torch.Tensor,
                 ax.set_xlabel(f"max {values.max():.2g}{rest}", fontsize=7, labelpad=2)
         if one.place is None:
             continue
-        rows, columns = next(iter(one.maps.values())).shape[-2:]
-        high, wide = height / rows, width / columns  # of a position, in pixels
+        grid = next(iter(one.maps.values())).shape[-2:]
+        high, wide = height / grid[0], width / grid[1]  # of a position, in pixels
         corner = (one.place[1] * wide, one.place[0] * high)
         for ax in (panel for panel in line if panel.has_data()):
             ax.add_patch(Rectangle(corner, wide, high, fill=False, edgecolor="red", lw=1.3))

@@ -33,9 +33,9 @@ class LoadedModel(NamedTuple):
     resampled: bool = False  # position embeddings or tables have another size in the checkpoint
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the images in pixels."""
-        return self.images.input_size
+    def size(self) -> int | tuple[int, int]:
+        """Side of the images in pixels, or height and width."""
+        return self.images.size
 
     @property
     def network(self) -> str:
