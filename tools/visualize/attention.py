@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from models import height_and_width
 from tools.visualize import figures
 from tools.visualize.capture import CLASS, PARTS, attention_layers, capture, choose
 from tools.visualize.loading import LoadedModel, load_images, load_model
@@ -30,7 +31,7 @@ def make(args: Namespace) -> figures.Picture:
         model = load_model(args.model, Namespace(**vars(args) | {"model": None}))
     else:
         raise UserError("give --checkpoint CKPT or --model NAME")
-    query = parse_query(args.query, model.images.input_size)
+    query = parse_query(args.query, model.size)
     image = load_images(model, [args.image])
     parts = PARTS if args.part == "all" else (args.part,)
     layers = list(measure(model, image, query, parts, args.layers, args.heads))
@@ -50,12 +51,12 @@ def make(args: Namespace) -> figures.Picture:
     return figures.Picture(figure, rows, model.epoch, notes)
 
 
-def parse_query(text: str, size: tuple[int, int]) -> tuple[int, int] | str:
+def parse_query(text: str, size: int | tuple[int, int]) -> tuple[int, int] | str:
     """Return ``"class"``, or the pixel ``(x, y)`` of ``X,Y`` or ``centre`` within the image.
 
-    ``size`` is the image's height and width.
+    ``size`` is the side of the image, or height and width.
     """
-    height, width = size
+    height, width = height_and_width(size)
     if text == CLASS:
         return CLASS
     if text in ("centre", "center"):
