@@ -195,7 +195,7 @@ def test_a_run_and_every_program_after_it(image_folder, tmp_path, name):
     assert saved["data_config"]["input_size"] == (3, 48, 32)
     assert tuple(saved["model_kwargs"]["img_size"]) == (48, 32)
     succeed(*words, "--output_dir", again, "--stop-epoch", 1)
-    succeed("--config", again / "args.yaml", "--resume", "auto", "--stop-epoch", 2)
+    succeed(*words, "--output_dir", again, "--resume", "auto")
     keys = ("train_loss", "test_loss", "ema_loss")
     first, second = ([[line[k] for k in keys] for line in read_log(f)] for f in (output, again))
     assert first == second
