@@ -1,5 +1,6 @@
 """Datasets by name, with their augmentation and data loaders."""
 
+import math
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from models import DataConfig
+from models import DataConfig, size_text
 from models.data_config import SMALL_SIZE
 from models.errors import did_you_mean
 from pipeline.augmentation import CROP_MODES, Augmentation
@@ -128,7 +129,7 @@ def data_set_name(args: Namespace) -> str:
     return args.data_set or ("IMNET" if args.data_path else "DIGITS")
 
 
-def input_size_of(args: Namespace) -> int:
+def input_size_of(args: Namespace) -> int | tuple[int, int]:
     """Return ``--input-size``; if not given, that of the dataset."""
     return args.input_size or data_set_named(data_set_name(args)).input_size
 
@@ -160,12 +161,13 @@ def choose_images(
     if found.interpolation != own.interpolation:
         warn(f"warning: --interpolation {filtered}, but {source} expects {own.interpolation}")
     if found.input_size != own.input_size:
-        warn(f"warning: --input-size {_text(size)}, but {source} expects {_text(own.input_size)}")
+        expected = size_text(own.input_size)
+        warn(f"warning: --input-size {size_text(size)}, but {source} expects {expected}")
     if ratio is None:
         return found
     cropped = found.with_crop(ratio)
     if cropped.crop_mode != "center":
-        side = _text(found.input_size)
+        side = size_text(found.input_size)
         warn(
             f"warning: --eval-crop-ratio {ratio:g} has no effect: images of {side} are not cropped"
         )
@@ -173,12 +175,6 @@ def choose_images(
         mode = "" if found.crop_mode == "center" else f" ({found.crop_mode})"
         warn(f"warning: --eval-crop-ratio {ratio:g}, but {source} expects {found.crop_pct:g}{mode}")
     return cropped
-
-
-def _text(size: int | tuple[int, int]) -> str:
-    """Return an input size as text: the side in pixels, or height and width."""
-    height, width = size if isinstance(size, tuple) else (size, size)
-    return str(height) if height == width else f"{height}x{width}"
 
 
 def build_augmentation(
@@ -196,11 +192,12 @@ def build_augmentation(
     """
     images = images or choose_images(args)
     values = {"mean": images.mean, "std": images.std}
-    size = images.side
+    size = images.size
     if not is_train:
         crop = (images.crop_mode, images.crop_pct, images.interpolation)
         return Augmentation(size, *crop, **values)
-    usual = "padded" if size <= SMALL_SIZE else "reflected" if args.src else "rrc"
+    small = max(images.input_size) <= SMALL_SIZE
+    usual = "padded" if small else "reflected" if args.src else "rrc"
     hflip = data_set_named(data_set_name(args)).hflip
     plain = Augmentation(
         size,
@@ -303,7 +300,7 @@ def augmented(
     on_device = device.type == "cuda" if args.augment_on == "auto" else args.augment_on == "device"
     if args.decode_on_device and not on_device:
         raise DataError("--decode-on-device needs --augment-on device")
-    pixels = len(source) * augmentation.size**2
+    pixels = len(source) * math.prod(augmentation.shape)
     return FastDataset(
         source,
         augmentation,

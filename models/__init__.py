@@ -7,10 +7,10 @@ repository, also where timm has one of that name.
 from models import convit, fastvit, visformer, vit
 from models.checkpoint.apply import LoadReport, load_checkpoint, load_weights
 from models.checkpoint.read import read_checkpoint
-from models.data_config import DataConfig
+from models.data_config import DataConfig, height_and_width, size_text
 from models.detection_backbone import Backbone, SwinVisformer, VisionBackbone, load_backbone
 from models.errors import CheckpointError, ModelError, UnreadableFileError, UnsafeFileError
-from models.factory import build_model, check_input_size, pretrained_config
+from models.factory import build_model, check_input_size, is_own_model, pretrained_config
 from models.freezing import freeze_all_but_attention, freeze_all_but_classifier, freeze_stages
 from models.load import LoadedModel, find_model, from_checkpoint, load_model, read_weights
 from models.source import ModelSource
@@ -36,6 +36,8 @@ __all__ = [
     "freeze_all_but_classifier",
     "freeze_stages",
     "from_checkpoint",
+    "height_and_width",
+    "is_own_model",
     "load_backbone",
     "load_checkpoint",
     "load_model",
@@ -43,6 +45,7 @@ __all__ = [
     "pretrained_config",
     "read_checkpoint",
     "read_weights",
+    "size_text",
     "visformer",
     "vit",
 ]

@@ -297,7 +297,7 @@ def checkpoint_filter_fn(
     if position is not None and model.pos_embed is not None:
         count = position.shape[1]
         side = math.isqrt(count)
-        if count != model.pos_embed.shape[1] and side**2 == count:
+        if side**2 == count:
             converted["pos_embed"] = resample_tokens(position, (side, side), model.grid_size)
     return converted
 

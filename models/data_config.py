@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -45,20 +45,18 @@ class DataConfig:
         return f"{height}x{width} pixels, {how}, mean {self.mean}, std {self.std}"
 
     @property
-    def side(self) -> int:
-        """Height and width of square images.
+    def size(self) -> int | tuple[int, int]:
+        """Side of square images, else height and width: as flags and models accept it."""
+        height, width = self.input_size
+        return height if height == width else (height, width)
+
+    def at_size(self, size: int | Sequence[int]) -> "DataConfig":
+        """Return the config for another input size; small images are resized whole.
 
         Raises:
-            ModelError: They differ.
+            ModelError: See :func:`height_and_width`.
         """
-        height, width = self.input_size
-        if height != width:
-            raise ModelError(f"images of {height}x{width} pixels are not square: give --input-size")
-        return height
-
-    def at_size(self, size: int | tuple[int, int]) -> "DataConfig":
-        """Return the config for another input size; small images are resized whole."""
-        size = (size, size) if isinstance(size, int) else tuple(size)
+        size = height_and_width(size)
         if max(size) <= SMALL_SIZE:
             return replace(self, input_size=size, crop_pct=1.0, crop_mode="squash")
         return replace(self, input_size=size)
@@ -71,6 +69,52 @@ class DataConfig:
     def to_timm(self) -> dict[str, Any]:
         """Return timm's data config: the same, with the input size as ``(3, height, width)``."""
         return asdict(self) | {"input_size": (len(self.mean), *self.input_size)}
+
+
+def height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
+    """Return height and width of a side, of both, or of timm's ``(3, height, width)``.
+
+    Raises:
+        ModelError: The size is not one of these, or has a side below 1.
+    """
+    numbers = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    channels, sides = numbers[:-2] or (3,), numbers[-2:]
+    if (
+        channels != (3,)
+        or len(sides) != 2
+        or not all(type(side) is int and side > 0 for side in sides)
+    ):
+        given = " ".join(map(brief, numbers[:5] if isinstance(size, list | tuple) else [size]))
+        raise ModelError(
+            f"input size {given} must be a side in pixels, height and width, or 3 (channels), "
+            f"height and width, such as 224, 224 160 or 3 224 160"
+        )
+    return sides
+
+
+def size_text(size: int | tuple[int, int]) -> str:
+    """Return an input size as text: the side in pixels, or height x width."""
+    height, width = height_and_width(size)
+    return str(height) if height == width else f"{height}x{width}"
+
+
+def trained_size(checkpoint: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return height and width that a checkpoint's model was built for, if it records them."""
+    flags = _flags(checkpoint)
+    places = (
+        (checkpoint.get("model_kwargs"), "img_size"),
+        (checkpoint, "input_size"),
+        (checkpoint.get("data_config"), "input_size"),
+        (flags, "img_size"),
+        (flags, "input_size"),
+    )
+    for place, key in places:
+        if isinstance(place, Mapping) and isinstance(place.get(key), int | list | tuple):
+            try:
+                return height_and_width(place[key])
+            except ModelError:
+                return None
+    return None
 
 
 def flags_of_run(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:

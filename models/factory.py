@@ -7,10 +7,12 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import to_2tuple
 from timm.models import PretrainedCfg, build_model_with_cfg
 from timm.models import register_model as timm_register_model
 from torch import nn
 
+from models.data_config import height_and_width
 from models.errors import ModelError, nearest
 
 
@@ -58,6 +60,11 @@ def check_name(name: str) -> None:
         near = nearest(name, timm.list_models(), count=5, cutoff=0.5)
         hint = f"the nearest are {', '.join(near)}" if near else "timm.list_models() lists them"
         raise ModelError(f"there is no model {name!r}; {hint}")
+
+
+def is_own_model(name: str) -> bool:
+    """Return True if a registered model, with or without a tag, is of this repository."""
+    return timm.models.model_entrypoint(name).__module__.startswith("models.")
 
 
 def pretrained_config(name: str) -> PretrainedCfg | None:
@@ -123,13 +130,27 @@ def check_input_size(
 ) -> None:
     """Raise ModelError if ``model`` does not accept images of ``size`` (side, or height, width)."""
     training = model.training
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = height_and_width(size)
     device = next(model.parameters()).device
     try:
         model.eval()(torch.zeros(1, in_chans, height, width, device=device))
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         text = size if isinstance(size, int) else f"{height}x{width}"
+        if not hasattr(model, "check_size"):  # whose messages say it
+            reason += f" (such as {_right_size(model, height, width)})"
         raise ModelError(f"{name} does not accept {flag} {text}: {reason}") from error
     finally:
         model.train(training)
+
+
+def _right_size(model: nn.Module, height: int, width: int) -> str:
+    """Return a size that timm's model accepts: the nearest multiple of its patches, or its own."""
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    config = getattr(model, "pretrained_cfg", None) or {}
+    own = height_and_width(config.get("input_size") or (224, 224))
+    if patch is None or getattr(model.patch_embed, "strict_img_size", False):
+        return "x".join(map(str, own))
+    sides = zip((height, width), to_2tuple(patch), strict=True)
+    near = tuple(max(round(side / step), 1) * step for side, step in sides)
+    return "x".join(map(str, own if near == (height, width) else near))

@@ -4,7 +4,7 @@ The one rule of which model a source is, and what it expects of its images.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def load_model(
     *,
     pretrained: bool = False,
     weights: str = "model",
-    input_size: int | tuple[int, int] | None = None,
+    input_size: int | Sequence[int] | None = None,
     num_classes: int | None = None,
     **kwargs: Any,
 ) -> LoadedModel:
@@ -68,7 +68,8 @@ def load_model(
         name: Name of the model, for files that do not contain it.
         pretrained: Load timm's weights of a registered name, instead of random ones.
         weights: ``model``, or ``ema`` for the moving average.
-        input_size: Side, or height and width, in pixels; default: that of the source.
+        input_size: Side, height and width, or timm's ``(3, height, width)``, in pixels; default:
+            that of the source.
         num_classes: Number of outputs; a new classifier if the source has another number.
         **kwargs: Further arguments of the model; ``img_size`` is the same as ``input_size``.
 
@@ -82,10 +83,9 @@ def load_model(
         found = find_model(str(source), name, pretrained=pretrained)
     found.weights(weights)
     config = found.data_config if input_size is None else found.data_config.at_size(input_size)
-    size = config.input_size
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
-    model, used = found.build_with_kwargs(size[0] if size[0] == size[1] else size, kwargs)
+    model, used = found.build_with_kwargs(config.size, kwargs)
     is_new = num_classes not in (None, found.num_classes)
     report = found.load(model, weights, new_head=is_new, other_classes=is_new)
     found.describe(model, config)

@@ -16,12 +16,12 @@ from timm.data.transforms import (
     ResizeKeepRatio,
     str_to_interp_mode,
 )
+from timm.layers import to_2tuple
 from torchvision import transforms
 
 from pipeline.images import RRC_RATIO, RRC_SCALE, CropLongSide, DataError, EnlargeTiny
 
 PADDING = 4  # pixels around a small or resized image that is cropped at random
-BICUBIC = transforms.InterpolationMode.BICUBIC
 KEEP_RATIO = {"rkrc": CenterCropOrPad, "rkrr": RandomCropOrPad}  # timm's crop modes
 # values of --train-crop-mode, and the crops they stand for
 CROP_MODES = {"rrc": "random-resized"} | {mode: mode for mode in KEEP_RATIO}
@@ -52,10 +52,12 @@ class Stages(NamedTuple):
 class Augmentation:
     """How a decoded image becomes a model input. Both loaders are built from this.
 
-    Before a resize by the short side, images longer than 8:1 are cropped to that.
+    Before a resize by the short side, images longer than 8:1 are cropped to that. For an input that
+    is not square, the resize by the short side makes the smallest image that covers it, that by the
+    long side the largest within it, as timm's do.
 
     Attributes:
-        size: Height and width of the input, in pixels.
+        size: Side of the input, or height and width, in pixels.
         crop: ``random-resized``; ``padded`` (resize to ``size``, pad with black, crop at random);
             ``reflected`` (resize the short side, pad with reflected pixels, crop at random: DeiT
             III's simple random crop); timm's ``rkrc`` and ``rkrr`` (resize the short side, half
@@ -85,7 +87,7 @@ class Augmentation:
         DataError: The crop has no ``scale`` or ``ratio``.
     """
 
-    size: int
+    size: int | tuple[int, int]
     crop: str
     crop_ratio: float = 1.0
     interpolation: str = "bicubic"
@@ -110,6 +112,11 @@ class Augmentation:
                     f" {self.size} pixels get a {self.crop} crop; --train-crop-mode rrc resizes"
                     f" random crops instead"
                 )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of the input."""
+        return to_2tuple(self.size)
 
     def compose(self) -> transforms.Compose:
         """Return the reference transform: PIL image to tensor ``3 H W``."""
@@ -138,7 +145,7 @@ class Augmentation:
         return [kind(probability) for kind, probability in pairs if probability > 0]
 
     def _resize_and_crop(self) -> tuple[list[Callable], list[Callable]]:
-        size = self.size
+        size = self.shape
         if self.crop == "random-resized":
             ranges = (self.scale or RRC_SCALE, self.ratio or RRC_RATIO)
             crop = RandomResizedCropAndInterpolation(size, *ranges, self.interpolation)
@@ -156,19 +163,19 @@ class Augmentation:
             crop = KEEP_RATIO[self.crop](size, padding_mode="reflect")
             return [CropLongSide(), resize], [crop]
         if self.crop == "padded":
-            resize = transforms.Resize((size, size))
-            return [resize], [transforms.RandomCrop(size, padding=PADDING)]
+            return [transforms.Resize(size)], [transforms.RandomCrop(size, padding=PADDING)]
         if self.crop == "reflected":
             crop = transforms.RandomCrop(size, padding=PADDING, padding_mode="reflect")
-            return [CropLongSide(), transforms.Resize(size, BICUBIC)], [crop]
-        whole, mode = int(size / self.crop_ratio), str_to_interp_mode(self.interpolation)
+            return [CropLongSide(), _resize_to_cover(size, "bicubic")], [crop]
+        whole = tuple(int(side / self.crop_ratio) for side in size)
         crop = [] if whole == size else [transforms.CenterCrop(size)]
         if self.crop == "squash":
-            return [transforms.Resize((whole, whole), mode)], crop
+            return [transforms.Resize(whole, str_to_interp_mode(self.interpolation))], crop
         if self.crop == "border":
             fill = tuple(round(255 * value) for value in self.mean)
             return [ResizeKeepRatio(whole, 1.0, self.interpolation)], [CenterCropOrPad(size, fill)]
-        return [CropLongSide(), transforms.Resize(whole, mode)], [transforms.CenterCrop(size)]
+        resize = _resize_to_cover(whole, self.interpolation)
+        return [CropLongSide(), resize], [transforms.CenterCrop(size)]
 
     def _color(self) -> list[Callable]:
         if not self.policy and self.color_jitter is None:
@@ -190,6 +197,13 @@ class Augmentation:
             ) from error
         _keep_one_bit(color.transforms)
         return color.transforms
+
+
+def _resize_to_cover(size: tuple[int, int], interpolation: str) -> Callable:
+    """Return timm's resize to the smallest image of the same aspect ratio that covers a size."""
+    if size[0] == size[1]:
+        return transforms.Resize(size[0], str_to_interp_mode(interpolation))
+    return ResizeKeepRatio(size, interpolation=interpolation)
 
 
 def _keep_one_bit(steps: Sequence[Callable]) -> None:

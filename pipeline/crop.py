@@ -64,7 +64,7 @@ def is_readable(header: Header | None, data: bytes) -> bool:
     return is_small and are_few_scans(scans, pixels)
 
 
-def decode_crop(data: bytes, header: Header, box: Box, size: int) -> np.ndarray | None:
+def decode_crop(data: bytes, header: Header, box: Box, size: tuple[int, int]) -> np.ndarray | None:
     """Decode a crop that will be resized to ``size``.
 
     Rows below the crop are not decoded: the decoder is told a smaller height. A crop at least
@@ -83,7 +83,7 @@ def decode_crop(data: bytes, header: Header, box: Box, size: int) -> np.ndarray 
     """
     top, left, height, width = box
     scale = 1
-    while scale < 8 and min(height, width) >= 2 * scale * REDUCING_GAP * size:
+    while scale < 8 and min(height / size[0], width / size[1]) >= 2 * scale * REDUCING_GAP:
         scale *= 2
     rows = min(header.height, top + height + MARGIN * scale)
     if header.is_baseline and rows < header.height:
@@ -120,8 +120,8 @@ def crop_padded(pixels: np.ndarray, top: int, left: int, padding: int) -> np.nda
     return part
 
 
-def resize(pixels: np.ndarray, size: int, mode: str) -> np.ndarray:
-    """Resize uint8 ``h w 3`` to ``size size 3`` with antialiasing, as Pillow does.
+def resize(pixels: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
+    """Resize uint8 ``h w 3`` to ``H W 3`` with antialiasing, as Pillow does.
 
     Args:
         pixels: The image, writable.
@@ -130,7 +130,7 @@ def resize(pixels: np.ndarray, size: int, mode: str) -> np.ndarray:
     """
     # 1 3 h w; in this order of calls, PyTorch sees channels last and takes the faster kernel
     image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
-    resized = F.interpolate(image, (size, size), mode=mode, antialias=True)
+    resized = F.interpolate(image, size, mode=mode, antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
 
 

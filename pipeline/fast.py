@@ -145,13 +145,13 @@ class FastDataset(LabelledImages):
         decode: bool = True,
     ):
         super().__init__(source, augmentation, is_train, seed, skip_corrupt)
-        self.size = augmentation.size
+        self.size = height, width = augmentation.shape
         self._stages = stages = augmentation.stages()
-        self.policy = _record(stages.color, self.size)
+        self.policy = _record(stages.color, width, height)
         self._pil_steps = stages.color if self.policy is None else []
         self._erasing = None
         if stages.erase:
-            self._erasing = ErasingRecorder(*stages.erase, self.size, self.size)
+            self._erasing = ErasingRecorder(*stages.erase, height, width)
         self.resident = None
         keeps_all = augmentation.crop == "padded" or (
             augmentation.crop == "squash" and augmentation.crop_ratio == 1
@@ -244,9 +244,9 @@ class FastDataset(LabelledImages):
         return np.array(_apply(steps, self.source.open(index)))
 
     def _offset(self) -> tuple[int, int]:
-        side = self.size + 2 * PADDING
-        padded = torch.empty(3, side, side, device="meta")
-        top, left, *_ = transforms.RandomCrop.get_params(padded, (self.size, self.size))
+        sides = (side + 2 * PADDING for side in self.size)
+        padded = torch.empty(3, *sides, device="meta")
+        top, left, *_ = transforms.RandomCrop.get_params(padded, self.size)
         return top, left
 
     def _whole(self, index: int) -> np.ndarray:
@@ -259,12 +259,12 @@ class FastDataset(LabelledImages):
             header = read_header(data)
             if is_readable(header, data):
                 box = Box(0, 0, header.height, header.width)
-                pixels = decode_crop(data, header, box, max(header.height, header.width))
+                pixels = decode_crop(data, header, box, (header.height, header.width))
             image = self.source.decode(data, index) if pixels is None else None
         else:
             image = self.source.open(index)
         if pixels is not None:
-            if pixels.shape[:2] == (self.size, self.size):
+            if pixels.shape[:2] == self.size:
                 return pixels
             image = Image.fromarray(pixels)
         return np.array(_apply(self._stages.resize, image))
@@ -304,21 +304,21 @@ class FastDataset(LabelledImages):
         return box, mode.value
 
 
-def _record(steps: Sequence[Callable], size: int) -> PolicyRecorder | None:
+def _record(steps: Sequence[Callable], width: int, height: int) -> PolicyRecorder | None:
     """Return a recorder of the only step, if it is a policy that can be recorded."""
     if len(steps) != 1:
         return None
     try:
-        return PolicyRecorder(steps[0], size, size)
+        return PolicyRecorder(steps[0], width, height)
     except UnsupportedPolicy:
         return None
 
 
-def _resized(source: Source, steps: Sequence[Callable], size: int) -> np.ndarray | None:
+def _resized(source: Source, steps: Sequence[Callable], size: tuple[int, int]) -> np.ndarray | None:
     """Return decoded images at ``size``, uint8 ``N H W 3``; None if they are not decoded."""
     if not isinstance(source, Pixels):
         return None
-    if source.pixels.shape[1:3] == (size, size):
+    if source.pixels.shape[1:3] == size:
         return source.pixels
     images = [np.asarray(_apply(steps, source.open(index))) for index in range(len(source))]
     return np.stack(images)
@@ -328,9 +328,9 @@ def _apply(steps: Sequence[Callable], image: Image.Image) -> Image.Image:
     return reduce(lambda image, step: step(image), steps, image)
 
 
-def empty_batch(count: int, size: int) -> torch.Tensor:
+def empty_batch(count: int, size: tuple[int, int]) -> torch.Tensor:
     """Allocate uint8 ``B H W 3``; in a worker, in memory shared with the main process."""
-    shape = (count, size, size, 3)
+    shape = (count, *size, 3)
     if get_worker_info() is None:
         return torch.empty(shape, dtype=torch.uint8)
     storage = torch.UntypedStorage._new_shared(math.prod(shape))

@@ -135,12 +135,12 @@ def write_sources(folder):
     weights, run = folder / "weights.pth", folder / "run" / "best.pth"
     data = write_oblong(folder / "images", train=4, val=5)
     flags = ["--finetune", weights, "--model", NAME, "--data-path", data, *ONCE, "--lr", 1e-3]
-    flags += ["--input-size", RUN.side, "--eval-crop-ratio", RUN.crop_pct, "--unscale-lr"]
+    flags += ["--input-size", RUN.size, "--eval-crop-ratio", RUN.crop_pct, "--unscale-lr"]
     succeed(*flags, "--no-repeated-aug", "--output_dir", run.parent)
     convert(run, folder / "run.safetensors")
     convert(run, folder / "run-hub", "--to", "hub")
     convert(weights, folder / "foreign-hub", "--to", "hub", "--model", NAME)
-    trained = model_of(torch.load(run, weights_only=True)["model"], RUN.side)
+    trained = model_of(torch.load(run, weights_only=True)["model"], RUN.size)
     return {
         "run": SourceCase(str(run), None, RUN, trained),
         "weights": SourceCase(str(weights), NAME, OWN, model),

@@ -12,7 +12,7 @@ from training import launch
 from training.files import OutputError
 from training.flag_checks import check_values
 from training.flags import get_args_parser
-from training.parser import given_flags, positive
+from training.parser import given_flags
 from utils import UserError
 
 SURROGATES = re.compile("[\ud800-\udfff]")  # Python's code points for bytes that are not UTF-8
@@ -98,24 +98,3 @@ def parse(make_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str
     if "amp_dtype" in given_flags(make_parser(), argv) and not full.amp:
         raise UserError(f"--amp-dtype {full.amp_dtype} has no effect without --amp: give both")
     return full
-
-
-class _ImageSize(argparse.Action):
-    """Store one or two numbers as height and width."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        if len(values) > 2:
-            parser.error(f"{option_string} takes one or two numbers, not {len(values)}")
-        setattr(namespace, self.dest, (values[0], values[-1]))
-
-
-def add_input_size(parser: argparse.ArgumentParser) -> None:
-    """Add ``--input-size``: a side, or height and width; a tuple or None."""
-    parser.add_argument(
-        "--input-size",
-        type=positive,
-        nargs="+",
-        action=_ImageSize,
-        metavar=("H", "W"),
-        help="height and width in pixels, or the side; the checkpoint's or model's if not given",
-    )

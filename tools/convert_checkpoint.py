@@ -20,7 +20,7 @@ from tools import cli, files
 from tools.hub_folder import push_folder, write_folder
 from training import checkpoints
 from training.files import OutputError, write_atomically
-from training.parser import Parser
+from training.parser import Parser, add_input_size
 from utils import UserError
 
 SUFFIXES = (".safetensors", ".pth")
@@ -71,7 +71,7 @@ def load(
     if args.input_size is not None:
         images = images.at_size(args.input_size)
     given = {} if exponent is None else {"qk_scale_factor": exponent}
-    model, kwargs = source.build_with_kwargs(images.side, given)
+    model, kwargs = source.build_with_kwargs(images.size, given)
     report = source.load(model, "ema" if args.ema else "model") or source.label
     if hasattr(model, "qk_scale_factor"):
         kwargs["qk_scale_factor"] = model.qk_scale_factor
@@ -110,7 +110,7 @@ def convert_classifier(
         "model": model.state_dict(),
         "model_name": source.name,
         "model_kwargs": kwargs,
-        "input_size": images.side,
+        "input_size": images.size,
         "data_config": images.to_timm(),
         "gelu": source.checkpoint.get("gelu", "none"),
     }
@@ -157,7 +157,7 @@ def main(argv: list[str]) -> None:
     add("--to", choices=layouts, default="ours", help="layout to write")
     add("--push", metavar="ORG/NAME", help="with --to hub: upload the folder")
     add("--ema", action="store_true", help="convert the moving average")
-    add("--input-size", type=int, help="resample to this size")
+    add_input_size(parser, help="pixels: a side, or height and width to resample to")
     add("--qk-scale-factor", type=float, help="exponent of the training")
     print(convert(parser.parse_args(argv)))
 

@@ -36,7 +36,7 @@ from tools.validate.classes import (
 from tools.validate.eval_models import EvalModel, check_sources, eval_models
 from training import launch
 from training.files import OutputError, names_of_pictures
-from training.parser import Parser, positive
+from training.parser import Parser, add_input_size, positive
 from utils import UserError
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--model", metavar="NAME", help="for a file that does not contain its model's name")
     add("--pretrained", action="store_true", help="published weights of --model, instead of a file")
     add("--weights", choices=["model", "ema"], default="model", help="ema: the moving average")
-    add("--input-size", type=int, help="pixels; default: the checkpoint's")
+    add_input_size(parser)
     add("--topk", type=positive, default=5, metavar="K", help="number of classes to print")
     add("--classes", type=Path, metavar="FILE", help="class names, one per line")
     add("--class", dest="asked", metavar="NAME_OR_INDEX", help="also print its probability")

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from engine import Precision
+from models import height_and_width
 from utils import random_state, set_random_state
 
 WARM_UP_STEPS = 3  # one more than PyTorch is seen to need
@@ -35,7 +36,9 @@ def distribute(
     )
 
 
-def warm_up_ddp(model: nn.Module, precision: Precision, batch_size: int, input_size: int) -> None:
+def warm_up_ddp(
+    model: nn.Module, precision: Precision, batch_size: int, input_size: int | tuple[int, int]
+) -> None:
     """Run a few steps without an update, so that gradient buckets get their final order.
 
     DistributedDataParallel regroups gradients after its first backward passes, and buckets decide
@@ -46,7 +49,7 @@ def warm_up_ddp(model: nn.Module, precision: Precision, batch_size: int, input_s
     buffers = [buffer.clone() for buffer in model.buffers()]
     state = random_state(precision.device)
     model.train()
-    size = (batch_size, 3, input_size, input_size)
+    size = (batch_size, 3, *height_and_width(input_size))
     images = precision.move(torch.zeros(size, dtype=precision.dtype or torch.float32))
     for _ in range(WARM_UP_STEPS):
         with precision.autocast():

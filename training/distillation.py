@@ -138,12 +138,12 @@ def build_teacher(
                 f"teacher {where} has {source.num_classes} classes, the training set has "
                 f"{num_classes}"
             )
-        model = source.build(images.side, num_classes=num_classes)
+        model = source.build(images.size, num_classes=num_classes)
     except models.ModelError as error:
         raise type(error)(f"teacher: {error}") from error
     if report := source.load(model):
         log(f"teacher {source.name}: {report}")
-    models.check_input_size(model, source.name, images.side)
+    models.check_input_size(model, source.name, images.size)
     for size in args.progressive_sizes or ():
         models.check_input_size(model, source.name, size, flag="--progressive-sizes")
     own = source.data_config

@@ -19,9 +19,9 @@ RANGES = (  # a condition, the condition in words, and the flags whose values mu
         lambda value: 0 < value < math.inf,
         "positive",
         "batch_size epochs accum_iter log_interval keep_checkpoints clip_grad max_nonfinite "
-        "save_every_steps save_every_minutes dist_timeout input_size eval_crop_ratio "
-        "distillation_tau decay_epochs decay_milestones lr_cycle_mul lr_cycle_limit lr_k_decay "
-        "lr_noise_pct val_interval progressive_sizes",
+        "save_every_steps save_every_minutes dist_timeout eval_crop_ratio distillation_tau "
+        "decay_epochs decay_milestones lr_cycle_mul lr_cycle_limit lr_k_decay lr_noise_pct "
+        "val_interval progressive_sizes",
     ),
     (
         lambda value: 0 <= value < math.inf,

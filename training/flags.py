@@ -11,7 +11,7 @@ from pipeline.sources.fine_grained import INAT_CATEGORIES
 from training.existing_run import check_overwrite
 from training.flag_checks import check_flags
 from training.old_flags import ANSWERS
-from training.parser import Parser, flags_of, given_flags, usable_cpus
+from training.parser import PIXELS, Parser, add_input_size, flags_of, given_flags, usable_cpus
 from training.recipes import recipe_argv
 from training.tracking import TRACKERS
 from utils import UserError
@@ -79,11 +79,8 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
         help="any model name of timm, hf-hub:ORG/NAME or local-dir:FOLDER",
     )
     add("--pretrained", action="store_true", help="start from the published weights of --model")
-    add(
-        *("--input-size", "--img-size"),
-        type=int,
-        help="pixels; default: that of the weights, else 224, or 32 for DIGITS",
-    )
+    size = f"{PIXELS}; default: that of the weights, else 224, or 32 for DIGITS"
+    add_input_size(group, help=size)
     add(
         "--progressive-sizes",
         type=int,

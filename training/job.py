@@ -25,6 +25,7 @@ from training.network import (
     Network,
     build_network,
     check_single_images,
+    check_size,
     choose_source,
     compare_classes,
 )
@@ -84,7 +85,9 @@ def build_job(
     weights = (source.data_config, source.label) if source.has_weights else ()
     images = datasets.choose_images(args, *weights)
     log(f"images: {images}")
-    args = Namespace(**vars(args) | {"input_size": images.side})
+    args = Namespace(**vars(args) | {"input_size": images.size})
+    if args.input_size is not None:
+        check_size(args, given, source, images.size)
     utils.seed_everything(args.seed)
     engine.set_determinism(args.deterministic)
 

@@ -4,7 +4,7 @@ import copy
 import functools
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -81,6 +81,21 @@ def model_arguments(
         if flag in given and getattr(args, flag) != defaults.get_default(flag):
             required[key] = optional.pop(key)
     return required, optional
+
+
+def check_size(
+    args: Namespace, given: set[str], source: ModelSource, size: int | tuple[int, int]
+) -> None:
+    """Raise ModelError if a model of this repository does not accept a size, before data is read.
+
+    The model is built without memory, unless the size is that of the source.
+    """
+    other = models.height_and_width(size) != source.data_config.input_size
+    if other and models.is_own_model(source.name):
+        arguments = model_arguments(args, given, source, source.num_classes or 1)
+        with torch.device("meta"):
+            model, _ = replace(source, pretrained=False).build_with_kwargs(size, *arguments)
+        models.check_input_size(model, source.name, size)
 
 
 @functools.cache
@@ -175,11 +190,11 @@ def build_network(
 ) -> Network:
     """Build the model of the flags and the source, and freeze the parts flagged."""
     required, optional = model_arguments(args, given, source, num_classes)
-    model, kwargs = source.build_with_kwargs(images.side, required, optional)
+    model, kwargs = source.build_with_kwargs(images.size, required, optional)
     name = source.name
     if hasattr(model, "qk_scale_factor"):
         kwargs["qk_scale_factor"] = model.qk_scale_factor
-    models.check_input_size(model, name, images.side)
+    models.check_input_size(model, name, images.size)
     for size in args.progressive_sizes or ():
         models.check_input_size(model, name, size, flag="--progressive-sizes")
     precision = choose_precision(args, model, device)
@@ -216,7 +231,7 @@ def check_single_images(network: Network, args: Namespace) -> None:
         return
     model, state = copy.deepcopy(network.model).train(), random_state(network.precision.device)
     engine.eval_frozen(model)
-    image = network.precision.move(torch.zeros(1, 3, network.images.side, network.images.side))
+    image = network.precision.move(torch.zeros(1, 3, *network.images.input_size))
     try:
         with torch.no_grad(), network.precision.autocast():
             model(image)

@@ -7,14 +7,20 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
+from models import ModelError, height_and_width
 from models.errors import did_you_mean
 from utils import printable
 
 FLAG = re.compile(r"--?[^\W\d]")  # the start of a flag, unlike that of a negative number
+NUMBER = re.compile(r"-?[0-9]+(\.[0-9]*)?")
+PIXELS = "pixels: a side, or height and width"
 
 
 class Parser(argparse.ArgumentParser):
     """Accepts every long flag with dashes and with underscores; its errors are one line.
+
+    Numbers after a flag of type :func:`image_size` are one value, so that what follows them can be
+    positional.
 
     Attributes:
         answers: What to use instead of flags of other programs, which are written with dashes, and
@@ -55,13 +61,46 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         known = {option.replace("_", "-"): option for option in self._option_string_actions}
-        words = []
+        words, link = [], ""  # what joins a number to the word before
         for word in sys.argv[1:] if args is None else args:
+            if link and NUMBER.fullmatch(word):
+                words[-1] += link + word
+                link = "x"
+                continue
             flag, equals, value = word.partition("=")
             if flag.startswith("--"):
                 flag = known.get(flag.replace("_", "-"), flag)
+            action = self._option_string_actions.get(flag)
+            link = "=" if action and takes_image_size(action) and not equals else ""
             words.append(flag + equals + value)
         return super().parse_known_args(words, namespace)
+
+
+def image_size(text: str) -> int | tuple[int, int]:
+    """Convert ``N``, ``HxW`` or timm's ``3xHxW`` to a side, or height and width; for argparse."""
+    numbers = [int(word) if word.isdecimal() else word for word in text.split("x")]
+    try:
+        height, width = height_and_width(numbers[0] if len(numbers) == 1 else numbers)
+    except ModelError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return height if height == width else (height, width)
+
+
+def takes_image_size(action: argparse.Action) -> bool:
+    """Return True if a flag has one value of type :func:`image_size`."""
+    return action.type is image_size and action.nargs is None
+
+
+INPUT_SIZE: dict[str, Any] = {
+    "type": image_size,
+    "metavar": "H W",
+    "help": f"{PIXELS}; the checkpoint's or model's if not given",
+}
+
+
+def add_input_size(group: argparse._ActionsContainer, **options: Any) -> None:
+    """Add ``--input-size`` (or ``--img-size``), a side or height and width, to a parser or group."""
+    group.add_argument("--input-size", "--img-size", **INPUT_SIZE | options)
 
 
 def positive(text: str) -> int:

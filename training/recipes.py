@@ -10,7 +10,7 @@ import yaml
 
 from models.errors import did_you_mean
 from pipeline.sources.download import PIPE
-from training.parser import Parser
+from training.parser import Parser, takes_image_size
 from utils import UserError
 
 RECIPES = Path(__file__).resolve().parent.parent / "configs"
@@ -122,6 +122,8 @@ def _words(parser: argparse.ArgumentParser, action: argparse.Action, value: Any)
             raise ValueError("it must be true or false")
         off = ["--no-" + flag.removeprefix("--")] if isinstance(action, OnOff) else []
         return [flag] if value else off
+    if takes_image_size(action) and isinstance(value, list):
+        value = "x".join(map(str, value))
     several = action.nargs == "+"
     values = value if several and isinstance(value, list) else [value]
     if any(str(item).lstrip().startswith(PIPE) for item in values):

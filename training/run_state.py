@@ -140,7 +140,7 @@ class RunState:
             "best": self.best,
             "model_name": self.network.name,
             "model_kwargs": self.network.kwargs,
-            "input_size": self.network.images.side,
+            "input_size": self.network.images.size,
             "data_config": self.network.images.to_timm(),
             "classes": self.classes,
             "gelu": self.gelu,

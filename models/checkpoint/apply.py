@@ -1,6 +1,7 @@
 """Load the weights of a checkpoint into a model, strictly."""
 
 import importlib
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -8,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from models.checkpoint.contents import settings_of, state_dict_of
 from models.checkpoint.mindcv_names import fill_missing_bias_tables
 from models.checkpoint.read import read_checkpoint
+from models.data_config import trained_size
 from models.errors import CheckpointError, printable
 from models.layers import set_gelu, set_qk_scale_factor
 
@@ -56,16 +59,55 @@ class LoadReport:
         return printable(f"{self.source}: {', '.join((*parts, *self.notes))}")
 
 
-def to_own_names(state: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Convert weights from any layout that the model's file knows to the model's own."""
+def resampled_tokens(
+    state: Mapping[str, torch.Tensor], model: nn.Module, size: tuple[int, int] | None
+) -> dict[str, torch.Tensor]:
+    """Resample position embeddings of tokens, ``1 P+N C``, to the grid of a model.
+
+    Their shape does not tell the grid that they are of: 6 tokens are 3x2 patches or 2x3.
+
+    Args:
+        state: Weights.
+        model: Receives the weights.
+        size: Height and width in pixels of the images that they were trained for; None if unknown.
+
+    Returns:
+        ``pos_embed``; empty if the size is unknown or not that of the embeddings.
+    """
+    old, own = state.get("pos_embed"), getattr(model, "pos_embed", None)
+    patch, embed = state.get("patch_embed.proj.weight"), getattr(model, "patch_embed", None)
+    target = getattr(model, "grid_size", None) or getattr(embed, "grid_size", None)
+    if size is None or target is None or patch is None or patch.ndim != 4:
+        return {}
+    if any(tokens is None or tokens.ndim != 3 for tokens in (old, own)):
+        return {}
+    grid = tuple(side // step for side, step in zip(size, patch.shape[-2:], strict=True))
+    prefix = old.shape[1] - math.prod(grid)
+    if prefix < 0 or prefix != own.shape[1] - math.prod(target):
+        return {}
+    if grid == tuple(target):
+        return {"pos_embed": old}
+    return {"pos_embed": resample_abs_pos_embed(old, target, grid, prefix)}
+
+
+def to_own_names(
+    state: Mapping[str, torch.Tensor], model: nn.Module, size: tuple[int, int] | None = None
+) -> dict[str, torch.Tensor]:
+    """Convert weights from any layout that the model's file knows to the model's own.
+
+    Args:
+        state, model, size: See :func:`resampled_tokens`.
+    """
     own = model.state_dict()
+    tokens = resampled_tokens(state, model, size)  # filters would take their grid for a square
+    state = {key: value for key, value in state.items() if key not in tokens}
     # what has the right keys and shapes needs no filter (timm's may rename on suspicion)
-    if {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in own.items()}:
-        return dict(state)
+    if {k: v.shape for k, v in (state | tokens).items()} == {k: v.shape for k, v in own.items()}:
+        return state | tokens
     modules = (importlib.import_module(cls.__module__) for cls in type(model).__mro__)
     converts = (getattr(module, "checkpoint_filter_fn", None) for module in modules)
     convert = next(filter(None, converts), lambda state, model: state)
-    return dict(convert(dict(state), model))
+    return dict(convert(state, model)) | tokens
 
 
 def load_weights(
@@ -94,7 +136,7 @@ def load_weights(
     state = {key: value for key, value in state.items() if key not in ignored}
     settings = settings_of(checkpoint, source)
     try:
-        converted = to_own_names(state, model)
+        converted = to_own_names(state, model, trained_size(checkpoint))
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         # shapes of any kind make conversions raise errors of any kind
         raise CheckpointError(f"{source} does not fit the model: {e or type(e).__name__}") from e
@@ -110,7 +152,12 @@ def load_weights(
         converted[key] = own[key]
     _check_fit(converted, own, source)
     model.load_state_dict(converted)
-    resampled = (k for k, v in converted.items() if k in state and v.shape != state[k].shape)
+    resampled = (
+        key
+        for key, value in converted.items()
+        if key in state
+        if value.shape != state[key].shape or (key == "pos_embed" and value is not state[key])
+    )
     return LoadReport(
         source=source,
         loaded=tuple(key for key in own if key not in missing),

@@ -253,7 +253,6 @@ BAD = {
     "--model visformer_smal": "'visformer_smal'.* visformer_small",
     "--model nonsense_xyz": "'nonsense_xyz'",
     "--model visformer_tiny --input-size 33": "visformer_tiny .*33x33",
-    "--input-size 0": "--input-size 0",
     "--model test_vit --input-size 8": "test_vit",
     "--model resnet10t --qk-scale-factor -0.5": "resnet10t .*qk_scale_factor",
     "--batch-size 26": "--batch-size 26 .*24",

@@ -57,7 +57,7 @@ def test_a_crop_has_the_pixels_of_the_whole(kind):
     for box in [(0, 0, 157, 203), (0, 0, 1, 1), (3, 5, 40, 60), (100, 7, 57, 9), (8, 0, 8, 203)]:
         top, left, height, width = box
         expected = whole[top : top + height, left : left + width]
-        np.testing.assert_array_equal(decode_crop(data, header, Box(*box), 224), expected)
+        np.testing.assert_array_equal(decode_crop(data, header, Box(*box), (224, 224)), expected)
 
 
 @pytest.mark.parametrize("scale", [2, 4, 8])
@@ -65,10 +65,10 @@ def test_a_large_crop_is_decoded_at_a_fraction_of_its_size(scale):
     data = encode(photograph(900, 700), "JPEG", quality=95)
     size = 600 // (2 * scale)
     box = Box(16, 32, 600, 800)  # whole pixels of the reduced image
-    crop = decode_crop(data, read_header(data), box, size)
+    crop = decode_crop(data, read_header(data), box, (size, size))
     assert crop.shape == (600 // scale, 800 // scale, 3)
     expected = decoded(data).crop((32, 16, 832, 616)).resize((size, size), 3)
-    difference = np.abs(resize(crop, size, "bicubic").astype(int) - np.asarray(expected))
+    difference = np.abs(resize(crop, (size, size), "bicubic").astype(int) - np.asarray(expected))
     assert difference.mean() < 1
 
 
@@ -78,7 +78,7 @@ def test_resize_is_pillow_s(box, mode):
     image = photograph(400, 300)
     crop = image.crop((box.left, box.top, box.left + box.width, box.top + box.height))
     expected = np.asarray(crop.resize((96, 96), Image.Resampling[mode.upper()])).astype(int)
-    difference = np.abs(resize(np.array(crop), 96, mode) - expected)
+    difference = np.abs(resize(np.array(crop), (96, 96), mode) - expected)
     assert difference.mean() < 0.3 and difference.max() <= 8
 
 

@@ -300,6 +300,7 @@ VALUES = {  # where the rule of value_of does not do
     "model_kwargs": ["depth=3", "name=[1, 2]"],
     "opt_kwargs": ["rho=0.1", "name=[1, 2]"],
     "log_to": ["wandb", "mlflow"],
+    "input_size": 7,
     "decay_milestones": [3, 7],
     "compile": "eager",
     "scale": [0.25, 0.5],

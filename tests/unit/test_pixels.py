@@ -84,7 +84,7 @@ def test_pixels_are_the_same_everywhere(file, photographs):
     files = ImageFolder(photographs / "val")
     expected = torch.stack([transform(image) for image, _ in files])
     assert models.find_model(str(path)).data_config == config
-    size = config.side
+    size = config.size
     assert expected.shape == (3, 3, size, size)
 
     for loader in ("timm", "fast"):

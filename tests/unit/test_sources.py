@@ -147,7 +147,7 @@ def test_main_starts_from_it_and_records_its_images(expected, tmp_path):
 
 
 def test_it_teaches(expected):
-    case, given = expected.case, DataConfig().at_size(expected.case.config.side)
+    case, given = expected.case, DataConfig().at_size(expected.case.config.size)
     named = ["--teacher-model", case.name] if case.name else []
     words = ["--distillation-type", "hard", "--teacher-path", case.where, *named]
     teacher = build_teacher(parse_args(words)[0], len(CLASSES), Precision(CPU), given)
@@ -166,7 +166,7 @@ def test_tools_validate(expected, tmp_path):
     words = ["--data-path", expected.data, "--num_workers", 0, "--csv", rows, *case.flags()]
     run(validate, case.where, *words)
     row = read(rows)[0]
-    assert (row["size"], row["weights"]) == (str(case.config.side), "model")
+    assert (row["size"], row["weights"]) == (str(case.config.size), "model")
     agrees(row, expected.scores)
 
 
@@ -185,7 +185,7 @@ def test_tools_visualize(expected):
     case = expected.case
     more = ["--pretrained"] if case.where.startswith(NAME) else case.flags()
     model = model_of(case.where, *more)
-    assert (model.images, model.size) == (case.config, case.config.side)
+    assert (model.images, model.size) == (case.config, case.config.size)
     images = model.normalized(load_images(model, expected.paths))
     assert torch.equal(images, expected.pixels)
     with torch.no_grad():
@@ -230,7 +230,7 @@ def test_tools_flops(expected, tmp_path):
     case, table = expected.case, tmp_path / "cost.csv"
     run(flops, "--checkpoint", case.where, *filter(None, [case.name]), "--csv", table)
     (row,) = read(table)
-    side = case.config.side
+    side = case.config.size
     model, counter = count(Request(NAME, (side, side)))
     cost = total(model, counter)
     assert int(row["parameters"]) == sum(p.numel() for p in case.model.parameters())
@@ -264,7 +264,7 @@ def test_backbones(expected):
     case, x = expected.case, expected.pixels
     backbone = models.VisionBackbone(
         NAME,
-        model_kwargs={"img_size": case.config.side},
+        model_kwargs={"img_size": case.config.size},
         init_cfg={"type": "Pretrained", "checkpoint": case.where},
     )
     report = backbone.eval().init_weights()

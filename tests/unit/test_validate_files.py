@@ -63,7 +63,6 @@ def place(run, tmp_path, monkeypatch):
         (f"CHECKPOINT --data-path {__file__}", [f"--data-path {__file__}"]),
         ("CHECKPOINT --num_workers -1", ["--num-workers -1"]),
         ("CHECKPOINT --amp-dtype bfloat16", ["--amp-dtype bfloat16", "--amp:"]),
-        ("CHECKPOINT --input-size 0", ["--input-size 0"]),
         ("CHECKPOINT --batch-size 0", ["--batch-size 0"]),
         ("CHECKPOINT --eval-crop-ratio 0", ["--eval-crop-ratio 0.0"]),
         ("CHECKPOINT --eval-crop-ratio 1.5", ["--eval-crop-ratio 1.5"]),

@@ -21,7 +21,7 @@ from tools.benchmark import candidates, measure
 from tools.benchmark.candidates import Case, Peer
 from tools.flops import count, our_models
 from training import launch
-from training.parser import Parser
+from training.parser import Parser, add_input_size
 from utils import UserError
 
 NAMES = ("visformer_tiny", "visformer_small", "swin_visformer_tiny_v2", "swin_visformer_small_v2")
@@ -193,7 +193,7 @@ def main(argv: list[str]) -> None:
     add("names", nargs="*", metavar="NAME", help=f"our models; default: {', '.join(NAMES)}")
     add("--mode", nargs="+", choices=["infer", "train"], default=["infer", "train"])
     measure.add_flags(parser, batch_size=8, rounds=10, timing=True)
-    add("--input-size", type=int, help="pixels; the model's default if not given")
+    add_input_size(parser)
     add("--configs", nargs="+", metavar="CONFIG", help="for example deploy+channels_last+compile")
     add("--peer-path", type=Path, metavar="FOLDER", help="checkout of an original repository")
     add("--peer-args", nargs="*", default=[], metavar="KEY=VALUE", help="for its model functions")

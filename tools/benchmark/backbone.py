@@ -21,13 +21,14 @@ from einops import rearrange
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
+import models
 from models.detection_backbone import Backbone, VisionBackbone
 from models.layers import set_recompute_activations
 from models.layers.window import WindowAttention2d
 from tools import cli
 from tools.benchmark import measure
 from training import launch
-from training.parser import Parser
+from training.parser import Parser, add_input_size
 from utils import UserError
 
 NAMES = ("swin_visformer_small_v2", "swin_visformer_tiny_v2", "swin_visformer_small")
@@ -224,10 +225,10 @@ def main(argv: list[str]) -> None:
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help=f"models with windows; default: {NAMES}")
     measure.add_flags(parser, batch_size=1, rounds=10, timing=True)
-    add("--input-size", type=int, nargs=2, metavar="PIXELS", help="height and width")
+    add_input_size(parser)
     args = parser.parse_args(argv)
     args.device = launch.select_device(args.device).type
-    args.input_size = args.input_size or SIZES[args.device]
+    args.input_size = models.height_and_width(args.input_size or SIZES[args.device])
     for name in args.names or NAMES:
         compare(args, name)
     print(measure.machine(args.device), "x".join(map(str, args.input_size)), args.dtype, sep=", ")

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from timm.utils.model import reparameterize_model
 from torch import nn
 
-from models import vit
+from models import height_and_width, vit
 from models.layers import set_fused_attention
 from tools.benchmark import measure
 from tools.flops import size_options
@@ -67,7 +67,7 @@ class Case:
     batch: int
     dtype: str  # of inference models, and of training under autocast
     device: str  # cpu or cuda
-    size: int  # height and width of the images
+    size: int | tuple[int, int]  # side of the images, or height and width
     peer: Peer | None = None
 
     @property
@@ -85,7 +85,7 @@ class Case:
         model = build(self.side, self.model, self.peer, self.size).train(train).to(self.device)
         model = configure(model if train else model.to(dtype), self.side, self.config)
         last = "channels_last" in self.config
-        image = torch.randn(self.batch, 3, self.size, self.size, device=self.device)
+        image = torch.randn(self.batch, 3, *height_and_width(self.size), device=self.device)
         image = image.to(memory_format=torch.channels_last if last else torch.contiguous_format)
         if not train:
             image = image.to(dtype)
@@ -186,7 +186,9 @@ def equal_vit(name: str, **options) -> nn.Module:
     )
 
 
-def build(side: str, name: str, peer: Peer | None = None, size: int | None = None) -> nn.Module:
+def build(
+    side: str, name: str, peer: Peer | None = None, size: int | tuple[int, int] | None = None
+) -> nn.Module:
     """Return the model ``name`` as ``side`` implements it, with random weights.
 
     ``side`` is ``ours``; ``timm``; ``explicit``, ours with attention written out; ``ViT``, a plain

@@ -30,7 +30,7 @@ from training import launch
 from training.launch import DistInfo
 from training.network import Network, choose_precision
 from training.output import Output
-from training.parser import Parser
+from training.parser import Parser, add_input_size
 from training.run_state import RunState
 from training.schedules import Rates
 from training.trainer import Trainer
@@ -63,11 +63,12 @@ def build(
     model, kwargs = models.build_model(args.model, {"num_classes": CLASSES}, {"img_size": size})
     precision = choose_precision(args, model, torch.device(args.device))
     precision.place(model)
-    batch = Batch(torch.randn(count, 3, size, size), torch.randint(CLASSES, (count,)), [])
+    pixels = torch.randn(count, 3, *models.height_and_width(size))
+    batch = Batch(pixels, torch.randint(CLASSES, (count,)), [])
     batch = to_device(batch, precision.device, memory_format=precision.memory_format)
     images = args.steps * count * place.world_size
     sampler = RASampler(images, place.world_size, place.rank, count, 1)
-    network = Network(model, args.model, kwargs, precision, models.DataConfig((size, size)))
+    network = Network(model, args.model, kwargs, precision, models.DataConfig().at_size(size))
     rates = Rates(1e-4, args.min_lr, args.warmup_lr)
     state = RunState(args, network, rates, args.steps, sampler, place, group)
     output = Output(args.output_dir if kind is Trainer else "")
@@ -102,7 +103,8 @@ def compare(args: Namespace, place: DistInfo) -> None:
         f"{times[Bare] / times[Trainer]:.3f} "
         f"({args.steps / times[Trainer]:.2f} and {args.steps / times[Bare]:.2f})"
     )
-    log(f"{measure.machine(args.device)}, {args.input_size} pixels, batch {args.batch_size}")
+    pixels = f"{models.size_text(args.input_size)} pixels"
+    log(f"{measure.machine(args.device)}, {pixels}, batch {args.batch_size}")
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -111,7 +113,7 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("model", nargs="?", default="visformer_tiny")
     measure.add_flags(parser, batch_size=32)
-    add("--input-size", type=int, default=64)
+    add_input_size(parser, default=64)
     add("--steps", type=int, default=100, help="steps of a measurement")
     add("--save-every-steps", type=int, default=50)
     add("--amp", action="store_true", help="float16 autocast")

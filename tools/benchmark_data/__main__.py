@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from datasets import SMALL_SIZE
+from models import height_and_width, size_text
 from pipeline.images import DataError
 from pipeline.sources.base import Encoded, Files
 from pipeline.sources.folder import open_folder_of_classes
@@ -26,7 +27,7 @@ from tools.benchmark.measure import add_flags, in_turn, machine, medians
 from tools.benchmark_data.pipelines import Training, in_memory, pipelines
 from tools.tables import markdown, write_csv
 from training.launch import select_device
-from training.parser import Parser
+from training.parser import Parser, add_input_size
 
 
 def open_folder(path: Path, count: int) -> Files:
@@ -125,7 +126,7 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data-path", type=Path, required=True, help="folder with a folder of images per class")
     add("--images", type=int, default=512, help="largest number of images")
-    add("--input-size", type=int, default=224)
+    add_input_size(parser, default=224)
     add("--short-side", type=int, default=256, help="of packed images, in pixels")
     add("--quality", type=int, default=90, help="of packed images")
     add_flags(parser, batch_size=64)
@@ -140,8 +141,8 @@ def get_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Measure the pipelines, print and write."""
-    if args.input_size <= SMALL_SIZE:
-        raise DataError(f"--input-size {args.input_size} must be above {SMALL_SIZE}")
+    if max(height_and_width(args.input_size)) <= SMALL_SIZE:
+        raise DataError(f"--input-size {size_text(args.input_size)} must be above {SMALL_SIZE}")
     raw = open_folder(args.data_path, args.images)
     print(f"{len(raw)} images of {args.data_path}; {machine('cpu')}", flush=True)
     with packed(raw, args.short_side, args.quality) as shards:
@@ -180,7 +181,7 @@ def feed(args: argparse.Namespace) -> None:
     source = open_folder(args.data_path, args.images)
     print(f"{len(source)} images of {args.data_path}; {machine(device.type)}", flush=True)
     kinds = {"files": source}
-    if args.input_size <= SMALL_SIZE:
+    if max(height_and_width(args.input_size)) <= SMALL_SIZE:
         kinds["memory"] = in_memory(source, args.input_size)
     rows = []
     for name, images in kinds.items():

@@ -138,9 +138,10 @@ def memory_of(pid: int) -> float:
     return int(found.split()[0]) / 1024 if found else float("nan")
 
 
-def in_memory(source: Source, size: int) -> Pixels:
-    """Return a source's images, decoded and resized to ``size``."""
-    images = [np.asarray(source.open(i).resize((size, size))) for i in range(len(source))]
+def in_memory(source: Source, size: int | tuple[int, int]) -> Pixels:
+    """Return a source's images, decoded and resized to ``size``, a side, or height and width."""
+    height, width = models.height_and_width(size)
+    images = [np.asarray(source.open(i).resize((width, height))) for i in range(len(source))]
     return Pixels(np.stack(images), source.targets, source.classes)
 
 

@@ -20,7 +20,7 @@ from tools.export.formats import FORMATS, check_requirements, device_of, format_
 from tools.export.source import load_source
 from tools.files import check_outputs, check_writable, folder_beside
 from training.files import OutputError
-from training.parser import Parser, positive
+from training.parser import Parser, add_input_size, positive
 from utils import UserError
 
 
@@ -74,7 +74,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--checkpoint", help=f"{where}; random ones without")
     add("--weights", choices=["model", "ema"], default="model", help="raw weights, or the EMA")
     add("--num-classes", type=positive, help="number of classes of a model without a checkpoint")
-    cli.add_input_size(parser)
+    add_input_size(parser)
     add("--batch-size", type=positive, help="fixed batch size; any if not given")
     add("--with-preprocessing", action="store_true", help="take pixels and normalize them inside")
     add("--no-fuse", dest="fuse", action="store_false", help="keep norms and branches as trained")

@@ -65,8 +65,9 @@ class ExportSource:
 
     @property
     def short_side(self) -> int:
-        """Size of an image's short side before the centre crop; 0 if both sides are resized."""
-        is_cropped = self.images.crop_mode == "center"
+        """Size of an image's short side before the centre crop; 0 if both sides are resized, or to
+        cover an input that is not square."""
+        is_cropped = self.images.crop_mode == "center" and self.size[0] == self.size[1]
         return int(max(self.size) / self.images.crop_pct) if is_cropped else 0
 
     @property

@@ -27,7 +27,7 @@ from tools import cli, files
 from tools.flops.counting import PartCost, Request, our_models, run, total
 from tools.flops.stages import by_stage
 from tools.tables import markdown, write_csv
-from training.parser import Parser, positive
+from training.parser import Parser, add_input_size, positive
 
 # name: (parameters in M, GMACs, ImageNet top-1 in %) as printed in the paper
 PAPER = {
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> None:
     parser = Parser("tools.flops", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help="models, any of timm's; ours if none")
-    cli.add_input_size(parser)
+    add_input_size(parser)
     add("--batch", type=positive, default=1, help="batch size (1)")
     add("--stages", action="store_true", help="a table by stage for each model")
     add("--blocks", action="store_true", help="the same, with plain transformers by block")

@@ -55,7 +55,7 @@ def our_models() -> list[str]:
     def module(name: str) -> str:
         return timm.models.model_entrypoint(name).__module__
 
-    return sorted((n for n in timm.list_models() if module(n).startswith("models.")), key=module)
+    return sorted(filter(models.is_own_model, timm.list_models()), key=module)
 
 
 def size_options(name: str, size: int | tuple[int, int] | None) -> dict[str, int | tuple]:
@@ -170,7 +170,7 @@ class Request:
     """A model to count."""
 
     name: str
-    size: tuple[int, int] | None = None  # by default the checkpoint's or the native one
+    size: int | tuple[int, int] | None = None  # by default the checkpoint's or the native one
     batch: int = 1
     fuse: bool = False  # count the fused model
     fused_attention: bool = True  # count attention as it runs, instead of written out
@@ -180,9 +180,9 @@ class Request:
         """Build the model on a device; also return the image size."""
         source = self.source or models.find_model(self.name)
         device_of_build = "cpu" if source.has_weights else device
-        native = source.data_config.input_size
-        size = self.size or native
-        is_native = size == native and not source.has_weights
+        images = source.data_config
+        size = images.size if self.size is None else images.at_size(self.size).size
+        is_native = size == images.size and not source.has_weights
         with torch.device(device_of_build):
             model = source.build(None if is_native else size)
         source.load(model)
@@ -192,7 +192,7 @@ class Request:
             if not isinstance(model, Fusible):
                 raise models.ModelError(f"--fuse: {self.name} has no fuse(); leave it out")
             model = model.fuse()
-        return model, size
+        return model, models.height_and_width(size)
 
 
 def run(request: Request) -> tuple[nn.Module, ForwardCounter]:
@@ -208,9 +208,11 @@ def run(request: Request) -> tuple[nn.Module, ForwardCounter]:
     return model, trace(model, size, request.batch)
 
 
-def count(name: str, size: int | None = None, fused_attention: bool = True) -> Cost:
+def count(
+    name: str, size: int | tuple[int, int] | None = None, fused_attention: bool = True
+) -> Cost:
     """Return the cost of a model for one image, as :class:`Request` says."""
-    request = Request(name, size and (size, size), fused_attention=fused_attention)
+    request = Request(name, size, fused_attention=fused_attention)
     return total(*run(request)).cost
 
 

@@ -25,7 +25,7 @@ from tools.validate.eval_models import EvalModel, check_sources, eval_models
 from tools.validate.metrics import class_scores, evaluate
 from tools.validate.sets import EvalSet, open_set, read_real_labels
 from training import launch
-from training.parser import Parser
+from training.parser import Parser, image_size
 from utils import UserError
 
 NETWORK = ("batch_size", "qk_scale_factor", "amp", "amp_dtype", "channels_last", "compile")
@@ -99,7 +99,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("checkpoints", nargs="*", metavar="CHECKPOINT", help=where)
     add("--model", metavar="NAME", help="for files that do not contain their model's name")
     add("--pretrained", action="store_true", help="published weights of --model, instead of files")
-    add("--input-size", type=int, nargs="+", help="pixels; default: the checkpoint's")
+    sizes = "sides in pixels, or HxW for height and width, such as 224 224x160; the checkpoint's"
+    add("--input-size", type=image_size, nargs="+", metavar="SIZE", help=sizes)
     add("--weights", choices=["model", "ema", "both"], default="both", help="both, if both exist")
     add("--fuse", action="store_true", help="fuse the model for inference first")
     add("--classes", choices=RULES, default="auto", help="how class names match outputs")

@@ -11,7 +11,7 @@ from torch import nn
 import datasets
 import engine
 import models
-from models import DataConfig, ModelSource
+from models import DataConfig, ModelSource, size_text
 from tools.cli import shown
 from tools.validate.classes import ClassMap, match_classes
 from training.network import check_exponent, choose_precision, fused
@@ -37,12 +37,13 @@ class EvalModel:
     @property
     def label(self) -> str:
         """Name in messages."""
-        return shown(f"{self.source.label} ({self.weights}, {self.images.side} pixels)")
+        return shown(f"{self.source.label} ({self.weights}, {size_text(self.images.size)} pixels)")
 
     @property
     def row(self) -> dict[str, Any]:
         """First columns of a row of results."""
-        size = self.images.side
+        size = self.images.size
+        size = size if isinstance(size, int) else size_text(size)
         return {"checkpoint": self.source.label, "weights": self.weights, "size": size}
 
     def complaints(self, nonfinite: int) -> list[str]:
@@ -85,8 +86,8 @@ def eval_models(
         for asked in args.input_size or [None]:
             at_size = Namespace(**vars(args) | {"input_size": asked})
             images = datasets.choose_images(at_size, source.data_config, source.label, warn)
-            model = source.build(images.side)
-            models.check_input_size(model, source.name, images.side)
+            model = source.build(images.size)
+            models.check_input_size(model, source.name, images.size)
             precision = choose_precision(args, model, device)
             precision.place(model)
             for name in weights:

@@ -13,7 +13,7 @@ from tools import cli
 from tools.visualize import attention, curves, features, heads, kernels, positions
 from tools.visualize.capture import PARTS
 from tools.visualize.figures import check_targets, save
-from training.parser import Parser, positive
+from training.parser import INPUT_SIZE, Parser, positive
 
 NUMBERS = {"type": int, "nargs": "+"}
 IMAGES = {"--image": {"nargs": "+", "metavar": "IMG", "help": "images to average over"}}
@@ -49,7 +49,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--model": {"metavar": "NAME", "help": "model name, for checkpoints that do not contain it"},
     "--pretrained": {"action": "store_true", "help": "timm's weights instead of random ones"},
     "--weights": {"choices": ["model", "ema"], "default": "model", "help": "or the EMA weights"},
-    "--input-size": {"type": positive, "help": "pixels; the checkpoint's or model's if not given"},
+    "--input-size": INPUT_SIZE,
     "--seed": {"type": int, "default": 0, "help": "seed of random weights (0)"},
     "--device": {"choices": ["cpu", "cuda"], "help": "cuda if available, else cpu"},
     "--output": {"type": Path, "metavar": "FILE.png", "help": "figure to write"},

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from models import height_and_width
 from tools.visualize import figures
 from tools.visualize.capture import CLASS, PARTS, attention_layers, capture, choose
 from tools.visualize.loading import LoadedModel, load_images, load_model
@@ -50,18 +51,22 @@ def make(args: Namespace) -> figures.Picture:
     return figures.Picture(figure, rows, model.epoch, notes)
 
 
-def parse_query(text: str, size: int) -> tuple[int, int] | str:
-    """Return ``"class"``, or the pixel ``(x, y)`` of ``X,Y`` or ``centre`` within the image."""
+def parse_query(text: str, size: int | tuple[int, int]) -> tuple[int, int] | str:
+    """Return ``"class"``, or the pixel ``(x, y)`` of ``X,Y`` or ``centre`` within the image.
+
+    ``size`` is the side of the image, or height and width.
+    """
+    height, width = height_and_width(size)
     if text == CLASS:
         return CLASS
     if text in ("centre", "center"):
-        return size // 2, size // 2
+        return width // 2, height // 2
     try:
         x, y = (int(word) for word in text.split(","))
     except ValueError as error:
         raise UserError(f"--query {text} must be X,Y, centre or class") from error
-    if not (0 <= x < size and 0 <= y < size):
-        raise UserError(f"--query {text} is outside the model's input of {size}x{size} pixels")
+    if not (0 <= x < width and 0 <= y < height):
+        raise UserError(f"--query {text} is outside the model's input of {width}x{height} pixels")
     return x, y
 
 
@@ -93,8 +98,8 @@ def measure(
     for captured in capture(model.module, layers, model.normalized(image)):
         place = None
         if query != CLASS:
-            (x, y), (height, width) = query, captured.grid
-            place = (y * height // model.size, x * width // model.size)
+            (x, y), (rows, columns), (height, width) = query, captured.grid, model.images.input_size
+            place = (y * rows // height, x * columns // width)
         elif not (captured.prefix and has_class):
             if chosen is None:
                 continue
@@ -122,8 +127,8 @@ def draw(layers: Sequence[LayerMaps], parts: Sequence[str], image: torch.Tensor,
     columns = list(itertools.product(parts, range(len(numbers))))
     names = [figures.short_name(one.name) for one in layers]
     figure, axes = figures.grid_of_axes(names, 1 + len(columns), 1.15, (1.2, 0.9))
-    size = image.shape[-1]
-    extent = (0, size, size, 0)
+    height, width = image.shape[-2:]
+    extent = (0, width, height, 0)
     grey = {"cmap": "gray", "vmin": 0, "vmax": 1, "extent": extent}
     colours = {"cmap": figures.MAGNITUDE, "vmin": 0, "vmax": 1, "alpha": 0.75, "extent": extent}
     for one, line in zip(layers, axes, strict=True):
@@ -138,11 +143,12 @@ def draw(layers: Sequence[LayerMaps], parts: Sequence[str], image: torch.Tensor,
                 ax.set_xlabel(f"max {values.max():.2g}{rest}", fontsize=7, labelpad=2)
         if one.place is None:
             continue
-        height, width = (size / side for side in next(iter(one.maps.values())).shape[-2:])
-        corner = (one.place[1] * width, one.place[0] * height)
+        grid = next(iter(one.maps.values())).shape[-2:]
+        high, wide = height / grid[0], width / grid[1]  # of a position, in pixels
+        corner = (one.place[1] * wide, one.place[0] * high)
         for ax in (panel for panel in line if panel.has_data()):
-            ax.add_patch(Rectangle(corner, width, height, fill=False, edgecolor="red", lw=1.3))
-            ax.set(xlim=(0, size), ylim=(size, 0))
+            ax.add_patch(Rectangle(corner, wide, high, fill=False, edgecolor="red", lw=1.3))
+            ax.set(xlim=(0, width), ylim=(height, 0))
     names = [f"{part}\nhead {numbers[head]}" for part, head in columns]
     if list(parts) == ["full"]:
         names = [f"head {number}" for number in numbers]

@@ -12,7 +12,7 @@ from torchvision.transforms.functional import normalize
 
 import datasets
 import models
-from models import DataConfig
+from models import DataConfig, size_text
 from pipeline.images import DataError, load_image
 from pipeline.sources.listing import list_images
 from training.launch import DistInfo, select_device
@@ -30,14 +30,14 @@ class LoadedModel(NamedTuple):
     resampled: bool = False  # position embeddings or tables have another size in the checkpoint
 
     @property
-    def size(self) -> int:
-        """Height and width of the images in pixels."""
-        return self.images.side
+    def size(self) -> int | tuple[int, int]:
+        """Side of the images in pixels, or height and width."""
+        return self.images.size
 
     @property
     def network(self) -> str:
         """Description that checkpoints of one run share."""
-        return f"{self.name}, {self.size} pixels"
+        return f"{self.name}, {size_text(self.size)} pixels"
 
     def normalized(self, images: torch.Tensor) -> torch.Tensor:
         """Normalize images ``B 3 H W`` in 0..1 and move them to the device."""
@@ -72,7 +72,7 @@ def load_model(what: str, args: Namespace) -> LoadedModel:
         images=found.data_config,
         resampled=bool(found.report and found.report.resampled),
     )
-    models.check_input_size(model.module, model.label, model.size)
+    models.check_input_size(model.module, model.label, model.images.size)
     return model
 
 

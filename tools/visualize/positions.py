@@ -65,7 +65,7 @@ def bias_pictures(layer: WindowAttention2d) -> torch.Tensor:
 
 def _gpsa(model: LoadedModel, layers: dict[str, GPSA], what: str) -> tuple:
     """Positional attention of the centre patch: rows of layers and columns of heads."""
-    image = torch.zeros(1, 3, model.size, model.size)
+    image = torch.zeros(1, 3, *model.images.input_size)
     grids = {c.name: c.grid for c in capture(model.module, layers, model.normalized(image))}
     maps = {name: centre_positions(layer, *grids[name]).cpu() for name, layer in layers.items()}
     largest = max(part.max().item() for part in maps.values())
