@@ -99,7 +99,7 @@ INPUT_SIZE: dict[str, Any] = {
 
 
 def add_input_size(group: argparse._ActionsContainer, **options: Any) -> None:
-    """Add ``--input-size`` (or ``--img-size``), a side or height and width, to a parser or group."""
+    """Add ``--input-size``, a side or height and width, to a parser or a group of one."""
     group.add_argument("--input-size", "--img-size", **INPUT_SIZE | options)
 
 

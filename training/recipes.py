@@ -82,6 +82,8 @@ def recipe_argv(parser: Parser, name: str) -> list[str]:
     spelled: dict[str, Any] = {}
     for key, value in recipe.items():
         name = str(key).replace("-", "_")
+        if name in ON_COMMAND_LINE:
+            raise UserError(f"recipe {path}: {key!r} can be given on the command line only")
         if name not in actions:
             raise UserError(f"recipe {path}: {key!r}: {parser.unknown_flag(f'--{key}')}")
         dest = actions[name].dest

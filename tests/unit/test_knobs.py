@@ -20,6 +20,7 @@ from training import flag_checks, optimizers, schedules
 from training.cosub import CosubLoss, TwoViews
 from training.flags import get_args_parser, parse_args
 from training.output import Output
+from training.recipes import ON_COMMAND_LINE
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -332,7 +333,7 @@ def value_of(action):
     return [value] if action.nargs == "+" else value
 
 
-ACTIONS = [a for a in get_args_parser()._actions if a.dest not in ("help", "config")]
+ACTIONS = [a for a in get_args_parser()._actions if a.dest not in ON_COMMAND_LINE]
 
 
 @pytest.mark.parametrize("action", ACTIONS, ids=lambda action: action.dest)
