@@ -78,7 +78,7 @@ def test_overwrite_removes_the_run_and_no_other_file(held):
     assert old_events
     succeed(*SMALL, held, "--stop-epoch", 1, "--overwrite", "--seed", 7)
     names = {path.name for path in held.iterdir() if not path.name.startswith("events.")}
-    run = {"args.yaml", "best.pth", "checkpoint.pth", "log.txt", "run.lock"}
+    run = {"args.yaml", "best.pth", "checkpoint.pth", "data.json", "log.txt", "run.lock"}
     assert names == run | {NOTES, "model.pth", "checkpoint-mine.pth"}
     assert not old_events & {path.name for path in held.iterdir()}
     assert "\nseed: 7\n" in (held / "args.yaml").read_text()
