@@ -17,7 +17,8 @@ from utils import UserError
 
 SURROGATES = re.compile("[\ud800-\udfff]")  # Python's code points for bytes that are not UTF-8
 DATA = "data"  # main.py's group of flags for datasets
-TRAINING_ONLY = ("sampling_ratio", "decode_on_device", "dist_eval")  # flags of that group
+# flags of that group which tools lack
+TRAINING_ONLY = ("balanced_sampling", "sampling_ratio", "decode_on_device", "dist_eval")
 
 
 def shown(value: object) -> str:
