@@ -236,7 +236,7 @@ def _share(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} must be a part of each class, such as 0.2; a validation folder is found"
+            f"{text!r} must be the part of each class to hold out, such as 0.2"
         ) from None
 
 

@@ -41,7 +41,9 @@ def list_classes(folder: str | Path) -> list[str]:
 def _others(folder: str | Path) -> str:
     """Return what a folder has next to what was looked for, for messages."""
     names = sorted(os.listdir(folder))
-    return f", but there are only {some_of(names, 3)}" if names else ""
+    loose = any(not top for top, _ in named_images(folder, 1))
+    hint = ": --labels FILE takes the classes of images from a table" if loose else ""
+    return f", but there are only {some_of(names, 3)}{hint}" if names else ""
 
 
 def open_folder_of_classes(
@@ -143,7 +145,7 @@ def open_image_folder(
         wanted = "train/" if is_train else "val/ or validation/"
         raise DataError(
             f"{root} has no folder {wanted} (--data-path needs train/ and val/, in which"
-            f" {ONE_CLASS}){_undivided_images(root) if val is None else ''}{_others(root)}"
+            f" {ONE_CLASS}){(val is None and _undivided_images(root)) or _others(root)}"
         )
     if is_train:
         return open_folder_of_classes(folder, is_train=True)
@@ -160,15 +162,14 @@ def _undivided(root: Path) -> Path:
 
 
 def _undivided_images(root: Path) -> str:
-    """Return which images a dataset without a validation folder has, for messages."""
+    """Return which images a dataset without a validation folder has, for messages; or nothing."""
     folder = _undivided(root)
-    tops = [top for top, _ in islice(named_images(folder, FOLDERS), IMAGES)]
-    classes = len({*tops} - {""})
+    tops = [top for top, _ in islice(named_images(folder, FOLDERS), IMAGES) if top]
+    classes = len({*tops})
+    if classes < 2:
+        return ""
     more = "at least " if len(tops) == IMAGES else ""
-    if classes > 1:
-        count = f"{more}{len(tops) - tops.count(''):,} images in {classes:,} folders of classes"
-        return f"; {folder} has {count}: --val-split 0.2 validates on a fifth of each"
-    if tops:
-        count = f"{more}{len(tops):,} images without folders of classes"
-        return f"; {folder} has {count}: --labels FILE and --val-split 0.2 take them"
-    return ""
+    return (
+        f", but {folder} has {more}{len(tops):,} images in {classes:,} folders of classes:"
+        f" --val-split 0.2 would validate on a fifth of each"
+    )

@@ -177,7 +177,9 @@ def test_folders_that_need_a_flag_are_counted(flat, tmp_path):
     write(tmp_path / "train", {"ant": 2, "bee": 3})
     place = tmp_path / "train"
     refused(partial(open_image_folder, tmp_path, False), place, 5, 2, "--val-split", "val/")
-    refused(partial(open_image_folder, flat / "ant", False), flat / "ant", 12, "--labels")
+    for held_out in (None, FIFTH):
+        ants = partial(open_image_folder, flat / "ant", False, held_out=held_out)
+        refused(ants, flat / "ant", "ant0.png", "--labels")
     assert "--val-split" not in error_of(main.main, "--data-path", tmp_path / "x", *FEW)
 
 
