@@ -30,9 +30,10 @@ from pipeline.sources.fine_grained import (
     open_inat2021,
     open_pets,
 )
-from pipeline.sources.folder import open_image_folder
 from pipeline.sources.hf_datasets import open_hub
+from pipeline.sources.labels import open_images
 from pipeline.sources.shards import open_shards
+from pipeline.sources.split import HoldOut
 from pipeline.sources.subset import share_of
 from pipeline.workers import worker_init_fn
 from samplers import EvalBatchSampler, RASampler
@@ -89,7 +90,13 @@ def _open_hub(args: Namespace, is_train: bool) -> Source:
     return open_hub(name, root, is_train, args.download, args.input_key, args.target_key)
 
 
-_FOLDER = DataSet(_at_path(open_image_folder))
+def _open_images(args: Namespace, is_train: bool) -> Source:
+    if args.data_path is None:
+        raise DataError(f"--data-set {data_set_name(args)} needs --data-path")
+    return open_images(Path(args.data_path), is_train, HoldOut.of(vars(args)), args.labels)
+
+
+_FOLDER = DataSet(_open_images)
 _CIFAR100 = DataSet(_at_path(open_cifar100, "./dataset"))
 DATA_SETS = {
     "IMNET": _FOLDER,
@@ -127,6 +134,11 @@ def data_set_named(name: str) -> DataSet:
 def data_set_name(args: Namespace) -> str:
     """Return ``--data-set``; if not given, IMNET with ``--data-path`` and DIGITS without."""
     return args.data_set or ("IMNET" if args.data_path else "DIGITS")
+
+
+def is_image_folder(args: Namespace) -> bool:
+    """Return True if the dataset of the flags is an image folder of the user's."""
+    return data_set_named(data_set_name(args)) is _FOLDER
 
 
 def input_size_of(args: Namespace) -> int | tuple[int, int]:
@@ -267,7 +279,12 @@ def build_dataset(
     Raises:
         DataError: Data is missing or inconsistent, or flags are.
     """
-    source = data_set_named(data_set_name(args)).open(args, is_train)
+    name = data_set_name(args)
+    if (own := HoldOut.of(vars(args)) or args.labels) and not is_image_folder(args):
+        flag = own if isinstance(own, HoldOut) else f"--labels {own}"
+        where = f"--data-set {name} has a validation set" if args.data_path else "give --data-path"
+        raise DataError(f"{flag} is for image folders: {where}")
+    source = data_set_named(name).open(args, is_train)
     if classes is not None and not _by_position(source.classes, classes[0]):
         source = source.in_classes(classes[0], "the evaluation set", classes[1])
     if is_train:

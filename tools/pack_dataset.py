@@ -31,12 +31,13 @@ from webdataset import TarWriter
 
 from pipeline.images import CorruptImageError, DataError
 from pipeline.sources import shard_index
-from pipeline.sources.base import Encoded, Strings
+from pipeline.sources.base import Encoded, Files, Strings
 from pipeline.sources.class_names import read_class_names
 from pipeline.sources.download import PIPE, REMOTE, Cache, default_folder, locked
-from pipeline.sources.folder import open_image_folder
+from pipeline.sources.labels import open_images
 from pipeline.sources.listing import suffix_of
 from pipeline.sources.shards import scan_shards
+from pipeline.sources.split import FLAGS, HoldOut
 from pipeline.sources.summary import lines_of, record_of
 from pipeline.workers import worker_init_fn
 from tools import cli
@@ -82,12 +83,12 @@ class Encoder(Dataset):
         return PackedSample(file.getvalue(), "jpg")
 
 
-def make_keys(images: Encoded, root: Path) -> list[str]:
-    """Return a unique key for each image: class and file name, without dots, which end a key."""
+def make_keys(images: Files) -> list[str]:
+    """Return a unique key for each image: its path in the split, without dots, which end a key."""
     keys, seen = [], set()
-    for index in range(len(images)):
-        parts = Path(images.name(index)).relative_to(root).with_suffix("").parts[1:]
-        stem = re.sub(r"^__", "x__", "/".join(parts).replace(".", "_"))  # __NAME__ is passed over
+    for name in images.names():
+        path = str(Path(name).with_suffix(""))
+        stem = re.sub(r"^__", "x__", path.replace(".", "_"))  # __NAME__ is passed over
         numbered = (f"{stem}-{number}" for number in itertools.count(2))
         key = next(key for key in itertools.chain([stem], numbered) if key not in seen)
         seen.add(key)
@@ -100,10 +101,11 @@ class Split:
 
     def __init__(self, name: str, args: argparse.Namespace):
         self.name, self.args = name, args
-        self.images = open_image_folder(args.data_path, name == "train", False)
+        held_out = HoldOut.of(vars(args))
+        self.images = open_images(args.data_path, name == "train", held_out, args.labels)
         for line in lines_of(name, self.images):
             log(line)
-        self.keys = make_keys(self.images, args.data_path)
+        self.keys = make_keys(self.images)
         self.order = np.random.default_rng(args.seed).permutation(len(self.keys)).tolist()
         self.output, self.partial = args.output, args.output / f".{name}.partial"
         listing = json.dumps([self.images.classes, self.keys, self.images.targets.tolist()])
@@ -306,7 +308,7 @@ def main(argv: list[str]) -> None:
     """Run with the flags ``argv``; pack or index."""
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--data-path", type=Path, help="image folder with train/ and val/")
+    add("--data-path", type=Path, help="image folder with train/ and val/, or with the flags below")
     add("--output", type=Path, help="folder of the shards")
     add("--splits", nargs="+", choices=["train", "val"], default=["train", "val"])
     add("--short-side", type=int, metavar="S", help="resize images to this short side, in pixels")
@@ -322,7 +324,9 @@ def main(argv: list[str]) -> None:
     add("--index", metavar="PATTERN", help="only write the index of these shards")
     add("--classes", type=Path, metavar="FILE", help="with --index: class names, one per line")
     add("--shard-cache", type=Path, help="with --index: folder for remote shards")
+    cli.add_flags(parser, [*FLAGS, "labels"])
     args = parser.parse_args(argv)
+    HoldOut.of(vars(args))  # raises an error
     if args.index is None and (args.data_path is None or args.output is None):
         parser.error("give --data-path and --output, or --index")
     if min(args.shard_size, args.shard_images or 1, args.short_side or 1) <= 0:

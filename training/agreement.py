@@ -27,7 +27,7 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 # the ranks found each other, which they have by now. Paths of weights are not among them: those
 # are named alike everywhere, and their contents are compared in addition.
 OWN = {"local_rank", "device", "num_workers", "pin_mem"}
-OWN |= {"data_path", "val_path", "shard_cache", "download", "dist_url", "world_size"}
+OWN |= {"data_path", "labels", "val_path", "shard_cache", "download", "dist_url", "world_size"}
 
 Facts = Mapping[str, Callable[[], Iterable[str]]]  # what is compared: its lines, in order
 
@@ -114,6 +114,13 @@ def flag_lines(args: Namespace) -> Iterator[str]:
             value = "FOLDER" if value else "none"
         if name not in OWN:
             yield f"--{name.replace('_', '-')} {value}"
+
+
+def label_facts(args: Namespace) -> Facts:
+    """Return what is compared of the table ``--labels``: its content."""
+    if args.labels is None:
+        return {}
+    return {"labels": lambda: [file_line(Path(args.labels), "--labels")]}
 
 
 def image_facts(split: str, dataset: LoadedDataset) -> Facts:

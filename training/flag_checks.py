@@ -8,6 +8,7 @@ from timm.optim import get_optimizer_info, list_optimizers
 
 from models.errors import did_you_mean
 from pipeline.policies import check_policy
+from pipeline.sources.split import HoldOut
 from training import schedules
 from training.keywords import OPTIMIZER_ELSEWHERE, keyword_arguments
 from training.optimizers import LOOKAHEAD
@@ -44,7 +45,8 @@ def check_values(args: argparse.Namespace) -> None:
     """Check the ranges of numbers, and the backend of ``--compile``; None is always valid.
 
     Raises:
-        UserError: A number, or one of a list, is out of range, or the backend is unknown.
+        UserError: A number, or one of a list, is out of range, the backend is unknown, or the
+            flags of the validation split contradict each other.
     """
     for is_valid, what, names in RANGES:
         for name in names.split():
@@ -52,6 +54,7 @@ def check_values(args: argparse.Namespace) -> None:
             for one in value if isinstance(value, list | tuple) else [value]:
                 if one is not None and not is_valid(one):
                     raise UserError(f"--{name.replace('_', '-')} {one} must be {what}")
+    HoldOut.of(vars(args))
     if args.compile is not None and args.compile not in torch.compiler.list_backends(None):
         backends = ", ".join(torch.compiler.list_backends())
         raise UserError(f"unknown backend --compile {args.compile}; choose one of {backends}")

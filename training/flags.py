@@ -228,6 +228,15 @@ def _data_set(name: str) -> str:
     return name
 
 
+def _share(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be the part of each class to hold out, such as 0.2"
+        ) from None
+
+
 def _add_data(group: argparse._ArgumentGroup) -> None:
     add = flags_of(group)
     names = ", ".join(DATA_SETS)
@@ -242,6 +251,12 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         "--data-dir",
         help="folder of the dataset; for WDS, also a pattern of shards, or a URL",
     )
+    val_split = "hold out this part of every class of a folder without a validation set"
+    add("--val-split", type=_share, metavar="SHARE", help=val_split)
+    add("--k-folds", type=int, metavar="K", help="divide every class into K folds instead")
+    add("--fold", type=int, metavar="I", help="fold to validate on, from 0 to K - 1")
+    labels = "table (CSV, TSV) of file and label, instead of a folder for each class"
+    add("--labels", metavar="FILE", help=labels)
     add("--val-path", help="for WDS: validation shards, if stored elsewhere")
     add("--shard-cache", metavar="FOLDER", help="for WDS: cache folder of remote shards")
     download = ("--download", "--dataset-download")

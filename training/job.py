@@ -18,7 +18,7 @@ from pipeline.sources.summary import lines_of
 from training import agreement
 from training.class_weights import class_weights
 from training.cosub import CosubLoss, TwoViews
-from training.data import data_line, data_record
+from training.data import data_line, data_record, with_recorded_split
 from training.distillation import TeacherTargets, distill
 from training.launch import DistInfo
 from training.network import (
@@ -82,6 +82,7 @@ def build_job(
 ) -> Job:
     """Build datasets, model and loss; no rank waits for another one here."""
     source = choose_source(args, given, label, checkpoint)
+    args = with_recorded_split(args, checkpoint, label)
     weights = (source.data_config, source.label) if source.has_weights else ()
     images = datasets.choose_images(args, *weights)
     log(f"images: {images}")
@@ -105,7 +106,8 @@ def build_job(
     placement = (device, torch.float32, precision.memory_format)
     eval_batches = datasets.build_prefetcher(eval_loader, *placement)
     evaluation = Evaluation(args, eval_batches, len(eval_set), precision, group)
-    facts = agreement.model_facts(source, network) | agreement.image_facts("validation", eval_set)
+    facts = agreement.label_facts(args) | agreement.model_facts(source, network)
+    facts |= agreement.image_facts("validation", eval_set)
     if args.eval:
         return Job(args, source, network, evaluation, facts)
 

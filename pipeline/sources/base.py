@@ -155,11 +155,35 @@ class Files(Encoded):
         paths: Path of each file.
         targets: Class of each file.
         classes: Names of the classes.
+        folder: Folder of the dataset, within which the images have names.
+
+    Attributes:
+        held_out: Flags that chose these images for validation; empty if a folder did.
     """
 
-    def __init__(self, paths: Sequence[str | Path], targets: Sequence[int], classes: Sequence[str]):
-        self._paths = Strings.of(list(map(str, paths)))
+    held_out = ""
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        targets: Sequence[int],
+        classes: Sequence[str],
+        folder: str | Path = "",
+    ):
+        self._paths, self.folder = Strings.of(list(map(str, paths))), str(folder)
         self.targets, self.classes = np.asarray(targets, np.int64), list(classes)
+
+    def names(self) -> list[str]:
+        """Return the path of each image within the folder of the dataset, with slashes."""
+        start = os.path.join(self.folder, "")  # ends in a separator
+        return [path.removeprefix(start).replace(os.sep, "/") for path in self._paths]
+
+    def select(self, indices: np.ndarray) -> Self:
+        """Return the images ``indices``, with the same classes and notices."""
+        paths, part = list(self._paths), copy.copy(self)
+        part._paths = Strings.of([paths[index] for index in indices])
+        part.targets = self.targets[indices]
+        return part
 
     def name(self, index: int) -> str:
         return self._paths[index]

@@ -12,6 +12,32 @@ ENCODINGS = {  # by byte order mark; UTF-8 without one
 }
 
 
+def read_text(file: Path, flag: str) -> str:
+    """Return a text file's content: of UTF-8, or of UTF-16 with its byte order mark.
+
+    Args:
+        file: The file.
+        flag: Flag that names it, for messages.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    try:
+        data = file.read_bytes()
+        mark = next((mark for mark in ENCODINGS if data.startswith(mark)), None)
+        text = data.decode(ENCODINGS.get(mark, "utf-8"))
+        if "\0" in text:
+            raise ValueError("it has null characters")
+        return text
+    except OSError as error:
+        raise DataError(f"cannot read {flag} {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise DataError(
+            f"cannot read {flag} {file}: it must be UTF-8, or UTF-16 with its byte order mark"
+            f" ({error})"
+        ) from error
+
+
 def read_class_names(file: Path, flag: str = "--classes") -> list[str]:
     """Read class names, one per line, of UTF-8, or of UTF-16 with its byte order mark.
 
@@ -25,19 +51,7 @@ def read_class_names(file: Path, flag: str = "--classes") -> list[str]:
         DataError: The file cannot be read, has no names, an empty line, or a name twice; names
             the lines.
     """
-    try:
-        data = file.read_bytes()
-        mark = next((mark for mark in ENCODINGS if data.startswith(mark)), None)
-        text = data.decode(ENCODINGS.get(mark, "utf-8"))
-        if "\0" in text:
-            raise ValueError("it has null characters")
-    except OSError as error:
-        raise DataError(f"cannot read {flag} {file}: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(
-            f"cannot read {flag} {file}: it must be UTF-8, or UTF-16 with its byte order mark"
-            f" ({error})"
-        ) from error
+    text = read_text(file, flag)
     names = [line.removesuffix("\r") for line in text.split("\n")]
     while names and not names[-1].strip():
         names.pop()

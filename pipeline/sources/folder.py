@@ -2,16 +2,27 @@
 
 import os
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.images import DataError
 from pipeline.sources.base import Files
-from pipeline.sources.listing import STRAY, LeftOut, Row, kinds, list_folders, some_of, walk
+from pipeline.sources.listing import (
+    STRAY,
+    LeftOut,
+    Row,
+    kinds,
+    list_folders,
+    named_images,
+    some_of,
+    walk,
+)
+from pipeline.sources.split import HoldOut
 
 VALIDATION = ("val", "validation", "valid", "test")  # folders of the split, the first is taken
+IMAGES, FOLDERS = 100_000, 20_000  # counted at most, for a message
 ONE_CLASS = "images have one class each, as FOLDER/CLASS/IMAGE"
 
 
@@ -30,7 +41,9 @@ def list_classes(folder: str | Path) -> list[str]:
 def _others(folder: str | Path) -> str:
     """Return what a folder has next to what was looked for, for messages."""
     names = sorted(os.listdir(folder))
-    return f", but there are only {some_of(names, 3)}" if names else ""
+    loose = any(not top for top, _ in named_images(folder, 1))
+    hint = ": --labels FILE takes the classes of images from a table" if loose else ""
+    return f", but there are only {some_of(names, 3)}{hint}" if names else ""
 
 
 def open_folder_of_classes(
@@ -69,7 +82,7 @@ def open_folder_of_classes(
     for name in empty:
         del found[name]
     targets = np.repeat(np.arange(len(found)), [len(paths) for paths in found.values()])
-    source = Files(list(chain.from_iterable(found.values())), targets, list(found))
+    source = Files(list(chain.from_iterable(found.values())), targets, list(found), folder)
     source.left_out = left_out
     if absent := [name for name in empty if name not in (classes or ())]:
         source.notices += (f"{folder} has no images of class {some_of(absent)}",)
@@ -96,26 +109,43 @@ def find_validation(root: Path) -> tuple[Path | None, tuple[str, ...]]:
     return root / found[0], tuple(notices[-1:])
 
 
-def open_image_folder(root: Path, is_train: bool, download: bool = False) -> Files:
+def check_folder(root: Path) -> None:
+    """Raise DataError if the data folder does not exist, or is not a folder."""
+    if not os.path.isdir(root):
+        what = "is not a folder" if os.path.exists(root) else "does not exist"
+        raise DataError(f"data folder {root} {what} (--data-path); {ONE_CLASS}")
+
+
+def open_image_folder(
+    root: Path, is_train: bool, download: bool = False, held_out: HoldOut | None = None
+) -> Files:
     """Open ImageNet's layout: ``train/CLASS/*``, and ``val/CLASS/*`` or another of ``VALIDATION``.
 
     Validation images are numbered by the classes of ``train``, if it is there.
 
+    Args:
+        root: Folder of the dataset.
+        is_train: Open the training split (else validation).
+        download: Accepted as by other openers; has no effect.
+        held_out: Divides ``train/CLASS/*``, or ``CLASS/*`` of ``root``, instead.
+
     Raises:
-        DataError: A folder is missing, a training class has no image, or a validation class is
-            not one of training.
+        DataError: A folder is missing, a training class has no image, a validation class is
+            not one of training, or there is a validation folder next to ``held_out``.
     """
-    if not os.path.isdir(root):
-        what = "is not a folder" if os.path.exists(root) else "does not exist"
-        raise DataError(f"data folder {root} {what} (--data-path); {ONE_CLASS}")
+    check_folder(root)
     train = root / "train"
     val, notices = find_validation(root)
+    if held_out is not None:
+        if val is not None:
+            raise DataError(f"{held_out}: {val} is the validation set already: leave the flag out")
+        return held_out.part(open_folder_of_classes(_undivided(root), is_train=True), is_train)
     folder = train if is_train else val
     if folder is None or not os.path.isdir(folder):
         wanted = "train/" if is_train else "val/ or validation/"
         raise DataError(
             f"{root} has no folder {wanted} (--data-path needs train/ and val/, in which"
-            f" {ONE_CLASS}){_others(root)}"
+            f" {ONE_CLASS}){(val is None and _undivided_images(root)) or _others(root)}"
         )
     if is_train:
         return open_folder_of_classes(folder, is_train=True)
@@ -123,3 +153,23 @@ def open_image_folder(root: Path, is_train: bool, download: bool = False) -> Fil
     source = open_folder_of_classes(folder, classes)
     source.notices = notices + source.notices
     return source
+
+
+def _undivided(root: Path) -> Path:
+    """Return the folder of classes of a dataset without a validation folder."""
+    train = root / "train"  # a class may be called so, too
+    return train if train.is_dir() and list_folders(train) else root
+
+
+def _undivided_images(root: Path) -> str:
+    """Return which images a dataset without a validation folder has, for messages; or nothing."""
+    folder = _undivided(root)
+    tops = [top for top, _ in islice(named_images(folder, FOLDERS), IMAGES) if top]
+    classes = len({*tops})
+    if classes < 2:
+        return ""
+    more = "at least " if len(tops) == IMAGES else ""
+    return (
+        f", but {folder} has {more}{len(tops):,} images in {classes:,} folders of classes:"
+        f" --val-split 0.2 would validate on a fifth of each"
+    )

@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
+from itertools import islice
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -231,6 +232,23 @@ def walk(folder: str | Path, left_out: LeftOut, recursive: bool = True) -> Itera
                 left_out.add(OTHER, entry.path)
         yield Row(top, place, images)
         pending += reversed(inside)
+
+
+def named_images(folder: str | Path, most: int) -> Iterator[tuple[str, str]]:
+    """Yield the files with suffixes of images, without opening any: their top folder, their path.
+
+    Links to folders are not followed. The top folder is empty for files directly in ``folder``.
+
+    Args:
+        folder: Folder to walk.
+        most: Number of folders to walk.
+    """
+    for place, inside, names in islice(os.walk(folder), most):
+        inside[:] = sorted(name for name in inside if not _unwanted(name))
+        top = os.path.relpath(place, folder).partition(os.sep)[0] if place != str(folder) else ""
+        for name in names:
+            if os.path.splitext(name)[1].lower() in image_suffixes() and not _unwanted(name):
+                yield top, os.path.join(place, name)
 
 
 def _entries(folder: str, left_out: LeftOut) -> list[os.DirEntry]:

@@ -124,6 +124,17 @@ def test_other_classes(images, other):
     assert_named(line, "rank 0 has dog", "rank 1 has wolf")
 
 
+def test_tables_of_labels(images, tmp_path):
+    data = ["--data-path", images / "train", "--val-split", 0.25, "--labels"]
+    for name in ("a.csv", "b.csv", "c.csv"):
+        label = "x" if name == "c.csv" else "dog"
+        rows = [f"cat/{i}.jpg,cat\ndog/{i}.jpg,{label}\n" for i in range(8)]
+        (tmp_path / name).write_text("".join(rows))
+    line = difference([*data, tmp_path / "a.csv"], [*data, tmp_path / "c.csv"])
+    assert_named(line, "rank 1", "rank 0", "--labels of SHA-256")
+    assert end_of(*[[*data, tmp_path / name] for name in ("a.csv", "b.csv")]) == ([0, 0], [])
+
+
 def test_no_data_on_a_rank(images, tmp_path):
     missing = tmp_path / "missing"
     assert_named(difference(["--data-path", images], ["--data-path", missing]), str(missing))

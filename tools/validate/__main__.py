@@ -17,6 +17,7 @@ import torch
 import engine
 from models import DataConfig
 from pipeline.images import DataError
+from pipeline.sources.split import FLAGS, HoldOut
 from tools import cli, files, plots, tables
 from tools.cli import shortened, shown
 from tools.validate import imagenet_c, pictures
@@ -25,6 +26,7 @@ from tools.validate.eval_models import EvalModel, check_sources, eval_models
 from tools.validate.metrics import class_scores, evaluate
 from tools.validate.sets import EvalSet, open_set, read_real_labels
 from training import launch
+from training.data import with_recorded_split
 from training.parser import Parser, image_size
 from utils import UserError
 
@@ -88,7 +90,9 @@ WRITERS = {  # of the files of a row
     "reliability": save_reliability,
 }
 ENDINGS = {"csv": ".csv", "per_class": ".csv", "confusion": ".png", "reliability": ".png"}
-OF_SETS = (*WRITERS, "real_labels", "data_path", "data_set")  # not with --corruptions
+OF_SETS = (*WRITERS, "real_labels", "data_path", "data_set", *FLAGS)
+OF_SETS += ("labels",)  # not with --corruptions
+SetKey = tuple[DataConfig, HoldOut | None, str | None]  # preprocessing, split and labels
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -123,7 +127,8 @@ def check_outputs(args: Namespace, rows: Sequence[Row], images: Sequence[str] = 
     """Raise OutputError if a file of the rows cannot be written, or would overwrite an input."""
     outputs = [("--csv", args.csv)] if args.csv else []
     outputs += [(flag_of(name), path) for row in rows for name, path in paths_of(args, row, rows)]
-    files.check_outputs(outputs, [*args.checkpoints, *filter(None, [args.real_labels]), *images])
+    inputs = [*args.checkpoints, *filter(None, [args.real_labels, args.labels]), *images]
+    files.check_outputs(outputs, inputs)
     for flag, path in outputs:
         files.check_writable(flag, path)
 
@@ -173,20 +178,36 @@ def check_fit(subject: EvalModel, test_set: EvalSet) -> None:
         )
 
 
-def plan(args: Namespace, device: torch.device) -> tuple[dict[DataConfig, EvalSet], list[Row]]:
-    """Return the test set by preprocessing, and the row of each model before it is evaluated."""
+def with_split(args: Namespace, subject: EvalModel, told: set[str]) -> Namespace:
+    """Return the flags with the split of the model's training; ``told`` has the lines printed."""
+
+    def tell(line: str) -> None:
+        if line not in told:
+            print(shown(line), flush=True)
+            told.add(line)
+
+    source = subject.source
+    return with_recorded_split(args, source.checkpoint, source.label, tell, test_folders=True)
+
+
+def plan(args: Namespace, device: torch.device) -> tuple[dict[SetKey, EvalSet], list[Row]]:
+    """Return the test sets by their keys, and the row of each model before it is evaluated."""
     real_labels = read_real_labels(args.real_labels) if args.real_labels else None
-    sets: dict[DataConfig, EvalSet] = {}
+    sets: dict[SetKey, EvalSet] = {}
     rows: list[Row] = []
+    told: set[str] = set()
     for subject in eval_models(args.checkpoints, args, device):
-        if subject.images not in sets:
-            sets[subject.images] = open_set(args, device, subject.images)
-        test_set = sets[subject.images]
+        flags = with_split(args, subject, told)
+        key = (subject.images, HoldOut.of(vars(flags)), flags.labels)
+        if key not in sets:
+            sets[key] = open_set(flags, device, subject.images)
+        test_set = sets[key]
         check_fit(subject, test_set)
         matched = subject.match(test_set.classes, test_set.title)
         if real_labels is not None and test_set.real is None:
             test_set.add_real_labels(real_labels)
-        rows.append({"number": len(rows) + 1, **subject.row, "matched": matched})
+        number = len(rows) + 1
+        rows.append({"number": number, **subject.row, "matched": matched, "set": key})
     return sets, rows
 
 
@@ -215,9 +236,8 @@ def validate(args: Namespace, device: torch.device) -> int:
     After a failure, the rows so far are printed and written. Returns the exit status.
     """
     sets, planned = plan(args, device)  # of all models: errors before hours of work
-    first = next(iter(sets.values()))
-    check_outputs(args, planned, first.paths())
-    for line in first.lines():
+    check_outputs(args, planned, [path for each in sets.values() for path in each.paths()])
+    for line in dict.fromkeys(line for each in sets.values() for line in each.lines()):
         print(shown(line), flush=True)
     pairs = args.confusion is not None or args.per_class is not None
     rows: list[Row] = []
@@ -226,7 +246,7 @@ def validate(args: Namespace, device: torch.device) -> int:
     try:
         again = eval_models(args.checkpoints, args, device, quiet=True)
         for row, subject in zip(planned, again, strict=True):
-            test_set, matched = sets[subject.images], row["matched"]
+            test_set, matched = sets[row["set"]], row["matched"]
             found = evaluate(subject, test_set, matched, pairs)
             rows.append(row | found)
             failed += subject.complaints(found["nonfinite"])

@@ -17,6 +17,8 @@ from pipeline.images import DataError
 from pipeline.prefetch import Prefetcher
 from pipeline.sources.base import Encoded, Files
 from pipeline.sources.folder import find_validation, list_classes, open_folder_of_classes
+from pipeline.sources.labels import open_labels
+from pipeline.sources.split import HoldOut
 from pipeline.sources.summary import lines_of
 from tools.validate.classes import NUM_IMAGENET
 
@@ -83,11 +85,18 @@ def open_set(args: Namespace, device: torch.device, images: DataConfig) -> EvalS
     """Open the test set of the flags, under a model's preprocessing.
 
     Of an image folder, ``val`` or another folder of :func:`find_validation` is read, or, without
-    these and ``train``, the folder itself.
+    these and ``train``, the folder itself; of a table ``--labels`` that does not divide its
+    images, all, unless the flags do.
     """
     name = datasets.data_set_name(args)
-    title = str(args.data_path or name)
-    if not args.data_path or not name.startswith("IMNET"):
+    title, held_out = str(args.data_path or name), HoldOut.of(vars(args))
+    if held_out:
+        title += f" ({held_out})"
+        return EvalSet(datasets.build_dataset(False, args, device, images)[0], title)
+    if args.labels and args.data_path and datasets.is_image_folder(args):
+        source = open_labels(Path(args.data_path), False, Path(args.labels), whole=True)
+        return EvalSet(datasets.augmented(source, False, args, images=images), title)
+    if not args.data_path or not datasets.is_image_folder(args):
         return EvalSet(datasets.build_dataset(False, args, device, images)[0], title)
     folder = Path(args.data_path)
     if not os.path.isdir(folder):
@@ -96,7 +105,10 @@ def open_set(args: Namespace, device: torch.device, images: DataConfig) -> EvalS
     names = list_classes(folder)
     split, notices = find_validation(folder)
     if split is None and "train" in names:
-        raise DataError(f"--data-path {folder} has train/, but neither val/ nor validation/")
+        raise DataError(
+            f"--data-path {folder} has train/, but neither val/ nor validation/:"
+            " --val-split 0.2 takes a fifth of train/"
+        )
     found = open_class_folders(split or folder, args, images, title)
     found.source.notices = notices + found.source.notices
     return found
