@@ -146,20 +146,24 @@ def choose_images(
     0.875 in evaluation.
 
     Args:
-        args: ``--input-size``, ``--eval-crop-ratio`` and ``--interpolation``, None or empty if not
-            given.
+        args: ``--input-size``, ``--eval-crop-ratio``, ``--interpolation`` and ``--exif``, None or
+            empty if not given.
         own: Preprocessing that the weights were trained with; None without weights.
         source: Name of the weights, for warnings.
         warn: Receives a warning for a flag that differs from it.
     """
     size, ratio, filtered = args.input_size, args.eval_crop_ratio, args.interpolation
     changed = {"interpolation": filtered} if filtered else {}
+    changed |= {} if args.exif is None else {"exif": args.exif}
     if own is None:
         found = replace(DataConfig().at_size(input_size_of(args)), **changed)
         return found if ratio is None else found.with_crop(ratio)
     found = replace(own.at_size(size or own.input_size), **changed)
     if found.interpolation != own.interpolation:
         warn(f"warning: --interpolation {filtered}, but {source} expects {own.interpolation}")
+    if found.exif != own.exif:
+        flag, how = ("--exif", "without") if found.exif else ("--no-exif", "with")
+        warn(f"warning: {flag}, but {source} was trained {how} the EXIF orientation")
     if found.input_size != own.input_size:
         expected = size_text(own.input_size)
         warn(f"warning: --input-size {size_text(size)}, but {source} expects {expected}")
@@ -293,6 +297,8 @@ def augmented(
     Raises:
         DataError: Flags are inconsistent.
     """
+    images = images or choose_images(args)
+    source = source.decoded_as(images.exif)
     augmentation = build_augmentation(is_train, args, images)
     options = {"seed": args.seed, "skip_corrupt": args.on_corrupt == "skip"}
     if args.loader == "timm":

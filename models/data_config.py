@@ -30,6 +30,7 @@ class DataConfig:
         crop_pct: Input size over the size of the resized image.
         crop_mode: ``center`` resizes the short side and crops the centre, ``squash`` resizes both
             sides, ``border`` resizes the long side and pads.
+        exif: Apply the EXIF orientation, which timm and torchvision ignore.
     """
 
     input_size: tuple[int, int] = (224, 224)
@@ -38,11 +39,16 @@ class DataConfig:
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
     crop_pct: float = 0.875
     crop_mode: str = "center"
+    exif: bool = False
 
     def __str__(self) -> str:
         height, width = self.input_size
         how = f"{self.crop_mode} {self.crop_pct:g}, {self.interpolation}"
-        return f"{height}x{width} pixels, {how}, mean {self.mean}, std {self.std}"
+        turned = "applied" if self.exif else "not applied"
+        return (
+            f"{height}x{width} pixels, {how}, mean {self.mean}, std {self.std}, EXIF orientation"
+            f" {turned}"
+        )
 
     @property
     def size(self) -> int | tuple[int, int]:
@@ -67,8 +73,14 @@ class DataConfig:
         return cropped.at_size(self.input_size)
 
     def to_timm(self) -> dict[str, Any]:
-        """Return timm's data config: the same, with the input size as ``(3, height, width)``."""
-        return asdict(self) | {"input_size": (len(self.mean), *self.input_size)}
+        """Return timm's data config: the input size is ``(3, height, width)``."""
+        found = asdict(self) | {"input_size": (len(self.mean), *self.input_size)}
+        del found["exif"]
+        return found
+
+    def record(self) -> dict[str, Any]:
+        """Return what a checkpoint stores: timm's data config, and ``exif`` if it is on."""
+        return self.to_timm() | ({"exif": True} if self.exif else {})
 
 
 def height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
@@ -219,6 +231,10 @@ def _checked(values: Mapping[str, Any], source: str) -> DataConfig:
         if not _is_number(values["crop_pct"]) or not 0 < values["crop_pct"] <= 8:
             raise refuse("crop_pct", "above 0, such as 0.875")
         found["crop_pct"] = float(values["crop_pct"])
+    if "exif" in values:
+        if not isinstance(values["exif"], bool):
+            raise refuse("exif", "true or false")
+        found["exif"] = values["exif"]
     return DataConfig(**found).at_size(sides)
 
 

@@ -37,6 +37,7 @@ from pipeline.crop import (
     read_header,
     resize,
 )
+from pipeline.images import orientation_of
 from pipeline.reference import LabelledImages, kept_random_numbers
 from pipeline.sources.base import Encoded, Pixels, Source
 from samplers import SampleIndex, mix_seed
@@ -256,7 +257,7 @@ class FastDataset(LabelledImages):
             pixels = self.source.pixels[index]
         elif isinstance(self.source, Encoded):
             data = self.source.read(index)
-            header = read_header(data)
+            header = self._header(data)
             if is_readable(header, data):
                 box = Box(0, 0, header.height, header.width)
                 pixels = decode_crop(data, header, box, (header.height, header.width))
@@ -273,7 +274,7 @@ class FastDataset(LabelledImages):
         """Return a random crop, resized; or its JPEG and where to crop it."""
         if isinstance(self.source, Encoded):
             data = self.source.read(index)
-            header = read_header(data)
+            header = self._header(data)
             (enlarge,) = self._stages.resize
             if is_readable(header, data) and not enlarge.is_tiny(header.height, header.width):
                 return self._crop_jpeg(data, header, index)
@@ -283,6 +284,12 @@ class FastDataset(LabelledImages):
         pixels = np.array(_apply(self._stages.resize, image))
         box, mode = self._box(*pixels.shape[:2])
         return resize(pixels[crop_slices(box)], self.size, mode)
+
+    def _header(self, data: bytes) -> Header | None:
+        """Return the header of a JPEG whose crops can be decoded: not of one to be turned."""
+        if self.source.is_upright and orientation_of(data) != 1:
+            return None
+        return read_header(data)
 
     def _crop_jpeg(self, data: bytes, header: Header, index: int) -> np.ndarray | EncodedCrop:
         box, mode = self._box(header.height, header.width)

@@ -37,7 +37,7 @@ from pipeline.sources.download import PIPE, REMOTE, Cache, default_folder, locke
 from pipeline.sources.folder import open_image_folder
 from pipeline.sources.listing import suffix_of
 from pipeline.sources.shards import scan_shards
-from pipeline.sources.summary import lines_of, record_of
+from pipeline.sources.summary import lines_of, orientation_lines, record_of
 from pipeline.workers import worker_init_fn
 from tools import cli
 from tools.files import folder_for
@@ -100,8 +100,9 @@ class Split:
 
     def __init__(self, name: str, args: argparse.Namespace):
         self.name, self.args = name, args
-        self.images = open_image_folder(args.data_path, name == "train", False)
-        for line in lines_of(name, self.images):
+        images = open_image_folder(args.data_path, name == "train", False)
+        self.images = images.decoded_as(args.exif)
+        for line in lines_of(name, self.images) + orientation_lines(self.images):
             log(line)
         self.keys = make_keys(self.images, args.data_path)
         self.order = np.random.default_rng(args.seed).permutation(len(self.keys)).tolist()
@@ -115,7 +116,7 @@ class Split:
             "quality": args.quality if args.short_side else None,
             "shard_size": args.shard_size,
             "shard_images": args.shard_images,
-        }
+        } | ({"exif": True} if args.exif else {})  # older indices do not have it
 
     def pack(self) -> None:
         """Write the missing shards and the index."""
@@ -311,6 +312,8 @@ def main(argv: list[str]) -> None:
     add("--splits", nargs="+", choices=["train", "val"], default=["train", "val"])
     add("--short-side", type=int, metavar="S", help="resize images to this short side, in pixels")
     add("--quality", type=int, default=90, help="JPEG quality of resized images")
+    turned = "turn resized images by their EXIF orientation; the others keep their bytes and tags"
+    add("--exif", action=argparse.BooleanOptionalAction, default=False, help=turned)
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
         "--shard-size", type=float, default=256, metavar="MB", help="bytes per shard, 10^6"

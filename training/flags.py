@@ -267,6 +267,8 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         choices=INTERPOLATIONS,
         help="resize of evaluation; default: that of the weights, else bicubic",
     )
+    turned = "turn images by their EXIF orientation; default: as the weights, else off"
+    add("--exif", action=OnOff, help=turned)
     add("--dist-eval", action=OnOff, default=True, help="distribute evaluation over the processes")
     workers = min(10, usable_cpus())
     names = ("--num_workers", "--workers", "-j")

@@ -25,6 +25,8 @@ class Source(ABC):
             order; ``None`` if any order is equally good.
         left_out: What its folder has and is not among the images.
         notices: What the user should know about the choice of images.
+        is_remote: Reading an image may fetch a file.
+        is_upright: The EXIF orientation is applied.
     """
 
     classes: Sequence[str]
@@ -32,6 +34,8 @@ class Source(ABC):
     shards: Sequence[int] | None = None
     left_out = LeftOut()  # replaced by sources of folders, never changed
     notices: tuple[str, ...] = ()
+    is_remote = False
+    is_upright = False
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -63,6 +67,14 @@ class Source(ABC):
         if missing := sorted({*classes} - {*self.classes}, key=numbers.get):
             share = f"{len(self.classes):,} of {len(classes):,}"
             found.notices += (f"{title} has {share} classes of {source}: no {some_of(missing)}",)
+        return found
+
+    def decoded_as(self, is_upright: bool) -> Self:
+        """Return these images, decoded with the EXIF orientation or without."""
+        if self.is_upright == is_upright:
+            return self
+        found = copy.copy(self)
+        found.is_upright = is_upright
         return found
 
     @abstractmethod
@@ -102,7 +114,7 @@ class Encoded(Source):
         Raises:
             CorruptImageError: They cannot be decoded.
         """
-        return decode_image(data, self.name(index))
+        return decode_image(data, self.name(index), self.is_upright)
 
     def open(self, index: int) -> Image.Image:
         return self.decode(self.read(index), index)

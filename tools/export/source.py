@@ -94,6 +94,7 @@ class ExportSource:
             "crop_mode": self.images.crop_mode,
             "crop_pct": str(self.images.crop_pct),
             "short_side": str(self.short_side),
+            "exif": json.dumps(self.images.exif),
             "preprocessing": "inside" if self.preprocessing else "outside",
         }
 
@@ -138,7 +139,8 @@ def load_source(args: argparse.Namespace, device: torch.device) -> ExportSource:
     """
     source = _model_source(args)
     notes: list[str] = []
-    flags = argparse.Namespace(input_size=args.input_size, eval_crop_ratio=None, interpolation=None)
+    asked = dict.fromkeys(("eval_crop_ratio", "interpolation", "exif"))
+    flags = argparse.Namespace(input_size=args.input_size, **asked)
     images = datasets.choose_images(flags, source.data_config, source.label, notes.append)
     size = images.input_size
     classes = {} if args.num_classes is None else {"num_classes": args.num_classes}
