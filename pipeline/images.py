@@ -92,7 +92,9 @@ def read_file(path: str | Path) -> bytes:
         raise CorruptImageError(f"cannot decode image {path}: {_reason(error)}") from error
 
 
-def decode_image(data: bytes, name: str | Path, is_upright: bool = False) -> Image.Image:
+def decode_image(
+    data: bytes, name: str | Path, is_upright: bool = False, is_grey: bool = False
+) -> Image.Image:
     """Decode an encoded image to RGB, 8 bits per channel.
 
     The content tells the format. Of several frames or pages, the first is used. As in the
@@ -104,6 +106,7 @@ def decode_image(data: bytes, name: str | Path, is_upright: bool = False) -> Ima
         data: Encoded image.
         name: Its name for messages.
         is_upright: Apply the EXIF orientation.
+        is_grey: See :func:`to_grey`.
 
     Raises:
         CorruptImageError: It is truncated, not an image, too large, or of a colour mode without
@@ -119,7 +122,8 @@ def decode_image(data: bytes, name: str | Path, is_upright: bool = False) -> Ima
                     image.getexif()  # kept by Pillow, which would also write it without the tag
                     image.info.pop("exif", None)
                     ImageOps.exif_transpose(image, in_place=True)
-                return _to_rgb(image)
+                image = _to_rgb(image)
+                return to_grey(image) if is_grey else image
     except MemoryError:  # not a property of the file
         raise
     except Exception as error:  # on damaged files the decoders raise errors of any kind
@@ -226,13 +230,21 @@ def are_few_scans(scans: int, pixels: int) -> bool:
     return scans <= USUAL_SCANS or (scans <= MAX_SCANS and scans * pixels <= MAX_SCANNED)
 
 
-def load_image(path: str | Path, is_upright: bool = False) -> Image.Image:
+def load_image(path: str | Path, is_upright: bool = False, is_grey: bool = False) -> Image.Image:
     """Decode an image file as :func:`decode_image` does.
 
     Raises:
         CorruptImageError: It cannot be read or decoded.
     """
-    return decode_image(read_file(path), path, is_upright)
+    return decode_image(read_file(path), path, is_upright, is_grey)
+
+
+def to_grey(image: Image.Image) -> Image.Image:
+    """Return Pillow's luma of an RGB image, in three equal channels.
+
+    Augmentation treats channels alike, so that they stay equal, and one of them is the input.
+    """
+    return image.convert("L").convert("RGB")
 
 
 def _reason(error: Exception) -> str:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FLAGS = ("batch_size", "qk_scale_factor", "amp", "amp_dtype", "channels_last", "eval_crop_ratio")
-FLAGS += ("exif",)
+FLAGS += ("exif", "in_chans")
 HEADS = ("image", "rank", "class", "name", "probability")  # of the CSV file
 ENDING = "-prediction.png"  # of the pictures in a folder
 DOCUMENTS = (".gif", ".svg", ".pdf", ".ps", ".eps", ".csv", ".txt", ".html")
@@ -85,7 +85,7 @@ def names_of(subject: EvalModel, file: Path | None) -> list[str]:
 def read_batches(
     paths: Sequence[Path], args: Namespace, images: DataConfig, failed: list[str]
 ) -> Iterator[tuple[list[Path], torch.Tensor]]:
-    """Yield batches of files and of model inputs, ``B 3 H W``.
+    """Yield batches of files and of model inputs, ``B C H W``.
 
     ``failed`` receives the errors of images that cannot be decoded.
     """
@@ -94,7 +94,7 @@ def read_batches(
         good, inputs = [], []
         for path in paths[start : start + args.batch_size]:
             try:
-                inputs.append(transform(load_image(path, images.exif)))
+                inputs.append(transform(load_image(path, images.exif, images.is_grey)))
                 good.append(path)
             except CorruptImageError as error:
                 failed.append(str(error))

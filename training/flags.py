@@ -81,6 +81,8 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     add("--pretrained", action="store_true", help="start from the published weights of --model")
     size = f"{PIXELS}; default: that of the weights, else 224, or 32 for DIGITS"
     add_input_size(group, help=size)
+    channels = "1: grey images; default: that of the weights, else 3"
+    add("--in-chans", type=int, choices=[1, 3], help=channels)
     add(
         "--progressive-sizes",
         type=int,

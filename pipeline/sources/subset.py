@@ -44,7 +44,8 @@ class _Part(Encoded):
         self._whole, self._indices = whole, indices
         self.targets, self.classes = whole.targets[indices], whole.classes
         self.left_out, self.notices = whole.left_out, whole.notices
-        self.is_remote, self.is_upright = whole.is_remote, whole.is_upright
+        self.is_remote = whole.is_remote
+        self.is_upright, self.is_grey = whole.is_upright, whole.is_grey
         if whole.shards is not None:
             number = np.searchsorted(np.cumsum(whole.shards), indices, side="right")
             counts = np.bincount(number, minlength=len(whole.shards))
