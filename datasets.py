@@ -158,20 +158,26 @@ def choose_images(
     0.875 in evaluation.
 
     Args:
-        args: ``--input-size``, ``--eval-crop-ratio`` and ``--interpolation``, None or empty if not
-            given.
-        own: Preprocessing that the weights were trained with; None without weights.
+        args: ``--input-size``, ``--eval-crop-ratio``, ``--interpolation``, ``--exif`` and, without
+            weights, ``--in-chans``, None or empty if not given.
+        own: Preprocessing that the weights were trained with, of the channels of the model; None
+            without weights.
         source: Name of the weights, for warnings.
         warn: Receives a warning for a flag that differs from it.
     """
     size, ratio, filtered = args.input_size, args.eval_crop_ratio, args.interpolation
     changed = {"interpolation": filtered} if filtered else {}
+    changed |= {} if args.exif is None else {"exif": args.exif}
     if own is None:
-        found = replace(DataConfig().at_size(input_size_of(args)), **changed)
+        found = DataConfig().with_channels(args.in_chans)
+        found = replace(found.at_size(input_size_of(args)), **changed)
         return found if ratio is None else found.with_crop(ratio)
     found = replace(own.at_size(size or own.input_size), **changed)
     if found.interpolation != own.interpolation:
         warn(f"warning: --interpolation {filtered}, but {source} expects {own.interpolation}")
+    if found.exif != own.exif:
+        flag, how = ("--exif", "without") if found.exif else ("--no-exif", "with")
+        warn(f"warning: {flag}, but {source} was trained {how} the EXIF orientation")
     if found.input_size != own.input_size:
         expected = size_text(own.input_size)
         warn(f"warning: --input-size {size_text(size)}, but {source} expects {expected}")
@@ -236,7 +242,7 @@ def build_augmentation(
 def build_transform(
     is_train: bool, args: Namespace, images: DataConfig | None = None
 ) -> transforms.Compose:
-    """Return the reference transform of :func:`build_augmentation`: PIL image to ``3 H W``.
+    """Return the reference transform of :func:`build_augmentation`: PIL image to ``C H W``.
 
     Raises:
         DataError: timm does not know the policy ``--aa``.
@@ -245,14 +251,14 @@ def build_transform(
 
 
 def denormalize(images: torch.Tensor, config: DataConfig | None = None) -> torch.Tensor:
-    """Undo the normalization of images ``B 3 H W``; returns values in 0..1.
+    """Undo the normalization of images ``B C H W``; returns values in 0..1.
 
     Args:
         images: Normalized images.
         config: Their mean and std; default: ImageNet's.
     """
     config = config or DataConfig()
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std))
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (config.mean, config.std))
     return (images * std + mean).clamp(0, 1)
 
 
@@ -310,6 +316,8 @@ def augmented(
     Raises:
         DataError: Flags are inconsistent.
     """
+    images = images or choose_images(args)
+    source = source.decoded_as(images.exif, images.is_grey)
     augmentation = build_augmentation(is_train, args, images)
     options = {"seed": args.seed, "skip_corrupt": args.on_corrupt == "skip"}
     if args.loader == "timm":

@@ -26,10 +26,11 @@ class DataConfig:
     Attributes:
         input_size: Height and width in pixels.
         interpolation: Filter of the resize.
-        mean, std: Normalization of values in 0..1, per channel.
+        mean, std: Normalization of values in 0..1, of each channel: three, or one for grey images.
         crop_pct: Input size over the size of the resized image.
         crop_mode: ``center`` resizes the short side and crops the centre, ``squash`` resizes both
             sides, ``border`` resizes the long side and pads.
+        exif: Apply the EXIF orientation, which timm and torchvision ignore.
     """
 
     input_size: tuple[int, int] = (224, 224)
@@ -38,17 +39,47 @@ class DataConfig:
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
     crop_pct: float = 0.875
     crop_mode: str = "center"
+    exif: bool = False
 
     def __str__(self) -> str:
         height, width = self.input_size
         how = f"{self.crop_mode} {self.crop_pct:g}, {self.interpolation}"
-        return f"{height}x{width} pixels, {how}, mean {self.mean}, std {self.std}"
+        turned = "applied" if self.exif else "not applied"
+        return (
+            f"{height}x{width} pixels, {how}, mean {self.mean}, std {self.std}, EXIF orientation"
+            f" {turned}"
+        )
 
     @property
     def size(self) -> int | tuple[int, int]:
         """Side of square images, else height and width: as flags and models accept it."""
         height, width = self.input_size
         return height if height == width else (height, width)
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of an input: 3, or 1 for grey."""
+        return len(self.mean)
+
+    @property
+    def is_grey(self) -> bool:
+        """Inputs have one channel."""
+        return self.in_chans == 1
+
+    def with_channels(self, in_chans: int | None) -> "DataConfig":
+        """Return the config for another number of channels; grey has the average mean and std.
+
+        Raises:
+            ModelError: It is grey, and three channels are asked for.
+        """
+        if in_chans in (None, self.in_chans):
+            return self
+        if in_chans != 1:
+            raise ModelError(
+                f"in_chans must be 1, as the weights are of grey images, not {in_chans}"
+            )
+        mean, std = (sum(values) / len(values) for values in (self.mean, self.std))
+        return replace(self, mean=(mean,), std=(std,))
 
     def at_size(self, size: int | Sequence[int]) -> "DataConfig":
         """Return the config for another input size; small images are resized whole.
@@ -67,8 +98,14 @@ class DataConfig:
         return cropped.at_size(self.input_size)
 
     def to_timm(self) -> dict[str, Any]:
-        """Return timm's data config: the same, with the input size as ``(3, height, width)``."""
-        return asdict(self) | {"input_size": (len(self.mean), *self.input_size)}
+        """Return timm's data config: the input size is ``(channels, height, width)``."""
+        found = asdict(self) | {"input_size": (len(self.mean), *self.input_size)}
+        del found["exif"]
+        return found
+
+    def record(self) -> dict[str, Any]:
+        """Return what a checkpoint stores: timm's data config, and ``exif`` if it is on."""
+        return self.to_timm() | ({"exif": True} if self.exif else {})
 
 
 def height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
@@ -111,7 +148,8 @@ def trained_size(checkpoint: Mapping[str, Any]) -> tuple[int, int] | None:
     for place, key in places:
         if isinstance(place, Mapping) and isinstance(place.get(key), int | list | tuple):
             try:
-                return height_and_width(place[key])
+                size = place[key]
+                return height_and_width(size if isinstance(size, int) else size[-2:])
             except ModelError:
                 return None
     return None
@@ -210,16 +248,24 @@ def _checked(values: Mapping[str, Any], source: str) -> DataConfig:
             numbers = values[key]
             if (
                 not isinstance(numbers, list | tuple)
-                or len(numbers) != 3
+                or len(numbers) not in (1, 3)
                 or not all(_is_number(n) and (key == "mean" or n > 0) for n in numbers)
             ):
-                raise refuse(key, "three numbers")
+                raise refuse(key, "three numbers, or one for grey images")
             found[key] = tuple(map(float, numbers))
     if "crop_pct" in values:
         if not _is_number(values["crop_pct"]) or not 0 < values["crop_pct"] <= 8:
             raise refuse("crop_pct", "above 0, such as 0.875")
         found["crop_pct"] = float(values["crop_pct"])
-    return DataConfig(**found).at_size(sides)
+    if "exif" in values:
+        if not isinstance(values["exif"], bool):
+            raise refuse("exif", "true or false")
+        found["exif"] = values["exif"]
+    config = DataConfig(**found).at_size(sides)
+    if len(config.mean) != len(config.std):
+        raise refuse("std" if "std" in values else "mean", "as many numbers as mean and std have")
+    is_grey = isinstance(size, list | tuple) and tuple(size[:-2]) == (1,)
+    return config.with_channels(1) if is_grey else config
 
 
 def _is_number(value: Any) -> bool:

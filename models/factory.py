@@ -148,7 +148,7 @@ def _right_size(model: nn.Module, height: int, width: int) -> str:
     """Return a size that timm's model accepts: the nearest multiple of its patches, or its own."""
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     config = getattr(model, "pretrained_cfg", None) or {}
-    own = height_and_width(config.get("input_size") or (224, 224))
+    own = height_and_width((config.get("input_size") or (224, 224))[-2:])
     if patch is None or getattr(model.patch_embed, "strict_img_size", False):
         return "x".join(map(str, own))
     sides = zip((height, width), to_2tuple(patch), strict=True)

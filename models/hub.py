@@ -157,6 +157,8 @@ def _content(path: Path) -> dict[str, Any]:
     names = own.get("label_names", images.get("label_names", images.get("labels")))
     if isinstance(names, Mapping):  # by the number of the output
         names = [names.get(str(i)) for i in range(len(names))]
+    if "exif" in own:
+        content["data_config"]["exif"] = own["exif"]
     if "gelu" in own:
         content["gelu"] = own["gelu"]
     if isinstance(license_ := images.get("license"), str):

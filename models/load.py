@@ -81,6 +81,8 @@ def load_model(
     found = source
     if not isinstance(source, ModelSource):
         found = find_model(str(source), name, pretrained=pretrained)
+    if kwargs.get("in_chans") in (1, 3):
+        found = found.with_channels(kwargs["in_chans"])
     found.weights(weights)
     config = found.data_config if input_size is None else found.data_config.at_size(input_size)
     if num_classes is not None:
@@ -209,6 +211,8 @@ def from_checkpoint(
     required["qk_scale_factor"] = exponent if own_exponent is None else own_exponent
     config = pretrained_config(name)
     images = data_config_of(checkpoint, config.to_dict() if config else None, label)
+    if saved.get("in_chans") == 1:
+        images = images.with_channels(1)
     return ModelSource(label, name, images, required, saved, checkpoint, tuple(classes) or None)
 
 

@@ -49,6 +49,17 @@ class ModelSource:
     classes: tuple[str, ...] | None = None
     pretrained: bool = False
 
+    def with_channels(self, in_chans: int | None) -> "ModelSource":
+        """Return the same model for images of 1 or 3 channels; None for those of the source.
+
+        Raises:
+            ModelError: See :meth:`DataConfig.with_channels`; names the source.
+        """
+        try:
+            return replace(self, data_config=self.data_config.with_channels(in_chans))
+        except ModelError as error:
+            raise ModelError(f"{self.label}: {error}") from error
+
     @property
     def has_weights(self) -> bool:
         """False for a model with random weights."""
@@ -99,6 +110,7 @@ class ModelSource:
     ) -> tuple[nn.Module, dict[str, Any]]:
         """Build the model as :meth:`build` does; return it with its keyword arguments."""
         required = dict(self.required) | dict(required or {})
+        required |= {"in_chans": 1} if self.data_config.is_grey else {}
         optional = dict(self.optional) | dict(optional or {})
         optional |= {} if size is None else {"img_size": size}
         if self.checkpoint:

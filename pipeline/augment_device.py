@@ -104,8 +104,8 @@ def _blend(degenerate: Tensor | float, pixels: Tensor, factor: Tensor) -> Tensor
     return ((pixels - degenerate) * factor + degenerate).clamp_(0, 255).byte()
 
 
-def _grey(pixels: Tensor) -> Tensor:
-    """Convert pixels ``N H W 3`` to Pillow's grey, int32 ``N H W 1``."""
+def grey(pixels: Tensor) -> Tensor:
+    """Convert pixels ``... 3`` to Pillow's grey, int32 ``... 1``."""
     red, green, blue = pixels.int().split(1, dim=-1)
     return (19595 * red + 38470 * green + 7471 * blue + 2**15) >> 16
 
@@ -154,11 +154,11 @@ def _posterize(pixels: Tensor, values: Tensor) -> Tensor:
 
 
 def _color(pixels: Tensor, values: Tensor) -> Tensor:
-    return _blend(_grey(pixels), pixels, values[:, :1])
+    return _blend(grey(pixels), pixels, values[:, :1])
 
 
 def _contrast(pixels: Tensor, values: Tensor) -> Tensor:
-    mean = _grey(pixels).double().mean((1, 2, 3), keepdim=True)
+    mean = grey(pixels).double().mean((1, 2, 3), keepdim=True)
     return _blend((mean + 0.5).floor().float(), pixels, values[:, :1])
 
 
@@ -224,7 +224,7 @@ def erase(
     """Erase boxes of normalised images, as timm's RandomErasing does.
 
     Args:
-        images: float ``B 3 H W``; they are changed.
+        images: float ``B C H W``; they are changed.
         boxes: int64 ``B K 4`` on the CPU: top, left, height and width in pixels, zeros for none.
         mode: ``pixel`` for standard normal noise, ``rand`` for one such colour a box, ``const``
             for zeros.
@@ -246,10 +246,10 @@ def erase(
                 continue
             box = image[:, top : top + height, left : left + width]
             if mode == "pixel":
-                noise = image.new_empty(height, width, 3).normal_(generator=generator)
+                noise = image.new_empty(height, width, len(image)).normal_(generator=generator)
                 box.copy_(noise.permute(2, 0, 1))  # faster than in place, where it is not dense
             elif mode == "rand":
-                box.copy_(image.new_empty(3, 1, 1).normal_(generator=generator))
+                box.copy_(image.new_empty(len(image), 1, 1).normal_(generator=generator))
             else:
                 box.zero_()
     return images

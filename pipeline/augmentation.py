@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
 
+import torch
 from timm.data import create_transform
 from timm.data.auto_augment import AugmentOp
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -36,7 +37,7 @@ class Stages(NamedTuple):
         crop: Crop a PIL image to the input size.
         flip: Flip a PIL image.
         color: Apply a policy or colour jitter to a PIL image.
-        normalize: Turn a PIL image into a normalised tensor ``3 H W``.
+        normalize: Turn a PIL image into a normalised tensor ``C H W``.
         erase: Erase boxes of the tensor.
     """
 
@@ -77,7 +78,7 @@ class Augmentation:
         erase_prob: Probability of random erasing.
         erase_mode: ``pixel`` (normal noise), ``rand`` (one random colour) or ``const`` (zeros).
         erase_count: Largest number of erased boxes.
-        mean, std: Normalisation, per channel.
+        mean, std: Normalisation, per channel; of one channel, images are grey.
         vflip: Probability of a vertical flip.
         scale, ratio: Ranges of ``random-resized``, ``rkrc`` and ``rkrr``: share of the area, and
             aspect ratio or, for the latter two, its change. None for timm's: 0.08 to 1 and 3/4 to
@@ -114,12 +115,21 @@ class Augmentation:
                 )
 
     @property
+    def is_grey(self) -> bool:
+        """Inputs have one channel; until they are normalised, images have three equal ones."""
+        return len(self.mean) == 1
+
+    @property
+    def _rgb_mean(self) -> tuple[float, ...]:
+        return self.mean * 3 if self.is_grey else self.mean
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Height and width of the input."""
         return to_2tuple(self.size)
 
     def compose(self) -> transforms.Compose:
-        """Return the reference transform: PIL image to tensor ``3 H W``."""
+        """Return the reference transform: PIL image to tensor ``C H W``."""
         return transforms.Compose([*chain.from_iterable(self.stages())])
 
     def stages(self) -> Stages:
@@ -135,7 +145,11 @@ class Augmentation:
             *self._resize_and_crop(),
             flip=self._flip(),
             color=self._color(),
-            normalize=[transforms.ToTensor(), transforms.Normalize(self.mean, self.std)],
+            normalize=[
+                transforms.ToTensor(),
+                *([first_channel] if self.is_grey else []),
+                transforms.Normalize(self.mean, self.std),
+            ],
             erase=[erase] if self.erase_prob > 0 else [],
         )
 
@@ -172,7 +186,7 @@ class Augmentation:
         if self.crop == "squash":
             return [transforms.Resize(whole, str_to_interp_mode(self.interpolation))], crop
         if self.crop == "border":
-            fill = tuple(round(255 * value) for value in self.mean)
+            fill = tuple(round(255 * value) for value in self._rgb_mean)
             return [ResizeKeepRatio(whole, 1.0, self.interpolation)], [CenterCropOrPad(size, fill)]
         resize = _resize_to_cover(whole, self.interpolation)
         return [CropLongSide(), resize], [transforms.CenterCrop(size)]
@@ -187,7 +201,7 @@ class Augmentation:
                 color_jitter=self.color_jitter,
                 auto_augment=self.policy,
                 interpolation=self.interpolation,
-                mean=self.mean,
+                mean=self._rgb_mean,
                 separate=True,
             )
         except (AssertionError, ValueError) as error:  # of the parts of a policy's name
@@ -197,6 +211,11 @@ class Augmentation:
             ) from error
         _keep_one_bit(color.transforms)
         return color.transforms
+
+
+def first_channel(images: torch.Tensor) -> torch.Tensor:
+    """Return the first channel of images ``... C H W``, ``... 1 H W``."""
+    return images[..., :1, :, :]
 
 
 def _resize_to_cover(size: tuple[int, int], interpolation: str) -> Callable:

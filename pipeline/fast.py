@@ -37,6 +37,7 @@ from pipeline.crop import (
     read_header,
     resize,
 )
+from pipeline.images import orientation_of, to_grey
 from pipeline.reference import LabelledImages, kept_random_numbers
 from pipeline.sources.base import Encoded, Pixels, Source
 from samplers import SampleIndex, mix_seed
@@ -160,7 +161,7 @@ class FastDataset(LabelledImages):
             self.resident = _resized(source, stages.resize, self.size)
         self._augment = augment and self.resident is None
         is_random_crop = augmentation.crop == "random-resized"
-        self._decode = decode or not is_random_crop or bool(self._pil_steps) or self._augment
+        self._decodes = decode or not is_random_crop or bool(self._pil_steps) or self._augment
 
     def __getitems__(self, indices: Sequence[int]) -> RawBatch:
         """Return the batch of these images."""
@@ -256,10 +257,10 @@ class FastDataset(LabelledImages):
             pixels = self.source.pixels[index]
         elif isinstance(self.source, Encoded):
             data = self.source.read(index)
-            header = read_header(data)
+            header = self._header(data)
             if is_readable(header, data):
                 box = Box(0, 0, header.height, header.width)
-                pixels = decode_crop(data, header, box, (header.height, header.width))
+                pixels = self._decode(data, header, box, (header.height, header.width))
             image = self.source.decode(data, index) if pixels is None else None
         else:
             image = self.source.open(index)
@@ -273,7 +274,7 @@ class FastDataset(LabelledImages):
         """Return a random crop, resized; or its JPEG and where to crop it."""
         if isinstance(self.source, Encoded):
             data = self.source.read(index)
-            header = read_header(data)
+            header = self._header(data)
             (enlarge,) = self._stages.resize
             if is_readable(header, data) and not enlarge.is_tiny(header.height, header.width):
                 return self._crop_jpeg(data, header, index)
@@ -284,11 +285,26 @@ class FastDataset(LabelledImages):
         box, mode = self._box(*pixels.shape[:2])
         return resize(pixels[crop_slices(box)], self.size, mode)
 
+    def _header(self, data: bytes) -> Header | None:
+        """Return the header of a JPEG whose crops can be decoded: not of one to be turned."""
+        if self.source.is_upright and orientation_of(data) != 1:
+            return None
+        return read_header(data)
+
+    def _decode(
+        self, data: bytes, header: Header, box: Box, size: tuple[int, int]
+    ) -> np.ndarray | None:
+        """Decode a crop as :func:`decode_crop` does, as grey if the images are."""
+        pixels = decode_crop(data, header, box, size)
+        if pixels is None or not self.source.is_grey:
+            return pixels
+        return np.array(to_grey(Image.fromarray(pixels)))
+
     def _crop_jpeg(self, data: bytes, header: Header, index: int) -> np.ndarray | EncodedCrop:
         box, mode = self._box(header.height, header.width)
-        if not self._decode:
+        if not self._decodes:
             return EncodedCrop(data, box, mode == "bicubic")
-        pixels = decode_crop(data, header, box, self.size)
+        pixels = self._decode(data, header, box, self.size)
         if pixels is None:
             pixels = np.array(self.source.decode(data, index))[crop_slices(box)]
         return resize(pixels, self.size, mode)

@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torchvision import transforms
 
 from utils import UserError
@@ -30,6 +30,8 @@ USUAL_SCANS, MAX_SCANS = 20, 100
 MAX_SCANNED = 1 << 30  # pixels times scans, of more than the usual number
 # of TIFF's types; 0 for bytes, texts and unknown ones, which Pillow does not unpack
 NUMBER_BYTES = np.array([0, 0, 0, 2, 4, 8, 1, 0, 2, 4, 8, 4, 8, 4, 0, 0, 8, 0], np.float64)
+EXIF_MARKS = (b"Exif", b"EXIF", b"eXIf", b"exif", b"tiff:Orientation")  # of all formats but TIFF
+TURNED = range(2, 9)  # EXIF orientations other than upright
 GREY_OF_16_BITS = ((np.arange(2**16) + 128) // 257).astype(np.uint8)  # 0..65535 to 0..255
 RRC_SCALE, RRC_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # timm's random resized crop
 
@@ -90,18 +92,21 @@ def read_file(path: str | Path) -> bytes:
         raise CorruptImageError(f"cannot decode image {path}: {_reason(error)}") from error
 
 
-def decode_image(data: bytes, name: str | Path, is_upright: bool = False) -> Image.Image:
+def decode_image(
+    data: bytes, name: str | Path, is_upright: bool = False, is_grey: bool = False
+) -> Image.Image:
     """Decode an encoded image to RGB, 8 bits per channel.
 
     The content tells the format. Of several frames or pages, the first is used. As in the
-    published results, alpha is dropped, and neither the EXIF orientation nor a colour profile is
-    applied. Grey of 16 bits is scaled to 8. Up to 179 million pixels (twice
+    published results, alpha is dropped, and neither a colour profile nor, by default, the EXIF
+    orientation is applied. Grey of 16 bits is scaled to 8. Up to 179 million pixels (twice
     ``PIL.Image.MAX_IMAGE_PIXELS``) are decoded, and fewer of small files that claim many.
 
     Args:
         data: Encoded image.
         name: Its name for messages.
         is_upright: Apply the EXIF orientation.
+        is_grey: See :func:`to_grey`.
 
     Raises:
         CorruptImageError: It is truncated, not an image, too large, or of a colour mode without
@@ -117,11 +122,33 @@ def decode_image(data: bytes, name: str | Path, is_upright: bool = False) -> Ima
                     image.getexif()  # kept by Pillow, which would also write it without the tag
                     image.info.pop("exif", None)
                     ImageOps.exif_transpose(image, in_place=True)
-                return _to_rgb(image)
+                image = _to_rgb(image)
+                return to_grey(image) if is_grey else image
     except MemoryError:  # not a property of the file
         raise
     except Exception as error:  # on damaged files the decoders raise errors of any kind
         raise CorruptImageError(f"cannot decode image {name}: {_reason(error)}") from error
+
+
+def orientation_of(data: bytes) -> int:
+    """Return the EXIF orientation of an encoded image without decoding it.
+
+    Returns:
+        1 (upright or not given) to 8; 0 if it cannot be read, as :func:`decode_image` will say.
+    """
+    if data[:2] not in (b"II", b"MM") and not any(mark in data for mark in EXIF_MARKS):
+        return 1
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _check_tags(data)
+            with Image.open(_CountedReads(data), formats=IMAGE_FORMATS) as image:
+                found = image.getexif().get(ExifTags.Base.Orientation, 1)
+                return found if found in TURNED else 1
+    except MemoryError:
+        raise
+    except Exception:  # on damaged files the decoders raise errors of any kind
+        return 0
 
 
 def _check_tags(data: bytes) -> None:
@@ -203,13 +230,21 @@ def are_few_scans(scans: int, pixels: int) -> bool:
     return scans <= USUAL_SCANS or (scans <= MAX_SCANS and scans * pixels <= MAX_SCANNED)
 
 
-def load_image(path: str | Path, is_upright: bool = False) -> Image.Image:
+def load_image(path: str | Path, is_upright: bool = False, is_grey: bool = False) -> Image.Image:
     """Decode an image file as :func:`decode_image` does.
 
     Raises:
         CorruptImageError: It cannot be read or decoded.
     """
-    return decode_image(read_file(path), path, is_upright)
+    return decode_image(read_file(path), path, is_upright, is_grey)
+
+
+def to_grey(image: Image.Image) -> Image.Image:
+    """Return Pillow's luma of an RGB image, in three equal channels.
+
+    Augmentation treats channels alike, so that they stay equal, and one of them is the input.
+    """
+    return image.convert("L").convert("RGB")
 
 
 def _reason(error: Exception) -> str:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from pipeline.augment_device import augment, crop_padded, erase, flip
-from pipeline.augmentation import PADDING
+from pipeline.augment_device import augment, crop_padded, erase, flip, grey
+from pipeline.augmentation import PADDING, first_channel
 from pipeline.fast import EncodedImages, FastDataset, RawBatch, ResidentImages
 from pipeline.images import decode_image
 from pipeline.reference import Batch
@@ -91,14 +91,14 @@ class BatchFinalizer:
         )
 
     def __call__(self, raw: RawBatch) -> Batch:
-        """Return images ``B 3 H W`` and targets on the device."""
+        """Return images ``B C H W`` and targets on the device."""
         targets = self._move(raw.targets)
         if not len(targets):
             return Batch(torch.empty(0, device=self.device), targets, raw.corrupt)
         images = self._images(raw.pixels)
         if raw.operations.shape[1]:
             images = augment(images, raw.operations, self.fill)
-        images = self.normalized(images)
+        images = self.normalized(first_channel(images) if self.augmentation.is_grey else images)
         if raw.boxes.shape[1]:
             generator = torch.Generator(self.device).manual_seed(raw.seed)
             images = erase(images, raw.boxes, self.augmentation.erase_mode, generator)
@@ -136,6 +136,8 @@ class BatchFinalizer:
             decoded = [self._move(_decoded_by_pillow(one)) for one in data]
         positions = [position for position, length in enumerate(lengths) if length]
         for position, whole in zip(positions, decoded, strict=True):
+            if self.augmentation.is_grey:
+                whole = grey(whole.permute(1, 2, 0)).permute(2, 0, 1).to(torch.uint8)
             _, top, left, height, width, *flips, is_bicubic = batch.crops[position].tolist()
             crop = whole[None, :, top : top + height, left : left + width].float()
             mode = "bicubic" if is_bicubic else "bilinear"
@@ -145,23 +147,23 @@ class BatchFinalizer:
         return images
 
     def normalized(self, images: torch.Tensor) -> torch.Tensor:
-        """Return ``(x / 255 - mean) / std`` of ``B 3 H W``, rounded as by torchvision's transforms.
+        """Return ``(x / 255 - mean) / std`` of ``B C H W``, rounded as by torchvision's transforms.
 
         The CPU works image by image, as one image fits into its cache.
         """
-        count, _, height, width = images.shape
+        count, channels, height, width = images.shape
         if self.memory_format == torch.channels_last:
-            pixels = images.permute(0, 2, 3, 1).reshape(count, height, width * 3)  # a view
+            pixels = images.permute(0, 2, 3, 1).reshape(count, height, width * channels)  # a view
             mean, std = (value.repeat(width) for value in (self.mean, self.std))
         else:
             pixels = images
-            mean, std = (value.view(3, 1, 1) for value in (self.mean, self.std))
+            mean, std = (value.view(-1, 1, 1) for value in (self.mean, self.std))
         found = self.memory.like(pixels)
         parts = zip(found, pixels, strict=True) if found.device.type == "cpu" else [(found, pixels)]
         for result, part in parts:
             result.copy_(part).div_(255).sub_(mean).div_(std)
         if self.memory_format == torch.channels_last:
-            return found.view(count, height, width, 3).permute(0, 3, 1, 2)
+            return found.view(count, height, width, channels).permute(0, 3, 1, 2)
         return found
 
 

@@ -111,7 +111,7 @@ def convert_classifier(
         "model_name": source.name,
         "model_kwargs": kwargs,
         "input_size": images.size,
-        "data_config": images.to_timm(),
+        "data_config": images.record(),
         "gelu": source.checkpoint.get("gelu", "none"),
     }
     if source.classes:

@@ -123,6 +123,8 @@ def config_of(
     }
     if source.classes:
         config["label_names"] = list(source.classes)
+    if source.data_config.exif:  # here, as timm refuses unknown keys in pretrained_cfg
+        config["exif"] = True
     if (gelu := source.checkpoint.get("gelu", "none")) != "none":
         config["gelu"] = gelu
     return config

@@ -38,7 +38,7 @@ from pipeline.sources.labels import open_images
 from pipeline.sources.listing import suffix_of
 from pipeline.sources.shards import scan_shards
 from pipeline.sources.split import FLAGS, HoldOut
-from pipeline.sources.summary import lines_of, record_of
+from pipeline.sources.summary import lines_of, orientation_lines, record_of
 from pipeline.workers import worker_init_fn
 from tools import cli
 from tools.files import folder_for
@@ -102,8 +102,9 @@ class Split:
     def __init__(self, name: str, args: argparse.Namespace):
         self.name, self.args = name, args
         held_out = HoldOut.of(vars(args))
-        self.images = open_images(args.data_path, name == "train", held_out, args.labels)
-        for line in lines_of(name, self.images):
+        images = open_images(args.data_path, name == "train", held_out, args.labels)
+        self.images = images.decoded_as(args.exif)
+        for line in lines_of(name, self.images) + orientation_lines(self.images):
             log(line)
         self.keys = make_keys(self.images)
         self.order = np.random.default_rng(args.seed).permutation(len(self.keys)).tolist()
@@ -117,7 +118,7 @@ class Split:
             "quality": args.quality if args.short_side else None,
             "shard_size": args.shard_size,
             "shard_images": args.shard_images,
-        }
+        } | ({"exif": True} if args.exif else {})  # older indices do not have it
 
     def pack(self) -> None:
         """Write the missing shards and the index."""
@@ -313,6 +314,8 @@ def main(argv: list[str]) -> None:
     add("--splits", nargs="+", choices=["train", "val"], default=["train", "val"])
     add("--short-side", type=int, metavar="S", help="resize images to this short side, in pixels")
     add("--quality", type=int, default=90, help="JPEG quality of resized images")
+    turned = "turn resized images by their EXIF orientation; the others keep their bytes and tags"
+    add("--exif", action=argparse.BooleanOptionalAction, default=False, help=turned)
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
         "--shard-size", type=float, default=256, metavar="MB", help="bytes per shard, 10^6"

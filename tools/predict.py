@@ -20,8 +20,10 @@ from PIL import Image
 import datasets
 from models import DataConfig
 from pipeline.images import CorruptImageError, DataError, load_image
+from pipeline.sources.base import Files
 from pipeline.sources.class_names import read_class_names
 from pipeline.sources.listing import Listing, find_images, image_suffixes
+from pipeline.sources.summary import orientation_lines
 from tools import cli, files
 from tools.cli import shortened, shown
 from tools.plots import new_figure, plain_text, save
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FLAGS = ("batch_size", "qk_scale_factor", "amp", "amp_dtype", "channels_last", "eval_crop_ratio")
+FLAGS += ("exif", "in_chans")
 HEADS = ("image", "rank", "class", "name", "probability")  # of the CSV file
 ENDING = "-prediction.png"  # of the pictures in a folder
 DOCUMENTS = (".gif", ".svg", ".pdf", ".ps", ".eps", ".csv", ".txt", ".html")
@@ -82,7 +85,7 @@ def names_of(subject: EvalModel, file: Path | None) -> list[str]:
 def read_batches(
     paths: Sequence[Path], args: Namespace, images: DataConfig, failed: list[str]
 ) -> Iterator[tuple[list[Path], torch.Tensor]]:
-    """Yield batches of files and of model inputs, ``B 3 H W``.
+    """Yield batches of files and of model inputs, ``B C H W``.
 
     ``failed`` receives the errors of images that cannot be decoded.
     """
@@ -91,7 +94,7 @@ def read_batches(
         good, inputs = [], []
         for path in paths[start : start + args.batch_size]:
             try:
-                inputs.append(transform(load_image(path)))
+                inputs.append(transform(load_image(path, images.exif, images.is_grey)))
                 good.append(path)
             except CorruptImageError as error:
                 failed.append(str(error))
@@ -229,6 +232,8 @@ def run(
     failed: list[str] = []
     rows: list[tuple] = []
     head = [shown(listing)] if any(map(os.path.isdir, args.images)) else []
+    files_given = Files(list(pictures), [0] * len(pictures), [""]).decoded_as(subject.images.exif)
+    head += orientation_lines(files_given)
     try:
         for found in predict(subject, list(pictures), args.topk, asked, failed):
             rows += csv_rows(found, names, asked)
@@ -236,7 +241,8 @@ def run(
             head = []
             if place := pictures[found.path]:
                 try:
-                    save(figure_of(found, short, asked, load_image(found.path)), place)
+                    image = load_image(found.path, subject.images.exif)
+                    save(figure_of(found, short, asked, image), place)
                     print(shown(f"written to {place}"))
                 except (CorruptImageError, OutputError) as error:
                     failed.append(str(error))

@@ -37,7 +37,11 @@ def distribute(
 
 
 def warm_up_ddp(
-    model: nn.Module, precision: Precision, batch_size: int, input_size: int | tuple[int, int]
+    model: nn.Module,
+    precision: Precision,
+    batch_size: int,
+    input_size: int | tuple[int, int],
+    in_chans: int = 3,
 ) -> None:
     """Run a few steps without an update, so that gradient buckets get their final order.
 
@@ -49,7 +53,7 @@ def warm_up_ddp(
     buffers = [buffer.clone() for buffer in model.buffers()]
     state = random_state(precision.device)
     model.train()
-    size = (batch_size, 3, *height_and_width(input_size))
+    size = (batch_size, in_chans, *height_and_width(input_size))
     images = precision.move(torch.zeros(size, dtype=precision.dtype or torch.float32))
     for _ in range(WARM_UP_STEPS):
         with precision.autocast():

@@ -115,7 +115,7 @@ def build_teacher(
 ) -> nn.Module:
     """Build the model of ``--teacher-path``, or timm's pretrained ``--teacher-model``.
 
-    It is in evaluation mode without gradients, and maps images ``B 3 H W`` to logits ``B K``.
+    It is in evaluation mode without gradients, and maps images ``B C H W`` to logits ``B K``.
 
     Args:
         args: Flags.
@@ -132,7 +132,7 @@ def build_teacher(
     named = args.teacher_model or None
     where, name = (args.teacher_path, named) if args.teacher_path else (named, None)
     try:
-        source = models.find_model(where, name, pretrained=True)
+        source = models.find_model(where, name, pretrained=True).with_channels(images.in_chans)
         if source.num_classes not in (None, num_classes):
             raise UserError(
                 f"teacher {where} has {source.num_classes} classes, the training set has "
@@ -143,9 +143,9 @@ def build_teacher(
         raise type(error)(f"teacher: {error}") from error
     if report := source.load(model):
         log(f"teacher {source.name}: {report}")
-    models.check_input_size(model, source.name, images.size)
+    models.check_input_size(model, source.name, images.size, images.in_chans)
     for size in args.progressive_sizes or ():
-        models.check_input_size(model, source.name, size, flag="--progressive-sizes")
+        models.check_input_size(model, source.name, size, images.in_chans, "--progressive-sizes")
     own = source.data_config
     if (own.mean, own.std) != (images.mean, images.std):
         model = Renormalized(model, images, own)

@@ -81,6 +81,8 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     add("--pretrained", action="store_true", help="start from the published weights of --model")
     size = f"{PIXELS}; default: that of the weights, else 224, or 32 for DIGITS"
     add_input_size(group, help=size)
+    channels = "1: grey images; default: that of the weights, else 3"
+    add("--in-chans", type=int, choices=[1, 3], help=channels)
     add(
         "--progressive-sizes",
         type=int,
@@ -282,6 +284,8 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         choices=INTERPOLATIONS,
         help="resize of evaluation; default: that of the weights, else bicubic",
     )
+    turned = "turn images by their EXIF orientation; default: as the weights, else off"
+    add("--exif", action=OnOff, help=turned)
     add("--dist-eval", action=OnOff, default=True, help="distribute evaluation over the processes")
     workers = min(10, usable_cpus())
     names = ("--num_workers", "--workers", "-j")

@@ -14,7 +14,7 @@ import engine
 import utils
 from models import ModelSource
 from pipeline.prefetch import Prefetcher
-from pipeline.sources.summary import lines_of
+from pipeline.sources.summary import lines_of, orientation_lines
 from training import agreement
 from training.class_weights import class_weights
 from training.cosub import CosubLoss, TwoViews
@@ -71,6 +71,12 @@ def _log_lines(split: str, dataset: datasets.LoadedDataset) -> None:
         log(line)
 
 
+def _log_orientation(*loaded: datasets.LoadedDataset) -> None:
+    if utils.is_main_process():  # which reads images
+        for line in orientation_lines(*(dataset.source for dataset in loaded)):
+            log(line)
+
+
 def build_job(
     args: Namespace,
     given: set[str],
@@ -109,6 +115,7 @@ def build_job(
     facts = agreement.label_facts(args) | agreement.model_facts(source, network)
     facts |= agreement.image_facts("validation", eval_set)
     if args.eval:
+        _log_orientation(eval_set)
         return Job(args, source, network, evaluation, facts)
 
     train_set, trained = datasets.build_dataset(True, args, device, images)
@@ -134,6 +141,7 @@ def build_job(
     weights = class_weights(args.class_weights, own.classes, own.targets)
     criterion = engine.build_criterion(args, mixup_fn, num_classes, weights)
     _log_lines("train", train_set)
+    _log_orientation(train_set, eval_set)
     facts |= agreement.image_facts("training", train_set)
     if weights is not None:
         facts["weights of the classes"] = lambda: agreement.contents({"weights": weights})

@@ -17,7 +17,7 @@ ELSEWHERE = {  # model arguments that --model-kwargs does not accept, and what s
     "pretrained": "loads weights: use --pretrained",
     "checkpoint_path": "loads weights: use --finetune CHECKPOINT",
     "features_only": "makes a backbone without a classifier: leave it out",
-    "in_chans": "is always 3 here: leave it out",
+    "in_chans": "is set by --in-chans",
 }
 OPTIMIZER_ELSEWHERE = {  # likewise, arguments of optimizers
     "params": "are the model's: leave it out",

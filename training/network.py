@@ -49,7 +49,21 @@ def choose_source(
     if source.name != args.model:
         log(f"{source.label} is of model {source.name}")
     check_exponent(source, exponent)
-    return source
+    return of_channels(source, args.in_chans)
+
+
+def of_channels(
+    source: ModelSource, in_chans: int | None, warn: Callable[[str], None] = log
+) -> ModelSource:
+    """Return a model for images of ``--in-chans``, None if not given; warn if weights have others.
+
+    Raises:
+        ModelError: The weights are of grey images, and three channels are asked for.
+    """
+    found, own = source.with_channels(in_chans), source.data_config.in_chans
+    if source.has_weights and found.data_config.in_chans != own:
+        warn(f"warning: --in-chans {in_chans}, but {source.label} expects {own}")
+    return found
 
 
 def check_exponent(
@@ -95,7 +109,7 @@ def check_size(
         arguments = model_arguments(args, given, source, source.num_classes or 1)
         with torch.device("meta"):
             model, _ = replace(source, pretrained=False).build_with_kwargs(size, *arguments)
-        models.check_input_size(model, source.name, size)
+        models.check_input_size(model, source.name, size, source.data_config.in_chans)
 
 
 @functools.cache
@@ -194,9 +208,9 @@ def build_network(
     name = source.name
     if hasattr(model, "qk_scale_factor"):
         kwargs["qk_scale_factor"] = model.qk_scale_factor
-    models.check_input_size(model, name, images.size)
+    models.check_input_size(model, name, images.size, images.in_chans)
     for size in args.progressive_sizes or ():
-        models.check_input_size(model, name, size, flag="--progressive-sizes")
+        models.check_input_size(model, name, size, images.in_chans, "--progressive-sizes")
     precision = choose_precision(args, model, device)
     precision.place(model)
     if args.grad_checkpointing:
@@ -231,7 +245,9 @@ def check_single_images(network: Network, args: Namespace) -> None:
         return
     model, state = copy.deepcopy(network.model).train(), random_state(network.precision.device)
     engine.eval_frozen(model)
-    image = network.precision.move(torch.zeros(1, 3, *network.images.input_size))
+    image = network.precision.move(
+        torch.zeros(1, network.images.in_chans, *network.images.input_size)
+    )
     try:
         with torch.no_grad(), network.precision.autocast():
             model(image)

@@ -141,7 +141,7 @@ class RunState:
             "model_name": self.network.name,
             "model_kwargs": self.network.kwargs,
             "input_size": self.network.images.size,
-            "data_config": self.network.images.to_timm(),
+            "data_config": self.network.images.record(),
             "classes": self.classes,
             "gelu": self.gelu,
             "args": vars(self.args),

@@ -160,7 +160,8 @@ class Trainer:
             model = distribute(model, precision.device, static)
         model = engine.compiled(model, args.compile)
         if self.info.world_size > 1:
-            warm_up_ddp(model, precision, args.batch_size, args.input_size)
+            channels = self.state.network.images.in_chans
+            warm_up_ddp(model, precision, args.batch_size, args.input_size, channels)
         return model
 
     def train_epoch(self, model: nn.Module, stop: int) -> dict[str, float] | None:

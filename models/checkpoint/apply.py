@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed
+from timm.models import adapt_input_conv
 from torch import nn
 
 from models.checkpoint.contents import settings_of, state_dict_of
@@ -110,6 +111,23 @@ def to_own_names(
     return dict(convert(state, model)) | tokens
 
 
+def summed_channels(state: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the first convolution's weights of RGB images for a model of grey ones.
+
+    They are summed over the channels, so that the model computes the same of grey images as the
+    RGB model of three equal channels. The result is empty for other weights and models.
+    """
+    own = model.state_dict()
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("first_conv") or ()
+    keys = [f"{name}.weight" for name in ([names] if isinstance(names, str) else names)]
+    return {
+        key: adapt_input_conv(1, state[key])
+        for key in keys
+        if key in own and key in state and state[key].ndim == 4
+        if (own[key].shape[1], state[key].shape[1]) == (1, 3)
+    }
+
+
 def load_weights(
     model: nn.Module,
     checkpoint: Mapping[str, Any],
@@ -136,7 +154,10 @@ def load_weights(
     state = {key: value for key, value in state.items() if key not in ignored}
     settings = settings_of(checkpoint, source)
     try:
-        converted = to_own_names(state, model, trained_size(checkpoint))
+        summed = summed_channels(state, model)
+        converted = to_own_names(state | summed, model, trained_size(checkpoint))
+        summed |= summed_channels(converted, model)  # of other names
+        converted |= summed
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         # shapes of any kind make conversions raise errors of any kind
         raise CheckpointError(f"{source} does not fit the model: {e or type(e).__name__}") from e
@@ -155,7 +176,7 @@ def load_weights(
     resampled = (
         key
         for key, value in converted.items()
-        if key in state
+        if key in state and key not in summed
         if value.shape != state[key].shape or (key == "pos_embed" and value is not state[key])
     )
     return LoadReport(
@@ -166,7 +187,10 @@ def load_weights(
         ignored=(*ignored, *others),
         missing=tuple(missing),
         unexpected=tuple(unexpected),
-        notes=tuple(_apply(model, prefix, *settings)),
+        notes=(
+            *(f"{key}: 3 channels summed to 1" for key in summed),
+            *_apply(model, prefix, *settings),
+        ),
     )
 
 

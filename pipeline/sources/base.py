@@ -11,7 +11,7 @@ from typing import Self
 import numpy as np
 from PIL import Image
 
-from pipeline.images import DataError, decode_image, read_file
+from pipeline.images import DataError, decode_image, read_file, to_grey
 from pipeline.sources.listing import LeftOut, some_of
 
 
@@ -25,6 +25,9 @@ class Source(ABC):
             order; ``None`` if any order is equally good.
         left_out: What its folder has and is not among the images.
         notices: What the user should know about the choice of images.
+        is_remote: Reading an image may fetch a file.
+        is_upright: The EXIF orientation is applied.
+        is_grey: Images are grey, in three equal channels.
     """
 
     classes: Sequence[str]
@@ -32,6 +35,9 @@ class Source(ABC):
     shards: Sequence[int] | None = None
     left_out = LeftOut()  # replaced by sources of folders, never changed
     notices: tuple[str, ...] = ()
+    is_remote = False
+    is_upright = False
+    is_grey = False
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -63,6 +69,14 @@ class Source(ABC):
         if missing := sorted({*classes} - {*self.classes}, key=numbers.get):
             share = f"{len(self.classes):,} of {len(classes):,}"
             found.notices += (f"{title} has {share} classes of {source}: no {some_of(missing)}",)
+        return found
+
+    def decoded_as(self, is_upright: bool, is_grey: bool = False) -> Self:
+        """Return these images, decoded with the EXIF orientation or without, and as grey or RGB."""
+        if (self.is_upright, self.is_grey) == (is_upright, is_grey):
+            return self
+        found = copy.copy(self)
+        found.is_upright, found.is_grey = is_upright, is_grey
         return found
 
     @abstractmethod
@@ -102,7 +116,7 @@ class Encoded(Source):
         Raises:
             CorruptImageError: They cannot be decoded.
         """
-        return decode_image(data, self.name(index))
+        return decode_image(data, self.name(index), self.is_upright, self.is_grey)
 
     def open(self, index: int) -> Image.Image:
         return self.decode(self.read(index), index)
@@ -218,6 +232,13 @@ class Pixels(Source):
     def __init__(self, pixels: np.ndarray, targets: Sequence[int], classes: Sequence[str]):
         self.pixels = pixels
         self.targets, self.classes = np.asarray(targets, np.int64), list(classes)
+
+    def decoded_as(self, is_upright: bool, is_grey: bool = False) -> Self:
+        found = super().decoded_as(is_upright, is_grey)
+        if is_grey and not self.is_grey:
+            images = (to_grey(self.open(index)) for index in range(len(self)))
+            found.pixels = np.stack([np.asarray(image) for image in images])
+        return found
 
     def open(self, index: int) -> Image.Image:
         return Image.fromarray(self.pixels[index])

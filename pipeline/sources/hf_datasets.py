@@ -59,7 +59,7 @@ class HubImages(Encoded):
 
     def __reduce__(self) -> tuple:
         state = self._title, self._files, self._column, self.targets, self.classes
-        return HubImages, state
+        return HubImages, state, {"is_upright": self.is_upright, "is_grey": self.is_grey}
 
     def name(self, index: int) -> str:
         name, path = f"{self._title}[{index}]", self._get(index, "path")

@@ -93,6 +93,7 @@ class Shards(Encoded):
         self._offsets, self._sizes = members.offsets, members.sizes
         self._checksums, self._names = members.checksums, Strings(*members[-2:])
         self.paths, self._files = list(paths), _OpenFiles(paths, index.shards, cache)
+        self.is_remote = any(path.startswith(REMOTE) for path in self.paths)
         self._check(index.shards)
 
     def _check(self, shards: Sequence[Shard]) -> None:

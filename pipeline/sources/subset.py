@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image
 
 from pipeline.sources.base import Encoded, Pixels, Source
 
@@ -45,6 +44,8 @@ class _Part(Encoded):
         self._whole, self._indices = whole, indices
         self.targets, self.classes = whole.targets[indices], whole.classes
         self.left_out, self.notices = whole.left_out, whole.notices
+        self.is_remote = whole.is_remote
+        self.is_upright, self.is_grey = whole.is_upright, whole.is_grey
         if whole.shards is not None:
             number = np.searchsorted(np.cumsum(whole.shards), indices, side="right")
             counts = np.bincount(number, minlength=len(whole.shards))
@@ -59,6 +60,3 @@ class _Part(Encoded):
     def listing(self) -> Iterator[str]:
         lines = list(self._whole.listing())
         return (lines[index] for index in self._indices)
-
-    def decode(self, data: bytes, index: int) -> Image.Image:
-        return self._whole.decode(data, self._indices[index])

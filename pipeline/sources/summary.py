@@ -5,8 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.sources.base import Source
+from pipeline.images import TURNED, DataError, orientation_of
+from pipeline.sources.base import Encoded, Source
 
+LOOKED_AT = 200  # images of a source whose orientation is read
 UNEQUAL = 2  # times as many images in the largest class as in the smallest are mentioned
 
 
@@ -28,6 +30,29 @@ def lines_of(split: str, source: Source) -> list[str]:
             f" class {names[high]}"
         )
     return lines + [f"notice: {notice}" for notice in source.notices]
+
+
+def orientation_lines(*sources: Source) -> list[str]:
+    """Return a notice if images have an EXIF orientation that is not applied, else nothing.
+
+    Up to ``LOOKED_AT`` of each source are looked at, evenly spread. Remote ones are not.
+    """
+    seen, turned = 0, 0
+    for source in sources:
+        if not isinstance(source, Encoded) or source.is_upright or source.is_remote:
+            continue
+        for index in np.linspace(0, len(source) - 1, min(len(source), LOOKED_AT)).astype(int):
+            try:
+                turned += orientation_of(source.read(int(index))) in TURNED
+                seen += 1
+            except DataError:  # reported where it is used
+                continue
+    if not turned:
+        return []
+    return [
+        f"notice: {turned} of {seen} images looked at have an EXIF rotation, which is not applied:"
+        f" --exif turns them"
+    ]
 
 
 def record_of(source: Source) -> dict[str, Any]:

@@ -20,7 +20,7 @@ class Preprocessed(nn.Module):
     """A model that normalizes decoded images itself.
 
     Args:
-        model: Takes normalized images ``B 3 H W``.
+        model: Takes normalized images ``B C H W``.
         mean, std: Normalization of values in 0..1.
     """
 
@@ -31,7 +31,7 @@ class Preprocessed(nn.Module):
         self.register_buffer("factor", torch.tensor(std).mul(255).reciprocal())
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels ``B H W 3`` of uint8 to logits ``B num_classes``."""
+        """Pixels ``B H W C`` of uint8 to logits ``B num_classes``."""
         image = (pixels.to(self.mean.dtype) - self.mean) * self.factor
         return self.model(image.permute(0, 3, 1, 2))
 
@@ -94,11 +94,12 @@ class ExportSource:
             "crop_mode": self.images.crop_mode,
             "crop_pct": str(self.images.crop_pct),
             "short_side": str(self.short_side),
+            "exif": json.dumps(self.images.exif),
             "preprocessing": "inside" if self.preprocessing else "outside",
         }
 
     def random_images(self, batch: int, seed: int = 0) -> torch.Tensor:
-        """Random images: ``B 3 H W`` of unit variance, or pixels ``B H W 3``."""
+        """Random images: ``B C H W`` of unit variance, or pixels ``B H W C``."""
         generator = torch.Generator().manual_seed(seed)
         if self.preprocessing:
             shape = (batch, *self.size, len(self.images.mean))
@@ -138,7 +139,8 @@ def load_source(args: argparse.Namespace, device: torch.device) -> ExportSource:
     """
     source = _model_source(args)
     notes: list[str] = []
-    flags = argparse.Namespace(input_size=args.input_size, eval_crop_ratio=None, interpolation=None)
+    asked = dict.fromkeys(("eval_crop_ratio", "interpolation", "exif", "in_chans"))
+    flags = argparse.Namespace(input_size=args.input_size, **asked)
     images = datasets.choose_images(flags, source.data_config, source.label, notes.append)
     size = images.input_size
     classes = {} if args.num_classes is None else {"num_classes": args.num_classes}
@@ -148,10 +150,12 @@ def load_source(args: argparse.Namespace, device: torch.device) -> ExportSource:
     label = source.label if source.has_weights else f"no --checkpoint: {source.label}"
     notes.append(str(report or label))
     model = model.to(device).eval().requires_grad_(False)
-    channels = getattr(model, "in_chans", 3)
-    if channels != 3:
-        raise UserError(f"{source.name} takes images of {channels} channels, not of 3")
-    models.check_input_size(model, source.name, size)
+    channels = getattr(model, "in_chans", images.in_chans)
+    if channels != images.in_chans:
+        raise UserError(
+            f"{source.name} takes images of {channels} channels, not of {images.in_chans}"
+        )
+    models.check_input_size(model, source.name, size, images.in_chans)
     exported = model
     if args.fuse and isinstance(model, Fusible):
         exported = model.fuse()

@@ -30,7 +30,15 @@ from training.data import with_recorded_split
 from training.parser import Parser, image_size
 from utils import UserError
 
-NETWORK = ("batch_size", "qk_scale_factor", "amp", "amp_dtype", "channels_last", "compile")
+NETWORK = (
+    "batch_size",
+    "in_chans",
+    "qk_scale_factor",
+    "amp",
+    "amp_dtype",
+    "channels_last",
+    "compile",
+)
 Row = Mapping[str, Any]
 SOURCE_WIDTH = 32  # of a checkpoint's name above a picture
 COLUMNS = {  # of a row: heading, decimals

@@ -14,7 +14,7 @@ import models
 from models import DataConfig, ModelSource, size_text
 from tools.cli import shown
 from tools.validate.classes import ClassMap, match_classes
-from training.network import check_exponent, choose_precision, fused
+from training.network import check_exponent, choose_precision, fused, of_channels
 from utils import UserError
 
 
@@ -82,12 +82,13 @@ def eval_models(
         name, exponent = args.model if files else None, args.qk_scale_factor
         source = models.find_model(where, name, pretrained=True, exponent=exponent)
         check_exponent(source, exponent, warn)
+        source = of_channels(source, args.in_chans, warn)
         weights = source.weights(args.weights)
         for asked in args.input_size or [None]:
             at_size = Namespace(**vars(args) | {"input_size": asked})
             images = datasets.choose_images(at_size, source.data_config, source.label, warn)
             model = source.build(images.size)
-            models.check_input_size(model, source.name, images.size)
+            models.check_input_size(model, source.name, images.size, images.in_chans)
             precision = choose_precision(args, model, device)
             precision.place(model)
             for name in weights:

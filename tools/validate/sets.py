@@ -19,7 +19,7 @@ from pipeline.sources.base import Encoded, Files
 from pipeline.sources.folder import find_validation, list_classes, open_folder_of_classes
 from pipeline.sources.labels import open_labels
 from pipeline.sources.split import HoldOut
-from pipeline.sources.summary import lines_of
+from pipeline.sources.summary import lines_of, orientation_lines
 from tools.validate.classes import NUM_IMAGENET
 
 TIMM = "timm"  # value of --real-labels for the copy in timm
@@ -50,7 +50,7 @@ class EvalSet:
 
     def lines(self) -> list[str]:
         """Return the lines that say which images these are, and what was left out."""
-        return lines_of(self.title, self.source)
+        return lines_of(self.title, self.source) + orientation_lines(self.source)
 
     def paths(self) -> list[str]:
         """Return the paths of the images; none if they are in memory or in shards."""

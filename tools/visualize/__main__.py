@@ -50,6 +50,10 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--pretrained": {"action": "store_true", "help": "timm's weights instead of random ones"},
     "--weights": {"choices": ["model", "ema"], "default": "model", "help": "or the EMA weights"},
     "--input-size": INPUT_SIZE,
+    "--exif": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "turn images by their EXIF orientation; as the weights if not given",
+    },
     "--seed": {"type": int, "default": 0, "help": "seed of random weights (0)"},
     "--device": {"choices": ["cpu", "cuda"], "help": "cuda if available, else cpu"},
     "--output": {"type": Path, "metavar": "FILE.png", "help": "figure to write"},
@@ -57,14 +61,23 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--csv": {"type": Path, "metavar": "FILE.csv", "help": "the values in the figure"},
 }
 MODELS = "--model --pretrained --weights --input-size --seed --device"
+PHOTOS = f"{MODELS} --exif"  # of kinds that read images
 TARGETS = "--output --tensorboard --csv"
 KINDS = {  # kind: (function from flags to Picture, flags ...)
     "gates": (heads.make_gates, "checkpoints", MODELS),
-    "nonlocality": (heads.make_nonlocality, "checkpoints --image --data-path --count", MODELS),
-    "attention": (attention.make, "--checkpoint --image --query --layers --heads --part", MODELS),
+    "nonlocality": (
+        heads.make_nonlocality,
+        "checkpoints --image --data-path --count",
+        MODELS,
+    ),
+    "attention": (
+        attention.make,
+        "--checkpoint --image --query --layers --heads --part",
+        MODELS,
+    ),
     "bias": (positions.make, "source --show --layers", MODELS),
     "kernels": (kernels.make, "source --layer --channels --scale", MODELS),
-    "features": (features.make, "source --image --layers --channels --pick", MODELS),
+    "features": (features.make, "source --image --layers --channels --pick", PHOTOS),
     "curves": (curves.make, "runs"),
 }
 

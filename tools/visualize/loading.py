@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +42,7 @@ class LoadedModel(NamedTuple):
 
     def normalized(self, images: torch.Tensor) -> torch.Tensor:
         """Normalize images ``B 3 H W`` in 0..1 and move them to the device."""
+        images = images[:, : self.images.in_chans]
         normalized = normalize(images, self.images.mean, self.images.std)
         return normalized.to(next(self.module.parameters()).device)
 
@@ -64,15 +66,16 @@ def load_model(what: str, args: Namespace) -> LoadedModel:
     if not source.checkpoint:
         label = "pretrained" if args.pretrained else "random weights"
     epoch = source.checkpoint.get("epoch")
+    exif = getattr(args, "exif", None)  # of the kinds that read images
     model = LoadedModel(
         module=found.model.to(select_device(args.device, DistInfo())),
         name=f"{source.name}{kind}",
         label=f"{source.name}, {label}",
         epoch=epoch if isinstance(epoch, int) and not source.checkpoint.get("step") else None,
-        images=found.data_config,
+        images=found.data_config if exif is None else replace(found.data_config, exif=exif),
         resampled=bool(found.report and found.report.resampled),
     )
-    models.check_input_size(model.module, model.label, model.images.size)
+    models.check_input_size(model.module, model.label, model.images.size, model.images.in_chans)
     return model
 
 
@@ -83,8 +86,11 @@ def load_images(model: LoadedModel, paths: Sequence[str | Path]) -> torch.Tensor
     """
     files = [find_images(path, 1)[0] if Path(path).is_dir() else path for path in paths]
     transform = datasets.build_transform(False, Namespace(), model.images)
-    view = transforms.Compose(transform.transforms[:-1])
-    return torch.stack([view(load_image(file)) for file in files])
+    steps = 2 if model.images.is_grey else 1  # that choose a channel and normalize
+    view = transforms.Compose(transform.transforms[:-steps])
+    return torch.stack(
+        [view(load_image(file, model.images.exif, model.images.is_grey)) for file in files]
+    )
 
 
 def find_images(folder: str | Path, count: int) -> list[Path]:
