@@ -79,6 +79,9 @@ def place(shared, cifar, tmp_path_factory):
     with tarfile.open(shared / "data" / "imagenet_sample.tar") as archive:
         members = [m for m in archive if m.isfile() and m.name.endswith("JPEG")][::64]
         archive.extractall(folder / "data", members, filter="data")
+    (folder / "data/photos").mkdir()
+    for name in ("bird", "cat", "dog"):
+        (folder / "data/photos" / name).symlink_to(folder / "data/cifar10/train" / name)
     (folder / "data/imagenet").mkdir()
     for split in ("train", "val"):
         (folder / "data/imagenet" / split).symlink_to(folder / "data/imagenet_sample/val")
