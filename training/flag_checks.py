@@ -137,9 +137,12 @@ def _check_finetuning(args: argparse.Namespace) -> None:
                 f"--{flag.replace('_', '-')} would freeze random weights: give --finetune "
                 f"CHECKPOINT"
             )
-    if args.linear_probe and (args.freeze_stages is not None or args.layer_decay is not None):
-        other = "--layer-decay" if args.freeze_stages is None else "--freeze-stages"
-        raise UserError(f"--linear-probe trains the classifier alone: leave {other} out")
+    decays = args.layer_decay not in (None, 1)
+    if args.linear_probe and (args.freeze_stages is not None or decays):
+        other = (
+            "--freeze-stages out" if args.freeze_stages is not None else "--layer-decay out, or 1"
+        )
+        raise UserError(f"--linear-probe trains the classifier alone: leave {other}")
     if args.attn_only and (args.linear_probe or args.freeze_stages is not None):
         other = "--linear-probe" if args.linear_probe else "--freeze-stages"
         raise UserError(f"--attn-only chooses what is trained: leave {other} out")

@@ -114,7 +114,7 @@ def cases(rng: random.Random) -> list[Case]:
                 continue
             case = Case("environment", name, program, words, outcome=FINE, around=around)
             found.append(case)
-    leaves = ("args.yaml", "events.*", "log.txt")
+    leaves = ("args.yaml", "data.json", "events.*", "log.txt")
     features = ["features", "+mid.pth", "--image", "+photo.jpg", "--tensorboard", "=run"]
     for size, program, words, named in (
         (10, "main", RUN, "checkpoint.pth"),

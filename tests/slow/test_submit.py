@@ -187,7 +187,7 @@ def test_flags_of_the_run():
         (["--local", "--nodes", 2, "--", *RUN], 1, "node"),
         (["--", "--epochs", 0], 1, "--epochs 0"),
         (["--", "--no-such-flag"], 2, "main.py: .*--no-such-flag"),
-        (["--model", "m"], 2, "tools.submit: .*--model "),
+        (["--model", "m"], 2, r"tools.submit: .*--model\b"),
     ],
 )
 def test_what_cannot_be_submitted_is_an_error(flags, status, names, tmp_path, capsys, monkeypatch):
