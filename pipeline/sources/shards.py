@@ -331,6 +331,6 @@ def _open_index(location: str, cache: Cache | None, classes: list[str] | None) -
         data = file.read()
     if hashlib.sha256(data).hexdigest() != part.sha256:
         raise DataError(f"{path} is not the one that {location} was written with")
-    index = Index(own, shards, Members.from_bytes(data, path, images))
+    index = Index(own or classes or [], shards, Members.from_bytes(data, path, images))
     found = Shards(index, [sibling(location, shard.name) for shard in shards], cache)
     return found if classes is None else found.in_classes(classes, location)
