@@ -296,12 +296,16 @@ def test_cosub_trains_two_submodels(images, tmp_path, main, monkeypatch):
 
 VALUES = {  # where the rule of value_of does not do
     "data_set": "CIFAR10",
+    "opt": "lookahead_sgd",
     "opt_betas": [0.8, 0.9],
+    "sched": "step",
+    "aa": "original",
     "cutmix_minmax": [0.25, 0.75],
     "model_kwargs": ["depth=3", "name=[1, 2]"],
     "opt_kwargs": ["rho=0.1", "name=[1, 2]"],
     "log_to": ["wandb", "mlflow"],
     "input_size": 7,
+    "val_split": 0.25,
     "decay_milestones": [3, 7],
     "compile": "eager",
     "scale": [0.25, 0.5],
@@ -312,6 +316,9 @@ VALUES = {  # where the rule of value_of does not do
 }
 WITH = {  # flags that another one needs
     "eval": ["--resume", "x.pth"],
+    "val_split": ["--data-path", "x"],
+    "k_folds": ["--fold", "3", "--data-path", "x"],
+    "fold": ["--k-folds", "9", "--data-path", "x"],
     "fuse": ["--eval", "--resume", "x.pth"],
     "distillation_type": ["--teacher-model", "x"],
     "teacher_model": ["--distillation-type", "soft"],

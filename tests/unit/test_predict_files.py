@@ -84,10 +84,10 @@ def test_one_picture_that_cannot_be_written_does_not_stop_the_others(images, cal
 
 
 def test_images_that_are_done_are_kept(images, call, tmp_path, monkeypatch):
-    def interrupted(path):
+    def interrupted(path, *options):
         if path.name == "c.png":
             raise KeyboardInterrupt
-        return real(path)
+        return real(path, *options)
 
     real = predict.load_image
     monkeypatch.setattr(predict, "load_image", interrupted)
