@@ -33,6 +33,7 @@ from training.output import Output
 from training.parser import Parser, add_input_size
 from training.run_state import RunState
 from training.schedules import Rates
+from training.tracking import Tracking
 from training.trainer import Trainer
 from utils import log
 
@@ -73,7 +74,8 @@ def build(
     state = RunState(args, network, rates, args.steps, sampler, place, group)
     output = Output(args.output_dir if kind is Trainer else "")
     loader = Batches([batch] * args.steps)
-    return kind(state, output, loader, None, None, torch.nn.CrossEntropyLoss())
+    criterion, tracking = torch.nn.CrossEntropyLoss(), Tracking(args, output, False)
+    return kind(state, output, loader, None, None, criterion, lambda size: loader, tracking)
 
 
 def seconds(trainer: Trainer, model: torch.nn.Module) -> float:
