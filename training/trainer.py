@@ -208,7 +208,7 @@ class Trainer:
     def resize(self, epoch: int) -> None:
         """Replace the loader where ``--progressive-sizes`` has another size for an epoch."""
         size = engine.train_size(self.args, epoch)
-        if size == self.loader.loader.dataset.augmentation.size:
+        if not self.args.progressive_sizes or size == self.loader.loader.dataset.augmentation.size:
             return
         self.output.wait()  # loader workers are started while no other thread runs
         self.loader = self.batches_at(size)
