@@ -64,7 +64,7 @@ def _read(path: str, classes: Sequence[str]) -> list[float]:
 
 
 def _add(row: Sequence[str], found: dict[str, float], where: str) -> None:
-    """Add the class and weight of a row; raise UserError for a row that has not just these."""
+    """Add the class and weight of a row; raise UserError for any other row."""
     try:
         name, text = row
         weight = float(text)

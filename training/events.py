@@ -22,7 +22,7 @@ _numbers = itertools.count()
 class EventFile:
     """A file of TensorBoard events, created by the first ones.
 
-    What the disk does not take is kept for the next attempt.
+    Events that cannot be written are kept for the next attempt.
 
     Args:
         folder: Folder of the file, which must exist.

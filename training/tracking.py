@@ -206,7 +206,7 @@ class Tracking:
 
     Args:
         args: Flags.
-        output: Output folder, whose log has begun.
+        output: Output folder; ``log.txt`` holds the epochs before this start.
         resumes: The run continues one of this folder.
 
     Raises:

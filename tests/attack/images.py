@@ -183,7 +183,7 @@ def cases(rng: random.Random) -> list[Case]:
     def add(name: str, number: int, make: Callable, *flags: str, **options: object) -> None:
         readers = programs("@images")
         program, words = readers[(start + number) % len(readers)]
-        leaves = ("args.yaml", "data.json", "events.*", "lock", "plan.json")  # of what has begun
+        leaves = ("args.yaml", "data.json", "events.*", "lock", "plan.json")  # of a start
         words = [*words, *flags]
         found.append(Case("images", name, program, words, make, leaves=leaves, **options))
 
