@@ -209,7 +209,12 @@ def compare_world_sizes(info: DistInfo, store: dist.Store) -> None:
     store.set(f"size of rank {info.rank}", str(info.world_size))
     for rank in range(1, info.world_size) if info.rank == 0 else [0]:
         size = int(store.get(f"size of rank {rank}"))
+        if info.rank > 0:
+            store.set(f"read by rank {info.rank}", "")
         if size != info.world_size:
+            if info.rank == 0:  # which may hold the store: the other reads from it first
+                with contextlib.suppress(RuntimeError):
+                    store.wait([f"read by rank {rank}"], timedelta(seconds=ANSWER))
             raise UserError(
                 f"rank {info.rank} was started as one of {info.world_size} processes, rank {rank} "
                 f"as one of {size}: all must be given the same number"

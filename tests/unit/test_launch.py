@@ -1,9 +1,19 @@
 """The environments of torchrun, srun and mpirun."""
 
+import threading
+
 import pytest
 import torch
+import torch.distributed as dist
 
-from training.launch import DistInfo, dist_info_from_env, first_node, rendezvous, select_device
+from training.launch import (
+    DistInfo,
+    compare_world_sizes,
+    dist_info_from_env,
+    first_node,
+    rendezvous,
+    select_device,
+)
 from utils import UserError
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
@@ -93,3 +103,22 @@ def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(UserError, match="--device cpu"):
         select_device("cuda", DistInfo())
+
+
+def test_rank_0_stays_until_a_rank_of_another_world_has_read_its_size():
+    store, errors = dist.HashStore(), []
+
+    def compare(rank, size):
+        try:
+            compare_world_sizes(DistInfo(rank, size, rank), store)
+        except UserError as error:
+            errors.append(str(error))
+
+    first = threading.Thread(target=compare, args=(0, 2))
+    first.start()
+    store.set("size of rank 1", "3")
+    first.join(timeout=0.5)
+    assert first.is_alive()
+    compare(1, 3)
+    first.join(timeout=60)
+    assert len(errors) == 2
