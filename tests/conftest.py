@@ -350,3 +350,45 @@ def error_of(program, *flags, **options):
 @pytest.fixture
 def main():
     return run_main
+
+
+@pytest.fixture(scope="session")
+def on_device():
+    """Run Python on CUDA devices that are not there; see tests/nullcuda/README.md.
+
+    ``on_device(*words, options=(), status=0)`` returns the output, the errors, and the counters of
+    every process that used a device. On a machine with a GPU, that is used, and counts nothing.
+    """
+
+    def run(*words, options=(), status=0, timeout=600, **env):
+        launcher = [str(ROOT / "tests" / "nullcuda" / "nullcuda"), *map(str, options)]
+        done = subprocess.run(
+            [*(() if torch.cuda.is_available() else launcher), sys.executable, *map(str, words)],
+            cwd=ROOT,
+            env=clean_env(PYTHONPATH=str(ROOT), **{key: str(env[key]) for key in env}),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        lines = [line for line in done.stderr.splitlines() if line.startswith("nullcuda: ")]
+        if done.returncode == 77:
+            pytest.skip(lines[-1])
+        assert done.returncode == status, done.stderr
+        counted = [json.loads(line.removeprefix("nullcuda: ")) for line in lines if "{" in line]
+        errors = "".join(x for x in done.stderr.splitlines(True) if x.rstrip("\n") not in lines)
+        return done.stdout, errors, counted
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def count_on_device(on_device):
+    """``count_on_device(program, *words, options=())``: the lines of JSON that a program prints."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here, which counts nothing")
+
+    def run(program, *words, **options):
+        output, _, _ = on_device("-m", f"tests.nullcuda.{program}", *words, **options)
+        return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+
+    return run
