@@ -185,7 +185,9 @@ def build_criterion(
 
 
 class Meter:
-    """Statistics of an epoch on this rank, accumulated without device syncs.
+    """Statistics of an epoch on this rank.
+
+    Losses stay on the device until they are read.
 
     Attributes:
         steps: Batches done.
@@ -198,19 +200,19 @@ class Meter:
         bad_step: First step of the epoch with a nonfinite loss, likewise; else -1.
     """
 
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._in_row = self._number(0)
-        self.restart()
+    SUMS = ("total", "bad", "skipped", "in_row", "worst", "first_bad")
 
-    def _number(self, value: int) -> torch.Tensor:
-        return torch.full((), value, dtype=torch.int64, device=self._device)
+    def __init__(self) -> None:
+        self._in_row = 0
+        self.restart()
 
     def restart(self) -> None:
         """Start an epoch; a row of nonfinite losses continues."""
-        self._total = torch.zeros((), device=self._device)
-        self._bad, self._skipped = self._number(0), self._number(0)
-        self._worst, self._first_bad = self._number(0), self._number(-1)
+        self._losses: list[torch.Tensor] = []
+        self._skips: list[torch.Tensor] = []
+        self._total = 0.0
+        self._bad = self._skipped = self._worst = 0
+        self._first_bad = -1
         self.bad_in_row, self.bad_step = 0, -1
         self.steps = self.images = 0
         self.corrupt: list[str] = []
@@ -218,49 +220,57 @@ class Meter:
 
     def add(self, loss: torch.Tensor) -> None:
         """Count the loss of a step; nonfinite losses do not enter the mean."""
-        finite = torch.isfinite(loss)
-        self._total += torch.where(finite, loss, 0.0)
-        self._bad += ~finite
-        self._in_row = torch.where(finite, 0, self._in_row + 1)
-        self._worst = torch.maximum(self._worst, self._in_row)
-        is_first = ~finite & (self._first_bad < 0)
-        self._first_bad = torch.where(is_first, self.steps, self._first_bad)
+        self._losses.append(loss)
         self.steps += 1
 
     def add_skipped(self, skipped: torch.Tensor | None) -> None:
         """Count an update if the loss scaler skipped it."""
         if skipped is not None:
-            self._skipped += skipped
+            self._skips.append(skipped)
 
     def read(self) -> None:
-        """Update ``bad_in_row`` and ``bad_step``. Waits for the device."""
-        self.bad_in_row, self.bad_step = torch.stack([self._worst, self._first_bad]).tolist()
+        """Count what was added since the last reading. Waits for the device."""
+        losses = torch.stack(self._losses).tolist() if self._losses else []
+        for step, loss in enumerate(losses, start=self.steps - len(losses)):
+            if math.isfinite(loss):
+                self._total += loss
+                self._in_row = 0
+                continue
+            self._bad += 1
+            self._in_row += 1
+            self._worst = max(self._worst, self._in_row)
+            self._first_bad = step if self._first_bad < 0 else self._first_bad
+        if self._skips:
+            self._skipped += int(torch.stack(self._skips).sum())
+        self._losses, self._skips = [], []
+        self.bad_in_row, self.bad_step = self._worst, self._first_bad
 
     def mean(self) -> float:
         """Return the mean of the finite losses on this rank. Waits for the device."""
-        good = self.steps - self._bad.item()
-        return self._total.item() / good if good else math.nan
+        self.read()
+        good = self.steps - self._bad
+        return self._total / good if good else math.nan
 
     def counts(self) -> dict[str, int]:
         """Return the counts of nonfinite losses and skipped updates. Waits for the device."""
-        return {"nonfinite": self._bad.item(), "skipped": self._skipped.item()}
+        self.read()
+        return {"nonfinite": self._bad, "skipped": self._skipped}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain values. Waits for the device."""
+        self.read()
         numbers = {key: getattr(self, key) for key in ("steps", "images", "lr", "seconds")}
-        devices = {"total": self._total, "bad": self._bad, "skipped": self._skipped}
-        devices |= {"in_row": self._in_row, "worst": self._worst, "first_bad": self._first_bad}
-        values = {key: value.item() for key, value in devices.items()}
-        return numbers | values | {"corrupt": list(self.corrupt)}
+        sums = {key: getattr(self, f"_{key}") for key in self.SUMS}
+        return numbers | sums | {"corrupt": list(self.corrupt)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a ``state_dict``."""
+        self.restart()
         for key in ("steps", "images", "lr", "seconds"):
             setattr(self, key, state[key])
         self.corrupt = list(state["corrupt"])
-        self._total = torch.full((), state["total"], device=self._device)
-        for key in ("bad", "skipped", "in_row", "worst", "first_bad"):
-            setattr(self, f"_{key}", self._number(state[key]))
+        for key in self.SUMS:
+            setattr(self, f"_{key}", state[key])
         self.read()
 
 
@@ -355,7 +365,7 @@ def train_one_epoch(
     """
     model.train(set_training_mode)
     eval_frozen(model)
-    meter = Meter(device) if meter is None else meter
+    meter = Meter() if meter is None else meter
     done = meter.steps  # not a multiple of accum_iter if the epoch began with another one
     steps = done + len(data_loader)
     updates = epoch * -(-steps // accum_iter) + -(-done // accum_iter)
@@ -374,8 +384,8 @@ def train_one_epoch(
         with gradient_sync(model, is_update):
             with precision.autocast(), differentiable_attention(second_order):
                 loss = criterion(model(images), targets)
-            scaled = precision.scaler.scale(loss / batches_of_update)
-            scaled.backward(create_graph=second_order)
+            part = loss / batches_of_update if batches_of_update > 1 else loss
+            precision.scaler.scale(part).backward(create_graph=second_order)
         meter.add(loss.detach())
         if is_update:
             if max_norm is not None:

@@ -26,7 +26,7 @@ from models.layers import (
     resample_position_map,
 )
 from models.layers.fuse import pack
-from models.layers.gpsa import GPSA, Block
+from models.layers.gpsa import GPSA, Block, joint_tables
 
 __all__ = ["ConViT"]
 
@@ -200,19 +200,30 @@ class ConViT(BaseModel):
             x = x + rearrange(position, "1 (y x) c -> 1 y x c", y=size[0], x=size[1])
         return self.pos_drop(x)
 
-    def forward_block(self, x: torch.Tensor, index: int) -> torch.Tensor:
+    def tables(self, x: torch.Tensor) -> list[tuple]:
+        """Positional tables of all blocks for a grid ``B H W C``; empty for those without."""
+        layers = [block.attn for block in self.blocks if isinstance(block.attn, GPSA)]
+        found = []
+        if torch.is_grad_enabled() and layers:  # otherwise, each layer keeps its own
+            kind, dtype = x.device.type, x.dtype
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                dtype = torch.get_autocast_dtype(kind)
+            found = [(tables,) for tables in joint_tables(layers, *x.shape[1:3], dtype)]
+        return found + [()] * (len(self.blocks) - len(found))
+
+    def forward_block(self, x: torch.Tensor, index: int, tables: tuple = ()) -> torch.Tensor:
         """One block: ``B H W C``, and from ``local_up_to_layer`` on ``B 1+HW C``, to the same."""
         if index == self.local_up_to_layer:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], dim=1)
         if self.grad_checkpointing and self.training:
-            return checkpoint_blocks([self.blocks[index]], x)
-        return self.blocks[index](x)
+            return checkpoint_blocks([self.blocks[index]], x, *tables)
+        return self.blocks[index](x, *tables)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Image ``B 3 H W`` to normalised tokens ``B 1+N C``, the class token first."""
         x = self.embed(x)
-        for index in range(len(self.blocks)):
-            x = self.forward_block(x, index)
+        for index, tables in enumerate(self.tables(x)):
+            x = self.forward_block(x, index, tables)
         return self.norm(x if x.ndim == 3 else x.flatten(1, 2))
 
     def forward_intermediates(
@@ -246,8 +257,8 @@ class ConViT(BaseModel):
         x = self.embed(x)
         height, width = x.shape[1:3]
         intermediates = []
-        for index in range(last + 1 if stop_early else len(self.blocks)):
-            x = self.forward_block(x, index)
+        for index, tables in enumerate(self.tables(x)[: last + 1 if stop_early else None]):
+            x = self.forward_block(x, index, tables)
             if index not in wanted:
                 continue
             tokens = x if x.ndim == 3 else x.flatten(1, 2)

@@ -13,14 +13,20 @@ from itertools import chain
 
 import torch
 from einops import rearrange
-from timm.layers import ClassifierHead, DropPath, trunc_normal_
+from timm.layers import ClassifierHead, trunc_normal_
 from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices as take_indices
 from torch import nn
 
 from models.base import StagedModel
 from models.factory import build_registered, register_model
-from models.layers import SelfAttention, checkpoint_blocks, drop_path_rates
+from models.layers import (
+    DropPath,
+    SelfAttention,
+    add_branch,
+    checkpoint_blocks,
+    drop_path_rates,
+)
 from models.layers.fuse import (
     fold_after,
     fold_before,
@@ -152,7 +158,7 @@ class RepMixerBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``B C H W -> B C H W``."""
         x = self.token_mixer(x)
-        return x + self.drop_path(self.layer_scale(self.mlp(x)))
+        return add_branch(x, self.layer_scale(self.mlp(x)), self.drop_path)
 
     def fuse_(self) -> None:
         """Fold the layer scale into the feed-forward part (see :class:`Fusible`)."""
@@ -200,8 +206,8 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``B C H W -> B C H W``."""
-        x = x + self.drop_path1(self.layer_scale_1(self.token_mixer(self.norm(x))))
-        return x + self.drop_path2(self.layer_scale_2(self.mlp(x)))
+        x = add_branch(x, self.layer_scale_1(self.token_mixer(self.norm(x))), self.drop_path1)
+        return add_branch(x, self.layer_scale_2(self.mlp(x)), self.drop_path2)
 
     def fuse_(self) -> None:
         """Fold norm and layer scales into projections (see :class:`Fusible`)."""

@@ -256,7 +256,9 @@ class Visformer(StagedModel):
         x = getattr(self, f"patch_embed{number}")(x)
         position = getattr(self, f"pos_embed{number}")
         if position is not None:
-            x = self.pos_drop(x + resample_position_map(position, x.shape[-2:]))
+            # cast, as the sum with float32 would keep the whole stage's maps in float32
+            position = resample_position_map(position, x.shape[-2:]).to(x.dtype)
+            x = self.pos_drop(x + position)
         blocks = getattr(self, f"stage{number}")
         if self.grad_checkpointing and self.training:
             return checkpoint_blocks(blocks, x)

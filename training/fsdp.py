@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -158,22 +157,3 @@ def gathered(model: nn.Module) -> Iterator[None]:
             module.reshard()
             # the root's weights are needed as soon as the backward pass starts
             module.set_reshard_after_forward(module is not model, recurse=False)
-
-
-class ShardedAverage(ModelEmaV3):
-    """timm's moving average over the shards of a model, sharded like the model."""
-
-    def apply_update_(self, model: nn.Module, decay: float) -> None:
-        """Move by ``1 - decay`` towards the model; integer buffers are copied."""
-        states = zip(self.module.state_dict().values(), model.state_dict().values(), strict=True)
-        pairs = [(_local(mean), _local(value)) for mean, value in states]
-        moving = [pair for pair in pairs if pair[0].is_floating_point()]
-        means, values = ([pair[i] for pair in moving] for i in range(2))
-        torch._foreach_lerp_(means, values, weight=1 - decay)
-        for mean, value in pairs:
-            if not mean.is_floating_point():
-                mean.copy_(value)
-
-
-def _local(value: torch.Tensor) -> torch.Tensor:
-    return value.to_local() if isinstance(value, DTensor) else value

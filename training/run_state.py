@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.utils import ModelEmaV3
 from torch import nn
 
 import engine
@@ -14,6 +13,7 @@ import utils
 from models import ModelSource
 from samplers import RASampler
 from training import fsdp, optimizers, schedules
+from training.joined import MovingAverage
 from training.launch import DistInfo
 from training.network import Network
 from training.saved_state import check_state, restoring
@@ -63,11 +63,11 @@ class RunState:
         self.sampler, self.info, self.group = sampler, info, group
         self.classes = [str(name) for name in classes]
         self.epoch = args.start_epoch - 1
-        self.meter = engine.Meter(self.precision.device)
+        self.meter = engine.Meter()
         self.best_acc1 = 0.0
         self.best: list[tuple[float, int]] = []  # (accuracy, epoch), best first
         self.gelu = "none"
-        self.ema: ModelEmaV3 | None = None
+        self.ema: MovingAverage | None = None
         if args.fsdp:
             self._shard()
         else:
@@ -97,14 +97,13 @@ class RunState:
         for model in [self.model] + ([self.ema.module] if self.ema else []):
             fsdp.shard(model, self.precision.device)
 
-    def start_average(self) -> ModelEmaV3 | None:
+    def start_average(self) -> MovingAverage | None:
         """Return a moving average starting at the current weights; None without --model-ema."""
         if not self.args.model_ema:
             return None
         if self.ema is not None and self.args.fsdp:
             return self.ema  # shards cannot be copied; it was loaded with the model
-        kind = fsdp.ShardedAverage if self.args.fsdp else ModelEmaV3
-        return kind(
+        return MovingAverage(
             self.model,
             self.args.model_ema_decay,
             use_warmup=self.args.model_ema_warmup,

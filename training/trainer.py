@@ -23,6 +23,7 @@ from pipeline.prefetch import Prefetcher
 from samplers import SampleIndex
 from training import fsdp, launch
 from training.ddp import distribute, warm_up_ddp
+from training.joined import join_kernels
 from training.network import count_parameters
 from training.output import Output, list_corrupt
 from training.progress import Progress, shown
@@ -155,6 +156,8 @@ class Trainer:
         args, precision, model = self.args, self.state.precision, self.state.model
         if args.fsdp:
             return model  # sharded already, in fixed groups
+        if args.compile is None:
+            join_kernels(model)
         if self.info.world_size > 1:
             static = args.accum_iter == 1 and args.compile is None
             model = distribute(model, precision.device, static)

@@ -11,7 +11,7 @@ from models.layers.attention import (
 )
 from models.layers.block import Block2d
 from models.layers.checkpointing import checkpoint_blocks, set_recompute_activations
-from models.layers.drop_path import drop_path_rates
+from models.layers.drop_path import DropPath, add_branch, drop_path_rates
 from models.layers.mlp import Mlp2d
 from models.layers.position import resample_bias_table, resample_position_map
 from models.layers.window import WindowAttention2d
@@ -19,9 +19,11 @@ from models.layers.window import WindowAttention2d
 __all__ = [
     "Attention2d",
     "Block2d",
+    "DropPath",
     "Mlp2d",
     "SelfAttention",
     "WindowAttention2d",
+    "add_branch",
     "attention",
     "attention_weights",
     "checkpoint_blocks",

@@ -105,7 +105,7 @@ class BiasedAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         """:func:`attention_weights`, in one buffer."""
         scores = (q * scale) @ (k * scale).transpose(-2, -1)
-        scores.add_(bias)
+        scores.add_(bias.to(scores.dtype))
         if mask is not None:
             scores.add_(mask)
         return torch.softmax(scores, dim=-1, out=scores)
@@ -124,7 +124,8 @@ class BiasedAttention(torch.autograd.Function):
 
         Args:
             q, k, v: Queries, keys, values.
-            bias, mask: Additive terms that broadcast to ``... N M``; only the bias has a gradient.
+            bias: Additive term ``h N M``; its gradient is added up in its own dtype.
+            mask: Additive term without a gradient that broadcasts to ``... N M``, or None.
             scale: Factor of queries and of keys, each.
         """
         ctx.save_for_backward(q, k, v, bias, mask)
@@ -144,12 +145,17 @@ class BiasedAttention(torch.autograd.Function):
         del grad_weights, weights
         grad_q = (grad_scores @ k).mul_(squared)
         grad_k = (grad_scores.transpose(-2, -1) @ q).mul_(squared)
-        return grad_q, grad_k, grad_v, grad_scores.sum_to_size(bias.shape), None, None
+        grad_bias = grad_scores.flatten(0, -4).sum(0, dtype=bias.dtype)
+        return grad_q, grad_k, grad_v, grad_bias, None, None
 
 
 def split_heads(tokens: torch.Tensor, parts: int, num_heads: int) -> tuple[torch.Tensor, ...]:
-    """Split projected tokens ``B N (parts h d)`` into views ``B h N d``, without a copy."""
-    return tokens.unflatten(-1, (parts, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    """Split projected tokens ``B N (parts h d)`` into views ``B h N d``, without a copy.
+
+    In the order in which their gradients are stacked in the memory format of the tokens.
+    """
+    split = tokens.unflatten(-1, (parts, num_heads, -1)).unbind(2)
+    return tuple(part.transpose(1, 2) for part in split)
 
 
 def fold_scale(layer: nn.Module, scale: float, count: int) -> None:

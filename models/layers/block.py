@@ -1,10 +1,10 @@
 """Residual block on feature maps."""
 
 import torch
-from timm.layers import DropPath
 from torch import nn
 
 from models.layers.checkpointing import recomputed
+from models.layers.drop_path import DropPath, add_branch
 from models.layers.fuse import fold_before, is_foldable
 from models.layers.mlp import Mlp2d
 
@@ -46,9 +46,9 @@ class Block2d(nn.Module):
         """``B C H W -> B C H W``."""
         if self.attn is not None:
             with recomputed(self.norm1, x, self.recompute_activations) as y:
-                x = x + self.drop_path1(self.attn(y))
+                x = add_branch(x, self.attn(y), self.drop_path1)
         with recomputed(self.norm2, x, self.recompute_activations) as y:
-            return x + self.drop_path2(self.mlp(y))
+            return add_branch(x, self.mlp(y), self.drop_path2)
 
     def fuse_(self) -> None:
         """Fold norms into the layers after them (see :class:`models.layers.fuse.Fusible`)."""

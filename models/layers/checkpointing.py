@@ -4,6 +4,7 @@ import contextlib
 import contextvars
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -118,16 +119,16 @@ def set_recompute_activations(model: nn.Module, enable: bool) -> None:
             module.recompute_activations = enable
 
 
-def checkpoint_blocks(blocks: Iterable[nn.Module], x: torch.Tensor) -> torch.Tensor:
-    """Apply ``blocks`` in turn, recomputing each in the backward pass.
+def checkpoint_blocks(blocks: Iterable[nn.Module], x: torch.Tensor, *others: Any) -> torch.Tensor:
+    """Apply ``blocks`` in turn, with ``others`` as given, recomputing each in the backward pass.
 
     Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174. The second forward pass does
     not update running statistics again, except under torch.compile, which cannot trace that.
     """
     for block in blocks:
         if torch.compiler.is_compiling():
-            x = checkpoint(block, x, use_reentrant=False)
+            x = checkpoint(block, x, *others, use_reentrant=False)
         else:
             contexts = partial(_contexts, block)
-            x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+            x = checkpoint(block, x, *others, use_reentrant=False, context_fn=contexts)
     return x

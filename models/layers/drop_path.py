@@ -1,6 +1,10 @@
-"""The schedule of stochastic depth."""
+"""Stochastic depth (arXiv 1603.09382): its schedule, and the layer."""
 
 from collections.abc import Sequence
+
+import timm.layers
+import torch
+from torch import nn
 
 
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
@@ -15,3 +19,32 @@ def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     rates = [rate * i / max(total - 1, 1) for i in range(total)]
     starts = [sum(depths[:i]) for i in range(len(depths))]
     return [rates[start : start + depth] for start, depth in zip(starts, depths, strict=True)]
+
+
+class DropPath(timm.layers.DropPath):
+    """timm's drop path, which may be given what was drawn for it.
+
+    Attributes:
+        factor: Factor of every sample of the next batch, ``B``; None to draw by itself.
+    """
+
+    factor: torch.Tensor | None = None
+
+    def factors(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Return :attr:`factor` in the shape ``B 1 1 ...``, once; None if there is none."""
+        factor, self.factor = self.factor, None
+        return None if factor is None else factor.view(-1, *[1] * (x.ndim - 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Drop whole samples of ``B ...`` in training, and scale up the others."""
+        factors = self.factors(x)
+        return super().forward(x) if factors is None else x * factors
+
+
+def add_branch(x: torch.Tensor, branch: torch.Tensor, drop_path: nn.Module) -> torch.Tensor:
+    """Return ``x + drop_path(branch)``, both ``B ...``, in one pass if the factors are given."""
+    if isinstance(drop_path, DropPath) and x.dtype == branch.dtype:
+        factors = drop_path.factors(branch)
+        if factors is not None:
+            return torch.addcmul(x, branch, factors)
+    return x + drop_path(branch)

@@ -1,12 +1,13 @@
 """Gated positional self-attention (ConViT, arXiv 2103.10697), and the blocks of ConViT."""
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import DropPath, Mlp
+from timm.layers import Mlp
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,7 +19,10 @@ from models.layers.attention import (
     split_heads,
 )
 from models.layers.cache import EvalCache
+from models.layers.drop_path import DropPath, add_branch
 from models.layers.fuse import pack_mlp
+
+Tables = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _offsets(size: int, like: torch.Tensor) -> torch.Tensor:
@@ -76,6 +80,33 @@ def positional_attention(
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         scores = F.linear(features, weight, bias)
     return rearrange(scores, "i j u v h -> h (i j) (u v)").softmax(dim=-1)
+
+
+def _gate(parameter: torch.Tensor) -> torch.Tensor:
+    wide = parameter if parameter.dtype == torch.float64 else parameter.float()
+    return wide.sigmoid()[:, None, None]
+
+
+def joint_tables(
+    layers: Sequence["GPSA"], height: int, width: int, dtype: torch.dtype
+) -> list[Tables]:
+    """Positional tables of several layers, computed as those of one with all of their heads.
+
+    Args:
+        layers: Layers with equally many heads h each.
+        height, width: Of the grid, H and W.
+        dtype: Of the results.
+
+    Returns:
+        For each layer its tables of rows ``h H H`` and of columns ``h W W`` (see
+        :func:`positional_tables`), and its gate ``h 1 1``.
+    """
+    weight = torch.cat([layer.pos_proj.weight for layer in layers])
+    bias = torch.cat([layer.pos_proj.bias for layer in layers])
+    gate = _gate(torch.cat([layer.gating_param for layer in layers]))
+    parts = (*positional_tables(weight, bias, height, width), gate)
+    chunks = [part.to(dtype).unflatten(0, (len(layers), -1)).unbind(0) for part in parts]
+    return list(zip(*chunks, strict=True))
 
 
 def mix(
@@ -176,38 +207,30 @@ class GPSA(MultiHeadAttention):
 
     def gate(self) -> torch.Tensor:
         """Share of position in every head, ``h 1 1``, in float32 at least."""
-        gate = self.gating_param
-        return (gate if gate.dtype == torch.float64 else gate.float()).sigmoid()[:, None, None]
+        return _gate(self.gating_param)
 
-    def tables(
-        self, height: int, width: int, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Tables of rows ``h H H`` and of columns ``h W W`` of a grid, and the gate ``h 1 1``."""
-        weight, bias = self.pos_proj.weight, self.pos_proj.bias
+    def tables(self, height: int, width: int, dtype: torch.dtype) -> Tables:
+        """Tables of rows and columns of a grid, and the gate; see :func:`joint_tables`."""
+        sources = (self.pos_proj.weight, self.pos_proj.bias, self.gating_param)
+        key = (height, width, dtype)
+        return self._kept.get(self, sources, key, lambda: joint_tables([self], *key)[0])
 
-        def make() -> tuple[torch.Tensor, ...]:
-            tables = positional_tables(weight, bias, height, width)
-            return tuple(part.to(dtype) for part in (*tables, self.gate()))
-
-        sources = (weight, bias, self.gating_param)
-        return self._kept.get(self, sources, (height, width, dtype), make)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``B H W C -> B H W C``."""
+    def forward(self, x: torch.Tensor, tables: Tables | None = None) -> torch.Tensor:
+        """``B H W C -> B H W C``; ``tables`` are those of :func:`joint_tables`."""
         height, width = x.shape[1:3]
         if self.fused_attn and self.dropout_p == 0.0:
-            out = self.separable(x)
+            out = self.separable(x, tables)
         else:
             v = split_heads(self.v(x).flatten(1, 2), 1, self.num_heads)[0]
             out = F.dropout(self.attention_maps(x), self.dropout_p) @ v
         out = out.transpose(1, 2).flatten(2).unflatten(1, (height, width))  # B H W C
         return self.proj_drop(self.proj(out))
 
-    def separable(self, x: torch.Tensor) -> torch.Tensor:
+    def separable(self, x: torch.Tensor, tables: Tables | None = None) -> torch.Tensor:
         """Outputs of the heads ``B h N d`` of a grid ``B H W C``, without a matrix ``N N``."""
         height, width = x.shape[1:3]
         v = self.v(x)
-        tables = self.tables(height, width, v.dtype)
+        tables = self.tables(height, width, v.dtype) if tables is None else tables
         v = v.unflatten(-1, (self.num_heads, -1)).permute(0, 3, 1, 2, 4)  # B h H W d
         content = attention(*self.queries_and_keys(x), v.flatten(2, 3), None, self.scale)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -253,13 +276,14 @@ class Block(nn.Module):
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
-        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``B H W C -> B H W C``, or ``B N C -> B N C``."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        x = x + self.drop_path(self.mlp(self.norm2(x)))
-        return x
+    def forward(self, x: torch.Tensor, tables: Tables | None = None) -> torch.Tensor:
+        """``B H W C -> B H W C``, with tables for GPSA or not, or ``B N C -> B N C``."""
+        given = () if tables is None else (tables,)
+        x = add_branch(x, self.attn(self.norm1(x), *given), self.drop_path1)
+        return add_branch(x, self.mlp(self.norm2(x)), self.drop_path2)
 
     def fuse_(self) -> None:
         """Join projection and activation (see :class:`models.layers.fuse.Fusible`)."""

@@ -24,6 +24,14 @@ def conv_norm(
     return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_chans)))
 
 
+def lowered(x: torch.Tensor) -> torch.Tensor:
+    """Cast ``x`` once, where autocast would do so for each of the convolutions that get it."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
 def identity_kernel(channels: int, groups: int, size: int, like: torch.Tensor) -> torch.Tensor:
     """Kernel of the identity as a convolution, ``C C/groups size size``."""
     width = channels // groups
@@ -175,12 +183,14 @@ class ReparamConv(ReparamModule):
         self.conv_scale = self.identity = None
 
     def forward_branches(self, x: torch.Tensor) -> torch.Tensor:
-        outputs = [conv(x) for conv in self.conv_kxk]
+        shared = lowered(x)
+        outputs = [conv(shared) for conv in self.conv_kxk]
         if self.conv_scale is not None:
             # sliced, not strided: on the CPU, PyTorch 2.15 corrupts memory in the backward of
             # a strided 1x1 convolution on 3 channels in channels_last
             stride = self.geometry["stride"]
-            outputs.append(self.conv_scale(x[..., ::stride, ::stride] if stride > 1 else x))
+            part = shared[..., ::stride, ::stride] if stride > 1 else shared
+            outputs.append(self.conv_scale(part))
         if self.identity is not None:
             outputs.append(self.identity(x))
         return sum(outputs[1:], outputs[0])
@@ -235,6 +245,7 @@ class LargeKernelConv(ReparamModule):
         self.small_conv = None
 
     def forward_branches(self, x: torch.Tensor) -> torch.Tensor:
+        x = lowered(x)
         large = self.large_conv(x)
         return large if self.small_conv is None else large + self.small_conv(x)
 

@@ -160,6 +160,53 @@ def aligned(bias: torch.Tensor) -> torch.Tensor:
     return F.pad(bias, (0, -count % 8))[..., :count]
 
 
+class LearnedBias(torch.autograd.Function):
+    """Relative position bias of a batch, for fused attention that computes its gradient.
+
+    The gradient is added up over images and windows in float32 at least: half precision would
+    round it, or overflow.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        table: torch.Tensor,
+        index: torch.Tensor,
+        mask: torch.Tensor | None,
+        count: int,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """Table ``T h`` to bias ``count (W h) N N``, rows padded in memory as by :func:`aligned`.
+
+        Args:
+            table: Bias of every offset.
+            index: Offset of every pair of positions, ``N N``.
+            mask: Additive term, ``W 1 N N``, None for none.
+            count: Equal parts of the batch, for which the bias is the same.
+            dtype: Of the result.
+        """
+        ctx.save_for_backward(index)
+        ctx.rows, ctx.windows = table.shape[0], 1 if mask is None else len(mask)
+        ctx.dtype = torch.promote_types(table.dtype, torch.float32)
+        padded = F.pad(index, (0, -index.shape[1] % 8))
+        bias = table.to(dtype).T.index_select(1, padded.flatten())  # h NM
+        bias = bias.unflatten(1, padded.shape)[None, ..., : index.shape[1]]
+        if mask is not None:
+            bias = aligned(bias + mask.to(dtype))
+        return bias.flatten(0, 1).expand(count, -1, -1, -1)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradient of the table."""
+        (index,) = ctx.saved_tensors
+        summed = grad.sum(0, dtype=ctx.dtype)
+        if ctx.windows > 1:
+            summed = summed.unflatten(0, (ctx.windows, -1)).sum(0)
+        empty = summed.new_zeros(len(summed), ctx.rows)
+        grad_table = empty.index_add(1, index.flatten(), summed.flatten(1))
+        return grad_table.T, None, None, None, None
+
+
 class WindowAttention2d(Attention2d):
     """Multi-head self-attention within windows of a feature map.
 
@@ -271,16 +318,23 @@ class WindowAttention2d(Attention2d):
         dropout_p = self.dropout_p
         learns = torch.is_grad_enabled() and self.relative_position_bias_table.requires_grad
         if learns and self.fused_attn and not dropout_p and q.device.type == "cpu":
-            bias = self.table().to(q.dtype)
-            return BiasedAttention.apply(q, k, v, bias, self.mask(height, width, bias), self.scale)
+            mask = self.mask(height, width, q)
+            return BiasedAttention.apply(q, k, v, self.table(), mask, self.scale)
         options = (self.scale, dropout_p, self.fused_attn)
+        if learns:
+            mask = self.mask(height, width, q)
+            # windows with masks, the same for all images, are joined with heads, others with images
+            joined, size = (0, (len(q), -1)) if mask is None else (1, (-1, self.num_heads))
+            q, k, v = (part.flatten(joined, joined + 1) for part in (q, k, v))
+            table, index = self.relative_position_bias_table, self.relative_position_index
+            bias = LearnedBias.apply(table, index, mask, len(q), q.dtype)
+            return attention(q, k, v, bias, *options).unflatten(joined, size)
         bias = self.bias(height, width, q.dtype)
         images = q.shape[0]  # not len(), which would fix it in an exported graph
         single = not torch.compiler.is_exporting() and images == 1
         if len(bias) == 1 or single:
             out = attention(*(part.flatten(0, 1) for part in (q, k, v)), bias, *options)
             return out.unflatten(0, (images, -1))
-        # windows have different masks, the same for all images: join windows and heads
         out = attention(
             *(part.flatten(1, 2) for part in (q, k, v)), bias.flatten(0, 1)[None], *options
         )

@@ -8,12 +8,12 @@ import time
 
 import nullcuda
 import torch
-from timm.utils import ModelEmaV3
 
 import engine
 from tests.nullcuda.programs import DEVICE, get_parser, on_device
 from training import optimizers
 from training.flags import parse_args
+from training.joined import MovingAverage, join_kernels
 
 parser = get_parser(__doc__.splitlines()[0])
 parser.add_argument("--steps", type=int, default=3)
@@ -43,8 +43,10 @@ def inferring(model, precision, images):
 
 def training(model, precision, images):
     """A function that takes a number of steps."""
+    if args.compile is None:
+        join_kernels(model)
     optimizer = optimizers.build(flags, model, 1e-3)
-    average = None if args.no_ema else ModelEmaV3(model, 0.9999)
+    average = None if args.no_ema else MovingAverage(model, 0.9999)
     mixup = engine.build_mixup(flags, 1000)
     criterion = engine.build_criterion(flags, mixup, 1000)
     net = engine.compiled(model, args.compile)

@@ -13,3 +13,28 @@ def test_no_attention_falls_back_to_plain_products(count_on_device, sm):
     for line in found:
         assert "math" not in line["chosen"] and "none" not in line["chosen"], line
         assert sum(line["chosen"].values()) == line["layers"] > 0, line
+
+
+# operations of a training step in float16 with mixup and a moving average
+OPERATIONS = {
+    "visformer_small": 550,
+    "swin_visformer_small_v2": 1100,
+    "convit_small": 1100,
+    "fastvit_sa12": 1000,
+}
+
+
+def test_a_step_asks_for_few_operations_and_waits_for_none(count_on_device):
+    found = count_on_device("step", *OPERATIONS, "--batch-size", 8, "--clip-grad", 1)
+    assert [line["model"] for line in found] == list(OPERATIONS)
+    for line in found:
+        assert 100 < line["operations"] <= OPERATIONS[line["model"]], line
+        # numbers of a step alone: none of it waits, or copies from the host
+        assert not {key for key in line if "sync" in key or "h2d" in key}, line
+
+
+def test_half_precision_stays_half(count_on_device):
+    (found,) = count_on_device("traffic", "visformer_small", "--batch-size", 64)
+    assert found["gigabytes"] < 17
+    # each of 65 weights, its gradient, the images and the loss
+    assert found["casts"] <= 132

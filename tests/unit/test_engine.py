@@ -67,7 +67,7 @@ def test_accumulated_batches_equal_large_ones(count):
 def test_an_epoch_resumes_with_other_accumulation():
     data = batches(5, size=4)
     resumed, fresh = linear(), linear()
-    meter = engine.Meter(CPU)
+    meter = engine.Meter()
     meter.steps = 1  # of an epoch that began with updates of one batch
     train(resumed, data, accum_iter=2, meter=meter)
     train(fresh, data, accum_iter=2)
@@ -185,7 +185,7 @@ def test_losses_that_stay_bad_end_the_training(bad):
 
 
 def test_a_row_of_bad_losses_goes_on_in_the_next_epoch():
-    meter, model, precision = engine.Meter(CPU), linear(), Precision(CPU, torch.float16)
+    meter, model, precision = engine.Meter(), linear(), Precision(CPU, torch.float16)
     train(model, bad_batches(4, [2, 3]), precision=precision, max_nonfinite=3, meter=meter)
     meter.restart()
     with pytest.raises(UserError, match=r"epoch 0, step \d, .* 3 "):
@@ -193,7 +193,7 @@ def test_a_row_of_bad_losses_goes_on_in_the_next_epoch():
 
 
 def test_a_meter_goes_on_where_it_was():
-    meter, other = engine.Meter(CPU), engine.Meter(CPU)
+    meter, other = engine.Meter(), engine.Meter()
     for step, value in enumerate([1.0, math.nan, 0.1, math.inf, math.inf]):
         meter.add(torch.tensor(value))
         meter.corrupt.append(f"image {step}")
@@ -211,13 +211,13 @@ def test_a_meter_goes_on_where_it_was():
 def test_meters_of_other_processes_are_merged():
     states = []
     for losses in ([1.0, 3.0], [5.0, math.nan]):
-        meter = engine.Meter(CPU)
+        meter = engine.Meter()
         for value in losses:
             meter.add(torch.tensor(value))
         meter.images, meter.corrupt = 8, ["x"]
         states.append(meter.state_dict())
     merged = [engine.merge_meters(states, 4, 1, rank=rank) for rank in (0, 1)]
-    meters = [engine.Meter(CPU) for _ in merged]
+    meters = [engine.Meter() for _ in merged]
     for meter, state in zip(meters, merged, strict=True):
         meter.load_state_dict(state)
     assert [meter.mean() for meter in meters] == [3.0, 3.0]
