@@ -14,7 +14,7 @@ from training.files import TEMPORARY
 
 ROOT = Path(__file__).resolve().parents[2]
 POLL = 0.01  # seconds between looks at a run
-ORPHAN_SECONDS = 10.0  # for which processes may outlive their run
+ORPHAN_SECONDS = 30.0  # for which processes may outlive their run
 SHOWN = 15  # last lines of a failed run
 
 # lines of main.py
