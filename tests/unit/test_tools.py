@@ -3,17 +3,23 @@
 import argparse
 import csv
 import json
+import os
+import shlex
+import subprocess
+from pathlib import Path
 
 import pytest
 import safetensors
 import safetensors.torch
 import timm
 import torch
+from conftest import ROOT
 from validating import caller, random_vit, refuses, save
 
 import models
 from tools import convert_checkpoint, tables
 from training.files import OutputError
+from training.flags import parse_args
 from training.parser import positive
 
 
@@ -165,3 +171,28 @@ def test_positive(text):
     assert positive("12") == 12
     with pytest.raises(argparse.ArgumentTypeError, match=repr(text)):
         positive(text)
+
+
+def test_the_list_for_a_gpu(tmp_path):
+    python, lines = tmp_path / "python", tmp_path / "lines"
+    python.write_text(
+        f'#!/bin/sh\n[ "$1" = -c ] && exec echo "GPU 2.14"\necho "$*" >>{lines}\n'
+        '[ "$2" != tools.benchmark ] || { echo no memory; exit 3; }\n'
+    )
+    python.chmod(0o755)
+    command = [ROOT / "tools" / "gpu_day.sh", tmp_path / "out"]
+    done = subprocess.run(command, env=os.environ | {"PYTHON": str(python)}, capture_output=True)
+    page, ran = (tmp_path / "out" / "gpu.md").read_text(), lines.read_text().splitlines()
+    assert done.returncode == 1 and page.count("failed with status 3") == 1 and "no memory" in page
+    assert page.count("\n## ") == len(ran) > 10
+    for words in map(shlex.split, ran):
+        if words[0] == "main.py":
+            parse_args(words[1:])
+        else:
+            path = Path(ROOT, *words[1].split("."))
+            assert words[1] == "pytest" or path.with_suffix(".py").exists() or path.is_dir()
+    files = [word for line in ran for word in line.split() if word.startswith("tests/")]
+    assert files and all((ROOT / file).exists() for file in files)
+    python.write_text("#!/bin/sh\nexit 1\n")
+    done = subprocess.run(command, env=os.environ | {"PYTHON": str(python)}, capture_output=True)
+    assert (done.returncode, done.stderr.count(b"\n")) == (1, 1)

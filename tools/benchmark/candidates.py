@@ -24,6 +24,7 @@ from models import height_and_width, vit
 from models.layers import set_fused_attention
 from tools.benchmark import measure
 from tools.flops import size_options
+from training.joined import join_kernels
 from utils import UserError
 
 # timm's names of models that have another name here
@@ -79,10 +80,13 @@ class Case:
         """Return a function that does one step.
 
         Inference is the forward pass alone. A training step is a forward pass, cross-entropy, the
-        backward pass and fused AdamW, the same for all.
+        backward pass and fused AdamW, the same for all; the small kernels of ours are joined as
+        ``main.py`` does.
         """
         train, dtype = self.mode == "train", getattr(torch, self.dtype)
         model = build(self.side, self.model, self.peer, self.size).train(train).to(self.device)
+        if train and self.side in ("ours", "explicit") and "compile" not in self.config:
+            join_kernels(model)
         model = configure(model if train else model.to(dtype), self.side, self.config)
         last = "channels_last" in self.config
         image = torch.randn(self.batch, 3, *height_and_width(self.size), device=self.device)
