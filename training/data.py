@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import data_set_name, is_image_folder
 from pipeline.images import DataError
 from pipeline.sources.base import Source
 from pipeline.sources.download import without_query
 from pipeline.sources.folder import VALIDATION
 from pipeline.sources.labels import has_validation
 from pipeline.sources.listing import some_of
+from pipeline.sources.named import data_set_name, is_image_folder
 from pipeline.sources.split import HoldOut, record_of_files
 from pipeline.sources.summary import record_of
 from utils import log

@@ -4,10 +4,10 @@ import argparse
 from argparse import BooleanOptionalAction as OnOff
 from collections.abc import Sequence
 
-from datasets import DATA_SETS, HUB, data_set_named
 from models.data_config import INTERPOLATIONS
 from pipeline.augmentation import CROP_MODES
 from pipeline.sources.fine_grained import INAT_CATEGORIES
+from pipeline.sources.named import DATA_SETS, HUB, data_set_named
 from training.existing_run import check_overwrite
 from training.flag_checks import check_flags
 from training.old_flags import ANSWERS

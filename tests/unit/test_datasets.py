@@ -24,6 +24,7 @@ import datasets
 from pipeline.images import CorruptImageError, CropLongSide, DataError, EnlargeTiny, load_image
 from pipeline.reference import Batch
 from pipeline.sources.cifar import CIFAR10, CIFAR100, open_digits
+from pipeline.sources.named import data_set_name, data_set_named
 from samplers import SampleIndex
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,7 +50,7 @@ def test_digits_are_split_by_class_without_overlap():
 
 
 def test_defaults_follow_the_dataset(image_folder):
-    assert datasets.data_set_name(flags()) == "DIGITS"
+    assert data_set_name(flags()) == "DIGITS"
     assert datasets.input_size_of(flags()) == 32
     assert datasets.input_size_of(flags("--data-path", image_folder)) == 224
     dataset, classes = datasets.build_dataset(True, flags())
@@ -110,7 +111,7 @@ def test_missing_folders_are_named(image_folder, tmp_path):
 def test_unknown_names_are_named():
     for name in ("MNIST", "hfds/"):
         with pytest.raises(ValueError, match=f"{name}.*IMNET.*hfds/"):
-            datasets.data_set_named(name)
+            data_set_named(name)
     for policy in ("nonsense", "rand-m9-x3"):
         with pytest.raises(DataError, match=f"--aa {policy}"):
             datasets.build_dataset(True, flags("--aa", policy))

@@ -15,6 +15,7 @@ import datasets
 from models import DataConfig
 from pipeline.images import DataError
 from pipeline.prefetch import Prefetcher
+from pipeline.sources import named
 from pipeline.sources.base import Encoded, Files
 from pipeline.sources.folder import find_validation, list_classes, open_folder_of_classes
 from pipeline.sources.labels import open_labels
@@ -88,15 +89,15 @@ def open_set(args: Namespace, device: torch.device, images: DataConfig) -> EvalS
     these and ``train``, the folder itself; of a table ``--labels`` that does not divide its
     images, all, unless the flags do.
     """
-    name = datasets.data_set_name(args)
+    name = named.data_set_name(args)
     title, held_out = str(args.data_path or name), HoldOut.of(vars(args))
     if held_out:
         title += f" ({held_out})"
         return EvalSet(datasets.build_dataset(False, args, device, images)[0], title)
-    if args.labels and args.data_path and datasets.is_image_folder(args):
+    if args.labels and args.data_path and named.is_image_folder(args):
         source = open_labels(Path(args.data_path), False, Path(args.labels), whole=True)
         return EvalSet(datasets.augmented(source, False, args, images=images), title)
-    if not args.data_path or not datasets.is_image_folder(args):
+    if not args.data_path or not named.is_image_folder(args):
         return EvalSet(datasets.build_dataset(False, args, device, images)[0], title)
     folder = Path(args.data_path)
     if not os.path.isdir(folder):
