@@ -26,8 +26,7 @@ FREE = _references([np.empty(0)], 0)  # of an array that only a list refers to
 class Memory:
     """Allocates float32 tensors, reusing the CPU memory of those that are no longer referenced.
 
-    Page faults of fresh memory cost more time than the arithmetic on it. For CUDA, PyTorch's
-    allocator caches memory.
+    Page faults of fresh memory cost more time than the arithmetic on it.
     """
 
     COUNT = 3  # largest number of tensors whose memory is kept
@@ -36,9 +35,7 @@ class Memory:
         self._arrays: list[np.ndarray] = []
 
     def like(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return an uninitialised tensor of the same shape on the same device."""
-        if tensor.device.type != "cpu":
-            return torch.empty(tensor.shape, device=tensor.device)
+        """Return an uninitialised tensor of the same shape on the CPU."""
         self._arrays = [array for array in self._arrays if array.shape == tensor.shape]
         for index in range(len(self._arrays)):
             if _references(self._arrays, index) == FREE:
@@ -86,9 +83,10 @@ class BatchFinalizer:
         if dataset.resident is not None:
             self.resident = torch.from_numpy(dataset.resident).to(device)
         self.memory = Memory()
-        self.mean, self.std = (
-            torch.tensor(values, device=device) for values in (augmentation.mean, augmentation.std)
-        )
+        self.mean, self.std = map(torch.tensor, (augmentation.mean, augmentation.std))
+        levels = (torch.arange(256.0).div_(255) - self.mean[:, None]) / self.std[:, None]
+        self.levels = levels.to(device, dtype).view(-1)  # of each channel
+        self.starts = 256 * torch.arange(len(self.mean), device=device, dtype=torch.int32)
 
     def __call__(self, raw: RawBatch) -> Batch:
         """Return images ``B C H W`` and targets on the device."""
@@ -102,7 +100,8 @@ class BatchFinalizer:
         if raw.boxes.shape[1]:
             generator = torch.Generator(self.device).manual_seed(raw.seed)
             images = erase(images, raw.boxes, self.augmentation.erase_mode, generator)
-        return Batch(images.to(self.dtype), targets, raw.corrupt)
+        images = images.to(self.dtype, memory_format=self.memory_format)
+        return Batch(images, targets, raw.corrupt)
 
     def _move(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device, non_blocking=True)
@@ -149,9 +148,13 @@ class BatchFinalizer:
     def normalized(self, images: torch.Tensor) -> torch.Tensor:
         """Return ``(x / 255 - mean) / std`` of ``B C H W``, rounded as by torchvision's transforms.
 
-        The CPU works image by image, as one image fits into its cache.
+        The CPU works image by image, as one image fits into its cache; a GPU looks the values up.
         """
         count, channels, height, width = images.shape
+        if self.device.type != "cpu":
+            index = images.permute(0, 2, 3, 1) + self.starts  # B H W C
+            found = self.levels.index_select(0, index.view(-1))
+            return found.view_as(index).permute(0, 3, 1, 2)
         if self.memory_format == torch.channels_last:
             pixels = images.permute(0, 2, 3, 1).reshape(count, height, width * channels)  # a view
             mean, std = (value.repeat(width) for value in (self.mean, self.std))
@@ -159,8 +162,7 @@ class BatchFinalizer:
             pixels = images
             mean, std = (value.view(-1, 1, 1) for value in (self.mean, self.std))
         found = self.memory.like(pixels)
-        parts = zip(found, pixels, strict=True) if found.device.type == "cpu" else [(found, pixels)]
-        for result, part in parts:
+        for result, part in zip(found, pixels, strict=True):
             result.copy_(part).div_(255).sub_(mean).div_(std)
         if self.memory_format == torch.channels_last:
             return found.view(count, height, width, channels).permute(0, 3, 1, 2)
