@@ -27,7 +27,7 @@ RAMP = np.arange(256, dtype=np.uint8)
 SPREAD = np.arange(256.0)[:, None]
 # Factors of auto-contrast by the difference of the extremes: of a value, and of the lower extreme
 SCALES = np.where(SPREAD > 0, 255 / SPREAD.clip(1), (1.0, 0.0))
-GREY = np.int32((19595, 38470, 7471))  # Pillow's, of 65536
+GREY = np.int32([(2**15, 0, 0), (19595, 38470, 7471)])  # Pillow's, of 65536: terms and factors
 
 
 def augment(
@@ -170,10 +170,10 @@ class _Slot:
             image[...] = augment_host.exact_affine(image, values, bool(bicubic), tuple(fill))
 
 
-def grey(pixels: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Convert pixels ``... 3`` to Pillow's grey, int32 ``... 1``; ``weights`` is ``GREY`` there."""
-    weights = torch.from_numpy(GREY).to(pixels.device) if weights is None else weights
-    return ((pixels * weights).sum(-1, keepdim=True, dtype=torch.int32) + 2**15) >> 16
+def grey(pixels: Tensor, sums: Tensor | None = None) -> Tensor:
+    """Convert pixels ``... 3`` to Pillow's grey, int32 ``... 1``; ``sums`` is ``GREY`` there."""
+    terms, factors = torch.from_numpy(GREY).to(pixels.device) if sums is None else sums
+    return torch.addcmul(terms, pixels, factors).sum(-1, keepdim=True, dtype=torch.int32) >> 16
 
 
 def _smooth(wide: Tensor) -> None:
@@ -181,7 +181,7 @@ def _smooth(wide: Tensor) -> None:
     rows = wide[:, :-2] + wide[:, 1:-1] + wide[:, 2:]
     total = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]
     inner = wide[:, 1:-1, 1:-1]
-    inner.copy_((total.add_(inner, alpha=4) + 6) // 13)
+    torch.floor_divide(total.add_(inner, alpha=4).add_(6), 13, out=inner)
 
 
 def _equalize(pixels: Tensor, arrays: dict[str, Tensor], tables: Tensor) -> None:

@@ -96,7 +96,8 @@ class BatchFinalizer:
         images = self._images(raw.pixels)
         if raw.operations.shape[1]:
             images = augment(images, raw.operations, self.fill)
-        images = self.normalized(first_channel(images) if self.augmentation.is_grey else images)
+        normalize = self.normalized if self.device.type == "cpu" else self.looked_up
+        images = normalize(first_channel(images) if self.augmentation.is_grey else images)
         if raw.boxes.shape[1]:
             generator = torch.Generator(self.device).manual_seed(raw.seed)
             images = erase(images, raw.boxes, self.augmentation.erase_mode, generator)
@@ -115,7 +116,7 @@ class BatchFinalizer:
         images = self.resident[self._move(pixels.indices)].permute(0, 3, 1, 2)
         if self.augmentation.crop == "padded":
             images = crop_padded(images, pixels.offsets, PADDING)
-        for dim, mask in zip((3, 2), pixels.flips.T, strict=True):
+        for dim, mask in zip((3, 2), self._move(pixels.flips).unbind(1), strict=True):
             used = self.augmentation.hflip if dim == 3 else self.augmentation.vflip
             images = flip(images, mask, dim) if used else images
         return images
@@ -148,13 +149,9 @@ class BatchFinalizer:
     def normalized(self, images: torch.Tensor) -> torch.Tensor:
         """Return ``(x / 255 - mean) / std`` of ``B C H W``, rounded as by torchvision's transforms.
 
-        The CPU works image by image, as one image fits into its cache; a GPU looks the values up.
+        For the CPU: it works image by image, as one image fits into its cache.
         """
         count, channels, height, width = images.shape
-        if self.device.type != "cpu":
-            index = images.permute(0, 2, 3, 1) + self.starts  # B H W C
-            found = self.levels.index_select(0, index.view(-1))
-            return found.view_as(index).permute(0, 3, 1, 2)
         if self.memory_format == torch.channels_last:
             pixels = images.permute(0, 2, 3, 1).reshape(count, height, width * channels)  # a view
             mean, std = (value.repeat(width) for value in (self.mean, self.std))
@@ -167,6 +164,14 @@ class BatchFinalizer:
         if self.memory_format == torch.channels_last:
             return found.view(count, height, width, channels).permute(0, 3, 1, 2)
         return found
+
+    def looked_up(self, images: torch.Tensor) -> torch.Tensor:
+        """Return what :meth:`normalized` does, of the type of the batches, channels last.
+
+        For GPUs: a table of 256 values a channel leaves out float32 images.
+        """
+        index = images.permute(0, 2, 3, 1) + self.starts  # B H W C
+        return self.levels.index_select(0, index.view(-1)).view_as(index).permute(0, 3, 1, 2)
 
 
 def _decoded_by_pillow(data: torch.Tensor) -> torch.Tensor:
