@@ -86,7 +86,8 @@ class BatchFinalizer:
         self.mean, self.std = map(torch.tensor, (augmentation.mean, augmentation.std))
         levels = (torch.arange(256.0).div_(255) - self.mean[:, None]) / self.std[:, None]
         self.levels = levels.to(device, dtype).view(-1)  # of each channel
-        self.starts = 256 * torch.arange(len(self.mean), device=device, dtype=torch.int32)
+        starts = 256 * torch.arange(len(self.mean), dtype=torch.int32)
+        self.starts = starts.to(device)  # waits: the stream that reads it is another one
 
     def __call__(self, raw: RawBatch) -> Batch:
         """Return images ``B C H W`` and targets on the device."""
