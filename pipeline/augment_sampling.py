@@ -56,8 +56,6 @@ def plan(
     first = np.zeros(len(is_x), int)
     first[lines : len(values)] = area * images[lines:]
     across = is_x[:lines]
-    degrees = unit ** -np.arange(4.0)[:, None]
-    filters = np.concatenate([bicubic, bicubic[lines:]]).astype(int)
     integers = {
         "columns": np.rint(unit * columns.clip(-4 * side, 4 * side))[:, None],  # M 1 W
         "rows": np.rint(unit * rows.clip(-2 * side, 2 * side))[:, :, None],  # M H 1
@@ -73,7 +71,24 @@ def plan(
         "line_columns": np.where(across[:, None], 0, np.arange(width))[:, None, :, None],
     }
     arrays = {name: array.astype(np.int32) for name, array in integers.items()}
-    return arrays | {"weights": (POLYNOMIALS[filters] * degrees).astype(np.float32)}
+    # along an axis, all pixels of a row or of a column are at the same place between two others
+    between = (unit - 1) & (arrays["columns"] + arrays["rows"][:, :1])[:lines, 0]  # lines W
+    columns = _weights(between / unit, bicubic[:lines])[:, None]
+    between = (unit - 1) & (arrays["columns"][..., :1] + arrays["rows"])[:lines, :, 0]  # lines H
+    rows = _weights(between / unit, bicubic[:lines])[:, :, None]
+    across = across[:, None, None, None]
+    degrees = unit ** -np.arange(4.0)[:, None]
+    floats = {
+        "line_row_weights": np.where(across, rows, 1),  # lines H 1 4
+        "line_column_weights": np.where(across, 1, columns),  # lines 1 W 4
+        "weights": np.tile(POLYNOMIALS[bicubic[lines:].astype(int)] * degrees, (2, 1, 1)),
+    }
+    return arrays | {name: array.astype(np.float32) for name, array in floats.items()}
+
+
+def _weights(between: np.ndarray, bicubic: np.ndarray) -> np.ndarray:
+    """Return the weights of four neighbours at places ``N L`` between the middle ones."""
+    return between[..., None] ** np.arange(4) @ POLYNOMIALS[bicubic.astype(int)]
 
 
 def sample(pixels: Tensor, fill: Tensor, plan: dict[str, Tensor]) -> None:
@@ -90,21 +105,21 @@ def sample(pixels: Tensor, fill: Tensor, plan: dict[str, Tensor]) -> None:
     table = (pixels + WHOLE).view(-1, 3)
     at = plan["columns"] + plan["rows"]  # M H W
     inside = at == at.clamp(plan["least"], plan["most"])
-    between = (at & ((1 << shift) - 1))[..., None]
-    constant, first, second, third = plan["weights"][:, None, None].unbind(3)  # M 1 1 4
-    weights = torch.addcmul(second, between, third)
-    weights = torch.addcmul(first, between, weights)
-    weights = torch.addcmul(constant, between, weights)  # M H W 4
     taps = (at >> shift)[..., None] + plan["taps"]
     taps = taps.clamp_(plan["first"], plan["last"])  # M H W 4
     if lines:
         index = torch.addcmul(
             plan["line_rows"] + plan["line_columns"], taps[:lines], plan["stride"]
         )
-        _combine(pixels[:lines], table, index, weights[:lines], inside[:lines], fill)
+        weights = plan["line_row_weights"] * plan["line_column_weights"]
+        _combine(pixels[:lines], table, index, weights, inside[:lines], fill)
     if lines < len(pixels):
         x, y = taps[lines:].chunk(2)
-        across, down = weights[lines:].chunk(2)
+        between = (at[lines:] & ((1 << shift) - 1))[..., None]
+        constant, first, second, third = plan["weights"][:, None, None].unbind(3)  # M 1 1 4
+        weights = torch.addcmul(second, between, third)
+        weights = torch.addcmul(first, between, weights)
+        across, down = torch.addcmul(constant, between, weights).chunk(2)  # N H W 4
         index = torch.add(x[..., None, :], y[..., None], alpha=width).flatten(3)  # N H W 16
         weights = (down[..., None] * across[..., None, :]).flatten(3)
         both = torch.logical_and(*inside[lines:].chunk(2))
