@@ -26,8 +26,7 @@ FREE = _references([np.empty(0)], 0)  # of an array that only a list refers to
 class Memory:
     """Allocates float32 tensors, reusing the CPU memory of those that are no longer referenced.
 
-    Page faults of fresh memory cost more time than the arithmetic on it. For CUDA, PyTorch's
-    allocator caches memory.
+    Page faults of fresh memory cost more time than the arithmetic on it.
     """
 
     COUNT = 3  # largest number of tensors whose memory is kept
@@ -36,9 +35,7 @@ class Memory:
         self._arrays: list[np.ndarray] = []
 
     def like(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return an uninitialised tensor of the same shape on the same device."""
-        if tensor.device.type != "cpu":
-            return torch.empty(tensor.shape, device=tensor.device)
+        """Return an uninitialised tensor of the same shape on the CPU."""
         self._arrays = [array for array in self._arrays if array.shape == tensor.shape]
         for index in range(len(self._arrays)):
             if _references(self._arrays, index) == FREE:
@@ -86,9 +83,11 @@ class BatchFinalizer:
         if dataset.resident is not None:
             self.resident = torch.from_numpy(dataset.resident).to(device)
         self.memory = Memory()
-        self.mean, self.std = (
-            torch.tensor(values, device=device) for values in (augmentation.mean, augmentation.std)
-        )
+        self.mean, self.std = map(torch.tensor, (augmentation.mean, augmentation.std))
+        levels = (torch.arange(256.0).div_(255) - self.mean[:, None]) / self.std[:, None]
+        self.levels = levels.to(device, dtype).view(-1)  # of each channel
+        starts = 256 * torch.arange(len(self.mean), dtype=torch.int32)
+        self.starts = starts.to(device)  # waits: the stream that reads it is another one
 
     def __call__(self, raw: RawBatch) -> Batch:
         """Return images ``B C H W`` and targets on the device."""
@@ -98,11 +97,13 @@ class BatchFinalizer:
         images = self._images(raw.pixels)
         if raw.operations.shape[1]:
             images = augment(images, raw.operations, self.fill)
-        images = self.normalized(first_channel(images) if self.augmentation.is_grey else images)
+        normalize = self.normalized if self.device.type == "cpu" else self.looked_up
+        images = normalize(first_channel(images) if self.augmentation.is_grey else images)
         if raw.boxes.shape[1]:
             generator = torch.Generator(self.device).manual_seed(raw.seed)
             images = erase(images, raw.boxes, self.augmentation.erase_mode, generator)
-        return Batch(images.to(self.dtype), targets, raw.corrupt)
+        images = images.to(self.dtype, memory_format=self.memory_format)
+        return Batch(images, targets, raw.corrupt)
 
     def _move(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device, non_blocking=True)
@@ -116,7 +117,7 @@ class BatchFinalizer:
         images = self.resident[self._move(pixels.indices)].permute(0, 3, 1, 2)
         if self.augmentation.crop == "padded":
             images = crop_padded(images, pixels.offsets, PADDING)
-        for dim, mask in zip((3, 2), pixels.flips.T, strict=True):
+        for dim, mask in zip((3, 2), self._move(pixels.flips).unbind(1), strict=True):
             used = self.augmentation.hflip if dim == 3 else self.augmentation.vflip
             images = flip(images, mask, dim) if used else images
         return images
@@ -149,7 +150,7 @@ class BatchFinalizer:
     def normalized(self, images: torch.Tensor) -> torch.Tensor:
         """Return ``(x / 255 - mean) / std`` of ``B C H W``, rounded as by torchvision's transforms.
 
-        The CPU works image by image, as one image fits into its cache.
+        For the CPU: it works image by image, as one image fits into its cache.
         """
         count, channels, height, width = images.shape
         if self.memory_format == torch.channels_last:
@@ -159,12 +160,19 @@ class BatchFinalizer:
             pixels = images
             mean, std = (value.view(-1, 1, 1) for value in (self.mean, self.std))
         found = self.memory.like(pixels)
-        parts = zip(found, pixels, strict=True) if found.device.type == "cpu" else [(found, pixels)]
-        for result, part in parts:
+        for result, part in zip(found, pixels, strict=True):
             result.copy_(part).div_(255).sub_(mean).div_(std)
         if self.memory_format == torch.channels_last:
             return found.view(count, height, width, channels).permute(0, 3, 1, 2)
         return found
+
+    def looked_up(self, images: torch.Tensor) -> torch.Tensor:
+        """Return what :meth:`normalized` does, of the type of the batches, channels last.
+
+        For GPUs: a table of 256 values a channel leaves out float32 images.
+        """
+        index = images.permute(0, 2, 3, 1) + self.starts  # B H W C
+        return self.levels.index_select(0, index.view(-1)).view_as(index).permute(0, 3, 1, 2)
 
 
 def _decoded_by_pillow(data: torch.Tensor) -> torch.Tensor:
