@@ -13,6 +13,7 @@ from timm.utils import ModelEmaV3
 import engine
 from tests.nullcuda.programs import DEVICE, get_parser, on_device
 from training import optimizers
+from training.compilation import compiled
 from training.flags import parse_args
 
 parser = get_parser(__doc__.splitlines()[0])
@@ -23,15 +24,18 @@ parser.add_argument("--no-ema", action="store_true")
 parser.add_argument("--infer", action="store_true", help="forward alone")
 parser.add_argument("--fuse", action="store_true", help="with --infer: folded for inference")
 parser.add_argument("--compile", metavar="BACKEND", help="inductor, for instance")
+parser.add_argument("--compile-mode")
+parser.add_argument("--compile-blocks", action="store_true")
 parser.add_argument("--sync", default="default", help="warn or error: where a step waits")
 parser.add_argument("--kernels", type=int, default=0, metavar="N", help="name the N most frequent")
 args = parser.parse_args()
 flags, _ = parse_args(["--model", "any"])
+how = args.compile, args.compile_mode, args.compile_blocks
 
 
 def inferring(model, precision, images):
     """A function that infers a number of times."""
-    net = engine.compiled(model.eval().fuse() if args.fuse else model.eval(), args.compile)
+    net = compiled(model.eval().fuse() if args.fuse else model.eval(), *how)
 
     def run(times):
         with torch.inference_mode(), precision.autocast():
@@ -47,7 +51,7 @@ def training(model, precision, images):
     average = None if args.no_ema else ModelEmaV3(model, 0.9999)
     mixup = engine.build_mixup(flags, 1000)
     criterion = engine.build_criterion(flags, mixup, 1000)
-    net = engine.compiled(model, args.compile)
+    net = compiled(model, *how)
     targets = torch.zeros(len(images), dtype=torch.long, device=DEVICE)
 
     def run(times):

@@ -302,6 +302,9 @@ def test_random_steps_are_equal_on_all_ranks():
     assert torch.equal(first, second)
 
 
+BLOCKS = {"compile": "inductor", "compile_blocks": True}
+
+
 @pytest.mark.parametrize(("name", "blocks"), [("visformer_tiny", 15), ("test_vit", 6)])
 def test_blocks(name, blocks):
     assert len(find_blocks(timm.create_model(name))) == blocks
@@ -311,13 +314,16 @@ def test_blocks(name, blocks):
     ("flags", "processes", "named"),
     [
         ({}, 1, "--nproc_per_node"),
-        ({"compile": "eager"}, 2, "--compile"),
+        ({"compile": "eager"}, 2, "--compile-blocks"),
+        ({"compile_mode": "reduce-overhead", **BLOCKS}, 2, "--compile-mode reduce-overhead"),
         ({"model_ema": True, "model_ema_force_cpu": True}, 2, "--model-ema-force-cpu"),
     ],
 )
 def test_contradicting_flags_are_named(flags, processes, named):
-    plain = {"compile": None, "model_ema": False, "model_ema_force_cpu": True}
+    plain = {"compile": None, "compile_blocks": False, "compile_mode": None}
+    plain |= {"model_ema": False, "model_ema_force_cpu": True}
     check(Namespace(**plain), 2)
+    check(Namespace(**plain | BLOCKS), 2)
     with pytest.raises(UserError, match=f"--fsdp .*{named}"):
         check(Namespace(**plain | flags), processes)
 
