@@ -9,6 +9,7 @@ import time
 import nullcuda
 import torch
 from timm.utils import ModelEmaV3
+from torch._dynamo.utils import counters
 
 import engine
 from tests.nullcuda.programs import DEVICE, get_parser, on_device
@@ -72,7 +73,8 @@ for name in args.models:
     if args.grad_checkpointing:
         model.set_grad_checkpointing(True)
     run = (inferring if args.infer else training)(model, precision, images)
-    run(2)  # cuDNN's trials, the allocator's first requests
+    run(2)  # cuDNN's trials, the allocator's first requests, compilation
+    graphs = counters["stats"]["unique_graphs"]
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.set_sync_debug_mode(args.sync)
     nullcuda.reset()
@@ -86,6 +88,9 @@ for name in args.models:
     torch.cuda.set_sync_debug_mode("default")
     counts = {key: (value - counts[key]) / args.steps for key, value in nullcuda.counts().items()}
     found = {"model": name, "operations": nullcuda.total(counts), "host_ms": round(host, 1)}
+    if args.compile:
+        found |= {"graphs": graphs, "breaks": sum(counters["graph_break"].values())}
+        found["recompilations"] = counters["stats"]["unique_graphs"] - graphs
     found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     print(
         json.dumps(found | {k: v for k, v in counts.items() if v and "peak" not in k}), flush=True

@@ -330,3 +330,9 @@ def test_contradicting_flags_are_named(flags, processes, named):
 
 def test_a_single_process_cannot_shard():
     assert "--fsdp" in error_of(main, *RUN, "--fsdp")
+
+
+def test_compiled_blocks_train_as_plain_ones_do(run, sharded, tmp_path):
+    run_ranks(2, [*run, tmp_path, "--fsdp", "--compile", "aot_eager", "--compile-blocks"])
+    for line, other in zip(losses(tmp_path), losses(sharded[0]), strict=True):
+        assert line == pytest.approx(other, rel=1e-4)
