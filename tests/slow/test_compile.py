@@ -14,6 +14,7 @@ import engine
 from main import main
 from training.compilation import compiled
 from training.ddp import distribute
+from utils import UserError
 
 KINDS_OF_BLOCKS = {
     **{"visformer_tiny": 3, "swin_visformer_small_v2": 5, "convit_tiny": 2, "fastvit_t8": 4},
@@ -129,6 +130,11 @@ def test_a_new_size_is_one_more_graph(tmp_path, images):
         assert one["ema_loss"] == pytest.approx(two["ema_loss"], rel=1e-5)
 
 
+def test_a_model_without_blocks_is_named():
+    with pytest.raises(UserError, match="--compile-blocks: Linear"):
+        compiled(torch.nn.Linear(2, 2), "eager", None, blocks=True)
+
+
 def distributed_steps(rank, world, blocks):
     plain = small("convit_tiny").train()
     net = distribute(compiled(copy.deepcopy(plain), "aot_eager", None, blocks), CPU, False)
@@ -157,7 +163,6 @@ def test_ranks_average_gradients_of_unbroken_graphs(blocks, most):
         (["--compile", "gcc"], "--compile gcc"),
         (["--compile", "--compile-mode", "max-autotune", "--deterministic"], "--deterministic"),
         (["--compile", "--compile-mode", "reduce-overhead"], "cpu"),
-        (["--compile", "eager", "--compile-blocks", "--model", "test_mambaout"], "MambaOut"),
         (["--fsdp", "--compile", "eager"], "--fsdp"),
     ],
 )
