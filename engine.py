@@ -372,13 +372,16 @@ def train_one_epoch(
     second_order = getattr(optimizer, "is_second_order", False)
     before, started = meter.seconds, time.perf_counter()
     alone = not dist.is_initialized()
+    begin_update = step_marker(model, device)
     optimizer.zero_grad()
     for step, (images, targets, corrupt) in enumerate(data_loader, start=done):
         meter.images += len(images)
         meter.corrupt += corrupt
+        first_of_update = step - (step - done) % accum_iter
+        if step == first_of_update:
+            begin_update()
         if mixup_fn is not None:
             images, targets = mixup_fn(images, targets)
-        first_of_update = step - (step - done) % accum_iter
         batches_of_update = min(accum_iter, steps - first_of_update)
         is_update = step + 1 == first_of_update + batches_of_update
         with gradient_sync(model, is_update):
@@ -442,9 +445,25 @@ def check_finite(
     )
 
 
-def compiled(model: nn.Module, backend: str | None) -> nn.Module:
-    """Return ``model`` compiled for a fixed batch size; unchanged if ``backend`` is None."""
-    return model if backend is None else torch.compile(model, backend=backend, dynamic=False)
+def step_marker(model: nn.Module, device: torch.device) -> Callable[[], None]:
+    """Return a function to call before a step; without a compiled model, it does nothing.
+
+    CUDA graphs may overwrite the outputs of the steps before: activations, gradients, logits.
+
+    Args:
+        model: Model of the step. Others that take part in it, such as a teacher, are compiled if
+            it is.
+        device: Device of the model.
+    """
+    if device.type == "cuda" and is_compiled(model):
+        return torch.compiler.cudagraph_mark_step_begin
+    return lambda: None
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Return True if torch.compile compiles a model or parts of it, for fixed sizes."""
+    parts = list(model.modules())
+    return any(hasattr(part, "_orig_mod") or part._compiled_call_impl for part in parts)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -488,7 +507,7 @@ def _count(
 ) -> tuple[list[float], list[str]]:
     """Return this rank's sums for :func:`evaluate`, and its messages about corrupt files."""
     model.eval()
-    is_compiled = unwrap(model) is not model
+    fixed, begin_step = is_compiled(model), step_marker(model, device)
     full = images_seen = 0
     messages: list[str] = []
     counts = torch.zeros(2, dtype=torch.int64, device=device)
@@ -499,11 +518,13 @@ def _count(
         images_seen += len(images)
         if not len(images):
             continue
-        full = max(full, len(images)) if is_compiled else 0
+        full = max(full, len(images)) if fixed else 0
         padded = _fill_up(images, full)
+        begin_step()
         with timer(len(images)), precision.autocast():
             logits = model(padded)
-        logits, targets = observe(logits[: len(images)].float(), targets)
+        logits = logits[: len(images)].to(torch.float32, copy=True)  # observers may keep it
+        logits, targets = observe(logits, targets)
         losses.append(F.cross_entropy(logits, targets, reduction="sum"))
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = ranked == targets[:, None]

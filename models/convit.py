@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-from einops import rearrange
 from timm.layers import PatchEmbed, global_pool_nlc, to_2tuple, trunc_normal_
 from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices as take_indices
@@ -39,7 +38,7 @@ def resample_tokens(
     """Resample position embeddings ``1 N C`` of a grid to one of another size: ``1 N' C``."""
     if grid == size:
         return embedding
-    embedding = rearrange(embedding, "1 (y x) c -> 1 c y x", y=grid[0], x=grid[1])
+    embedding = embedding.unflatten(1, grid).permute(0, 3, 1, 2)  # 1 C y x
     return resample_position_map(embedding, size).flatten(2).transpose(1, 2)
 
 
@@ -197,7 +196,7 @@ class ConViT(BaseModel):
         if self.pos_embed is not None:
             size = tuple(x.shape[1:3])
             position = resample_tokens(self.pos_embed, self.grid_size, size)
-            x = x + rearrange(position, "1 (y x) c -> 1 y x c", y=size[0], x=size[1])
+            x = x + position.unflatten(1, size)
         return self.pos_drop(x)
 
     def tables(self, x: torch.Tensor) -> list[tuple]:
@@ -265,7 +264,7 @@ class ConViT(BaseModel):
             tokens = self.norm(tokens) if norm else tokens
             prefix, patches = tokens.split([tokens.shape[1] - height * width, height * width], 1)
             if output_fmt == "NCHW":
-                patches = rearrange(patches, "b (y x) c -> b c y x", y=height, x=width)
+                patches = patches.unflatten(1, (height, width)).permute(0, 3, 1, 2)  # B C y x
             intermediates.append((patches, prefix) if return_prefix_tokens else patches)
         if intermediates_only:
             return intermediates

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from itertools import chain
 
 import torch
-from einops import rearrange
 from timm.layers import ClassifierHead, trunc_normal_
 from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices as take_indices
@@ -107,7 +106,7 @@ class MapAttention(SelfAttention):
         """``B C H W -> B C H W``."""
         height = x.shape[-2]
         x = super().forward(x.flatten(2).transpose(1, 2))  # B N C
-        return rearrange(x, "b (y x) c -> b c y x", y=height)
+        return x.unflatten(1, (height, -1)).permute(0, 3, 1, 2)  # B C y x
 
     def attention_maps(self, x: torch.Tensor) -> torch.Tensor:
         """Attention weights of a map ``B C H W``, ``B h N N``, N = H * W in row order."""

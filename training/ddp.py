@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from engine import Precision
+from engine import Precision, step_marker
 from models import height_and_width
 from utils import random_state, set_random_state
 
@@ -55,7 +55,9 @@ def warm_up_ddp(
     model.train()
     size = (batch_size, in_chans, *height_and_width(input_size))
     images = precision.move(torch.zeros(size, dtype=precision.dtype or torch.float32))
+    begin_step = step_marker(model, precision.device)
     for _ in range(WARM_UP_STEPS):
+        begin_step()
         with precision.autocast():
             output = model(images)
         outputs = (

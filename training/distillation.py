@@ -12,6 +12,7 @@ from torch import nn
 import engine
 import models
 from models import DataConfig
+from training.compilation import compiled
 from training.network import Network
 from utils import UserError, log
 
@@ -167,6 +168,7 @@ def distill(
     teacher = build_teacher(args, network.kwargs["num_classes"], precision, network.images)
     if hasattr(model, "set_distilled_training"):
         model.set_distilled_training(True)
-    targets = TeacherTargets(engine.compiled(teacher, args.compile), mixup_fn, precision)
+    teacher = compiled(teacher, args.compile, args.compile_mode, args.compile_blocks)
+    targets = TeacherTargets(teacher, mixup_fn, precision)
     settings = (args.distillation_type, args.distillation_alpha, args.distillation_tau)
     return targets, DistillationLoss(criterion, *settings)

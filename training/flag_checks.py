@@ -3,13 +3,12 @@
 import argparse
 import math
 
-import torch
 from timm.optim import get_optimizer_info, list_optimizers
 
 from models.errors import did_you_mean
 from pipeline.policies import check_policy
 from pipeline.sources.split import HoldOut
-from training import schedules
+from training import compilation, schedules
 from training.keywords import OPTIMIZER_ELSEWHERE, keyword_arguments
 from training.optimizers import LOOKAHEAD
 from training.tracking import check_installed
@@ -42,11 +41,11 @@ RANGES = (  # a condition, the condition in words, and the flags whose values mu
 
 
 def check_values(args: argparse.Namespace) -> None:
-    """Check the ranges of numbers, and the backend of ``--compile``; None is always valid.
+    """Check the ranges of numbers, and the flags of compilation; None is always valid.
 
     Raises:
-        UserError: A number, or one of a list, is out of range, the backend is unknown, or the
-            flags of the validation split contradict each other.
+        UserError: A number, or one of a list, is out of range, or the flags of compilation or of
+            the validation split contradict each other.
     """
     for is_valid, what, names in RANGES:
         for name in names.split():
@@ -55,9 +54,7 @@ def check_values(args: argparse.Namespace) -> None:
                 if one is not None and not is_valid(one):
                     raise UserError(f"--{name.replace('_', '-')} {one} must be {what}")
     HoldOut.of(vars(args))
-    if args.compile is not None and args.compile not in torch.compiler.list_backends(None):
-        backends = ", ".join(torch.compiler.list_backends())
-        raise UserError(f"unknown backend --compile {args.compile}; choose one of {backends}")
+    compilation.check(args)
 
 
 def check_flags(args: argparse.Namespace) -> None:

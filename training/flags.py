@@ -8,6 +8,7 @@ from models.data_config import INTERPOLATIONS
 from pipeline.augmentation import CROP_MODES
 from pipeline.sources.fine_grained import INAT_CATEGORIES
 from pipeline.sources.named import DATA_SETS, HUB, data_set_named
+from training import compilation
 from training.existing_run import check_overwrite
 from training.flag_checks import check_flags
 from training.old_flags import ANSWERS
@@ -153,6 +154,16 @@ def _add_optimisation(group: argparse._ArgumentGroup) -> None:
         const="inductor",
         metavar="BACKEND",
         help="compile the model with torch.compile (default backend: inductor)",
+    )
+    add(
+        *("--compile-mode", "--torchcompile-mode"),
+        choices=compilation.MODES,
+        help="mode of torch.compile; reduce-overhead and max-autotune replay CUDA graphs",
+    )
+    add(
+        "--compile-blocks",
+        action="store_true",
+        help="compile block by block: a shorter start; equal blocks share one graph",
     )
     add("--grad-checkpointing", action="store_true", help="recompute blocks to save memory")
     add("--fsdp", action="store_true", help="shard weights and optimizer state over the processes")

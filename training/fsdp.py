@@ -6,7 +6,6 @@ sharded model is like any other: it loads full tensors, and its checkpoints hold
 """
 
 import contextlib
-import re
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,9 +16,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from training.blocks import find_blocks
+from training.compilation import CUDA_GRAPHS
 from utils import UserError
-
-ROW = re.compile(r"(blocks|layers?|stages?)\d*")  # names of containers of blocks
 
 
 def check(args: Namespace, world_size: int) -> None:
@@ -34,33 +33,19 @@ def check(args: Namespace, world_size: int) -> None:
             "start several with torchrun --nproc_per_node N"
         )
     if args.compile is not None:
-        raise UserError("--fsdp does not support --compile: leave one of them out")
+        if not args.compile_blocks:
+            raise UserError(
+                "--fsdp compiles blocks: give --compile-blocks, too, or leave --compile"
+            )
+        if args.compile_mode in CUDA_GRAPHS:
+            raise UserError(
+                f"--fsdp does not support --compile-mode {args.compile_mode}: gathered weights "
+                f"move, and CUDA graphs need them in place"
+            )
     if args.model_ema and args.model_ema_force_cpu:
         raise UserError(
             "--fsdp shards the moving average like the weights: leave --model-ema-force-cpu out"
         )
-
-
-def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the modules that are gathered one at a time; all others are gathered with the root.
-
-    They are the children of every Sequential or ModuleList named blocks, layers or stages, with
-    or without a number (``blocks.3`` of ViT, ``stage2.0`` of Visformer, ``layer1.2`` of ResNet).
-    Of nested ones, the inner ones count (``layers.1.blocks.0`` of Swin).
-    """
-    rows = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Sequential | nn.ModuleList)
-        and ROW.fullmatch(name.rpartition(".")[2])
-    }
-    return [
-        child
-        for name, row in rows.items()
-        for key, child in row.named_children()
-        if any(True for _ in child.parameters())
-        and not any(inner.startswith(f"{name}.{key}.") for inner in rows)
-    ]
 
 
 def shard(model: nn.Module, device: torch.device) -> None:

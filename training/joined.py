@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.layers import DropPath
-from training.fsdp import find_blocks
+from training.blocks import find_blocks
 
 
 class Cast(torch.autograd.Function):

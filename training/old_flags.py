@@ -42,7 +42,6 @@ ANSWERS = {
     "--gp": "use --model-kwargs global_pool=POOL",
     "--fuser": "use --compile",
     "--torchscript": "use --compile",
-    "--torchcompile-mode": "use --compile BACKEND",
     "--fast-norm": "use --amp",
     "--head-init-scale": f"initial values are the model's: {_LEAVE}",
     "--head-init-bias": f"initial values are the model's: {_LEAVE}",

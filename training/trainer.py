@@ -22,6 +22,7 @@ from models import DataConfig
 from pipeline.prefetch import Prefetcher
 from samplers import SampleIndex
 from training import fsdp, launch
+from training.compilation import compiled
 from training.ddp import distribute, warm_up_ddp
 from training.joined import join_kernels
 from training.network import count_parameters
@@ -67,7 +68,7 @@ class Evaluation:
         with fsdp.gathered(model):
             stats = engine.evaluate(
                 shown(self.loader, f"{prefix}evaluation", len(self.loader)),
-                engine.compiled(model, args.compile),
+                compiled(model, args.compile, args.compile_mode, args.compile_blocks),
                 precision.device,
                 precision,
                 args.dist_eval,
@@ -152,17 +153,16 @@ class Trainer:
         return 0
 
     def wrapped(self) -> nn.Module:
-        """Return the model for training: distributed, compiled."""
+        """Return the model for training: compiled, distributed."""
         args, precision, model = self.args, self.state.precision, self.state.model
-        if args.fsdp:
-            return model  # sharded already, in fixed groups
-        if args.compile is None:
+        if args.compile is not None:
+            model = compiled(model, args.compile, args.compile_mode, args.compile_blocks)
+        elif not args.fsdp:
             join_kernels(model)
-        if self.info.world_size > 1:
+        # with FSDP, it is sharded already, in fixed groups
+        if self.info.world_size > 1 and not args.fsdp:
             static = args.accum_iter == 1 and args.compile is None
             model = distribute(model, precision.device, static)
-        model = engine.compiled(model, args.compile)
-        if self.info.world_size > 1:
             channels = self.state.network.images.in_chans
             warm_up_ddp(model, precision, args.batch_size, args.input_size, channels)
         return model

@@ -45,7 +45,22 @@ def _second_pass(module: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _restored_statistics(module: nn.Module) -> Iterator[None]:
+    """Undo the updates of running statistics: a compiled pass then is the first one again."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    buffers = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
+    saved = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(buffers, saved, strict=True):
+            buffer.copy_(value)
+
+
 def _contexts(module: nn.Module) -> tuple:
+    if module._compiled_call_impl is not None:  # other attributes would compile another graph
+        return contextlib.nullcontext(), _restored_statistics(module)
     return _whole_block(), _second_pass(module)
 
 

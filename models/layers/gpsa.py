@@ -6,7 +6,6 @@ from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from timm.layers import Mlp
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -79,7 +78,7 @@ def positional_attention(
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         scores = F.linear(features, weight, bias)
-    return rearrange(scores, "i j u v h -> h (i j) (u v)").softmax(dim=-1)
+    return scores.permute(4, 0, 1, 2, 3).flatten(3).flatten(1, 2).softmax(dim=-1)  # h (i j) (u v)
 
 
 def _gate(parameter: torch.Tensor) -> torch.Tensor:

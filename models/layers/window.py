@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from timm.layers import trunc_normal_
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -38,6 +37,11 @@ def relative_position_index(window: int) -> torch.Tensor:
     return (rows + offset[None, :, None, :]).reshape(window**2, window**2)
 
 
+def _in_windows(x: torch.Tensor, window: int) -> torch.Tensor:
+    """Positions ``H W`` as ``ny nx wy wx``, of windows ``ny nx``."""
+    return x.unflatten(1, (-1, window)).unflatten(0, (-1, window)).transpose(1, 2)
+
+
 def shift_mask(
     height: int, width: int, window: int, shift: int, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
@@ -57,7 +61,7 @@ def shift_mask(
         return (position >= size - window).long() + (position >= size - shift).long()
 
     region = regions(height)[:, None] * 3 + regions(width)[None, :]
-    region = rearrange(region, "(ny wy) (nx wx) -> (ny nx) (wy wx)", wy=window, wx=window)
+    region = _in_windows(region, window).flatten(2).flatten(0, 1)
     across = region[:, :, None] != region[:, None, :]
     return across.to(dtype) * MASKED
 
@@ -81,7 +85,7 @@ def _windows(height: int, width: int, window: int, shift: int, device: torch.dev
     position = torch.arange(count, device=device).view(1, 1, height, width)
     position = F.pad(position, (0, -width % window, 0, -height % window), value=-1)
     position = torch.roll(position, (-shift, -shift), dims=(2, 3))
-    position = rearrange(position, "1 1 (ny wy) (nx wx) -> (ny nx wy wx)", wy=window, wx=window)
+    position = _in_windows(position[0, 0], window).flatten()
     # sorted, padding (-1) comes first, then the positions of the map in row order
     padding, target = position.argsort().tensor_split([len(position) - count])
     return Windows(position.clamp(min=0), target, padding)

@@ -8,10 +8,12 @@ import time
 
 import nullcuda
 import torch
+from torch._dynamo.utils import counters
 
 import engine
 from tests.nullcuda.programs import DEVICE, get_parser, on_device
 from training import optimizers
+from training.compilation import compiled
 from training.flags import parse_args
 from training.joined import MovingAverage, join_kernels
 
@@ -23,15 +25,18 @@ parser.add_argument("--no-ema", action="store_true")
 parser.add_argument("--infer", action="store_true", help="forward alone")
 parser.add_argument("--fuse", action="store_true", help="with --infer: folded for inference")
 parser.add_argument("--compile", metavar="BACKEND", help="inductor, for instance")
+parser.add_argument("--compile-mode")
+parser.add_argument("--compile-blocks", action="store_true")
 parser.add_argument("--sync", default="default", help="warn or error: where a step waits")
 parser.add_argument("--kernels", type=int, default=0, metavar="N", help="name the N most frequent")
 args = parser.parse_args()
 flags, _ = parse_args(["--model", "any"])
+how = args.compile, args.compile_mode, args.compile_blocks
 
 
 def inferring(model, precision, images):
     """A function that infers a number of times."""
-    net = engine.compiled(model.eval().fuse() if args.fuse else model.eval(), args.compile)
+    net = compiled(model.eval().fuse() if args.fuse else model.eval(), *how)
 
     def run(times):
         with torch.inference_mode(), precision.autocast():
@@ -49,7 +54,7 @@ def training(model, precision, images):
     average = None if args.no_ema else MovingAverage(model, 0.9999)
     mixup = engine.build_mixup(flags, 1000)
     criterion = engine.build_criterion(flags, mixup, 1000)
-    net = engine.compiled(model, args.compile)
+    net = compiled(model, *how)
     targets = torch.zeros(len(images), dtype=torch.long, device=DEVICE)
 
     def run(times):
@@ -70,7 +75,8 @@ for name in args.models:
     if args.grad_checkpointing:
         model.set_grad_checkpointing(True)
     run = (inferring if args.infer else training)(model, precision, images)
-    run(2)  # cuDNN's trials, the allocator's first requests
+    run(2)  # cuDNN's trials, the allocator's first requests, compilation
+    graphs = counters["stats"]["unique_graphs"]
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.set_sync_debug_mode(args.sync)
     nullcuda.reset()
@@ -84,6 +90,9 @@ for name in args.models:
     torch.cuda.set_sync_debug_mode("default")
     counts = {key: (value - counts[key]) / args.steps for key, value in nullcuda.counts().items()}
     found = {"model": name, "operations": nullcuda.total(counts), "host_ms": round(host, 1)}
+    if args.compile:
+        found |= {"graphs": graphs, "breaks": sum(counters["graph_break"].values())}
+        found["recompilations"] = counters["stats"]["unique_graphs"] - graphs
     found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     print(
         json.dumps(found | {k: v for k, v in counts.items() if v and "peak" not in k}), flush=True

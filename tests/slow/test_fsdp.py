@@ -302,6 +302,9 @@ def test_random_steps_are_equal_on_all_ranks():
     assert torch.equal(first, second)
 
 
+BLOCKS = {"compile": "inductor", "compile_blocks": True}
+
+
 @pytest.mark.parametrize(("name", "blocks"), [("visformer_tiny", 15), ("test_vit", 6)])
 def test_blocks(name, blocks):
     assert len(find_blocks(timm.create_model(name))) == blocks
@@ -311,16 +314,25 @@ def test_blocks(name, blocks):
     ("flags", "processes", "named"),
     [
         ({}, 1, "--nproc_per_node"),
-        ({"compile": "eager"}, 2, "--compile"),
+        ({"compile": "eager"}, 2, "--compile-blocks"),
+        ({"compile_mode": "reduce-overhead", **BLOCKS}, 2, "--compile-mode reduce-overhead"),
         ({"model_ema": True, "model_ema_force_cpu": True}, 2, "--model-ema-force-cpu"),
     ],
 )
 def test_contradicting_flags_are_named(flags, processes, named):
-    plain = {"compile": None, "model_ema": False, "model_ema_force_cpu": True}
+    plain = {"compile": None, "compile_blocks": False, "compile_mode": None}
+    plain |= {"model_ema": False, "model_ema_force_cpu": True}
     check(Namespace(**plain), 2)
+    check(Namespace(**plain | BLOCKS), 2)
     with pytest.raises(UserError, match=f"--fsdp .*{named}"):
         check(Namespace(**plain | flags), processes)
 
 
 def test_a_single_process_cannot_shard():
     assert "--fsdp" in error_of(main, *RUN, "--fsdp")
+
+
+def test_compiled_blocks_train_as_plain_ones_do(run, sharded, tmp_path):
+    run_ranks(2, [*run, tmp_path, "--fsdp", "--compile", "aot_eager", "--compile-blocks"])
+    for line, other in zip(losses(tmp_path), losses(sharded[0]), strict=True):
+        assert line == pytest.approx(other, rel=1e-4)

@@ -247,6 +247,7 @@ OTHER_SPELLINGS = {
     "--initial-checkpoint x.pth": ("finetune", "x.pth"),
     "--grad-accum-steps 2": ("accum_iter", 2),
     "--torchcompile": ("compile", "inductor"),
+    "--torchcompile-mode default --compile": ("compile_mode", "default"),
     "--data-dir data": ("data_path", "data"),
     "--dataset_download": ("download", True),
     "--crop-pct 0.9": ("eval_crop_ratio", 0.9),

@@ -315,6 +315,8 @@ VALUES = {  # where the rule of value_of does not do
     "world_size": 2,
 }
 WITH = {  # flags that another one needs
+    "compile_mode": ["--compile"],
+    "compile_blocks": ["--compile"],
     "eval": ["--resume", "x.pth"],
     "val_split": ["--data-path", "x"],
     "k_folds": ["--fold", "3", "--data-path", "x"],

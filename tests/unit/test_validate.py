@@ -248,12 +248,12 @@ def test_a_compiled_network_sees_batches_of_one_size(run, call, tmp_path, monkey
     checkpoint, images, model, _ = run
     seen = []
 
-    def compiled(model, backend):
-        assert backend == "eager"
+    def compiled(model, *how):
+        assert how == ("eager", None, False)
         seen.append(Compiled(model))
         return seen[-1]
 
-    monkeypatch.setattr("engine.compiled", compiled)
+    monkeypatch.setattr("tools.validate.eval_models.compiled", compiled)
     flags = [checkpoint, "--data-path", images, "--weights", "model", "--compile", "eager"]
     assert call(*flags, "--batch-size", 33, "--csv", tmp_path / "t.csv")[0] == 0
     assert seen[-1].shapes == [(49, 3, SIZE, SIZE)] * 3  # of 108 images

@@ -24,6 +24,7 @@ from models import height_and_width, vit
 from models.layers import set_fused_attention
 from tools.benchmark import measure
 from tools.flops import size_options
+from training.compilation import compiled
 from training.joined import join_kernels
 from utils import UserError
 
@@ -249,7 +250,7 @@ def configure(model: nn.Module, side: str, config: str) -> nn.Module:
         elif transform == "checkpoint":
             model.set_grad_checkpointing(True)
         elif transform == "compile":
-            model = torch.compile(model, dynamic=False)
+            model = compiled(model, "inductor")
         elif transform != "eager":
             raise UserError(
                 f"unknown {transform!r} in --configs {config}; choose eager, or some of "

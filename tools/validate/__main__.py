@@ -38,6 +38,8 @@ NETWORK = (
     "amp_dtype",
     "channels_last",
     "compile",
+    "compile_mode",
+    "compile_blocks",
 )
 Row = Mapping[str, Any]
 SOURCE_WIDTH = 32  # of a checkpoint's name above a picture

@@ -14,6 +14,7 @@ import models
 from models import DataConfig, ModelSource, size_text
 from tools.cli import shown
 from tools.validate.classes import ClassMap, match_classes
+from training.compilation import compiled
 from training.network import check_exponent, choose_precision, fused, of_channels
 from utils import UserError
 
@@ -94,5 +95,5 @@ def eval_models(
             for name in weights:
                 source.load(model, name)
                 net = fused(model, source.name) if args.fuse else model
-                net = engine.compiled(net, args.compile)
+                net = compiled(net, args.compile, args.compile_mode, args.compile_blocks)
                 yield EvalModel(source, name, args, images, net, precision)
