@@ -48,11 +48,6 @@ class Precision:
     def place(self, model: nn.Module) -> None:
         """Move a model to the device and convert its weights to the memory format."""
         model.to(self.device, memory_format=self.memory_format)
-        for parameter in model.parameters():
-            if parameter.ndim == 4 and len(parameter) == 1 == parameter[0, 0].numel():
-                # a position embedding of one pixel: its strides are free, and the plain ones are
-                # those of its gradient, which DistributedDataParallel would otherwise copy
-                parameter.data = parameter.data.flatten().view_as(parameter)
 
     def move(self, images: torch.Tensor) -> torch.Tensor:
         """Return images ``B 3 H W`` on the device in the memory format (asynchronous copy)."""
