@@ -23,7 +23,7 @@ from models.layers import (
     SelfAttention,
     checkpoint_blocks,
     drop_path_rates,
-    resample_position_map,
+    resample_tokens,
 )
 from models.layers.fuse import pack
 from models.layers.gpsa import GPSA, Block
@@ -31,16 +31,6 @@ from models.layers.gpsa import GPSA, Block
 __all__ = ["ConViT"]
 
 POOLS = ("token", "avg", "max", "avgmax", "")
-
-
-def resample_tokens(
-    embedding: torch.Tensor, grid: tuple[int, int], size: tuple[int, int]
-) -> torch.Tensor:
-    """Resample position embeddings ``1 N C`` of a grid to one of another size: ``1 N' C``."""
-    if grid == size:
-        return embedding
-    embedding = rearrange(embedding, "1 (y x) c -> 1 c y x", y=grid[0], x=grid[1])
-    return resample_position_map(embedding, size).flatten(2).transpose(1, 2)
 
 
 class ConViT(BaseModel):

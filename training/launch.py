@@ -31,6 +31,7 @@ ANSWER = 10.0  # seconds for a launcher to answer
 MESSAGE = 60.0  # seconds for the watchdog's message
 # how gloo and NCCL report a peer that does not answer
 LOST = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Tt]imed out")
+NONDETERMINISTIC = re.compile(r"(\S+) does not have a deterministic implementation")
 RESUMES = "interrupted; --resume auto continues from the last checkpoint"
 
 
@@ -385,7 +386,8 @@ def end_children() -> None:
 
 
 def loader_message(error: Exception) -> str:
-    """Return the message for a dead loader worker or a lost rank; raise any other error."""
+    """Return the message for a dead loader worker, a lost rank, or an operator that
+    ``--deterministic`` excludes; raise any other error."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if loader_died(error):
         return (
@@ -394,6 +396,8 @@ def loader_message(error: Exception) -> str:
         )
     if peer_lost(error):
         return f"another process is lost or stuck ({reason[:200]})"
+    if found := NONDETERMINISTIC.match(reason):
+        return f"{found[1]} has no deterministic kernel on this device: leave --deterministic out"
     raise error
 
 
