@@ -48,11 +48,6 @@ class Precision:
     def place(self, model: nn.Module) -> None:
         """Move a model to the device and convert its weights to the memory format."""
         model.to(self.device, memory_format=self.memory_format)
-        for parameter in model.parameters():
-            if parameter.ndim == 4 and len(parameter) == 1 == parameter[0, 0].numel():
-                # a position embedding of one pixel: its strides are free, and the plain ones are
-                # those of its gradient, which DistributedDataParallel would otherwise copy
-                parameter.data = parameter.data.flatten().view_as(parameter)
 
     def move(self, images: torch.Tensor) -> torch.Tensor:
         """Return images ``B 3 H W`` on the device in the memory format (asynchronous copy)."""
@@ -67,12 +62,38 @@ class Precision:
         return self.scaler._scale < before
 
     def __str__(self) -> str:
-        return "float32" if self.dtype is None else str(self.dtype).removeprefix("torch.")
+        if self.dtype is not None:
+            return str(self.dtype).removeprefix("torch.")
+        return "float32, products in TF32" if uses_tf32(self.device) else "float32"
 
 
-def set_determinism(deterministic: bool) -> None:
-    """Select kernels by speed, or only deterministic ones."""
-    torch.backends.cudnn.benchmark = not deterministic
+def uses_tf32(device: torch.device) -> bool:
+    """Return True if a device multiplies float32 in TF32, as :func:`select_kernels` has set."""
+    # from compute capability 8.0 on; a ROCm device has no TF32 of that name
+    return (
+        device.type == "cuda"
+        and torch.get_float32_matmul_precision() != "highest"
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+def select_kernels(
+    device: torch.device, tf32: bool = True, deterministic: bool = False, search: bool = True
+) -> None:
+    """Select kernels by speed, or only deterministic ones; set how float32 is multiplied.
+
+    Args:
+        device: Device of the models.
+        tf32: On CUDA, matrix products and convolutions round their float32 factors to TF32
+            (10 bits of mantissa). Other devices keep PyTorch's setting.
+        deterministic: Only deterministic kernels; an operator without one raises RuntimeError.
+        search: cuDNN times its kernels for every new shape; only for images of few sizes.
+    """
+    if device.type == "cuda":
+        # both by the older interface: PyTorch raises an error where it is mixed with the newer one
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = search and not deterministic
     if deterministic:
         # cuBLAS reads it at its start
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

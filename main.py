@@ -14,7 +14,7 @@ from training.existing_run import check_resumed, treatment
 from training.flags import parse_args
 from training.job import Job, build_job
 from training.launch import DistInfo
-from training.network import fused
+from training.network import fused, with_amp_dtype
 from training.output import Output
 from training.run_state import RunState
 from training.tracking import Tracking
@@ -35,6 +35,7 @@ def run(args: Namespace, given: set[str], info: DistInfo, device: torch.device) 
         utils.all_or_none(lambda: Output(folder, args.keep_checkpoints, existing), group)
     ) as output:
         resumed = read_resume(args, info, group)
+        args = with_amp_dtype(args, device, {} if args.eval else resumed[1])
         if folder:
             utils.all_or_none(lambda: check_resumed(args, resumed[1]), group)
         job = utils.all_or_none(

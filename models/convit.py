@@ -22,7 +22,7 @@ from models.layers import (
     SelfAttention,
     checkpoint_blocks,
     drop_path_rates,
-    resample_position_map,
+    resample_tokens,
 )
 from models.layers.fuse import pack
 from models.layers.gpsa import GPSA, Block, joint_tables
@@ -30,16 +30,6 @@ from models.layers.gpsa import GPSA, Block, joint_tables
 __all__ = ["ConViT"]
 
 POOLS = ("token", "avg", "max", "avgmax", "")
-
-
-def resample_tokens(
-    embedding: torch.Tensor, grid: tuple[int, int], size: tuple[int, int]
-) -> torch.Tensor:
-    """Resample position embeddings ``1 N C`` of a grid to one of another size: ``1 N' C``."""
-    if grid == size:
-        return embedding
-    embedding = embedding.unflatten(1, grid).permute(0, 3, 1, 2)  # 1 C y x
-    return resample_position_map(embedding, size).flatten(2).transpose(1, 2)
 
 
 class ConViT(BaseModel):

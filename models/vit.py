@@ -14,7 +14,7 @@ from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_
 from torch import nn
 
 from models.factory import build_registered, register_model
-from models.layers import attention
+from models.layers import attention, resample_tokens
 from models.layers.attention import fold_scale, split_heads
 from models.layers.fuse import Fusible, pack, pack_mlp
 
@@ -110,6 +110,23 @@ class ViT(VisionTransformer, Fusible):
         self.qk_scale_factor = qk_scale_factor
         for block in self.blocks:
             block.attn.scale = block.attn.head_dim**qk_scale_factor
+
+    def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
+        """Add position embeddings, resampled if need be: ``B H W C``, or ``B N C``, to tokens.
+
+        timm resamples them by an operator whose gradient is not deterministic on CUDA.
+        """
+        if self.pos_embed is None or not self.dynamic_img_size:
+            return super()._pos_embed(x)
+        prefix = 0 if self.no_embed_class else self.num_prefix_tokens
+        grid, size = self.patch_embed.grid_size, tuple(x.shape[1:3])
+        position = resample_tokens(self.pos_embed, grid, size, prefix)
+        tokens = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        tokens = [token.expand(len(x), -1, -1) for token in tokens]
+        x = x.flatten(1, 2)
+        if self.no_embed_class:
+            return self.pos_drop(torch.cat([*tokens, x + position], dim=1))
+        return self.pos_drop(torch.cat([*tokens, x], dim=1) + position)
 
     def fuse_(self) -> None:
         """Pack patch embedding and feed-forward parts (see :class:`Fusible`)."""

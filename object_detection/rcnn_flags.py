@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from object_detection.mask_rcnn import CHANNELS, MAX_SIZE, MIN_SIZE
 from training.existing_run import check_overwrite
-from training.flags import add_processes
+from training.flags import add_precision, add_processes
 from training.parser import Parser, flags_of, usable_cpus
 from utils import UserError
 
@@ -81,8 +81,7 @@ def _add_optimisation(group: argparse._ArgumentGroup) -> None:
     add("--weight-decay", type=float, default=0.05)
     add("--clip-grad", type=float, metavar="NORM", help="maximum norm of the gradient")
     add("--warmup-iters", type=int, help=f"{WARMUP_ITERS}, or a shorter first epoch, if not given")
-    add("--amp", action=OnOff, default=False, help="automatic mixed precision")
-    add("--amp-dtype", choices=["float16", "bfloat16"], default="float16")
+    add_precision(group)
 
 
 def _add_data(group: argparse._ArgumentGroup) -> None:

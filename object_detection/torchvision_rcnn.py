@@ -31,6 +31,7 @@ from training.checkpoints import read_resume, was_restarted
 from training.ddp import distribute
 from training.existing_run import treatment
 from training.launch import DistInfo
+from training.network import choose_precision, with_amp_dtype
 from training.output import Output
 from training.trainer import finished
 from utils import log
@@ -251,13 +252,6 @@ def build_detector(args: Namespace, settings: Mapping[str, Any]) -> MaskRCNN:
     )
 
 
-def choose_precision(args: Namespace, model: MaskRCNN, device: torch.device) -> engine.Precision:
-    """Return mixed precision of the flags, in the model's memory layout."""
-    last = getattr(model.backbone.body.net, "channels_last", False)
-    dtype = getattr(torch, args.amp_dtype) if args.amp else None
-    return engine.Precision(device, dtype, torch.channels_last if last else torch.contiguous_format)
-
-
 def evaluate(
     loader: DataLoader,
     model: MaskRCNN,
@@ -300,7 +294,9 @@ def run_in(
     """Build everything, then evaluate or train."""
     source, checkpoint = read_resume(args, info, group)
     check_resume(checkpoint, source)
+    args = with_amp_dtype(args, device, {} if args.eval else checkpoint)
     utils.seed_everything(args.seed)
+    engine.select_kernels(device, args.tf32, search=False)  # images of many sizes
     share = (args.batch_size, args.num_workers, info.world_size, info.rank)
 
     val, val_folder = read_split(args, "val")
@@ -319,7 +315,7 @@ def run_in(
 
     settings = choose_settings(args, checkpoint, categories)
     model = build_detector(args, settings)
-    precision = choose_precision(args, model, device)
+    precision = choose_precision(args, model.backbone.body.net, device)
     precision.place(model)
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log(

@@ -12,7 +12,6 @@ from training import launch
 from training.files import OutputError
 from training.flag_checks import check_values
 from training.flags import get_args_parser
-from training.parser import given_flags
 from utils import UserError
 
 SURROGATES = re.compile("[\ud800-\udfff]")  # Python's code points for bytes that are not UTF-8
@@ -96,6 +95,6 @@ def parse(make_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str
     check_values(full)
     if (full.eval_crop_ratio or 0) > 1:
         raise UserError(f"--eval-crop-ratio {full.eval_crop_ratio} must be at most 1")
-    if "amp_dtype" in given_flags(make_parser(), argv) and not full.amp:
+    if full.amp_dtype is not None and not full.amp:
         raise UserError(f"--amp-dtype {full.amp_dtype} has no effect without --amp: give both")
     return full

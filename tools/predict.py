@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FLAGS = ("batch_size", "qk_scale_factor", "amp", "amp_dtype", "channels_last", "eval_crop_ratio")
-FLAGS += ("exif", "in_chans")
+FLAGS += ("tf32", "exif", "in_chans")
 HEADS = ("image", "rank", "class", "name", "probability")  # of the CSV file
 ENDING = "-prediction.png"  # of the pictures in a folder
 DOCUMENTS = (".gif", ".svg", ".pdf", ".ps", ".eps", ".csv", ".txt", ".html")

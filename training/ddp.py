@@ -1,6 +1,7 @@
 """DistributedDataParallel: wrapping a model, and warming it up."""
 
 import inspect
+from functools import partial
 
 import torch
 from torch import nn
@@ -30,10 +31,25 @@ def distribute(
     # older versions of PyTorch have only the second name, newer ones deprecate it
     names = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    for parameter in model.parameters():
+        if parameter.requires_grad and 1 in parameter.shape:
+            parameter.register_hook(partial(_with_strides, parameter.stride()))
     ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(
         model, device_ids=ids, gradient_as_bucket_view=True, static_graph=static, **{name: False}
     )
+
+
+def _with_strides(strides: tuple[int, ...], gradient: torch.Tensor) -> torch.Tensor | None:
+    """Return a view of a gradient with the strides of its parameter, or None if it has others.
+
+    Strides of dimensions of size 1 are free. A kernel takes them from its input, as of the 1x1
+    convolution of a pooled map; DistributedDataParallel expects those of the parameter.
+    """
+    dims = zip(gradient.shape, gradient.stride(), strides, strict=True)
+    if gradient.stride() != strides and all(size == 1 or a == b for size, a, b in dims):
+        return gradient.as_strided(gradient.shape, strides)
+    return None
 
 
 def warm_up_ddp(

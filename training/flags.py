@@ -17,6 +17,8 @@ from training.recipes import recipe_argv
 from training.tracking import TRACKERS
 from utils import UserError
 
+AMP_DTYPES = ("float16", "bfloat16")
+
 
 def get_args_parser() -> Parser:
     """Return the parser of all flags."""
@@ -134,6 +136,14 @@ def _add_finetuning(group: argparse._ArgumentGroup) -> None:
     add("--distillation-tau", type=float, default=1.0, help="temperature of soft distillation")
 
 
+def add_precision(group: argparse._ArgumentGroup) -> None:
+    add = flags_of(group)
+    add("--amp", action=OnOff, default=False, help="automatic mixed precision")
+    default = "default: that of the run to resume, else bfloat16 on the CPU, float16 elsewhere"
+    add("--amp-dtype", choices=AMP_DTYPES, help=default)
+    add("--tf32", action=OnOff, default=True, help="on CUDA, multiply float32 in TF32")
+
+
 def _add_optimisation(group: argparse._ArgumentGroup) -> None:
     add = flags_of(group)
     add("--opt", default="adamw", help="any optimizer of timm")
@@ -145,8 +155,7 @@ def _add_optimisation(group: argparse._ArgumentGroup) -> None:
     add("--weight-decay", type=float, default=0.05)
     steps = ("--accum-iter", "--grad-accum-steps")
     add(*steps, type=int, default=1, help="batches per optimizer step")
-    add("--amp", action=OnOff, default=False, help="automatic mixed precision")
-    add("--amp-dtype", choices=["float16", "bfloat16"], default="float16")
+    add_precision(group)
     add("--channels-last", action=OnOff, help="memory format; default: chosen by the model")
     add(
         *("--compile", "--torchcompile"),

@@ -96,7 +96,7 @@ def build_job(
     if args.input_size is not None:
         check_size(args, given, source, images.size)
     utils.seed_everything(args.seed)
-    engine.set_determinism(args.deterministic)
+    engine.select_kernels(device, args.tf32, args.deterministic)
 
     names = (source.classes, source.label) if source.classes and source.has_weights else None
     eval_set, num_classes = datasets.build_dataset(

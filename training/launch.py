@@ -28,8 +28,10 @@ from utils import PeerError, UserError, printable, silence
 SOCKET_ROOM = 70  # bytes of a folder's name: 104 of a socket's on macOS, less multiprocessing's own
 SHORT = "/tmp"
 ANSWER = 10.0  # seconds for a launcher to answer
+MESSAGE = 60.0  # seconds for the watchdog's message
 # how gloo and NCCL report a peer that does not answer
 LOST = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Tt]imed out")
+NONDETERMINISTIC = re.compile(r"(\S+) does not have a deterministic implementation")
 RESUMES = "interrupted; --resume auto continues from the last checkpoint"
 
 
@@ -150,6 +152,19 @@ def first_node(nodelist: str) -> str | None:
     return match and match[1] + (match[2] or "")
 
 
+def set_nccl_timeout(timeout: timedelta) -> timedelta:
+    """Return the timeout of NCCL, by which the watchdog has ended the process with its own message.
+
+    NCCL counts from when a collective is enqueued, the watchdog from the last progress. In between,
+    a process that runs ahead of its GPU may wait for a few batches, each for up to ``timeout``; and
+    the watchdog asks the other ranks where they are. The environment gets the same for the monitor
+    of NCCL's thread, which would end the process after 8 minutes.
+    """
+    found = 3 * timeout + timedelta(seconds=MESSAGE)
+    os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", f"{found.total_seconds():.0f}")
+    return found
+
+
 @contextlib.contextmanager
 def process_group(args: Namespace, env: Mapping[str, str] = os.environ):
     """Context manager of the process group; yields ``(info, device)``.
@@ -174,8 +189,6 @@ def process_group(args: Namespace, env: Mapping[str, str] = os.environ):
         init_method = "tcp://{}:{}".format(*rendezvous(info, env))
         if info.launcher == "torchrun":
             init_method = "env://"  # torchrun may hold the store itself
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     try:
         timeout = timedelta(seconds=args.dist_timeout)
         store, *_ = next(dist.rendezvous(init_method, info.rank, info.world_size, timeout=timeout))
@@ -188,7 +201,7 @@ def process_group(args: Namespace, env: Mapping[str, str] = os.environ):
             backend="nccl" if device.type == "cuda" else "gloo",
             rank=info.rank,
             world_size=info.world_size,
-            timeout=timeout,
+            timeout=set_nccl_timeout(timeout) if device.type == "cuda" else timeout,
             store=dist.PrefixStore("group", store),
         )
     except (RuntimeError, ValueError, OSError) as error:
@@ -241,6 +254,8 @@ def stay_with_torchrun(info: DistInfo, env: Mapping[str, str]) -> None:
 def select_device(name: str | None, info: DistInfo | None = None) -> torch.device:
     """Return the device named by ``--device``, else CUDA if available, else the CPU.
 
+    A GPU becomes the current one: streams, events and statistics without a device are its own.
+
     Args:
         name: Value of the flag, or None.
         info: Ranks; of several processes with CUDA, each gets the GPU of its local rank.
@@ -271,6 +286,7 @@ def select_device(name: str | None, info: DistInfo | None = None) -> torch.devic
     if index >= count:
         what = f"local rank {index}" if ranked else f"--device {name}"
         raise UserError(f"{what} has no GPU: {count} found; each process needs one")
+    torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
 
@@ -370,7 +386,8 @@ def end_children() -> None:
 
 
 def loader_message(error: Exception) -> str:
-    """Return the message for a dead loader worker or a lost rank; raise any other error."""
+    """Return the message for a dead loader worker, a lost rank, or an operator that
+    ``--deterministic`` excludes; raise any other error."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if loader_died(error):
         return (
@@ -379,6 +396,8 @@ def loader_message(error: Exception) -> str:
         )
     if peer_lost(error):
         return f"another process is lost or stuck ({reason[:200]})"
+    if found := NONDETERMINISTIC.match(reason):
+        return f"{found[1]} has no deterministic kernel on this device: leave --deterministic out"
     raise error
 
 

@@ -15,7 +15,7 @@ import engine
 import models
 from models import DataConfig, ModelSource
 from pipeline.images import DataError
-from training.flags import get_args_parser
+from training.flags import AMP_DTYPES, get_args_parser
 from training.keywords import keyword_arguments
 from utils import UserError, log, random_state, set_random_state
 
@@ -125,15 +125,42 @@ def convolves_in_bfloat16() -> bool:
     return bool((found - exact).norm() < 0.1 * exact.norm())
 
 
+def with_amp_dtype(
+    args: Namespace, device: torch.device, checkpoint: Mapping[str, Any] | None = None
+) -> Namespace:
+    """Return the flags with a value of ``--amp-dtype``.
+
+    If not given, it is that of the run to resume, else autocast's default for the device, which a
+    line of the log names on a CPU: there, float16 is many times slower than float32.
+
+    Args:
+        args: Flags.
+        device: Device of the model.
+        checkpoint: Content of the checkpoint to resume, if any.
+    """
+    resumes = checkpoint and "optimizer" in checkpoint
+    dtype, saved = args.amp_dtype, checkpoint.get("args") if resumes else None
+    if dtype is None and isinstance(saved, Mapping) and saved.get("amp_dtype") in AMP_DTYPES:
+        dtype = saved["amp_dtype"]
+    elif dtype is None:
+        dtype = str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")
+        if args.amp and device.type == "cpu":
+            log(f"--amp computes in {dtype} on a CPU; --amp-dtype float16 forces float16")
+    return Namespace(**vars(args) | {"amp_dtype": dtype})
+
+
 def choose_precision(args: Namespace, model: nn.Module, device: torch.device) -> engine.Precision:
-    """Return the precision of the flags; the memory format defaults to the model's."""
-    dtype = getattr(torch, args.amp_dtype) if args.amp else None
+    """Return the precision of the flags; the memory format defaults to the model's.
+
+    Without ``--amp-dtype``, mixed precision has the dtype of :func:`with_amp_dtype`.
+    """
+    dtype = getattr(torch, with_amp_dtype(args, device).amp_dtype) if args.amp else None
     if dtype is torch.bfloat16 and device.type == "cpu" and not convolves_in_bfloat16():
         log(
             "warning: convolutions in bfloat16 are wrong on this CPU with this PyTorch: set "
             "ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 in the environment"
         )
-    last = args.channels_last
+    last = getattr(args, "channels_last", None)
     if last is None:
         last = getattr(model, "channels_last", False)
     return engine.Precision(device, dtype, torch.channels_last if last else torch.contiguous_format)

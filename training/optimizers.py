@@ -187,11 +187,14 @@ def restore(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], source: 
     Raises:
         CheckpointError: Groups or shapes differ from the optimizer's.
     """
-    options = [{k: v for k, v in g.items() if k not in PROGRESS} for g in optimizer.param_groups]
+    own = [{k: v for k, v in g.items() if k not in PROGRESS} for g in optimizer.param_groups]
+    groups = state["param_groups"]
+    if len(groups) == len(own):  # else it does not fit, as PyTorch reports
+        # before loading: where step counters are kept depends on options such as fused, which
+        # checkpoints of DeiT and of older versions of PyTorch do not have
+        groups = [{**group, **options} for group, options in zip(groups, own, strict=True)]
     try:
-        optimizer.load_state_dict(dict(state))
-        for group, own in zip(optimizer.param_groups, options, strict=True):
-            group.update(own)
+        optimizer.load_state_dict({**state, "param_groups": groups})
     except (ValueError, KeyError) as error:
         raise CheckpointError(
             f"{source}: the optimizer state does not fit: {error}; --opt, --linear-probe, "

@@ -13,7 +13,11 @@ from models.layers.block import Block2d
 from models.layers.checkpointing import checkpoint_blocks, set_recompute_activations
 from models.layers.drop_path import DropPath, add_branch, drop_path_rates
 from models.layers.mlp import Mlp2d
-from models.layers.position import resample_bias_table, resample_position_map
+from models.layers.position import (
+    resample_bias_table,
+    resample_position_map,
+    resample_tokens,
+)
 from models.layers.window import WindowAttention2d
 
 __all__ = [
@@ -30,6 +34,7 @@ __all__ = [
     "drop_path_rates",
     "resample_bias_table",
     "resample_position_map",
+    "resample_tokens",
     "set_fused_attention",
     "set_gelu",
     "set_qk_scale_factor",

@@ -14,6 +14,13 @@ def _fingerprint(tensor: torch.Tensor) -> tuple:
     return tensor.data_ptr(), version, tensor.dtype, tensor.device
 
 
+def may_keep(x: torch.Tensor) -> bool:
+    """Return True if tensors made for ``x`` may be cached: real ones, in no captured graph."""
+    return type(x) in (torch.Tensor, nn.Parameter) and not (
+        torch.compiler.is_compiling() or torch.jit.is_tracing()
+    )
+
+
 class EvalCache:
     """The last result of a computation, valid while its source tensors are unchanged.
 

@@ -1,16 +1,39 @@
 """Resampling of position embeddings and relative position biases."""
 
+import contextlib
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
+
+from models.layers.cache import may_keep
+
+
+def _line_weights(size: int, target: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return the matrix ``target size`` that resamples a line: what becomes of each unit vector."""
+    lines = torch.eye(size, dtype=dtype, device=device)[None, None]
+    return F.interpolate(lines, size=(target, size), mode="bicubic", antialias=True)[0, 0]
+
+
+@lru_cache(maxsize=64)
+def _kept_line_weights(*geometry) -> torch.Tensor:
+    with torch.inference_mode(False):  # cached for backward passes too
+        return _line_weights(*geometry)
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager:
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if enabled else contextlib.nullcontext()
 
 
 def resample_position_map(embedding: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Resample a position embedding to another size.
 
-    Bicubic with antialiasing, computed in float32 at least. Returns the embedding itself if its
-    size is already right.
+    Bicubic with antialiasing, computed in float32 at least, as a product with a matrix for each
+    side: on CUDA, the gradient of ``interpolate`` is not deterministic. Returns the embedding
+    itself if its size is already right.
 
     Args:
         embedding: ``1 C H W``.
@@ -21,10 +44,34 @@ def resample_position_map(embedding: torch.Tensor, size: tuple[int, int]) -> tor
     """
     if embedding.shape[-2:] == size:
         return embedding
-    dtype = embedding.dtype
-    if dtype in (torch.float16, torch.bfloat16):
-        embedding = embedding.float()
-    return F.interpolate(embedding, size=size, mode="bicubic", antialias=True).to(dtype)
+    dtype, device = embedding.dtype, embedding.device
+    make = _kept_line_weights if may_keep(embedding) else _line_weights
+    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    rows, columns = (
+        make(n, target, wide, device) for n, target in zip(embedding.shape[-2:], size, strict=True)
+    )
+    grid = rearrange(embedding.to(wide), "1 c h w -> h (w c)")
+    with _without_autocast(device.type):
+        grid = columns @ rearrange(rows @ grid, "h (w c) -> h w c", w=columns.shape[1])
+    return rearrange(grid, "h w c -> 1 c h w").to(dtype)
+
+
+def resample_tokens(
+    embedding: torch.Tensor, grid: tuple[int, int], size: tuple[int, int], prefix: int = 0
+) -> torch.Tensor:
+    """Resample position embeddings ``1 P+N C`` of a grid to ``1 P+N' C`` of another size.
+
+    Args:
+        embedding: Of ``prefix`` tokens without a place, and of the grid in row order.
+        grid, size: Height and width before and after.
+        prefix: Number P of tokens that stay as they are.
+    """
+    if grid == size:
+        return embedding
+    kept, moved = embedding[:, :prefix], embedding[:, prefix:]
+    moved = rearrange(moved, "1 (y x) c -> 1 c y x", y=grid[0], x=grid[1])
+    moved = rearrange(resample_position_map(moved, size), "1 c y x -> 1 (y x) c")
+    return torch.cat([kept, moved], dim=1) if prefix else moved
 
 
 def resample_bias_table(table: torch.Tensor, rows: int) -> torch.Tensor:

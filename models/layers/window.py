@@ -17,7 +17,7 @@ from models.layers.attention import (
     attention_weights,
     split_heads,
 )
-from models.layers.cache import EvalCache
+from models.layers.cache import EvalCache, may_keep
 
 MASKED = -100.0  # added to the scores between different regions, as in Swin
 
@@ -101,13 +101,6 @@ def _kept_windows(*geometry) -> Windows:
 def _kept_shift_mask(*geometry) -> torch.Tensor:
     with torch.inference_mode(False):
         return shift_mask(*geometry)
-
-
-def _may_keep(x: torch.Tensor) -> bool:
-    """Return True if tensors made for ``x`` may be cached: real ones, in no captured graph."""
-    return type(x) in (torch.Tensor, nn.Parameter) and not (
-        torch.compiler.is_compiling() or torch.jit.is_tracing()
-    )
 
 
 class Arrange(torch.autograd.Function):
@@ -267,7 +260,7 @@ class WindowAttention2d(Attention2d):
         height, width, shift = self.geometry(height, width)
         if not shift:
             return None
-        make = _kept_shift_mask if _may_keep(like) else shift_mask
+        make = _kept_shift_mask if may_keep(like) else shift_mask
         return make(height, width, self.window, shift, like.dtype, like.device)[:, None]
 
     def bias(self, height: int, width: int, dtype: torch.dtype) -> torch.Tensor:
@@ -286,7 +279,7 @@ class WindowAttention2d(Attention2d):
         shift = self.geometry(height, width)[-1]
         if not shift and height == width == self.window:
             return None
-        make = _kept_windows if _may_keep(like) else _windows
+        make = _kept_windows if may_keep(like) else _windows
         return make(height, width, self.window, shift, like.device)
 
     def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

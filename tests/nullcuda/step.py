@@ -70,7 +70,7 @@ def training(model, precision, images):
 
 
 for name in args.models:
-    engine.set_determinism(False)
+    engine.select_kernels(DEVICE)
     model, precision, images = on_device(name, args)
     if args.grad_checkpointing:
         model.set_grad_checkpointing(True)

@@ -95,6 +95,7 @@ def test_devices(monkeypatch):
         select_device("gpu", DistInfo())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     assert select_device(None, DistInfo()) == torch.device("cuda", 0)
     assert select_device("cuda:1", DistInfo()) == torch.device("cuda", 1)
     assert select_device("cuda", DistInfo(3, 4, 1, "torchrun")) == torch.device("cuda", 1)

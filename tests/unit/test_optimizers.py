@@ -21,6 +21,9 @@ CPU = torch.device("cpu")
 SMALL = ["--model", "test_vit", "--data-set", "DIGITS", "--epochs", "1", "--device", "cpu"]
 
 
+NEWER = ("fused", "foreach", "capturable", "differentiable", "decoupled_weight_decay")
+
+
 def flags(*words):
     return parse_args([str(word) for word in words])[0]
 
@@ -86,7 +89,7 @@ def test_optimizer_of_a_checkpoint_is_named(saved, name, fits):
         (["--compile"], 1, "--compile"),
         (["--fsdp"], 2, "--fsdp"),
         (["--grad-checkpointing"], 1, "--grad-checkpointing"),
-        (["--amp"], 1, "float16"),
+        (["--amp", "--amp-dtype", "float16"], 1, "float16"),
         ([], 2, "2 processes"),
     ],
 )

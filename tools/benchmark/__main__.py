@@ -75,7 +75,7 @@ def peak(case: Case) -> float:
 def cases_of(args: argparse.Namespace, mode: str, name: str, peer: Peer | None) -> list[Case]:
     """Return all cases of a model that can run; print why others cannot."""
     size = args.input_size or timm.get_pretrained_cfg(name).input_size[-1]
-    settings = (args.batch_size, args.dtype, args.device, size, peer)
+    settings = (args.batch_size, args.dtype, args.device, size, peer, args.tf32)
     configs = args.configs or candidates.default_configs(mode, args.device)
     useless = "deploy" if mode == "train" else "checkpoint"
     cases = []

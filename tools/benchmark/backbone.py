@@ -21,6 +21,7 @@ from einops import rearrange
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
+import engine
 import models
 from models.detection_backbone import Backbone, VisionBackbone
 from models.layers import set_recompute_activations
@@ -185,6 +186,7 @@ def steps_of(
 
 def added_memory(args: argparse.Namespace, name: str, side: str) -> float:
     """Return the MiB that a forward and backward pass adds to this process."""
+    engine.select_kernels(torch.device(args.device), args.tf32)
     image = torch.randn(args.batch_size, 3, *args.input_size, device=args.device)
     backbone = copy_of(build(name, args.device), side)
     step = step_of(backbone, image, getattr(torch, args.dtype), backward=True)
@@ -203,6 +205,7 @@ def compare(args: argparse.Namespace, name: str) -> None:
         both = " and ".join(both)
         print(f"{kind} {name} ours/original {quotient:.2f} ({both} {unit})", flush=True)
 
+    engine.select_kernels(torch.device(args.device), args.tf32)
     image = torch.randn(1, 3, *args.input_size, device=args.device)
     backbone = build(name, args.device)
     print(f"{name}: outputs differ by {difference(backbone, image):.1e}", flush=True)

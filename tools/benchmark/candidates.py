@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from timm.utils.model import reparameterize_model
 from torch import nn
 
+import engine
 from models import height_and_width, vit
 from models.layers import set_fused_attention
 from tools.benchmark import measure
@@ -71,6 +72,7 @@ class Case:
     device: str  # cpu or cuda
     size: int | tuple[int, int]  # side of the images, or height and width
     peer: Peer | None = None
+    tf32: bool = True  # on CUDA, multiply float32 in TF32
 
     @property
     def label(self) -> str:
@@ -84,6 +86,7 @@ class Case:
         backward pass and fused AdamW, the same for all; the small kernels of ours are joined as
         ``main.py`` does.
         """
+        engine.select_kernels(torch.device(self.device), self.tf32)
         train, dtype = self.mode == "train", getattr(torch, self.dtype)
         model = build(self.side, self.model, self.peer, self.size).train(train).to(self.device)
         if train and self.side in ("ours", "explicit") and "compile" not in self.config:

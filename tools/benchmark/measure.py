@@ -8,6 +8,7 @@ import re
 import resource
 import statistics
 import time
+from argparse import BooleanOptionalAction as OnOff
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from torch import multiprocessing
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
+from engine import uses_tf32
 from utils import UserError
 
 Step = Callable[[], object]
@@ -33,6 +35,7 @@ def add_flags(
     add("--rounds", type=int, default=rounds, help="measurements of each; the median counts")
     if timing:
         add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+        add("--tf32", action=OnOff, default=True, help="on CUDA, multiply float32 in TF32")
         add("--min-time", type=float, default=0.5, help="seconds of a measurement")
 
 
@@ -129,7 +132,8 @@ def in_fresh_process(label: str, function: Callable[..., float], *args: Any) -> 
 def machine(device: str) -> str:
     """Return processor or GPU, and versions."""
     if device == "cuda":
-        where = torch.cuda.get_device_name()
+        products = "TF32" if uses_tf32(torch.device(device)) else "float32"
+        where = f"{torch.cuda.get_device_name()}, float32 multiplied in {products}"
     else:
         processor = from_proc("cpuinfo", "model name") or platform.processor() or "CPU"
         where = f"{processor}, {torch.get_num_threads()} threads"

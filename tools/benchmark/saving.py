@@ -28,7 +28,7 @@ from tools import cli
 from tools.benchmark import measure
 from training import launch
 from training.launch import DistInfo
-from training.network import Network, choose_precision
+from training.network import Network, choose_precision, with_amp_dtype
 from training.output import Output
 from training.parser import Parser, add_input_size
 from training.run_state import RunState
@@ -92,6 +92,8 @@ def seconds(trainer: Trainer, model: torch.nn.Module) -> float:
 
 def compare(args: Namespace, place: DistInfo) -> None:
     """Measure both trainers in turn, and print the ratio of their rates."""
+    args = with_amp_dtype(args, torch.device(args.device))
+    engine.select_kernels(torch.device(args.device), args.tf32)
     group = utils.control_group(args.dist_timeout)
     trainers = {kind: build(kind, args, place, group) for kind in (Trainer, Bare)}
     safe = trainers[Trainer]
@@ -118,7 +120,7 @@ def get_parser() -> argparse.ArgumentParser:
     add_input_size(parser, default=64)
     add("--steps", type=int, default=100, help="steps of a measurement")
     add("--save-every-steps", type=int, default=50)
-    add("--amp", action="store_true", help="float16 autocast")
+    add("--amp", action="store_true", help="automatic mixed precision")
     return parser
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+import engine
 from datasets import SMALL_SIZE
 from models import height_and_width, size_text
 from pipeline.images import DataError
@@ -27,6 +28,7 @@ from tools.benchmark.measure import add_flags, in_turn, machine, medians
 from tools.benchmark_data.pipelines import Training, in_memory, pipelines
 from tools.tables import markdown, write_csv
 from training.launch import select_device
+from training.network import with_amp_dtype
 from training.parser import Parser, add_input_size
 
 
@@ -133,7 +135,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--num_workers", type=int, default=os.cpu_count(), help="0 skips this part")
     add("--model", help="instead, train this model on the images, and on a batch in memory")
     add("--steps", type=int, default=20, help="of a measurement with --model")
-    add("--amp", action="store_true", help="for --model: float16 on cuda")
+    add("--amp", action="store_true", help="for --model: automatic mixed precision")
     add("--csv", type=Path, metavar="FILE", help="of the stages")
     add("--plot", type=Path, metavar="FILE.png", help="of the stages")
     return parser
@@ -178,6 +180,8 @@ def run(args: argparse.Namespace) -> None:
 def feed(args: argparse.Namespace) -> None:
     """Train from files, from memory, and on one batch in memory; print the rates."""
     device = select_device(args.device)
+    args = with_amp_dtype(args, device)
+    engine.select_kernels(device, args.tf32)
     source = open_folder(args.data_path, args.images)
     print(f"{len(source)} images of {args.data_path}; {machine(device.type)}", flush=True)
     kinds = {"files": source}

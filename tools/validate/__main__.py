@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-import engine
 from models import DataConfig
 from pipeline.images import DataError
 from pipeline.sources.split import FLAGS, HoldOut
@@ -27,6 +26,7 @@ from tools.validate.metrics import class_scores, evaluate
 from tools.validate.sets import EvalSet, open_set, read_real_labels
 from training import launch
 from training.data import with_recorded_split
+from training.network import with_amp_dtype
 from training.parser import Parser, image_size
 from utils import UserError
 
@@ -36,6 +36,7 @@ NETWORK = (
     "qk_scale_factor",
     "amp",
     "amp_dtype",
+    "tf32",
     "channels_last",
     "compile",
     "compile_mode",
@@ -274,7 +275,7 @@ def main(argv: list[str]) -> int:
     args = cli.parse(get_parser, argv)
     check(args)
     device = launch.select_device(args.device)
-    engine.set_determinism(False)
+    args = with_amp_dtype(args, device)
     run = validate if args.corruptions is None else imagenet_c.validate
     return run(args, device)
 

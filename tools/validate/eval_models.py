@@ -79,6 +79,7 @@ def eval_models(
         CheckpointError, ModelError: A model cannot be loaded, or does not accept a size.
     """
     warn: Callable[[str], None] = (lambda message: None) if quiet else print
+    engine.select_kernels(device, args.tf32)
     for where in files or [args.model]:
         name, exponent = args.model if files else None, args.qk_scale_factor
         source = models.find_model(where, name, pretrained=True, exponent=exponent)

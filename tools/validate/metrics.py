@@ -131,7 +131,7 @@ class Clock:
     """Sum of the times of a model on its device, read at the end only."""
 
     def __init__(self, device: torch.device):
-        self._cuda = device.type == "cuda"
+        self._device, self._cuda = device, device.type == "cuda"
         self._batches: list[tuple[int, Any, Any]] = []
 
     @contextlib.contextmanager
@@ -145,7 +145,7 @@ class Clock:
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def rate(self) -> float:
