@@ -82,6 +82,8 @@ def select_kernels(
 ) -> None:
     """Select kernels by speed, or only deterministic ones; set how float32 is multiplied.
 
+    To be called before a model computes.
+
     Args:
         device: Device of the models.
         tf32: On CUDA, matrix products and convolutions round their float32 factors to TF32
@@ -93,6 +95,10 @@ def select_kernels(
         # both by the older interface: PyTorch raises an error where it is mixed with the newer one
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = tf32
+    else:
+        # oneDNN's convolutions in bfloat16 by AMX are wrong for some shapes (PyTorch issue 169688);
+        # it reads the variable when it is first used
+        os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
     torch.backends.cudnn.benchmark = search and not deterministic
     if deterministic:
         # cuBLAS reads it at its start

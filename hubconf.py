@@ -13,7 +13,7 @@ from pathlib import Path as _Path
 import timm as _timm
 from torch import nn as _nn
 
-dependencies = ["torch", "timm", "einops", "safetensors"]
+dependencies = ["torch", "timm", "safetensors"]
 
 _own: dict[str, object] = {}  # modules of this repository's package, if another has its name
 

@@ -91,48 +91,67 @@ class _Counting:
         self.noted[self.number] += count
 
 
-class _Pass:
-    """Hooks around a forward pass in training: all drop paths draw at once, BatchNorms count."""
+class _Draws:
+    """Hooks around a forward pass in training: all drop paths draw at once."""
 
     def __init__(self, model: nn.Module):
-        modules = list(model.modules())
-        self.norms = [m for m in modules if isinstance(m, _BatchNorm) and m.momentum is not None]
-        self.paths = [m for m in modules if isinstance(m, DropPath) and m.drop_prob]
-        self.modules = modules
-        self.counted: Counter = Counter()
+        self.modules = list(model.modules())
+        self.paths = [m for m in self.modules if isinstance(m, DropPath) and m.drop_prob]
         self.keep: torch.Tensor | None = None
 
     def before(self, module: nn.Module, args: tuple) -> None:
-        if not module.training:
-            return
-        for norm in self.norms:
-            if norm.num_batches_tracked is not None:
-                counting = _Counting(norm.num_batches_tracked, self.counted)
-                norm.__dict__["num_batches_tracked"] = counting
-        # a block that is computed again has to draw by itself, as it did
-        if self.paths and not any(getattr(m, "grad_checkpointing", False) for m in self.modules):
-            self._draw(args[0])
-
-    def _draw(self, images: torch.Tensor) -> None:
         """Set the factors of a batch: 0 for a dropped path, else 1 / (1 - its rate)."""
-        device, dtype = images.device, torch.float32
+        recomputes = any(getattr(m, "grad_checkpointing", False) for m in self.modules)
+        if not module.training or not self.paths or recomputes:
+            return  # a block that is computed again has to draw by itself, as it did
+        device, dtype = args[0].device, torch.float32
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         if self.keep is None or self.keep.device != device:  # copied once, not in every step
             self.keep = torch.tensor([[1 - path.drop_prob] for path in self.paths], device=device)
-        drawn = torch.rand(len(self.paths), len(images), device=device) < self.keep
+        drawn = torch.rand(len(self.paths), len(args[0]), device=device) < self.keep
         for path, factor in zip(self.paths, (drawn / self.keep).to(dtype), strict=True):
             path.factor = factor
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> None:
         for path in self.paths:
             path.factor = None
+
+
+class _Counts:
+    """Hooks around a forward pass: BatchNorms count their batches together."""
+
+    def __init__(self, model: nn.Module):
+        norms = (m for m in model.modules() if isinstance(m, _BatchNorm))
+        self.norms = [norm for norm in norms if norm.momentum is not None]
+        self.counted: Counter = Counter()
+
+    def before(self, module: nn.Module, args: tuple) -> None:
+        for norm in self.norms:
+            if norm.num_batches_tracked is not None:
+                counting = _Counting(norm.num_batches_tracked, self.counted)
+                norm.__dict__["num_batches_tracked"] = counting
+
+    def after(self, module: nn.Module, args: tuple, output: Any) -> None:
         for norm in self.norms:
             norm.__dict__.pop("num_batches_tracked", None)
         if self.counted:
             numbers, counts = list(self.counted), list(self.counted.values())
             torch._foreach_add_(numbers, counts)
             self.counted.clear()
+
+
+def _surround(module: nn.Module, hooks: _Weights | _Draws | _Counts) -> None:
+    module.register_forward_pre_hook(hooks.before)
+    module.register_forward_hook(hooks.after, always_call=True)
+
+
+def draw_together(model: nn.Module) -> None:
+    """Let all drop paths of a model draw at once, in place.
+
+    Blocks that are compiled one by one then get their rates as data, and share a graph.
+    """
+    _surround(model, _Draws(model))
 
 
 def join_kernels(model: nn.Module) -> None:
@@ -146,12 +165,11 @@ def join_kernels(model: nn.Module) -> None:
     """
     blocks = find_blocks(model)
     inner = {layer for block in blocks for layer in block.modules()}
-    hooks = [(block, _Weights(list(block.modules()))) for block in blocks]
-    hooks.append((model, _Weights([layer for layer in model.modules() if layer not in inner])))
-    hooks.append((model, _Pass(model)))
-    for module, hook in hooks:
-        module.register_forward_pre_hook(hook.before)
-        module.register_forward_hook(hook.after, always_call=True)
+    for block in blocks:
+        _surround(block, _Weights(list(block.modules())))
+    _surround(model, _Weights([layer for layer in model.modules() if layer not in inner]))
+    _surround(model, _Counts(model))
+    draw_together(model)
 
 
 class MovingAverage(ModelEmaV3):

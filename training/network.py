@@ -153,12 +153,15 @@ def choose_precision(args: Namespace, model: nn.Module, device: torch.device) ->
     """Return the precision of the flags; the memory format defaults to the model's.
 
     Without ``--amp-dtype``, mixed precision has the dtype of :func:`with_amp_dtype`.
+
+    Raises:
+        UserError: This CPU does not compute in bfloat16 as it should.
     """
     dtype = getattr(torch, with_amp_dtype(args, device).amp_dtype) if args.amp else None
     if dtype is torch.bfloat16 and device.type == "cpu" and not convolves_in_bfloat16():
-        log(
-            "warning: convolutions in bfloat16 are wrong on this CPU with this PyTorch: set "
-            "ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 in the environment"
+        raise UserError(
+            "convolutions in bfloat16 are wrong on this CPU with this PyTorch: leave --amp out, or "
+            "set ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 in the environment"
         )
     last = getattr(args, "channels_last", None)
     if last is None:

@@ -24,7 +24,7 @@ from samplers import SampleIndex
 from training import fsdp, launch
 from training.compilation import compiled
 from training.ddp import distribute, warm_up_ddp
-from training.joined import join_kernels
+from training.joined import draw_together, join_kernels
 from training.network import count_parameters
 from training.output import Output, list_corrupt
 from training.progress import Progress, shown
@@ -155,6 +155,8 @@ class Trainer:
     def wrapped(self) -> nn.Module:
         """Return the model for training: compiled, distributed."""
         args, precision, model = self.args, self.state.precision, self.state.model
+        if args.compile_blocks and not args.fsdp:
+            draw_together(model)
         if args.compile is not None:
             model = compiled(model, args.compile, args.compile_mode, args.compile_blocks)
         elif not args.fsdp:

@@ -28,12 +28,17 @@ class DropPath(timm.layers.DropPath):
         factor: Factor of every sample of the next batch, ``B``; None to draw by itself.
     """
 
-    factor: torch.Tensor | None = None
+    def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True):
+        super().__init__(drop_prob, scale_by_keep)
+        self.factor: torch.Tensor | None = None
 
     def factors(self, x: torch.Tensor) -> torch.Tensor | None:
         """Return :attr:`factor` in the shape ``B 1 1 ...``, once; None if there is none."""
-        factor, self.factor = self.factor, None
-        return None if factor is None else factor.view(-1, *[1] * (x.ndim - 1))
+        factor = self.factor
+        if factor is None:
+            return None
+        self.factor = None
+        return factor.view(-1, *[1] * (x.ndim - 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Drop whole samples of ``B ...`` in training, and scale up the others."""

@@ -6,7 +6,6 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 
 from models.layers.cache import may_keep
 
@@ -50,10 +49,10 @@ def resample_position_map(embedding: torch.Tensor, size: tuple[int, int]) -> tor
     rows, columns = (
         make(n, target, wide, device) for n, target in zip(embedding.shape[-2:], size, strict=True)
     )
-    grid = rearrange(embedding.to(wide), "1 c h w -> h (w c)")
+    grid = embedding.to(wide)[0].permute(1, 2, 0)  # H W C
     with _without_autocast(device.type):
-        grid = columns @ rearrange(rows @ grid, "h (w c) -> h w c", w=columns.shape[1])
-    return rearrange(grid, "h w c -> 1 c h w").to(dtype)
+        grid = columns @ (rows @ grid.flatten(1)).unflatten(1, grid.shape[1:])
+    return grid.permute(2, 0, 1)[None].to(dtype)
 
 
 def resample_tokens(
@@ -69,8 +68,8 @@ def resample_tokens(
     if grid == size:
         return embedding
     kept, moved = embedding[:, :prefix], embedding[:, prefix:]
-    moved = rearrange(moved, "1 (y x) c -> 1 c y x", y=grid[0], x=grid[1])
-    moved = rearrange(resample_position_map(moved, size), "1 c y x -> 1 (y x) c")
+    moved = moved.unflatten(1, grid).permute(0, 3, 1, 2)  # 1 C y x
+    moved = resample_position_map(moved, size).flatten(2).transpose(1, 2)
     return torch.cat([kept, moved], dim=1) if prefix else moved
 
 

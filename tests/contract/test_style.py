@@ -22,7 +22,7 @@ ALLOWED = {  # rooms that a room may import from, itself apart
     "samplers": set(),
     "utils": set(),
 }
-MODELS_USE = {"torch", "timm", "einops", "safetensors", "huggingface_hub", "models"}
+MODELS_USE = {"torch", "timm", "safetensors", "huggingface_hub", "models"}
 
 
 def files():
