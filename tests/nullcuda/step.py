@@ -20,6 +20,7 @@ from training.joined import MovingAverage, join_kernels
 parser = get_parser(__doc__.splitlines()[0])
 parser.add_argument("--steps", type=int, default=3)
 parser.add_argument("--clip-grad", type=float)
+parser.add_argument("--opt", default="adamw", help="as of main.py")
 parser.add_argument("--grad-checkpointing", action="store_true")
 parser.add_argument("--no-ema", action="store_true")
 parser.add_argument("--infer", action="store_true", help="forward alone")
@@ -30,7 +31,7 @@ parser.add_argument("--compile-blocks", action="store_true")
 parser.add_argument("--sync", default="default", help="warn or error: where a step waits")
 parser.add_argument("--kernels", type=int, default=0, metavar="N", help="name the N most frequent")
 args = parser.parse_args()
-flags, _ = parse_args(["--model", "any"])
+flags, _ = parse_args(["--model", "any", "--opt", args.opt])
 how = args.compile, args.compile_mode, args.compile_blocks
 
 
@@ -82,7 +83,8 @@ for name in args.models:
     nullcuda.reset()
     run(args.steps)  # and the waits at the end of an epoch
     counts = nullcuda.counts()
-    kernels = nullcuda.kernels()[: args.kernels]
+    kernels = nullcuda.kernels()
+    made = sum(count for count, kernel in kernels if kernel.startswith("triton")) / args.steps
     nullcuda.reset()
     started = time.process_time()
     run(2 * args.steps)
@@ -92,10 +94,11 @@ for name in args.models:
     found = {"model": name, "operations": nullcuda.total(counts), "host_ms": round(host, 1)}
     if args.compile:
         found |= {"graphs": graphs, "breaks": sum(counters["graph_break"].values())}
+        found["triton"] = made
         found["recompilations"] = counters["stats"]["unique_graphs"] - graphs
     found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     print(
         json.dumps(found | {k: v for k, v in counts.items() if v and "peak" not in k}), flush=True
     )
-    for count, kernel in kernels:
+    for count, kernel in kernels[: args.kernels]:
         print(f"  {count / args.steps:8.1f}  {kernel[:160]}")
