@@ -122,7 +122,7 @@ class ViT(VisionTransformer, Fusible):
         grid, size = self.patch_embed.grid_size, tuple(x.shape[1:3])
         position = resample_tokens(self.pos_embed, grid, size, prefix)
         tokens = [token for token in (self.cls_token, self.reg_token) if token is not None]
-        tokens = [token.expand(len(x), -1, -1) for token in tokens]
+        tokens = [token.expand(x.shape[0], -1, -1) for token in tokens]
         x = x.flatten(1, 2)
         if self.no_embed_class:
             return self.pos_drop(torch.cat([*tokens, x + position], dim=1))

@@ -95,7 +95,7 @@ def train_one_epoch(
     """
     model.train()
     body = engine.unwrap(model).backbone.body
-    meter = engine.Meter(precision.device)
+    meter = engine.Meter()
     limit = MAX_NONFINITE if precision.scaler.is_enabled() else 1
     device, steps, images_seen, total = precision.device, len(loader), 0, 0.0
     started = time.perf_counter()

@@ -128,7 +128,7 @@ def convolves_in_bfloat16() -> bool:
 def with_amp_dtype(
     args: Namespace, device: torch.device, checkpoint: Mapping[str, Any] | None = None
 ) -> Namespace:
-    """Return the flags with a value of ``--amp-dtype``.
+    """Return the flags with a value of ``--amp-dtype``, if they have ``--amp``.
 
     If not given, it is that of the run to resume, else autocast's default for the device, which a
     line of the log names on a CPU: there, float16 is many times slower than float32.
@@ -138,13 +138,15 @@ def with_amp_dtype(
         device: Device of the model.
         checkpoint: Content of the checkpoint to resume, if any.
     """
+    if not args.amp:
+        return args
     resumes = checkpoint and "optimizer" in checkpoint
     dtype, saved = args.amp_dtype, checkpoint.get("args") if resumes else None
     if dtype is None and isinstance(saved, Mapping) and saved.get("amp_dtype") in AMP_DTYPES:
         dtype = saved["amp_dtype"]
     elif dtype is None:
         dtype = str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")
-        if args.amp and device.type == "cpu":
+        if device.type == "cpu":
             log(f"--amp computes in {dtype} on a CPU; --amp-dtype float16 forces float16")
     return Namespace(**vars(args) | {"amp_dtype": dtype})
 

@@ -321,10 +321,10 @@ class WindowAttention2d(Attention2d):
         if learns:
             mask = self.mask(height, width, q)
             # windows with masks, the same for all images, are joined with heads, others with images
-            joined, size = (0, (len(q), -1)) if mask is None else (1, (-1, self.num_heads))
+            joined, size = (0, (q.shape[0], -1)) if mask is None else (1, (-1, self.num_heads))
             q, k, v = (part.flatten(joined, joined + 1) for part in (q, k, v))
             table, index = self.relative_position_bias_table, self.relative_position_index
-            bias = LearnedBias.apply(table, index, mask, len(q), q.dtype)
+            bias = LearnedBias.apply(table, index, mask, q.shape[0], q.dtype)
             return attention(q, k, v, bias, *options).unflatten(joined, size)
         bias = self.bias(height, width, q.dtype)
         images = q.shape[0]  # not len(), which would fix it in an exported graph

@@ -1,6 +1,7 @@
 """Training and inference on CUDA: a GPU, or a device that is not there and computes nothing."""
 
 import pytest
+from conftest import read_log
 
 NETS = ("visformer_small", "swin_visformer_small_v2", "convit_small", "fastvit_sa12")
 NETS += ("vit_base_patch16_224",)
@@ -38,3 +39,15 @@ def test_half_precision_stays_half(count_on_device):
     assert found["gigabytes"] < 17
     # each of 65 weights, its gradient, the images and the loss
     assert found["casts"] <= 132
+
+
+def test_a_run_trains_evaluates_and_resumes(on_device, tmp_path):
+    flags = ["main.py", "--model", "visformer_tiny", "--input-size", 32, "--epochs", 2, "--amp"]
+    flags += ["--warmup-epochs", 0, "--batch-size", 32, "--sampling-ratio", 0.2, "--lr", 0]
+    flags += ["--device", "cuda", "--num_workers", 0, "--output_dir", tmp_path]
+    _, _, counted = on_device(*flags, "--stop-epoch", 1, options=["--bool", 1])
+    output, _, _ = on_device(*flags, "--resume", "auto", options=["--bool", 1])
+    assert [line["epoch"] for line in read_log(tmp_path)] == [0, 1]
+    assert "cuda:0" in output
+    for counts in counted:  # empty on a GPU
+        assert counts["launch"] > 1000 and counts["sync_stream"] > 0

@@ -21,7 +21,6 @@ from main import main
 from tests.crash.compare import differing_bits
 from training import optimizers
 from training.fsdp import (
-    ShardedAverage,
     check,
     find_blocks,
     gather,
@@ -29,6 +28,7 @@ from training.fsdp import (
     shard,
     shard_optimizer_state,
 )
+from training.joined import MovingAverage
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -152,7 +152,7 @@ def local_bytes(tensors):
 def shards(rank, world, name):
     """Measurements of two steps, of which the first is skipped, and of what is saved of them."""
     model, plain = build(name), build(name)
-    average = ShardedAverage(model, 0.9)
+    average = MovingAverage(model, 0.9)
     shard(model, CPU)
     shard(average.module, CPU)
     optimizer = AdamW(model.parameters(), lr=1e-3, fused=True)
