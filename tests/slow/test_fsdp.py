@@ -20,9 +20,9 @@ import models
 from main import main
 from tests.crash.compare import differing_bits
 from training import optimizers
+from training.blocks import find_blocks
 from training.fsdp import (
     check,
-    find_blocks,
     gather,
     gathered,
     shard,
