@@ -1,4 +1,4 @@
-"""One epoch of training, the evaluation loop, and the optimizer, schedule and loss of a run."""
+"""One epoch of training, the evaluation loop, and the precision of both."""
 
 import contextlib
 import math
@@ -12,8 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.data import Mixup
-from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -106,44 +104,6 @@ def select_kernels(
     torch.use_deterministic_algorithms(deterministic)
 
 
-def build_mixup(args: Namespace, num_classes: int) -> Mixup | None:
-    """Return mixup and cutmix as flagged, or None if both are off.
-
-    Raises:
-        UserError: The batch size is odd, so that images cannot be paired.
-    """
-    if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
-        return None
-    if args.batch_size % 2:
-        raise UserError(
-            f"--batch-size {args.batch_size} must be even with mixup or cutmix, which pair images; "
-            f"--mixup 0 --cutmix 0 turns them off"
-        )
-    return Mixup(
-        mixup_alpha=args.mixup,
-        cutmix_alpha=args.cutmix,
-        cutmix_minmax=args.cutmix_minmax,
-        prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
-        label_smoothing=args.smoothing,
-        num_classes=num_classes,
-    )
-
-
-def switch_mixup(mixup_fn: Any, args: Namespace, epoch: int) -> None:
-    """Turn mixup and cutmix off from ``--mixup-off-epoch`` on; smoothed labels remain, as in timm.
-
-    Args:
-        mixup_fn: timm's ``Mixup``, something that has it as ``mixup_fn``, or None.
-        args: Flags.
-        epoch: Epoch number, from 0.
-    """
-    mixup_fn = getattr(mixup_fn, "mixup_fn", mixup_fn)
-    if mixup_fn is not None:
-        mixup_fn.mixup_enabled = not 0 < args.mixup_off_epoch <= epoch
-
-
 def train_size(args: Namespace, epoch: int) -> int:
     """Return the side of an epoch's training images: each size has an equal span of epochs."""
     sizes = args.progressive_sizes or [args.input_size]
@@ -153,62 +113,6 @@ def train_size(args: Namespace, epoch: int) -> int:
 def is_evaluated(args: Namespace, epoch: int) -> bool:
     """Return True if an epoch, counted from 0, ends with an evaluation (``--val-interval``)."""
     return (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs
-
-
-class WeightedCrossEntropy(nn.Module):
-    """Cross-entropy with a weight per class, the mean over the batch.
-
-    ``-sum_k w_k t_k log softmax(z)_k``, where ``t`` are the targets after label smoothing.
-
-    Args:
-        weight: Weights of the classes, ``K``.
-        smoothing: Label smoothing of targets that are classes.
-    """
-
-    def __init__(self, weight: torch.Tensor, smoothing: float = 0.0):
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.smoothing = smoothing
-
-    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Map logits ``B K`` and targets, classes ``B`` or probabilities ``B K``, to the loss."""
-        if targets.ndim == 1:
-            count = logits.shape[-1]
-            hot = nn.functional.one_hot(targets, count).float()
-            targets = hot * (1 - self.smoothing) + self.smoothing / count
-        return nn.functional.cross_entropy(logits.float(), targets.float(), self.weight)
-
-
-def build_criterion(
-    args: Namespace,
-    mixup_fn: Mixup | None,
-    num_classes: int,
-    weights: torch.Tensor | None = None,
-) -> nn.Module:
-    """Return the training loss: for soft targets wherever mixup *or* cutmix is on.
-
-    ``--cosub`` compares probabilities per class, too; its full targets need ``--bce-loss``.
-
-    Args:
-        args: The flags.
-        mixup_fn: Mixes batches, None for none.
-        num_classes: Number of classes K.
-        weights: Weights of the classes, ``K``.
-    """
-    if args.bce_loss or args.cosub:
-        if mixup_fn is None:
-            return BinaryCrossEntropy(smoothing=args.smoothing, weight=weights)
-        # every class in the mixture is a full target, as in DeiT; smoothing mass is not
-        off_value = args.smoothing / num_classes
-        threshold = off_value * 1.001 if args.bce_loss else None
-        return BinaryCrossEntropy(smoothing=0.0, target_threshold=threshold, weight=weights)
-    if weights is not None:
-        return WeightedCrossEntropy(weights, args.smoothing)
-    if mixup_fn is not None:
-        return SoftTargetCrossEntropy()
-    if args.smoothing:
-        return LabelSmoothingCrossEntropy(smoothing=args.smoothing)
-    return nn.CrossEntropyLoss()
 
 
 class Meter:
@@ -346,7 +250,7 @@ def train_one_epoch(
     precision: Precision,
     max_norm: float | None = None,
     model_ema: ModelEmaV3 | None = None,
-    mixup_fn: Mixup | None = None,
+    mixup_fn: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None,
     lr_scheduler: Scheduler | None = None,
     accum_iter: int = 1,
     set_training_mode: bool = True,

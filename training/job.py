@@ -15,7 +15,7 @@ import utils
 from models import ModelSource
 from pipeline.prefetch import Prefetcher
 from pipeline.sources.summary import lines_of, orientation_lines
-from training import agreement
+from training import agreement, losses
 from training.class_weights import class_weights
 from training.cosub import CosubLoss, TwoViews
 from training.data import data_line, data_record, with_recorded_split
@@ -136,10 +136,10 @@ def build_job(
 
     for size in args.progressive_sizes or ():
         datasets.build_augmentation(True, args, images.at_size(size))  # raises errors
-    mixup_fn = engine.build_mixup(args, num_classes)
+    mixup_fn = losses.build_mixup(args, num_classes)
     own = train_set.source
     weights = class_weights(args.class_weights, own.classes, own.targets)
-    criterion = engine.build_criterion(args, mixup_fn, num_classes, weights)
+    criterion = losses.build_criterion(args, mixup_fn, num_classes, weights)
     _log_lines("train", train_set)
     _log_orientation(train_set, eval_set)
     facts |= agreement.image_facts("training", train_set)

@@ -21,7 +21,7 @@ import utils
 from models import DataConfig
 from pipeline.prefetch import Prefetcher
 from samplers import SampleIndex
-from training import fsdp, launch
+from training import fsdp, launch, losses
 from training.compilation import compiled
 from training.ddp import distribute, warm_up_ddp
 from training.joined import draw_together, join_kernels
@@ -174,7 +174,7 @@ class Trainer:
         state, args = self.state, self.args
         self.resize(state.epoch + 1)
         epoch = state.begin_epoch()
-        engine.switch_mixup(self.mixup_fn, args, epoch)
+        losses.switch_mixup(self.mixup_fn, args, epoch)
         self.watchdog.where = f"epoch {epoch} step {state.meter.steps}"
         progress = Progress(
             self.loader,

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 import engine
 from tests.nullcuda.programs import DEVICE, get_parser, on_device
-from training import optimizers
+from training import losses, optimizers
 from training.compilation import compiled
 from training.flags import parse_args
 from training.joined import MovingAverage, join_kernels
@@ -53,8 +53,8 @@ def training(model, precision, images):
         join_kernels(model)
     optimizer = optimizers.build(flags, model, 1e-3)
     average = None if args.no_ema else MovingAverage(model, 0.9999)
-    mixup = engine.build_mixup(flags, 1000)
-    criterion = engine.build_criterion(flags, mixup, 1000)
+    mixup = losses.build_mixup(flags, 1000)
+    criterion = losses.build_criterion(flags, mixup, 1000)
     net = compiled(model, *how)
     targets = torch.zeros(len(images), dtype=torch.long, device=DEVICE)
 

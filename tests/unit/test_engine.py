@@ -13,7 +13,7 @@ from torch import nn
 import engine
 from engine import Precision
 from pipeline.reference import Batch
-from training import optimizers
+from training import losses, optimizers
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -210,9 +210,9 @@ def test_a_meter_goes_on_where_it_was():
 
 def test_meters_of_other_processes_are_merged():
     states = []
-    for losses in ([1.0, 3.0], [5.0, math.nan]):
+    for values in ([1.0, 3.0], [5.0, math.nan]):
         meter = engine.Meter()
-        for value in losses:
+        for value in values:
             meter.add(torch.tensor(value))
         meter.images, meter.corrupt = 8, ["x"]
         states.append(meter.state_dict())
@@ -242,8 +242,8 @@ def test_meters_of_other_processes_are_merged():
 )
 def test_every_mix_of_losses_trains(words, kind):
     args = flags(*words)
-    mixup_fn = engine.build_mixup(args, 3)
-    criterion = engine.build_criterion(args, mixup_fn, 3)
+    mixup_fn = losses.build_mixup(args, 3)
+    criterion = losses.build_criterion(args, mixup_fn, 3)
     assert type(criterion).__name__ == kind
     model = linear()
     first = train(model, batches(4), criterion=criterion, mixup_fn=mixup_fn)["loss"]
@@ -252,7 +252,7 @@ def test_every_mix_of_losses_trains(words, kind):
 
 def test_binary_cross_entropy_makes_every_mixed_class_a_full_target():
     args = flags("--bce-loss", "--mixup", 0, "--cutmix", 1)
-    criterion = engine.build_criterion(args, engine.build_mixup(args, 4), 4)
+    criterion = losses.build_criterion(args, losses.build_mixup(args, 4), 4)
     off = 0.1 / 4
     soft = torch.tensor([[0.3 * 0.9 + off, 0.7 * 0.9 + off, off, off]])
     logits = torch.randn(1, 4)
@@ -262,8 +262,8 @@ def test_binary_cross_entropy_makes_every_mixed_class_a_full_target():
 
 def test_odd_batches_cannot_be_mixed():
     with pytest.raises(UserError, match="--batch-size 7"):
-        engine.build_mixup(flags("--batch-size", 7), 3)
-    assert engine.build_mixup(flags("--batch-size", 7, "--mixup", 0, "--cutmix", 0), 3) is None
+        losses.build_mixup(flags("--batch-size", 7), 3)
+    assert losses.build_mixup(flags("--batch-size", 7, "--mixup", 0, "--cutmix", 0), 3) is None
 
 
 def test_train_mode_off_leaves_statistics_alone():

@@ -16,7 +16,7 @@ from torch import nn
 import engine
 import models
 from engine import Precision
-from training import flag_checks, optimizers, schedules
+from training import flag_checks, losses, optimizers, schedules
 from training.cosub import CosubLoss, TwoViews
 from training.flags import get_args_parser, parse_args
 from training.output import Output
@@ -94,19 +94,19 @@ def test_patience_is_in_epochs_however_many_of_them_are_evaluated(interval, pati
 @pytest.mark.parametrize("wrap", [lambda mixup: mixup, TwoViews])
 def test_images_are_mixed_before_the_epoch_only(mode, wrap):
     args = flags("--mixup-off-epoch", 3, "--mixup-mode", mode, "--smoothing", 0.2)
-    mixup = wrap(engine.build_mixup(args, 5))
+    mixup = wrap(losses.build_mixup(args, 5))
     images, targets = torch.rand(8, 3, 8, 8), torch.arange(8) % 5
     smoothed = F.one_hot(targets, 5) * 0.8 + 0.2 / 5
     mixed = []
     for epoch in range(5):
-        engine.switch_mixup(mixup, args, epoch)
+        losses.switch_mixup(mixup, args, epoch)
         np.random.seed(epoch)
         found, labels = mixup(images.clone(), targets)
         mixed.append(not torch.equal(found[:8], images))
         assert mixed[-1] != torch.allclose(labels, smoothed)
     assert mixed == [True, True, True, False, False]
-    engine.switch_mixup(None, args, 0)
-    engine.switch_mixup(mixup, flags(), 10**6)
+    losses.switch_mixup(None, args, 0)
+    losses.switch_mixup(mixup, flags(), 10**6)
     assert not torch.equal(mixup(images.clone(), targets)[0][:8], images)
 
 
@@ -249,8 +249,8 @@ def test_attention_only_needs_attention_and_weights(images, tmp_path, main):
 def test_cosub_is_deit_s(mixes, bce):
     words = ["--cosub", "--smoothing", 0.1, *(["--bce-loss"] if bce else [])]
     args = flags(*words, *([] if mixes else ["--mixup", 0, "--cutmix", 0]))
-    mixup = engine.build_mixup(args, 6)
-    criterion = CosubLoss(engine.build_criterion(args, mixup, 6))
+    mixup = losses.build_mixup(args, 6)
+    criterion = CosubLoss(losses.build_criterion(args, mixup, 6))
     np.random.seed(1)
     images, targets = TwoViews(mixup)(torch.rand(4, 3, 8, 8), torch.tensor([0, 3, 5, 3]))
     assert images.shape == (8, 3, 8, 8) and torch.equal(images[:4], images[4:])

@@ -9,8 +9,8 @@ import torch
 from loading import flags
 from timm.data import Mixup
 
-import engine
 from samplers import RASampler
+from training import losses
 from training.class_weights import class_weights
 from utils import UserError
 
@@ -116,7 +116,7 @@ def test_the_weighted_loss_is_its_formula(smoothing):
     torch.manual_seed(0)
     logits, targets = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 3, 0])
     args = flags("--smoothing", smoothing, "--mixup", 0, "--cutmix", 0)
-    loss = engine.build_criterion(args, None, 4, WEIGHT)(logits, targets)
+    loss = losses.build_criterion(args, None, 4, WEIGHT)(logits, targets)
     soft = torch.full((6, 4), smoothing / 4, dtype=torch.float64)
     soft[torch.arange(6), targets] += 1 - smoothing
     wanted = -(WEIGHT.double() * soft * logits.double().log_softmax(1)).sum(1).mean()
@@ -127,13 +127,13 @@ def test_the_weights_apply_to_mixed_targets_and_binary_losses():
     torch.manual_seed(0)
     logits, images = torch.randn(4, 4), torch.randn(4, 3, 8, 8)
     args = flags("--mixup", 0.8)
-    mixup = engine.build_mixup(args, 4)
+    mixup = losses.build_mixup(args, 4)
     assert isinstance(mixup, Mixup)
     _, soft = mixup(images, torch.tensor([0, 1, 2, 3]))
-    loss = engine.build_criterion(args, mixup, 4, WEIGHT)(logits, soft)
+    loss = losses.build_criterion(args, mixup, 4, WEIGHT)(logits, soft)
     wanted = -(WEIGHT * soft * logits.log_softmax(1)).sum(1).mean()
     torch.testing.assert_close(loss, wanted)
     args = flags("--bce-loss", "--mixup", 0, "--cutmix", 0, "--smoothing", 0)
-    loss = engine.build_criterion(args, None, 4, WEIGHT)(logits, torch.tensor([0, 1, 2, 3]))
+    loss = losses.build_criterion(args, None, 4, WEIGHT)(logits, torch.tensor([0, 1, 2, 3]))
     parts = torch.where(torch.eye(4).bool(), logits.sigmoid(), 1 - logits.sigmoid()).log()
     torch.testing.assert_close(loss, -(WEIGHT * parts).mean())

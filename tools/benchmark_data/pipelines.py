@@ -21,7 +21,7 @@ from pipeline import augment_host, fast, prefetch, reference
 from pipeline.sources.base import Encoded, Pixels, Source
 from samplers import SampleIndex
 from tools.benchmark.measure import from_proc
-from training import optimizers
+from training import losses, optimizers
 from training.network import choose_precision
 
 CLASSES = 1000  # of mixup's targets
@@ -78,7 +78,7 @@ class Pipeline:
         """
         count, step = len(self.dataset), self.flags.batch_size
         indices = [SampleIndex(index) for index in range(count)]
-        mixup, targets = engine.build_mixup(self.flags, CLASSES), torch.zeros(step).long()
+        mixup, targets = losses.build_mixup(self.flags, CLASSES), torch.zeros(step).long()
         total = mixing = 0.0
         with timed(self.dataset) as seconds:
             for start in range(0, count, step):
@@ -176,8 +176,8 @@ class Training:
         self.precision = choose_precision(args, self.model, device)
         self.precision.place(self.model)
         self.optimizer = optimizers.build(args, self.model, 1e-5)
-        self.mixup = engine.build_mixup(args, classes)
-        self.criterion = engine.build_criterion(args, self.mixup, classes)
+        self.mixup = losses.build_mixup(args, classes)
+        self.criterion = losses.build_criterion(args, self.mixup, classes)
         dataset = datasets.augmented(source, True, args, device)
         loader = datasets.build_train_loader(dataset, args, 1, 0)
         placement = (device, self.precision.dtype or torch.float32, self.precision.memory_format)
