@@ -26,8 +26,10 @@ MIN_SIDE = 1.0  # pixels of a box within its image
 POLYGON = 6  # numbers of the smallest polygon, a triangle
 SIDES = ("height", "width")
 SHOWN = 5  # names in a message
-CROWD, NO_MASK, TINY = "crowd", "without a mask", "smaller than a pixel"
-CLIPPED, AREA, CORNERS = "boxes clipped", "areas computed", "polygons of fewer than 3 points"
+CROWD, NO_MASK = "crowd", "without a mask"
+TINY, OUTSIDE = "smaller than a pixel", "outside of the image"
+CLIPPED, BOX, AREA = "boxes clipped", "boxes computed", "areas computed"
+CORNERS = "polygons of fewer than 3 points"
 
 Object = dict[str, Any]
 
@@ -335,9 +337,10 @@ class _Reader:
         mask = self.mask(entry.get("segmentation"), image, where)
         box, area = entry.get("bbox"), entry.get("area")
         if box is None and mask is not None:
+            self.count(BOX, where)
             box = _rle().toBbox(to_rle(mask, image)).tolist()
         bbox = self.box(box, image, where)
-        if area is not None and _numbers([area]) is None:
+        if area is not None and (_numbers([area]) is None or isinstance(area, list)):
             self.refuse(f"{where} has the area {_short(area)}, which must be a number of pixels")
         if bbox is None:
             return None
@@ -359,23 +362,19 @@ class _Reader:
         }
 
     def box(self, box: Any, image: Mapping[str, Any], where: str) -> list[float] | None:
-        """Return a box within its image; None for one smaller than a pixel."""
+        """Return a box, clipped if it leaves its image; None for less than a pixel of it."""
         values = _numbers(box)
         if values is None or values.shape != (4,):
             self.refuse(f"{where} has the bbox {_short(box)}, which must be x, y, width and height")
         x, y, width, height = values.tolist()
-        if min(width, height) < 0:
-            self.refuse(f"{where} has the bbox {_short(box)}, of negative width or height")
         left, top = max(x, 0.0), max(y, 0.0)
         right, bottom = min(x + width, image["width"]), min(y + height, image["height"])
-        if min(width, height) >= MIN_SIDE and (right <= left or bottom <= top):
-            size = f"{image['width']}x{image['height']}"
-            self.refuse(f"{where} has the bbox {_short(box)}, outside of its {size} pixels")
         if min(right - left, bottom - top) < MIN_SIDE:
-            return self.count(TINY, where)
+            return self.count(TINY if min(width, height) < MIN_SIDE else OUTSIDE, where)
         clipped = [left, top, right - left, bottom - top]
-        if max(abs(a - b) for a, b in zip(clipped, (x, y, width, height), strict=True)) > MIN_SIDE:
-            self.count(CLIPPED, where)
+        if max(abs(a - b) for a, b in zip(clipped, (x, y, width, height), strict=True)) <= MIN_SIDE:
+            return [x, y, width, height]  # rounded, as COCO's own are
+        self.count(CLIPPED, where)
         return clipped
 
     def mask(self, segmentation: Any, image: Mapping[str, Any], where: str) -> Any:

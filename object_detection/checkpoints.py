@@ -17,6 +17,7 @@ from torch import nn
 
 from models import Backbone, CheckpointError, read_checkpoint
 from models.detection_backbone import checkpoint_filter_fn
+from utils import UserError
 
 DTYPES = ("float64", "float32", "int64", "int32", "bool")
 NUMPY_CORES = ("core", "_core")  # of numpy 1 and 2, which read each other's files
@@ -148,6 +149,23 @@ def _weights(model: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, torch
     return {f"backbone.{key}" if key in own else key: value for key, value in converted.items()}
 
 
+def test_pipeline(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the steps from an image to the detector: those of testing, else of validation.
+
+    Raises:
+        UserError: The config has neither.
+    """
+    for split in ("test", "val"):
+        dataset = (config.get(f"{split}_dataloader") or {}).get("dataset") or {}
+        while "pipeline" not in dataset and (
+            inner := dataset.get("dataset", dataset.get("datasets"))
+        ):
+            dataset = inner[0] if isinstance(inner, list) else inner
+        if "pipeline" in dataset:
+            return dataset["pipeline"]
+    raise UserError("the config has no test_dataloader whose pipeline would read an image")
+
+
 def read_config_of(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any] | None:
     """Return model and test pipeline of the config in a checkpoint, None without one.
 
@@ -172,11 +190,9 @@ def read_config_of(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any]
         config["model"]["backbone"].pop("init_cfg", None)
         used = {
             "model": config["model"],
-            "test_dataloader": {
-                "dataset": {"pipeline": config["test_dataloader"]["dataset"]["pipeline"]}
-            },
+            "test_dataloader": {"dataset": {"pipeline": test_pipeline(config)}},
         }
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, UserError):
         raise CheckpointError(
             f"{source} contains a config without model or test_dataloader: give --config"
         ) from None

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.transforms.functional import pil_to_tensor
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from models import CheckpointError
 from object_detection import checkpoints, recipe, runtime
+from object_detection.drawing import draw, drawn_names
 from pipeline.images import load_image
 from pipeline.sources.listing import Listing, find_images
 from training.files import names_of_pictures
@@ -25,7 +24,6 @@ from training.parser import Parser
 from utils import UserError, log, printable
 
 ENDING = "_objects.png"  # of the pictures in a folder
-COLOURS = ("red", "lime", "blue", "yellow", "magenta", "cyan", "orange", "purple")
 
 
 def class_names(checkpoint: dict[str, Any], number: int) -> list[str]:
@@ -49,28 +47,6 @@ def detect(model: Any, pipeline: list[dict[str, Any]], image: Image.Image) -> An
             {"inputs": [data["inputs"]], "data_samples": [data["data_samples"]]}
         )
     return samples[0].pred_instances.cpu()
-
-
-def draw(image: Image.Image, found: Any, names: list[str]) -> Image.Image:
-    """Return the image with the instances drawn into it."""
-    canvas = pil_to_tensor(image)
-    if len(found) == 0:
-        return image
-    colours = [COLOURS[index % len(COLOURS)] for index in range(len(found))]
-    if "masks" in found:
-        canvas = draw_segmentation_masks(canvas, found.masks.bool(), alpha=0.4, colors=colours)
-    labels = [f"{name} {score:.2f}" for name, score in described(found, names)]
-    canvas = draw_bounding_boxes(
-        canvas,
-        found.bboxes,
-        labels,
-        colours,
-        width=2,
-        label_colors="black",
-        label_background_colors=colours,
-        fill_labels=True,
-    )
-    return Image.fromarray(canvas.permute(1, 2, 0).numpy())
 
 
 def described(found: Any, names: list[str]) -> list[tuple[str, float]]:
@@ -116,22 +92,27 @@ def infer(args: argparse.Namespace) -> None:
     checkpoints.load(model, checkpoint, args.checkpoint)
     model.to(select_device(args.device)).eval()
     names = class_names(checkpoint, runtime.number_of_classes(model))
-    steps = config.test_dataloader.dataset.pipeline
+    steps = checkpoints.test_pipeline(config)
+    texts, legend = drawn_names(names)
     for path, picture in zip(listing.paths, pictures, strict=True):
         if len(pictures) > 1:
             print(f"{printable(path)}:")
         image = load_image(path, is_upright=True)
         found = detect(model, steps, image)
-        show(image, found[found.scores >= args.score_thr], names, picture)
+        show(image, found[found.scores >= args.score_thr], names, texts, picture)
+    for line in legend:
+        print(printable(line))
 
 
-def show(image: Image.Image, found: Any, names: list[str], out: Path) -> None:
-    """Print the instances of an image, and draw them into the file ``out``."""
+def show(image: Image.Image, found: Any, names: list[str], texts: list[str], out: Path) -> None:
+    """Print the instances of an image, and draw them with their texts into the file ``out``."""
     for (name, score), box in zip(described(found, names), found.bboxes.tolist(), strict=True):
         print(f"{printable(name)} {score:.3f} at {', '.join(f'{side:.0f}' for side in box)}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        draw(image, found, names).save(out, format="PNG")
+        labels = [f"{text} {score:.2f}" for text, score in described(found, texts)]
+        masks = found.masks.bool() if "masks" in found else None
+        draw(image, found.bboxes, labels, masks).save(out, format="PNG")
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
     print(f"{len(found)} object(s) drawn into {printable(str(out))}")

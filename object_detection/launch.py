@@ -37,6 +37,8 @@ def prepare(args: argparse.Namespace, amp: bool | None = None) -> "Config":
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     config.launcher = args.launcher
     config.work_dir = args.work_dir or config.get("work_dir") or f"output/{Path(args.config).stem}"
+    for split in ("val", "test"):
+        recipe.name_annotations(config, split)
     if changes := recipe.adapt_to_machine(config, amp):
         runtime.say(f"no CUDA: {', '.join(changes)}")
     if args.launcher == "pytorch" and "RANK" not in os.environ:
@@ -97,28 +99,36 @@ def build_runner(config: "Config", path: str, evaluating: bool = False) -> "Runn
 
 
 def load_data(runner: "Runner", split: str, path: str) -> None:
-    """Build the loop of ``split`` (train, val or test) with its dataset.
+    """Build the loop of ``split`` (train, val or test) with its dataset and metrics.
 
     Raises:
-        UserError: The dataset cannot be built, is empty, or is not of the heads' classes.
+        UserError: The dataset or a metric's annotations cannot be used, or do not fit the model.
     """
+    from mmdet.evaluation import CocoMetric
+
+    from object_detection import mmdet_data
+
     settings = (runner.cfg.get(f"{split}_dataloader") or {}).get("dataset") or {}
     file = os.path.join(settings.get("data_root") or "", settings.get("ann_file") or "")
-    empty = "it has no image with objects of the config's classes"
+    model = getattr(runner.model, "module", runner.model)
     try:
         dataset = getattr(runner, f"{split}_dataloader").dataset
     except runtime.EXPECTED_ERRORS:
         raise
     except runtime.REFUSALS as error:
         # an empty list is the first thing that mmengine stumbles on
-        reason = empty if "at least one array" in str(error) else runtime.last_line(error)
+        is_empty = "at least one array" in str(error)
+        reason = "its filter_cfg leaves no image" if is_empty else runtime.last_line(error)
         raise UserError(f"{path} cannot load {file or split}: {reason}") from error
-    if len(dataset) == 0:
-        raise UserError(f"{path} cannot load {file or split}: {empty}")
-    classes = dataset.metainfo.get("classes", ())
-    known = runtime.number_of_classes(getattr(runner.model, "module", runner.model))
+    classes, known = dataset.metainfo.get("classes", ()), runtime.number_of_classes(model)
     if known != len(classes):
         raise UserError(
             f"{path}: the data has {len(classes)} classes, and the heads know {known}: set "
             f"num_classes"
         )
+    if split == "train":
+        mmdet_data.train_boxes_alone(model, dataset)
+        return
+    for metric in getattr(runner, f"{split}_loop").evaluator.metrics:
+        if isinstance(metric, CocoMetric):
+            mmdet_data.truth_of(metric)

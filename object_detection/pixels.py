@@ -23,6 +23,14 @@ def load_checked(path: Path, entry: Mapping[str, Any], source: Path) -> Image.Im
         DataError: It cannot be decoded, or is of another size.
     """
     image = load_image(path, is_upright=True)
+    check_size(image, path, entry, source)
+    return image
+
+
+def check_size(
+    image: Image.Image, path: str | Path, entry: Mapping[str, Any], source: str | Path
+) -> None:
+    """Raise DataError if an image is not of the size that its annotations say."""
     expected = (entry["width"], entry["height"])
     if image.size != expected:
         turned = " (EXIF turns it)" if image.size == expected[::-1] else ""
@@ -30,7 +38,6 @@ def load_checked(path: Path, entry: Mapping[str, Any], source: Path) -> Image.Im
             f"image {path} has {image.width}x{image.height} pixels{turned}, but {source} says "
             f"{expected[0]}x{expected[1]}"
         )
-    return image
 
 
 def check_files(found: Annotations, folder: Path) -> None:

@@ -112,6 +112,16 @@ def replace_root(config: "Config", root: str) -> None:
     config.merge_from_dict({key: replaced(value) for key, value in config.to_dict().items()})
 
 
+def name_annotations(config: "Config", split: str) -> None:
+    """Let metrics without an annotation file compare with that of their dataset, in place."""
+    dataset = (config.get(f"{split}_dataloader") or {}).get("dataset") or {}
+    evaluators = config.get(f"{split}_evaluator") or []
+    for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
+        if evaluator.get("type") == "CocoMetric" and not evaluator.get("ann_file"):
+            name = dataset.get("ann_file")
+            evaluator["ann_file"] = name and os.path.join(dataset.get("data_root") or "", name)
+
+
 def adapt_to_machine(config: "Config", amp: bool | None = None) -> list[str]:
     """Switch mixed precision as requested; without a GPU, replace what needs one.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from models import ModelError
-from object_detection import checkpoints
+from object_detection import annotations, checkpoints
 from training.launch import run_program
 from utils import UserError, printable
 
@@ -38,6 +38,7 @@ def load_mmdet() -> None:
     for name in ("mmengine", "mmcv", "mmdet"):
         if importlib.util.find_spec(name) is None:
             raise UserError(f"{name} is not installed: {INSTALL}")
+    annotations.use_coco_api()
     try:
         version = importlib.import_module("mmdet").__version__
         if not version.startswith("3."):
@@ -47,6 +48,7 @@ def load_mmdet() -> None:
             warnings.simplefilter("ignore")
             importlib.import_module("mmdet.utils").register_all_modules(init_default_scope=True)
         importlib.import_module("object_detection.mmdet_backbones")
+        importlib.import_module("object_detection.mmdet_data").install()
     except (ImportError, AssertionError) as error:
         raise UserError(f"mmdet cannot be imported ({last_line(error)}): {INSTALL}") from error
     checkpoints.install_loader()
