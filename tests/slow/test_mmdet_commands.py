@@ -147,12 +147,13 @@ def test_flops_prints_every_part():
 # --- images and annotations
 
 
-def test_images_without_objects_and_degenerate_boxes_are_trained_through(dataset):
-    boxes = [(5, 5, 0, 40), (5, 5, 0.5, 3), (100, 100, 5, 5), (5, 5, 30, 40)]
+def test_images_without_objects_degenerate_boxes_and_missing_masks_are_trained_through(dataset):
+    boxes = [(5, 5, 0, 40), (5, 5, 0.5, 3), (100, 100, 5, 5), (5, 5, 30, 40), (30, 9, 30, 40)]
     keep = "train_dataloader.dataset.filter_cfg.filter_empty_gt=False"
 
     def edit(content):
         content["annotations"] = [a for a in content["annotations"] if a["image_id"] == 0]
+        del content["annotations"][-1]["segmentation"]
 
     words = training(dataset(boxes, edit=edit), keep, "train_cfg.max_iters=3")
     assert "Iter(train) [3/3]" in output_of(*words)
