@@ -216,7 +216,7 @@ def with_masks(sampled: Sequence[SamplingResult], truth: Sequence[Any]) -> list[
     """Return the samples whose object has a mask."""
     kept = []
     for result, instances in zip(sampled, truth, strict=True):
-        masks = instances.masks.to_ndarray().reshape(len(instances), -1).any(1)
+        masks = instances.masks.to_ndarray().any((1, 2))
         chosen = torch.from_numpy(masks).to(result.pos_priors.device)[result.pos_assigned_gt_inds]
         result = copy.copy(result)
         for name in ("pos_priors", "pos_assigned_gt_inds", "pos_gt_labels", "pos_gt_bboxes"):
