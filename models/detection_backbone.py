@@ -79,8 +79,8 @@ class Backbone(nn.Module):
         with_cp: Recompute blocks in the backward pass instead of keeping their activations.
         level_norm: Norm of every output level, ``"BN"``, ``"LN"`` or ``"none"``.
         init_cfg: ``{"type": "Pretrained", "checkpoint": FILE}``, the weights that
-            :meth:`init_weights` loads; ``"ema": True`` selects the moving average. A prefix of
-            the keys, mmengine's ``"prefix"``, is detected.
+            :meth:`init_weights` loads; ``"ema": True`` selects the moving average,
+            ``"prefix": "backbone."`` the weights below this prefix. Without, it is detected.
 
     Attributes:
         num_features: Channels of the outputs.
@@ -177,7 +177,8 @@ class Backbone(nn.Module):
         """Load the checkpoint of ``init_cfg``, if given; see :func:`load_backbone`."""
         if self.init_cfg is None:
             return None
-        return load_backbone(self, self.init_cfg["checkpoint"], ema=self.init_cfg.get("ema", False))
+        given = {key: value for key, value in self.init_cfg.items() if key in ("ema", "prefix")}
+        return load_backbone(self, self.init_cfg["checkpoint"], **given)
 
     def fuse(self) -> "Backbone":
         """Return a fused copy for inference; see :class:`models.layers.fuse.Fusible`.
@@ -235,15 +236,16 @@ def _checked_init_cfg(init_cfg: Mapping[str, Any] | None) -> dict[str, Any] | No
     if init_cfg is None:
         return None
     init_cfg = dict(init_cfg)
-    known = {"type", "checkpoint", "ema"}
+    known = {"type", "checkpoint", "ema", "prefix"}
     if (
         init_cfg.get("type") != "Pretrained"
         or "checkpoint" not in init_cfg
         or set(init_cfg) - known
+        or not isinstance(init_cfg.get("prefix"), str | None)
     ):
         raise ModelError(
             f"init_cfg {init_cfg} must be dict(type='Pretrained', checkpoint=FILE), optionally "
-            f"with ema=True for the moving average"
+            f"with ema=True for the moving average and prefix='backbone.' for a part of the file"
         )
     return init_cfg
 
@@ -289,7 +291,9 @@ def checkpoint_filter_fn(
     return others | net | {key.replace(".bn.", "."): value for key, value in levels.items()}
 
 
-def load_backbone(backbone: Backbone, path: str, ema: bool = False) -> LoadReport:
+def load_backbone(
+    backbone: Backbone, path: str, ema: bool = False, prefix: str | None = None
+) -> LoadReport:
     """Load the weights of a classifier or of a detector into a backbone.
 
     Weights of a classifier that the backbone does not have (head, final norm, position
@@ -301,6 +305,7 @@ def load_backbone(backbone: Backbone, path: str, ema: bool = False) -> LoadRepor
         path: Any source of :func:`models.load_model`: a file, an address, ``hf-hub:ORG/NAME``,
             ``local-dir:FOLDER``, or a model name for timm's weights.
         ema: Load the moving average instead of the raw weights.
+        prefix: Load only the weights below it, with or without its last dot.
 
     Raises:
         CheckpointError: The file cannot be read, or does not have the backbone's weights.
@@ -323,6 +328,7 @@ def load_backbone(backbone: Backbone, path: str, ema: bool = False) -> LoadRepor
         ema,
         allow_missing=allow_missing,
         allow_unexpected=allow_unexpected,
+        prefix=prefix or "",
     )
 
 

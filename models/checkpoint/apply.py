@@ -137,6 +137,7 @@ def load_weights(
     allow_missing: Callable[[str], bool] = lambda key: False,
     allow_unexpected: Callable[[str], bool] = lambda key: False,
     other_classes: bool = False,
+    prefix: str = "",
 ) -> LoadReport:
     """Load the weights of a checkpoint that has been read; see :func:`load_checkpoint`.
 
@@ -147,9 +148,10 @@ def load_weights(
         allow_missing: Return True for a key of the model that the checkpoint may lack.
         allow_unexpected: Return True for a key of the checkpoint that the model may lack.
         other_classes: With ``new_head``, skip a classifier of the same shape, too.
+        prefix: Load only the weights below it.
     """
     own = model.state_dict()
-    state, others, prefix = state_dict_of(checkpoint, source, ema, own)
+    state, others, prefix = state_dict_of(checkpoint, source, ema, own, prefix)
     ignored = [k for k in state if k.rpartition(".")[2] in COMPUTED_KEYS and k not in own]
     state = {key: value for key, value in state.items() if key not in ignored}
     settings = settings_of(checkpoint, source)

@@ -36,7 +36,11 @@ class Weights(NamedTuple):
 
 
 def state_dict_of(
-    checkpoint: Mapping[str, Any], source: str, ema: bool = False, own: Container[str] = ()
+    checkpoint: Mapping[str, Any],
+    source: str,
+    ema: bool = False,
+    own: Container[str] = (),
+    prefix: str = "",
 ) -> Weights:
     """Return the weights of a checkpoint, under whichever key they are.
 
@@ -45,17 +49,15 @@ def state_dict_of(
         source: Name of the file, for messages.
         ema: Return the moving average instead of the raw weights.
         own: Names of the model's tensors; a prefix that they have, too, stays.
+        prefix: Return only the weights below it (``backbone`` for ``backbone.stem.weight``).
 
     Raises:
         CheckpointError: It does not have any.
     """
-    if foreign := _mapping(checkpoint, "mindspore"):
-        try:
-            return Weights(*to_original_names(_named(foreign, source), ema))
-        except ValueError as error:
-            raise CheckpointError(f"{source}: {error}") from error
+    foreign = _mapping(checkpoint, "mindspore")
     keys = EMA_KEYS if ema else WEIGHT_KEYS
-    state = next(filter(_has_tensors, (_mapping(checkpoint, key) for key in keys)), {})
+    states = (_mapping(checkpoint, key) for key in keys)
+    state = foreign or next(filter(_has_tensors, states), {})
     if not state and not ema:
         state = checkpoint
     if not _has_tensors(state):
@@ -63,7 +65,34 @@ def state_dict_of(
         raise CheckpointError(
             f"{source} has no weights under {', '.join(map(repr, keys))}, but {found}"
         )
-    return _unwrapped(_named(state, source), own, source)
+    state, others = _named(state, source), []
+    if prefix:
+        prefix = prefix.removesuffix(".") + "."
+        state, others = _below(prefix, state, source)
+    if foreign:
+        try:
+            found = Weights(*to_original_names(state, ema))
+        except ValueError as error:
+            raise CheckpointError(f"{source}: {error}") from error
+    else:
+        found = _unwrapped(state, own, source)
+    return Weights(found.state, (*found.ignored, *others), prefix + found.prefix)
+
+
+def _below(
+    prefix: str, state: Mapping[str, torch.Tensor], source: str
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Return the weights whose names begin with ``prefix``, without it, and the other names.
+
+    Raises:
+        CheckpointError: No name begins with it; the message has the prefixes that there are.
+    """
+    below = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    if not below:
+        parts = dict.fromkeys(key.partition(".")[0] for key in state if "." in key)
+        found = ", ".join(map(brief, list(parts)[:SHOWN])) or "none"
+        raise CheckpointError(f"{source} has no weights of the prefix {prefix}, but of {found}")
+    return below, [key for key in state if not key.startswith(prefix)]
 
 
 def _has_tensors(state: Mapping[Any, Any]) -> bool:

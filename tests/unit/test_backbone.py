@@ -44,8 +44,11 @@ def check_levels(maps, levels, suffix, tolerance):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("exponent", "prefix"), [(-0.5, "backbone."), (None, "")])
-def test_equals_the_original(original, golden, tmp_path, exponent, prefix):
+@pytest.mark.parametrize(
+    ("exponent", "prefix", "given"),
+    [(-0.5, "backbone.", None), (-0.5, "backbone.", "backbone"), (None, "", "")],
+)
+def test_equals_the_original(original, golden, tmp_path, exponent, prefix, given):
     description, weights = original
     outputs = description["outputs" if exponent else "outputs_qk_default"]
     path = tmp_path / "detector.pth"
@@ -53,11 +56,12 @@ def test_equals_the_original(original, golden, tmp_path, exponent, prefix):
     if prefix:
         state["neck.lateral_convs.0.conv.weight"] = torch.zeros(1)
     torch.save({"state_dict": state, "meta": {"epoch": 12}}, path)
-    init_cfg = {"type": "Pretrained", "checkpoint": str(path)}
+    init_cfg = {"type": "Pretrained", "checkpoint": str(path), "prefix": given}
     backbone = SwinVisformer(**ORIGINAL, qk_scale=exponent, init_cfg=init_cfg)
     report = backbone.init_weights()
     assert not report.missing
-    assert report.unexpected == (("neck.lateral_convs.0.conv.weight",) if prefix else ())
+    neck = ("neck.lateral_convs.0.conv.weight",) if prefix else ()
+    assert (report.unexpected, report.ignored) == (((), neck) if given else (neck, ()))
     backbone.double().eval()
     for output in outputs:
         batch, _, height, width = output["input_shape"]
@@ -244,6 +248,30 @@ def test_weights_of_a_detector_of_ours(tmp_path):
         assert torch.equal(value, source.state_dict()[key])
 
 
+@pytest.mark.parametrize("prefix", ["student", "student.", "module.teacher"])
+def test_weights_below_a_prefix(tmp_path, prefix):
+    kwargs = {"model": "swin_visformer_tiny_v2", "model_kwargs": shrunk("swin_visformer_tiny_v2")}
+    source, other = VisionBackbone(**kwargs), VisionBackbone(**kwargs)
+    state = {f"{prefix.rstrip('.')}.{k}": value for k, value in source.state_dict().items()}
+    state |= {f"backbone.{key}": value for key, value in other.state_dict().items()}
+    init_cfg = save(tmp_path, {"state_dict": {}, "ema": state}) | {"ema": True}
+    backbone = VisionBackbone(**kwargs, init_cfg=init_cfg | {"prefix": prefix})
+    report = backbone.init_weights()
+    assert (report.missing, report.unexpected) == ((), ())
+    assert set(report.ignored) == {f"backbone.{key}" for key in other.state_dict()}
+    for key, value in backbone.state_dict().items():
+        assert torch.equal(value, source.state_dict()[key])
+    unknown = VisionBackbone(**kwargs, init_cfg=init_cfg | {"prefix": "neck"})
+    first = prefix.partition(".")[0]
+    values = ("weights.pth", "neck.", first, "backbone")
+    refused(unknown.init_weights, *values, kind=models.CheckpointError)
+    classifier = timm.create_model(**kwargs["model_kwargs"], model_name=kwargs["model"])
+    state = {f"{prefix.rstrip('.')}.{k}": v for k, v in classifier.state_dict().items()}
+    init_cfg = save(tmp_path, state) | {"prefix": prefix}
+    report = VisionBackbone(**kwargs, init_cfg=init_cfg).init_weights()
+    assert {key.split(".")[0] for key in report.missing} == {"norm0", "norm1", "norm2", "norm3"}
+
+
 def test_a_whole_detector_loads_the_originals_names():
     source = SwinVisformer(**SMALL)
     detector = nn.ModuleDict({"backbone": SwinVisformer(**SMALL), "neck": nn.Linear(1, 1)})
@@ -270,6 +298,7 @@ def test_a_whole_detector_loads_the_originals_names():
         ({"frozen_stages": 5}, ["5", "4"]),
         ({"level_norm": "GN"}, ["'GN'", "BN, LN, none"]),
         ({"init_cfg": {"type": "Xavier"}}, ["Xavier", "Pretrained"]),
+        ({"init_cfg": {"type": "Pretrained", "checkpoint": "a", "prefix": 1}}, ["'prefix': 1"]),
         ({"init_cfg": {"type": "Pretrained", "checkpoint": "none.pth"}}, ["none.pth"]),
     ],
 )
