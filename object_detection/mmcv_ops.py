@@ -2,7 +2,7 @@
 
 mmcv's wheels for current PyTorch hold no operators. Mask R-CNN and Cascade Mask R-CNN need two of
 them, and torchvision brings both, for CPU and CUDA: :func:`install` puts them where mmcv looks, the
-module ``mmcv._ext``.
+module ``mmcv._ext``. UPerNet needs none.
 
 Other detectors need mmcv's own, which take a compiler and a quarter of an hour: ``pip download
 --no-deps --no-build-isolation --no-binary onedl-mmcv onedl-mmcv==2.3.6``, unpack, write
@@ -54,6 +54,14 @@ def _check_mode(pool_mode: int) -> None:
         _refuse("roi_align with pool_mode='max'")
 
 
+def _wide(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Return half-precision tensors as float32.
+
+    torchvision's kernels do not have bfloat16, and add up float16 in half precision.
+    """
+    return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
+
+
 def roi_align_forward(
     input: torch.Tensor,
     rois: torch.Tensor,
@@ -86,7 +94,7 @@ def roi_align_forward(
     _check_mode(pool_mode)
     size = (aligned_height, aligned_width)
     output.copy_(
-        torchvision.ops.roi_align(input, rois, size, spatial_scale, sampling_ratio, aligned)
+        torchvision.ops.roi_align(*_wide(input, rois), size, spatial_scale, sampling_ratio, aligned)
     )
 
 
@@ -117,8 +125,7 @@ def roi_align_backward(
     _check_mode(pool_mode)
     grad_input.copy_(
         torch.ops.torchvision._roi_align_backward(
-            grad_output,
-            rois,
+            *_wide(grad_output, rois),
             spatial_scale,
             aligned_height,
             aligned_width,

@@ -1,8 +1,10 @@
-"""The backbones in mmdet's registry."""
+"""The backbones in mmengine's registry, where mmdet, mmsegmentation and others find them."""
+
+import contextlib
 
 import torch
-from mmdet.registry import MODELS
 from mmengine.logging import print_log
+from mmengine.registry import MODELS
 
 import models
 from models.checkpoint.apply import LoadReport
@@ -29,3 +31,11 @@ class VisionBackbone(_Reporting, models.VisionBackbone):
 @MODELS.register_module(force=True)
 class SwinVisformer(_Reporting, models.SwinVisformer):
     __doc__ = models.SwinVisformer.__doc__
+
+
+with contextlib.suppress(ImportError, AssertionError):  # no mmdet, or one of another version
+    from mmdet import registry as mmdet_registry
+
+    # mmdet looks up its own scope, as in "mmdet.VisionBackbone", in its own registry alone
+    for backbone in (VisionBackbone, SwinVisformer):
+        mmdet_registry.MODELS.register_module(module=backbone, force=True)
