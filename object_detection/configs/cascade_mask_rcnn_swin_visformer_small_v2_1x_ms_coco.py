@@ -1,20 +1,6 @@
-"""Cascade Mask R-CNN with Visformer V2-S, 12 epochs of COCO at many scales.
+"""Cascade Mask R-CNN with Visformer V2-S, 12 epochs; published box AP 49.3, mask AP 42.3."""
 
-torchrun --nproc_per_node=8 -m object_detection.train \\
-    object_detection/configs/cascade_mask_rcnn_swin_visformer_small_v2_1x_ms_coco.py \\
-    --launcher pytorch --cfg-options model.backbone.init_cfg.type=Pretrained \\
-    model.backbone.init_cfg.checkpoint=FILE
-
-FILE holds weights of a classifier swin_visformer_small_v2.
-Published: box AP 49.3, mask AP 42.3; 81 M parameters, 740 GFLOPs at 1280x800.
-"""
-
-_base_ = [
-    "_base_/cascade_mask_rcnn.py",
-    "_base_/coco_multiscale.py",
-    "_base_/schedule_1x.py",
-    "_base_/runtime.py",
-]
+_base_ = ["_base_/cascade_mask_rcnn.py", "_base_/coco_multiscale.py", "_base_/schedule_1x.py"]
 
 model = dict(
     backbone=dict(model="swin_visformer_small_v2", drop_path_rate=0.1),

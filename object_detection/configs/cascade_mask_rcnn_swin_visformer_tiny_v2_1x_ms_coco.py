@@ -1,20 +1,6 @@
-"""Cascade Mask R-CNN with Visformer V2-T, 12 epochs of COCO at many scales.
+"""Cascade Mask R-CNN with Visformer V2-T, 12 epochs."""
 
-torchrun --nproc_per_node=8 -m object_detection.train \\
-    object_detection/configs/cascade_mask_rcnn_swin_visformer_tiny_v2_1x_ms_coco.py \\
-    --launcher pytorch --cfg-options model.backbone.init_cfg.type=Pretrained \\
-    model.backbone.init_cfg.checkpoint=FILE
-
-FILE holds weights of a classifier swin_visformer_tiny_v2.
-No figures are published for it.
-"""
-
-_base_ = [
-    "_base_/cascade_mask_rcnn.py",
-    "_base_/coco_multiscale.py",
-    "_base_/schedule_1x.py",
-    "_base_/runtime.py",
-]
+_base_ = ["_base_/cascade_mask_rcnn.py", "_base_/coco_multiscale.py", "_base_/schedule_1x.py"]
 
 model = dict(
     backbone=dict(model="swin_visformer_tiny_v2", drop_path_rate=0.1),

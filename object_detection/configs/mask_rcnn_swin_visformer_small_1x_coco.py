@@ -1,20 +1,6 @@
-"""Mask R-CNN with Swin-Visformer-S (V1), 12 epochs of COCO at one scale.
+"""Mask R-CNN with Swin-Visformer-S (V1), 12 epochs; published box AP 43.0, mask AP 39.6."""
 
-torchrun --nproc_per_node=8 -m object_detection.train \\
-    object_detection/configs/mask_rcnn_swin_visformer_small_1x_coco.py \\
-    --launcher pytorch --cfg-options model.backbone.init_cfg.type=Pretrained \\
-    model.backbone.init_cfg.checkpoint=FILE
-
-FILE holds weights of a classifier swin_visformer_small.
-Published: box AP 43.0, mask AP 39.6; 60 M parameters, 275 GFLOPs at 1280x800.
-"""
-
-_base_ = [
-    "_base_/mask_rcnn.py",
-    "_base_/coco.py",
-    "_base_/schedule_1x.py",
-    "_base_/runtime.py",
-]
+_base_ = ["_base_/mask_rcnn.py", "mmdet::_base_/datasets/coco_instance.py", "_base_/schedule_1x.py"]
 
 model = dict(
     backbone=dict(model="swin_visformer_small", drop_path_rate=0.1),

@@ -11,9 +11,8 @@ FILE weights of a classifier swin_visformer_tiny_v2. For another class, change `
 
 _base_ = [
     "_base_/mask_rcnn.py",
-    "_base_/coco.py",
+    "mmdet::_base_/datasets/coco_instance.py",
     "_base_/schedule_1x.py",
-    "_base_/runtime.py",
 ]
 
 data_root = "data/pennfudan_coco/"
@@ -25,23 +24,10 @@ model = dict(
     roi_head=dict(bbox_head=dict(num_classes=1), mask_head=dict(num_classes=1)),
 )
 
-train_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
-    dict(type="Resize", scale=(512, 512), keep_ratio=True),
-    dict(type="RandomFlip", prob=0.5),
-    dict(type="PackDetInputs"),
-]
-test_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=(512, 512), keep_ratio=True),
-    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
-    dict(
-        type="PackDetInputs",
-        # the annotations as they are, from which the metric is computed
-        meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "instances"),
-    ),
-]
+train_pipeline, test_pipeline = _base_.train_pipeline, _base_.test_pipeline
+train_pipeline[2].scale = test_pipeline[1].scale = (512, 512)
+# the annotations as they are, from which the metric is computed
+test_pipeline[-1].meta_keys += ("instances",)
 # an endless sampler: a loader that starts again waits for two seconds, longer than an epoch takes
 train_dataloader = dict(
     batch_size=4,

@@ -4,18 +4,14 @@ The heads are of four convolutions with synchronised BatchNorm, and learn boxes 
 overlap (arXiv 1902.09630).
 """
 
-_base_ = "mask_rcnn.py"
+_base_ = ["mmdet::_base_/models/cascade-mask-rcnn_r50_fpn.py", "runtime.py"]
 
 BOX_DEVIATIONS = ([0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1], [0.033, 0.033, 0.067, 0.067])
-OVERLAPS = (0.5, 0.6, 0.7)
 
 model = dict(
-    type="CascadeRCNN",
-    rpn_head=dict(loss_bbox=dict(_delete_=True, type="SmoothL1Loss", beta=1 / 9)),
+    # as in mask_rcnn.py
+    backbone=dict(_delete_=True, type="VisionBackbone", model_kwargs=dict(qk_scale_factor=-0.5)),
     roi_head=dict(
-        type="CascadeRoIHead",
-        num_stages=3,
-        stage_loss_weights=[1, 0.5, 0.25],
         bbox_head=[
             dict(
                 type="ConvFCBBoxHead",
@@ -34,33 +30,6 @@ model = dict(
                 loss_bbox=dict(type="GIoULoss", loss_weight=10.0),
             )
             for deviations in BOX_DEVIATIONS
-        ],
-    ),
-    train_cfg=dict(
-        rpn=dict(allowed_border=0),
-        rpn_proposal=dict(max_per_img=2000),
-        rcnn=[
-            dict(
-                assigner=dict(
-                    type="MaxIoUAssigner",
-                    pos_iou_thr=overlap,
-                    neg_iou_thr=overlap,
-                    min_pos_iou=overlap,
-                    match_low_quality=False,
-                    ignore_iof_thr=-1,
-                ),
-                sampler=dict(
-                    type="RandomSampler",
-                    num=512,
-                    pos_fraction=0.25,
-                    neg_pos_ub=-1,
-                    add_gt_as_proposals=True,
-                ),
-                mask_size=28,
-                pos_weight=-1,
-                debug=False,
-            )
-            for overlap in OVERLAPS
         ],
     ),
 )

@@ -4,7 +4,7 @@ Half of the images are resized, their shorter side to 480 ... 800 pixels; the ot
 resized, cropped, and resized so.
 """
 
-_base_ = "coco.py"
+_base_ = "mmdet::_base_/datasets/coco_instance.py"
 
 SCALES = [(size, 1333) for size in range(480, 801, 32)]
 SCALES_BEFORE_CROP = [(size, 1333) for size in (400, 500, 600)]

@@ -1,10 +1,9 @@
 """AdamW in mixed precision for 12 epochs of COCO, 16 images per step."""
 
-train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=12, val_interval=1)
-val_cfg = dict(type="ValLoop")
-test_cfg = dict(type="TestLoop")
+_base_ = "mmdet::_base_/schedules/schedule_1x.py"
 
 optim_wrapper = dict(
+    _delete_=True,
     type="AmpOptimWrapper",
     loss_scale="dynamic",
     optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
@@ -18,7 +17,3 @@ optim_wrapper = dict(
         ),
     ),
 )
-param_scheduler = [
-    dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=500),
-    dict(type="MultiStepLR", by_epoch=True, begin=0, end=12, milestones=[8, 11], gamma=0.1),
-]
