@@ -49,6 +49,7 @@ __all__ = ["FastViT", "Stage"]
 
 HEAD_DIM = 32
 MIXERS = ("repmixer", "attention")
+STEM_STRIDES = {4: (2, 2), 2: (2, 1), 1: (1, 1)}  # of its two 3x3 convolutions
 
 
 @dataclass(frozen=True)
@@ -217,11 +218,16 @@ class AttentionBlock(nn.Module):
         self.layer_scale_2 = _fold_layer_scale(self.mlp.fc2, self.layer_scale_2)
 
 
-def convolutional_stem(in_chans: int, dim: int, inference_mode: bool = False) -> nn.Sequential:
-    """Three MobileOne blocks, ``B in_chans H W -> B dim H/4 W/4`` (section 3.2)."""
+def convolutional_stem(
+    in_chans: int, dim: int, stride: int = 4, inference_mode: bool = False
+) -> nn.Sequential:
+    """Three MobileOne blocks, ``B in_chans H W -> B dim H/s W/s`` (section 3.2: s = 4)."""
+    if stride not in STEM_STRIDES:
+        raise ValueError(f"stem_stride {stride} must be one of {', '.join(map(str, STEM_STRIDES))}")
+    first, second = STEM_STRIDES[stride]
     return nn.Sequential(
-        ReparamConv(in_chans, dim, 3, stride=2, inference_mode=inference_mode),
-        ReparamConv(dim, dim, 3, stride=2, groups=dim, inference_mode=inference_mode),
+        ReparamConv(in_chans, dim, 3, stride=first, inference_mode=inference_mode),
+        ReparamConv(dim, dim, 3, stride=second, groups=dim, inference_mode=inference_mode),
         ReparamConv(dim, dim, 1, inference_mode=inference_mode),
     )
 
@@ -309,6 +315,7 @@ class FastViT(StagedModel):
             features.
         global_pool: timm's name of the pooling before the classifier.
         cls_ratio: Channels of the last convolution, in multiples of the last stage's.
+        stem_stride: Stride of the stem, 4, 2 or 1; fewer for images of few pixels.
         qk_scale_factor: Exponent of the query/key pre-scale (see
             :class:`models.layers.Attention2d`); without effect where no stage has attention.
         layer_scale_init_value: Initial scale of the residual branches, 0 or ``None`` for
@@ -331,6 +338,7 @@ class FastViT(StagedModel):
         num_classes: int = 1000,
         global_pool: str = "avg",
         cls_ratio: float = 2.0,
+        stem_stride: int = 4,
         qk_scale_factor: float = -0.25,
         layer_scale_init_value: float | None = 1e-5,
         drop_rate: float = 0.0,
@@ -347,7 +355,7 @@ class FastViT(StagedModel):
         self.qk_scale_factor = qk_scale_factor
         attention = {"qk_scale_factor": qk_scale_factor, "attn_drop": attn_drop_rate}
         common = {"proj_drop": proj_drop_rate, "layer_scale_init_value": layer_scale_init_value}
-        self.stem = convolutional_stem(in_chans, stages[0].dim, inference_mode)
+        self.stem = convolutional_stem(in_chans, stages[0].dim, stem_stride, inference_mode)
         self.feature_info = []
         built, dim = [], None
         all_rates = drop_path_rates(drop_path_rate, [stage.depth for stage in stages])
@@ -355,7 +363,7 @@ class FastViT(StagedModel):
             built.append(FastViTStage(stage, dim, rates, attention, common, inference_mode))
             dim = stage.dim
             self.feature_info.append(
-                {"num_chs": dim, "reduction": 4 * 2**index, "module": f"stages.{index}"}
+                {"num_chs": dim, "reduction": stem_stride * 2**index, "module": f"stages.{index}"}
             )
         self.stages = nn.Sequential(*built)
         self.num_features = int(dim * cls_ratio)
@@ -438,7 +446,7 @@ class FastViT(StagedModel):
         self.head_hidden_size = self.num_features * head.global_pool.feat_mult()
 
     def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
-        """Image ``B 3 H W`` to ``B C H/4 W/4``."""
+        """Image ``B 3 H W`` to ``B C H/s W/s`` by the stem of stride s."""
         return self.stem(x)
 
     def forward_stage(self, x: torch.Tensor, index: int) -> torch.Tensor:

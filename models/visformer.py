@@ -9,11 +9,18 @@ Transformer (arXiv 2103.14030). Weights use timm's key layout; the original's
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from timm.layers import LayerNorm2d, PatchEmbed, create_classifier, to_2tuple, trunc_normal_
+from timm.layers import (
+    LayerNorm2d,
+    PatchEmbed,
+    create_classifier,
+    resample_patch_embed,
+    to_2tuple,
+    trunc_normal_,
+)
 from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices as take_indices
 from torch import nn
@@ -65,7 +72,11 @@ class Visformer(StagedModel):
 
     Args:
         stages: Description of the stages; the last is named ``stage3``.
-        init_channels: Channels of the 7x7 stride-2 stem; ``None`` for no stem.
+        init_channels: Channels of the 7x7 stem; ``None`` for no stem.
+        width: Multiplies the channels of stem and stages.
+        stem_stride: Stride of the stem; 1 for images of few pixels.
+        patch_sizes: Of the patch embeddings, instead of the stages' own; with ``(2, 2, 1)`` for
+            version 1, all attention of an image of 32 pixels sees 4x4 positions.
         img_size: Height and width of the position embeddings; images of other sizes resample
             them in every forward.
         in_chans: Channels of the image.
@@ -92,6 +103,9 @@ class Visformer(StagedModel):
         self,
         stages: Sequence[Stage],
         init_channels: int | None,
+        width: float = 1.0,
+        stem_stride: int = 2,
+        patch_sizes: Sequence[int] | None = None,
         img_size: int | tuple[int, int] = 224,
         in_chans: int = 3,
         num_classes: int = 1000,
@@ -110,25 +124,36 @@ class Visformer(StagedModel):
         norm_layer: type[nn.Module] = nn.BatchNorm2d,
     ):
         super().__init__()
+        stages = [replace(stage, dim=round(stage.dim * width)) for stage in stages]
+        if patch_sizes is not None:
+            if len(patch_sizes) != len(stages):
+                raise ValueError(f"patch_sizes {patch_sizes} must be of {len(stages)} stages")
+            sizes = zip(stages, patch_sizes, strict=True)
+            stages = [replace(stage, patch_size=size) for stage, size in sizes]
+        if init_channels is None:
+            stem_stride = 1
+        else:
+            init_channels = round(init_channels * width)
+        if min(stem_stride, *(stage.patch_size for stage in stages)) < 1:
+            raise ValueError(f"stem_stride {stem_stride} and patch_sizes must be positive")
         self.stages = tuple(stages)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = stages[-1].dim
         self.qk_scale_factor = qk_scale_factor
         self.strict_img_size = strict_img_size
-        self.total_stride = (2 if init_channels else 1) * math.prod(s.patch_size for s in stages)
+        self.total_stride = stem_stride * math.prod(s.patch_size for s in stages)
         self.check_size(*to_2tuple(img_size))
 
-        size, reduction = to_2tuple(img_size), 1
+        size = [math.ceil(side / stem_stride) for side in to_2tuple(img_size)]
         if init_channels is None:
             self.stem = nn.Identity()
         else:
             self.stem = nn.Sequential(
-                nn.Conv2d(in_chans, init_channels, 7, stride=2, padding=3, bias=False),
+                nn.Conv2d(in_chans, init_channels, 7, stem_stride, padding=3, bias=False),
                 nn.BatchNorm2d(init_channels),
                 nn.ReLU(inplace=True),
             )
-            size, reduction = [math.ceil(s / 2) for s in size], 2
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.stage_numbers = tuple(range(4 - len(stages), 4))
         self.feature_info = []
@@ -139,7 +164,8 @@ class Visformer(StagedModel):
             "attn_drop": attn_drop_rate,
             "proj_drop": proj_drop_rate,
         }
-        dim, index = init_channels or in_chans, 0  # index of a block in the model
+        dim, reduction = init_channels or in_chans, stem_stride
+        index = 0  # of a block in the model
         for number, stage, stage_rates in zip(self.stage_numbers, stages, rates, strict=True):
             embed = PatchEmbed(
                 img_size=None,
@@ -246,7 +272,7 @@ class Visformer(StagedModel):
             self.norm = Affine2d(self.norm)
 
     def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
-        """Image ``B 3 H W`` to ``B C H/2 W/2``."""
+        """Image ``B 3 H W`` to ``B C H/s W/s`` by the stem of stride s."""
         self.check_size(*x.shape[-2:])
         return self.stem(x)
 
@@ -321,7 +347,7 @@ def checkpoint_filter_fn(
 
     The original wraps norms (``norm1.bn.weight``), gives those over channels the shape ``C 1 1``,
     and calls the only stage of net1 ``stage2``, its embeddings ``patch_embed1``. Position
-    embeddings and relative position biases of another size are resampled.
+    embeddings, relative position biases and patch embeddings of another size are resampled.
     """
     own = model.state_dict()
     single = model.stage_numbers == (3,)
@@ -333,6 +359,8 @@ def checkpoint_filter_fn(
         target = own.get(key, value)
         if key.startswith("pos_embed") and value.ndim == 4:
             value = resample_position_map(value, tuple(target.shape[-2:]))
+        elif key.startswith("patch_embed") and value.ndim == 4:
+            value = resample_patch_embed(value, list(target.shape[-2:]))
         elif key.endswith("relative_position_bias_table"):
             value = resample_bias_table(value, target.shape[0])
         elif target.ndim == 1 and value.numel() == target.numel():

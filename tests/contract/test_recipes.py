@@ -15,9 +15,11 @@ from small_models import shrunk
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import models
+from models.layers.attention import MultiHeadAttention
 from tools.flops import our_models
 from training import schedules
 from training.flags import get_args_parser, parse_args
+from training.keywords import keyword_arguments
 from utils import UserError
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -110,6 +112,30 @@ def test_table_of_the_recipes_agrees_with_the_files():
         assert (int(epochs), int(batch)) == (args.epochs, head.global_batch)
         assert accuracy == head.accuracy
         assert bool(source) == bool(accuracy)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+def test_every_attention_layer_sees_several_positions(path):
+    args, _ = parse_args(["-c", str(path)])
+    kwargs = keyword_arguments(args.model_kwargs)
+    if timm.get_pretrained_cfg(args.model).fixed_input_size:
+        kwargs["img_size"] = args.input_size
+    with torch.device("meta"):
+        model = timm.create_model(args.model, **kwargs)
+    positions = {}
+
+    def note(name):
+        def hook(module, inputs):
+            weight = next(p for p in module.parameters() if p.ndim > 1)  # of the projection
+            positions[name] = inputs[0][0].numel() // weight.shape[1]
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, MultiHeadAttention | timm.layers.Attention):
+            module.register_forward_pre_hook(note(name))
+    model.eval()(torch.zeros(1, 3, *models.height_and_width(args.input_size), device="meta"))
+    assert min(positions.values(), default=16) >= 16
 
 
 # stochastic depth and mixup of apple/ml-fastvit's commands, alone and with a teacher

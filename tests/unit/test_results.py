@@ -1,48 +1,58 @@
-"""tools.results: the runs, their order, and the table."""
+"""tools.results: the runs, their order, their results, and the page."""
 
 import json
 import shlex
 
 import pytest
-from conftest import ROOT, read_log
+from conftest import read_log
 from validating import caller, refuses
 
 from tools.results import __main__ as results
-from tools.results.claims import CLAIMS, SHARES
+from tools.results.claims import SHARES, SUITES
 from training.flags import parse_args
 from utils import UserError
 
-RECIPE = str(ROOT / "configs/cifar10_claims.yaml")
+CLAIMS = SUITES["cpu"].claims
+DEIT, VISFORMER = CLAIMS["visformer"].arms
 
 
 def arguments(tmp_path, *words):
-    flags = ["--data-path", "data", "--output_dir", str(tmp_path), "--config", RECIPE]
+    flags = ["--output_dir", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
     return results.get_parser().parse_args([*flags, *map(str, words)])
 
 
-def finish(args, arm, seed, accuracies=(10.0, 30.0, 20.0)):
-    folder = results.folder_of(args, arm, seed)
-    folder.mkdir(parents=True)
-    lines = [json.dumps({"epoch": i, "test_acc1": value}) for i, value in enumerate(accuracies)]
-    (folder / "log.txt").write_text("\n".join(lines) + "\n")
+def finish(args, arm, seed, **figures):
+    """Write the results of a run."""
+    path = results.result_of(args, arm, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = {"run": arm.name, "seed": seed, "seconds": 5, "torch": "2", "threads": 1}
+    line |= {"device": "CPU", "command": "python main.py", **figures}
+    path.write_text(json.dumps(line) + "\n")
 
 
 @pytest.mark.parametrize("name", CLAIMS)
 def test_arms_parse_and_differ(name, tmp_path):
     args = arguments(tmp_path)
-    parsed = [parse_args(results.flags_of(args, arm, 7))[0] for arm in CLAIMS[name].arms]
-    assert len(parsed) > 1 and {flags.seed for flags in parsed} == {7}
-    assert len({flags.output_dir for flags in parsed}) == len(parsed)
-    for one in parsed[1:]:
-        assert {k for k in vars(one) if vars(one)[k] != vars(parsed[0])[k]} - {"output_dir"}
+    for pair in CLAIMS[name].pairs:
+        base, other = (
+            parse_args(results.flags_of(args, arm, 7))[0] for arm in (pair.base, pair.other)
+        )
+        assert base.seed == other.seed == 7
+        differing = {key for key in vars(base) if vars(base)[key] != vars(other)[key]}
+        assert differing - {"output_dir"} or pair.base.figure != pair.other.figure
+
+
+def test_names_belong_to_one_run_each():
+    arms = {arm for claim in CLAIMS.values() for arm in claim.arms}
+    runs = {(arm.name, arm.flags, arm.share) for arm in arms}
+    assert len({name for name, _, _ in runs}) == len(runs)
 
 
 def test_every_share_sees_as_many_images(tmp_path):
     for arm in CLAIMS["few_data"].arms:
         flags, _ = parse_args(results.flags_of(arguments(tmp_path, "--epochs", 20), arm, 0))
         assert flags.epochs * flags.sampling_ratio == pytest.approx(20, rel=0.01)
-        assert flags.warmup_epochs * flags.sampling_ratio == pytest.approx(2, rel=0.1)
-        assert round(2000 * flags.sampling_ratio) % flags.batch_size == 0, "none is left out"
+        assert round(50_000 * flags.sampling_ratio) % flags.batch_size == 0, "none is left out"
     shares = [arm.share for arm in CLAIMS["few_data"].arms]
     assert sorted(shares) == sorted(2 * SHARES)
 
@@ -50,50 +60,75 @@ def test_every_share_sees_as_many_images(tmp_path):
 def test_teachers_come_first_and_nothing_twice(tmp_path):
     made = []
     args = arguments(tmp_path, "--seeds", 3, 4)
-    arms = [arm for name in ("distillation", "visformer") for arm in CLAIMS[name].arms]
+    arms = [arm for name in ("distillation", "visformer", "ema") for arm in CLAIMS[name].arms]
     results.train_all(args, arms, lambda args, arm, seed: made.append((arm.name, seed)))
-    assert len(made) == len(set(made)) == 6
+    assert len(made) == len(set(made)) == 8
     (student,) = (arm for arm in arms if arm.teacher)
     for seed in (3, 4):
         assert made.index((student.teacher.name, seed)) < made.index((student.name, seed))
         flags, _ = parse_args(results.flags_of(args, student, seed))
-        assert flags.teacher_path == str(tmp_path / f"visformer_tiny-{seed}" / "checkpoint.pth")
+        assert flags.teacher_path.endswith(f"visformer-{seed}/checkpoint.pth")
 
 
-def test_the_table_has_the_last_epoch_and_the_spread(tmp_path):
-    args = arguments(tmp_path, "--epochs", 3, "--seeds", 0, 1)
-    deit, visformer = CLAIMS["visformer"].arms
-    for seed, last in ((0, 20.0), (1, 24.0)):
-        finish(args, deit, seed, (90.0, 1.0, last))
-        finish(args, visformer, seed, (0.0, 0.0, 2 * last))
+@pytest.mark.parametrize(
+    ("differences", "better", "equal"),
+    [
+        ([], "not tried", "not tried"),
+        ([5.0], "one pair", "one pair"),
+        ([5.0, 5.1, 5.2], "holds", "holds"),
+        ([-5.0, -5.1, -5.2], "fails", "fails"),
+        # the mean is 2.5 standard errors, and 4.3 are needed for three pairs
+        ([1.0, 3.0, 5.0], "not resolved", "holds: no loss resolved"),
+    ],
+)
+def test_verdicts_follow_the_error_of_paired_differences(differences, better, equal):
+    assert results.verdict(differences, True) == better
+    assert results.verdict(differences, False) == equal
+
+
+def test_the_table_pairs_runs_by_seed(tmp_path):
+    args = arguments(tmp_path)
+    for seed, (base, other) in enumerate([(20.0, 30.0), (24.0, 35.0), (22.0, 34.0)]):
+        finish(args, DEIT, seed, test_acc1=base)
+        finish(args, VISFORMER, seed, test_acc1=other)
+    finish(args, DEIT, 3, test_acc1=90.0)  # without its pair
     text = "\n".join(results.tables(args, ["visformer"]))
-    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| deit")]
-    assert [row[1] for row in rows] == ["22.0 ± 2.8"] and rows[0][2] == "0: 20.0, 1: 24.0"
-    assert "| visformer_tiny | 44.0 ± 5.7 |" in text
-    command = rows[0][3].strip(" |`").removeprefix("python main.py ")
-    assert "--seed N" in command and command.endswith("/deit_tiny_patch16_224-N")
-    finish(args, CLAIMS["v2"].arms[1], 0, (50.0, 60.0))  # of 3 epochs
-    text = "\n".join(results.tables(args, ["v2"]))
-    assert "| visformer_tiny | 44.0 ± 5.7 |" in text
-    assert "| swin_visformer_tiny_v2 | not run |  |" in text
-    parse_args(shlex.split(command.replace("N", "1")))
+    (line,) = [line for line in text.splitlines() if line.startswith("| deit")]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[0] == "deit: 39.00" and cells[1] == "visformer: 33.00"
+    assert cells[2] == "+11.00 ± 0.58"  # 1 / sqrt(3)
+    assert cells[3] == "+10.00, +11.00, +12.00" and cells[5] == "holds"
+    assert "not run" in "\n".join(results.tables(args, ["v2"]))
+
+
+def test_the_page_is_made_of_the_results(tmp_path):
+    args = arguments(tmp_path, "--no-train", "visformer", "--page", tmp_path / "page.md")
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{results.BEGIN}\nold\n{results.END}\nafter\n")
+    finish(args, DEIT, 0, test_acc1=20.0)
+    words = ["--output_dir", args.output_dir, "--results", args.results, "--no-train"]
+    assert results.main([*words, "visformer", "--page", str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n")
+    assert "old" not in text and "deit: 20.00" in text
 
 
 @pytest.mark.slow
 def test_runs_are_real_resume_and_are_not_repeated(image_folder, tmp_path, capsys):
-    words = ["--data-path", str(image_folder), "--output_dir", str(tmp_path), "--config", RECIPE]
-    words += ["--epochs", "1", "--seeds", "0"]
-    small = "--model visformer_tiny --input-size 32 --batch-size 4 --warmup-epochs 0"
-    args = results.get_parser().parse_args([*words, "--flags", small])
-    arm = CLAIMS["visformer"].arms[1]
-    results.train(args, arm, 0)
-    assert len(read_log(results.folder_of(args, arm, 0))) == 1
+    small = "--input-size 32 --batch-size 4 --warmup-epochs 0"
+    words = ["--data-path", image_folder, "--epochs", 1, "--seeds", 0]
+    args = arguments(tmp_path, *words, "--flags", small)
+    results.train(args, VISFORMER, 0)
+    (logged,) = read_log(results.folder_of(args, VISFORMER, 0))
+    line = json.loads(results.result_of(args, VISFORMER, 0).read_text())
+    assert line["test_acc1"] == logged["test_acc1"] and line["run"] == VISFORMER.name
+    parse_args(shlex.split(line["command"])[2:])
     assert "$ python main.py -c" in capsys.readouterr().err
-    results.train(args, arm, 0)
+    results.train(args, VISFORMER, 0)
     assert capsys.readouterr().err == ""
-    bad = results.get_parser().parse_args([*words, "--flags", "--model none", "--seeds", "1"])
-    with pytest.raises(UserError, match=r"visformer_tiny.*stdout\.txt"):
-        results.train(bad, arm, 1)
+    bad = arguments(tmp_path, *words, "--flags", "--model none")
+    with pytest.raises(UserError, match=r"deit.*stdout\.txt"):
+        results.train(bad, DEIT, 1)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +137,6 @@ def test_runs_are_real_resume_and_are_not_repeated(image_folder, tmp_path, capsy
         (["nonsense"], "nonsense"),
         (["--seeds", "1", "1"], "--seeds [1, 1]"),
         (["--jobs", "0"], "--jobs 0"),
-        (["--config", "none.yaml"], "none.yaml"),
         (["--output_dir", __file__], __file__),
     ],
 )

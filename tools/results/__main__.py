@@ -1,27 +1,33 @@
 """Claims of the papers on a small dataset: ``python -m tools.results [CLAIM ...]``.
 
-Every arm is a run of ``main.py`` with the recipe of ``--config``. Finished runs are not repeated,
-and interrupted ones resume. The output is a table in Markdown with the top-1 accuracy after the
-last epoch, not the best one: mean and standard deviation over the seeds.
+Every arm is a run of ``main.py`` with the recipe of its suite. A finished run leaves one line of
+JSON in the folder of results, and is not repeated; interrupted ones resume. The page of results is
+made from these files: pairs of runs with the same seed, the mean of their differences and its
+standard error.
 """
 
 import argparse
 import json
+import math
 import os
+import platform
 import shlex
 import statistics
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tools.files import folder_for
-from tools.results.claims import CLAIMS, Arm
+from tools.results.claims import SUITES, Arm, Claim, Pair
 from tools.tables import markdown
+from training.files import write_atomically
 from training.flags import parse_args
 from training.launch import run_program
 from training.output import LOG
@@ -29,6 +35,9 @@ from training.parser import Parser, usable_cpus
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+# Student's t of 95 % by the number of pairs: standard errors by which a difference is resolved
+T95 = (math.inf, math.inf, 12.71, 4.303, 3.182, 2.776, 2.571)
 
 
 def folder_of(args: Namespace, arm: Arm, seed: int | str) -> Path:
@@ -36,10 +45,21 @@ def folder_of(args: Namespace, arm: Arm, seed: int | str) -> Path:
     return Path(args.output_dir) / f"{arm.name}-{seed}"
 
 
+def result_of(args: Namespace, arm: Arm, seed: int) -> Path:
+    """Return the file of a run's results."""
+    return Path(args.results) / args.suite / f"{arm.name}-{seed}.json"
+
+
+def arms_of(args: Namespace) -> dict[str, Arm]:
+    """Return the arms of the suite by name."""
+    return {arm.name: arm for claim in SUITES[args.suite].claims.values() for arm in claim.arms}
+
+
 def flags_of(args: Namespace, arm: Arm, seed: int | str) -> list[str]:
     """Return the command line of a run of ``main.py``; ``seed`` may be a placeholder."""
-    flags = ["-c", args.config, *arm.flags, "--data-path", args.data_path]
-    recipe, _ = parse_args(["-c", args.config])
+    config = SUITES[args.suite].config
+    flags = ["-c", config, *arm.flags, "--data-path", args.data_path]
+    recipe, _ = parse_args(["-c", str(ROOT / config)])
     if args.epochs or arm.share < 1:
         flags += ["--epochs", str(round((args.epochs or recipe.epochs) / arm.share))]
     if arm.share < 1:
@@ -60,77 +80,157 @@ def read_epochs(folder: Path) -> list[dict[str, float]]:
 
 def train(args: Namespace, arm: Arm, seed: int) -> None:
     """Train an arm in its own process, from its last checkpoint if there is one."""
-    folder, flags = folder_of(args, arm, seed), flags_of(args, arm, seed)
-    wanted = parse_args(flags)[0].epochs
-    if len(read_epochs(folder)) >= wanted:
+    result, folder = result_of(args, arm, seed), folder_of(args, arm, seed)
+    flags, arms = flags_of(args, arm, seed), arms_of(args)
+    needed = {each.teacher.name for each in arms.values() if each.teacher}
+    if result.is_file() and (arm.name not in needed or (folder / "checkpoint.pth").is_file()):
         return
     folder.mkdir(parents=True, exist_ok=True)
     threads = str(max(1, usable_cpus() // args.jobs))
     print("$ python main.py", shlex.join(flags), file=sys.stderr, flush=True)
+    started = time.monotonic()
     with (folder / "stdout.txt").open("a") as output:
         status = subprocess.run(
             [sys.executable, str(ROOT / "main.py"), *flags, "--resume", "auto"],
+            cwd=ROOT,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | {"OMP_NUM_THREADS": threads},
         ).returncode
-    if status or len(read_epochs(folder)) < wanted:
+    epochs = read_epochs(folder)
+    if status or len(epochs) < parse_args(flags)[0].epochs:
         raise UserError(f"{arm.name} with seed {seed} failed: see {folder / 'stdout.txt'}")
+    line = {
+        "run": arm.name,
+        "seed": seed,
+        **{key: value for key, value in epochs[-1].items() if isinstance(value, int | float)},
+        "seconds": round(time.monotonic() - started),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "threads": int(threads),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "command": shlex.join(["python", "main.py", *flags]),
+    }
+    result.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(result, lambda file: file.write(json.dumps(line).encode() + b"\n"))
 
 
 def train_all(
     args: Namespace, arms: Sequence[Arm], run: Callable[[Namespace, Arm, int], None] = train
 ) -> None:
-    """Train arms with all seeds, ``--jobs`` at a time, teachers before students."""
-    students = dict.fromkeys(arm for arm in arms if arm.teacher)
-    others = [*(arm.teacher for arm in students), *(arm for arm in arms if not arm.teacher)]
-    for chosen in (dict.fromkeys(others), students):
-        with ThreadPoolExecutor(args.jobs) as pool:
-            jobs = [pool.submit(run, args, arm, seed) for seed in args.seeds for arm in chosen]
-            try:
-                for job in jobs:
-                    job.result()
-            finally:
-                for job in jobs:
-                    job.cancel()
-
-
-def row(args: Namespace, arm: Arm) -> list[str]:
-    """Return one line of the table, over the seeds whose run is finished."""
-    accuracies = {}
+    """Train arms with all seeds, ``--jobs`` at a time, seed by seed, teachers before students."""
+    unique = {arm.name: arm for arm in arms}  # one of several figures of a run
+    students = {name: arm for name, arm in unique.items() if arm.teacher}
+    others = {arm.teacher.name: arm.teacher for arm in students.values()}
+    others |= {name: arm for name, arm in unique.items() if not arm.teacher}
     for seed in args.seeds:
-        log = read_epochs(folder_of(args, arm, seed))
-        if len(log) >= parse_args(flags_of(args, arm, seed))[0].epochs:
-            accuracies[seed] = log[-1]["test_acc1"]
-    command = shlex.join(flags_of(args, arm, "N"))
-    values = list(accuracies.values())
-    mean = f"{statistics.mean(values):.1f}" if values else "not run"
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    single = ", ".join(f"{seed}: {accuracy:.1f}" for seed, accuracy in accuracies.items())
-    return [arm.name, f"{mean}{spread}", single, f"`python main.py {command}`"]
+        for chosen in (others, students):
+            with ThreadPoolExecutor(args.jobs) as pool:
+                jobs = [pool.submit(run, args, arm, seed) for arm in chosen.values()]
+                try:
+                    for job in jobs:
+                        job.result()
+                finally:
+                    for job in jobs:
+                        job.cancel()
+
+
+def read_results(args: Namespace, arm: Arm) -> dict[int, dict[str, Any]]:
+    """Return the results of an arm by seed."""
+    pattern = f"{arm.name}-*.json"
+    found = (Path(args.results) / args.suite).glob(pattern)
+    lines = [json.loads(path.read_text()) for path in found]
+    return {line["seed"]: line for line in lines if line["run"] == arm.name}
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and its standard error, infinite for a single value."""
+    if len(values) < 2:
+        return statistics.mean(values), math.inf
+    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
+
+
+def verdict(differences: Sequence[float], is_better: bool) -> str:
+    """Say what paired differences (claimed better minus base) tell about a claim."""
+    if len(differences) < 2:
+        return "not tried" if not differences else "one pair"
+    mean, error = mean_and_error(differences)
+    if abs(mean) <= T95[min(len(differences), len(T95) - 1)] * error:
+        return "not resolved" if is_better else "holds: no loss resolved"
+    if mean > 0:
+        return "holds"
+    return "fails"
+
+
+def row(args: Namespace, pair: Pair, is_better: bool) -> list[str]:
+    """Return one line of a claim's table."""
+    base, other = (read_results(args, arm) for arm in (pair.base, pair.other))
+    cells, values = [], []
+    for arm, results in ((pair.base, base), (pair.other, other)):
+        figures = {seed: results[seed][arm.figure] for seed in sorted(results)}
+        values.append(figures)
+        mean = f"{statistics.mean(figures.values()):.2f}" if figures else "not run"
+        name = arm.name + ("" if arm.figure == "test_acc1" else ", averaged")
+        cells.append(f"{name}: {mean}")
+    differences = [values[1][seed] - values[0][seed] for seed in values[0] if seed in values[1]]
+    mean, error = mean_and_error(differences) if differences else (math.nan, math.inf)
+    shown = f"{mean:+.2f}" if differences else ""
+    shown += f" ± {error:.2f}" if len(differences) > 1 else ""
+    single = ", ".join(f"{difference:+.2f}" for difference in differences)
+    return [*cells, shown, single, pair.published, verdict(differences, is_better)]
 
 
 def tables(args: Namespace, names: Sequence[str]) -> Iterator[str]:
     """Yield a heading and a table in Markdown for each claim."""
+    suite = SUITES[args.suite]
     for name in names:
-        claim = CLAIMS[name]
-        yield f"## {claim.title}\n\n{claim.paper}.\n"
-        heads = ["run", "top-1 (%)", "by seed", "command"]
-        yield markdown(heads, [row(args, arm) for arm in claim.arms]) + "\n"
+        claim: Claim = suite.claims[name]
+        yield f"### {claim.title}\n\n{claim.paper}.\n"
+        heads = ["base", "claimed", "difference", "by seed", "published", "verdict"]
+        rows = [row(args, pair, claim.is_better) for pair in claim.pairs]
+        yield markdown(heads, rows) + "\n"
+
+
+def commands(args: Namespace) -> Iterator[str]:
+    """Yield a table of the runs: images seen, seconds, command, versions."""
+    rows = []
+    for arm in arms_of(args).values():
+        for seed, line in sorted(read_results(args, arm).items()):
+            versions = f"torch {line['torch']}, {line['threads']} threads of {line['device']}"
+            accuracy = f"{line['test_acc1']:.2f}"
+            cells = [arm.name, str(seed), accuracy, str(line["seconds"]), versions]
+            rows.append([*cells, f"`{line['command']}`"])
+    yield "### Runs\n"
+    yield markdown(["run", "seed", "top-1 (%)", "seconds", "versions", "command"], rows) + "\n"
+
+
+def write_page(path: Path, text: str) -> None:
+    """Replace what a page has between the two marks."""
+    page = path.read_text()
+    if page.count(BEGIN) != 1 or page.count(END) != 1:
+        raise UserError(f"{path} must have {BEGIN} and {END} once each")
+    head, _, rest = page.partition(BEGIN)
+    foot = rest.partition(END)[2]
+    content = f"{head}{BEGIN}\n\n{text}\n{END}{foot}"
+    write_atomically(path, lambda file: file.write(content.encode()))
 
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags."""
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("claims", nargs="*", metavar="CLAIM", help=f"one of {', '.join(CLAIMS)}; all if none")
-    add("--data-path", required=True, help="image folder with train and val")
+    names = ", ".join(dict.fromkeys(name for suite in SUITES.values() for name in suite.claims))
+    add("claims", nargs="*", metavar="CLAIM", help=f"one of {names}; all if none")
+    add("--suite", choices=SUITES, default="cpu", help="networks and recipe of the runs")
+    add("--data-path", default="data/cifar10", help="image folder with train and val")
     add("--output_dir", default="output/results", help="one folder per run")
-    add("--config", default="configs/cifar10_claims.yaml", help="recipe of all runs")
+    add("--results", default="docs/results", help="folder of the finished runs' results")
     add("--epochs", type=int, help="epochs of the whole dataset, instead of the recipe's")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--jobs", type=int, default=1, help="runs at a time, which share the cores")
     add("--no-train", action="store_true", help="only tabulate finished runs")
+    add("--page", metavar="FILE", help="write the tables into this page")
     add("--flags", default="", help="further flags of main.py, as one argument")
     return parser
 
@@ -138,19 +238,21 @@ def get_parser() -> argparse.ArgumentParser:
 def start(argv: list[str]) -> int:
     """Train what is missing and print the tables."""
     args = get_parser().parse_args(argv)
-    unknown = [name for name in args.claims if name not in CLAIMS]
+    claims = SUITES[args.suite].claims
+    unknown = [name for name in args.claims if name not in claims]
     if unknown:
-        raise UserError(f"unknown claim {unknown[0]}; choose one of {', '.join(CLAIMS)}")
+        raise UserError(f"unknown claim {unknown[0]}; choose one of {', '.join(claims)}")
     if args.jobs < 1 or len(set(args.seeds)) < len(args.seeds):
         raise UserError(f"--jobs {args.jobs} must be positive and --seeds {args.seeds} distinct")
-    names = args.claims or list(CLAIMS)
+    names = args.claims or list(claims)
     if not args.no_train:
         with folder_for("--output_dir", Path(args.output_dir)):
-            train_all(args, [arm for name in names for arm in CLAIMS[name].arms])
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"torch {torch.__version__}, {device}, {usable_cpus()} cores\n")
-    for part in tables(args, names):
-        print(part)
+            train_all(args, [arm for name in names for arm in claims[name].arms])
+    text = "\n".join([f"{SUITES[args.suite].about}.\n", *tables(args, names), *commands(args)])
+    if args.page:
+        write_page(Path(args.page), text)
+    else:
+        print(text)
     return 0
 
 

@@ -1,78 +1,194 @@
 """Claims of the papers, and the trainings that test them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 SHARES = (0.05, 0.1, 0.3, 1.0)
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One training of a claim."""
+    """One training.
 
-    name: str  # of its folder
-    flags: tuple[str, ...]  # added to the common recipe
-    teacher: "Arm | None" = None  # its run with the same seed is the teacher
-    # Fraction of the training set. The number of epochs is divided by it, so that every arm sees
-    # as many images (ConViT, section 3).
+    Attributes:
+        name: Of its folder and of its file of results.
+        flags: Added to the common recipe.
+        teacher: Arm whose run with the same seed is the teacher.
+        share: Fraction of the training set. The number of epochs is divided by it, so that every
+            arm sees as many images (ConViT, section 3).
+        figure: Name of its accuracy in ``log.txt``.
+    """
+
+    name: str
+    flags: tuple[str, ...]
+    teacher: "Arm | None" = None
     share: float = 1.0
+    figure: str = "test_acc1"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two arms that differ in the claim's subject; the second is claimed to be better.
+
+    Attributes:
+        base, other: The arms.
+        published: The published figures of both.
+    """
+
+    base: Arm
+    other: Arm
+    published: str = ""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement of a paper, and its arms, which differ in its subject."""
+    """A statement of a paper.
 
-    title: str  # what is compared
-    paper: str  # what the paper says
-    arms: tuple[Arm, ...]
+    Attributes:
+        title: What is compared.
+        paper: What the paper says.
+        pairs: The trainings that test it.
+        is_better: The paper claims a gain; otherwise, that nothing is lost.
+    """
+
+    title: str
+    paper: str
+    pairs: tuple[Pair, ...]
+    is_better: bool = True
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        """The arms of all pairs, once each."""
+        return tuple(dict.fromkeys(arm for pair in self.pairs for arm in (pair.base, pair.other)))
 
 
-def _model(name: str, *flags: str, suffix: str = "", **options: object) -> Arm:
-    return Arm(name + suffix, ("--model", name, *flags), **options)
+@dataclass(frozen=True)
+class Suite:
+    """Claims with the networks that test them.
+
+    Attributes:
+        about: What is trained, for the page.
+        config: Recipe of all runs.
+        claims: By name.
+    """
+
+    about: str
+    config: str
+    claims: dict[str, Claim] = field(default_factory=dict)
 
 
-DEIT, VISFORMER = _model("deit_tiny_patch16_224"), _model("visformer_tiny")
+def _arm(name: str, model: str, *kwargs: str, flags: tuple[str, ...] = (), **options) -> Arm:
+    words = ("--model-kwargs", *kwargs) if kwargs else ()
+    return Arm(name, ("--model", model, *words, *flags), **options)
+
+
 HARD = ("--distillation-type", "hard")
-HALF = ("--amp", "--amp-dtype", "float16", "--qk-scale-factor", "-0.5")
+HALF = ("--amp", "--qk-scale-factor", "-0.5", "--amp-dtype")
+GROWING = ("--progressive-sizes", "16", "24", "32")
+AVERAGE = ("--model-ema", "--model-ema-decay", "0.998", "--model-ema-warmup")
 
 
-def _few_data(name: str) -> tuple[Arm, ...]:
-    return tuple(
-        _model(name, suffix="" if share == 1 else f"_{share:g}", share=share) for share in SHARES
-    )
+def _claims(nets: dict[str, tuple[str, ...]], halves: tuple[str, ...]) -> dict[str, Claim]:
+    """Return the claims with these networks: of each name, the model and its arguments."""
 
+    def arm(net: str, suffix: str = "", **options) -> Arm:
+        return _arm(net + suffix, *nets[net], **options)
 
-CLAIMS = {
-    "visformer": Claim(
-        "Visformer-Ti against DeiT-Ti, equal epochs",
-        "Visformer (arXiv 2104.12533), table 1: 78.6 % against 72.2 % on ImageNet",
-        (DEIT, VISFORMER),
-    ),
-    "few_data": Claim(
-        "ConViT-Ti against DeiT-Ti, shares of the training set",
-        "ConViT (arXiv 2103.10697), section 3: ahead, and the more so the fewer the images",
-        (*_few_data("deit_tiny_patch16_224"), *_few_data("convit_tiny")),
-    ),
-    "v2": Claim(
-        "Visformer V2-Ti against Visformer-Ti",
-        "README of danczs/Visformer: 79.6 % against 78.6 % on ImageNet",
-        (VISFORMER, _model("swin_visformer_tiny_v2")),
-    ),
-    "half": Claim(
-        "float16 with exponent -0.5 against float32",
-        "README of danczs/Visformer: V2 trains so",
-        (VISFORMER, _model("visformer_tiny", *HALF, suffix="_float16")),
-    ),
-    "branches": Claim(
-        "FastViT-T8 with and without overparameterised branches",
-        "FastViT (arXiv 2303.14189), section 3.2.2: better with them",
-        (
-            _model("fastvit_t8", "--model-kwargs", "overparameterize=False", suffix="_plain"),
-            _model("fastvit_t8"),
+    deit, visformer, v2 = arm("deit"), arm("visformer"), arm("visformer_v2")
+    shares = [("" if share == 1 else f"_{share:g}", share) for share in SHARES]
+    return {
+        "visformer": Claim(
+            "Visformer against DeiT, equal epochs and cost",
+            "Visformer (arXiv 2104.12533), table 1: ahead on ImageNet",
+            (Pair(deit, visformer, "72.2, 78.6"),),
         ),
-    ),
-    "distillation": Claim(
-        "DeiT-Ti alone and taught by Visformer-Ti",
-        "DeiT (arXiv 2012.12877), section 4: better with a teacher that convolves",
-        (DEIT, _model(DEIT.name, *HARD, suffix="_distilled", teacher=VISFORMER)),
+        "few_data": Claim(
+            "ConViT against DeiT, shares of the training set",
+            "ConViT (arXiv 2103.10697), table 3: ahead, and the more so the fewer the images",
+            tuple(
+                Pair(
+                    arm("deit", suffix, share=share),
+                    arm("convit", suffix, share=share),
+                    {0.05: "34.8, 47.8", 0.1: "48.0, 59.6", 0.3: "66.1, 73.7"}.get(
+                        share, "79.9, 81.4"
+                    ),
+                )
+                for suffix, share in shares
+            ),
+        ),
+        "v2": Claim(
+            "Visformer V2 against Visformer",
+            "README of danczs/Visformer: ahead on ImageNet",
+            (Pair(visformer, v2, "78.6, 79.6"),),
+        ),
+        "branches": Claim(
+            "FastViT with and without overparameterised branches",
+            "FastViT (arXiv 2303.14189), section 3.2.2: better with them",
+            (
+                Pair(
+                    _arm("fastvit_plain", *nets["fastvit"], "overparameterize=False"),
+                    arm("fastvit"),
+                ),
+            ),
+        ),
+        "distillation": Claim(
+            "DeiT alone and taught by Visformer",
+            "DeiT (arXiv 2012.12877), section 4: better with a teacher that convolves",
+            (
+                Pair(
+                    deit,
+                    arm("deit", "_distilled", flags=HARD, teacher=visformer),
+                    "72.2, 74.5",
+                ),
+            ),
+        ),
+        "half": Claim(
+            "Exponent -0.5 in half precision against float32",
+            "README of danczs/Visformer: V2 trains so",
+            tuple(
+                Pair(v2, arm("visformer_v2", f"_{dtype}", flags=(*HALF, dtype))) for dtype in halves
+            ),
+            is_better=False,
+        ),
+        "progressive": Claim(
+            "Resolution that grows over the epochs against the full one",
+            "EfficientNetV2 (arXiv 2104.00298), section 4: as good in less time",
+            (Pair(visformer, arm("visformer", "_growing", flags=GROWING)),),
+            is_better=False,
+        ),
+        "ema": Claim(
+            "The moving average of the weights against the weights",
+            "Common practice, such as DeiT's: better",
+            (
+                Pair(
+                    arm("visformer", "_averaged", flags=AVERAGE),
+                    arm("visformer", "_averaged", flags=AVERAGE, figure="test_ema_acc1"),
+                ),
+            ),
+        ),
+    }
+
+
+SUITES = {
+    "cpu": Suite(
+        "Networks of the papers' designs, narrow and of few strides, so that images of 32 pixels "
+        "have 64 positions: DeiT-Ti, ConViT-Ti, Visformer-Ti and V2-Ti of about 95 million "
+        "multiply-accumulates each, FastViT-T8 of 42. Without the arguments of `--model-kwargs` "
+        "they are the papers'",
+        "configs/cifar10_claims.yaml",
+        _claims(
+            {
+                "deit": ("deit_tiny_patch16_224", "patch_size=4", "embed_dim=96"),
+                "convit": ("convit_tiny", "patch_size=4", "embed_dim=96"),
+                "visformer": ("visformer_tiny", "patch_sizes=[2,2,1]", "width=0.75"),
+                "visformer_v2": (
+                    "swin_visformer_tiny_v2",
+                    "stem_stride=1",
+                    "patch_sizes=[2,2,2,1]",
+                    "width=0.75",
+                ),
+                "fastvit": ("fastvit_t8", "stem_stride=2"),
+            },
+            ("bfloat16",),
+        ),
     ),
 }
