@@ -207,8 +207,10 @@ def read_config_of(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any]
 
 def _literal(node: ast.expr) -> Any:
     """Evaluate an expression of literals, lists, tuples, dicts and ``dict(...)``."""
-    if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "dict" and not node.args:
-        return {keyword.arg: _literal(keyword.value) for keyword in node.keywords}
+    if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "dict":
+        parts = [_literal(part) for part in node.args]  # a dict literal, for keys with dots
+        keywords = {keyword.arg: _literal(keyword.value) for keyword in node.keywords}
+        return {**dict(*parts), **keywords}
     if isinstance(node, ast.Dict):
         keys = map(ast.literal_eval, node.keys)
         return dict(zip(keys, map(_literal, node.values), strict=True))

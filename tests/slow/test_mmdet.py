@@ -63,6 +63,7 @@ OTHERS = {
 }
 MASK = CONFIGS / "mask_rcnn_swin_visformer_small_v2_1x_coco.py"
 CASCADE = CONFIGS / "cascade_mask_rcnn_swin_visformer_small_v2_1x_ms_coco.py"
+VIT = CONFIGS / "mask_rcnn_vit_base_patch16_224_1x_coco.py"
 TINY = CONFIGS / "mask_rcnn_swin_visformer_tiny_v2_pennfudan.py"
 UPERNET = CONFIGS / "upernet_swin_visformer_small_v2_160k_ade20k.py"
 stand_in = pytest.mark.skipif(
@@ -304,7 +305,7 @@ def test_config_builds_with_its_recipe(path, monkeypatch):
         assert [c.assigner.pos_iou_thr for c in model.train_cfg.rcnn] == [0.5, 0.6, 0.7]
 
 
-@pytest.mark.parametrize("path", [MASK, CASCADE], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [MASK, CASCADE, VIT], ids=lambda path: path.stem)
 def test_a_checkpoint_s_config_may_have_all_parts_of_a_detector(path):
     text = on_meta(path)[0].pretty_text
     assert checkpoints.read_config_of({"meta": {"cfg": text}}, "here") is not None
@@ -318,7 +319,7 @@ def optimizer_of(path):
     return model, build_optim_wrapper(model, config.optim_wrapper).optimizer
 
 
-@pytest.mark.parametrize("path", [MASK, CASCADE], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [MASK, CASCADE, VIT], ids=lambda path: path.stem)
 def test_norms_and_biases_of_attention_do_not_decay(path):
     model, optimizer = optimizer_of(path)
     decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
