@@ -41,6 +41,11 @@ class BaseModel(Fusible):
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters without weight decay besides biases and norms: none, as in the originals."""
+        return set()
+
+    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """Return the linear classifier."""
         return self.head

@@ -156,8 +156,7 @@ class ConViT(BaseModel):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay besides biases and norms."""
-        names = {"pos_embed", "cls_token", "gating_param"}
-        return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in names}
+        return {"pos_embed", "cls_token"}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:

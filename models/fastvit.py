@@ -408,11 +408,6 @@ class FastViT(StagedModel):
         self.reparameterize()
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Parameters without weight decay besides biases and norms: layer scales."""
-        return {name for name, _ in self.named_parameters() if name.endswith(".gamma")}
-
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
         """Groups of parameters in the order of depth, for layer-wise learning-rate decay."""
         blocks = [

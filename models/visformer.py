@@ -222,16 +222,6 @@ class Visformer(StagedModel):
             nn.init.zeros_(module.bias)
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Parameters without weight decay besides biases and norms."""
-        ends = "relative_position_bias_table"
-        return {
-            name
-            for name, _ in self.named_parameters()
-            if name.startswith("pos_embed") or name.endswith(ends)
-        }
-
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
         """Groups of parameters in the order of depth, for layer-wise learning-rate decay."""
         first = self.stage_numbers[0]
