@@ -106,12 +106,18 @@ def test_table_of_the_recipes_agrees_with_the_files():
     assert sorted(name for name, _, _ in rows) == NAMES
     for name, file, cells in rows:
         assert name == file
-        model, epochs, batch, accuracy, source = (cell.strip() for cell in cells.split("|"))
+        columns = (cell.strip() for cell in cells.split("|"))
+        model, millions, epochs, batch, accuracy, top5, source, _ = columns
         head, (args, given) = header(ROOT / "configs" / f"{name}.yaml"), parse_recipe(name)
         assert model == (f"`{args.model}`" if "model" in given else "that of the weights")
         assert (int(epochs), int(batch)) == (args.epochs, head.global_batch)
         assert accuracy == head.accuracy
         assert bool(source) == bool(accuracy)
+        assert not top5 or float(top5) > float(accuracy)
+        if millions:
+            with torch.device("meta"):
+                net = timm.create_model(args.model, **keyword_arguments(args.model_kwargs))
+            assert float(millions) == round(sum(p.numel() for p in net.parameters()) / 1e6, 1)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
