@@ -1,4 +1,4 @@
-"""Datasets of the transfer literature: iNaturalist, Flowers, Cars and Pets, as image files.
+"""Datasets of the literature: iNaturalist, Flowers, Cars, Pets and Imagenette, as image files.
 
 torchvision downloads and indexes those that it knows; its decoding is never used, and no image is
 opened here.
@@ -13,9 +13,11 @@ from typing import Any
 
 from torch.utils.data import Dataset
 from torchvision.datasets import Flowers102, INaturalist, OxfordIIITPet, StanfordCars
+from torchvision.datasets.utils import download_and_extract_archive
 
 from pipeline.images import DataError
 from pipeline.sources.base import Files
+from pipeline.sources.folder import open_image_folder
 from pipeline.sources.listing import LeftOut, keep_images
 
 # --inat-category, as in DeiT
@@ -24,6 +26,12 @@ INAT_CATEGORIES = (
     *("order", "supercategory", "family", "genus"),
 )
 DOWNLOAD = "; --download fetches it"
+# fastai's archives of full size: address without the name, and MD5 of each
+FASTAI = "https://s3.amazonaws.com/fast-ai-imageclas"
+IMAGENETTES = {
+    "imagenette2": "fe2fc210e6bb7c5664d602c3cd71e612",
+    "imagewoof2": "9aafe18bcdb1632c4249a76c458465ba",
+}
 
 
 def open_inat(
@@ -215,6 +223,33 @@ def open_pets(root: Path, is_train: bool, download: bool) -> Files:
     except ValueError as error:
         raise DataError(f"{listing} is damaged: {error}") from error
     return _files(listing, paths, targets, dataset.classes)
+
+
+def open_imagenette(root: Path, is_train: bool, download: bool, name: str) -> Files:
+    """Open a subset of ImageNet by fastai (https://github.com/fastai/imagenette), 10 classes.
+
+    ``imagenette2`` has classes that are easy to tell apart (9,469 and 3,925 images),
+    ``imagewoof2`` breeds of dogs (9,025 and 3,929), both in ``root/NAME`` as an image folder.
+
+    Args:
+        root: Folder of the dataset's folder.
+        is_train: Open the training split (else validation).
+        download: Download the images of full size, 1.5 GB, if the folder does not exist.
+        name: ``imagenette2`` or ``imagewoof2``.
+
+    Raises:
+        DataError: The folder is missing or no image folder, or the download failed.
+    """
+    place = root / name
+    if not place.is_dir():
+        if not download:
+            raise DataError(f"folder {place} does not exist{DOWNLOAD}")
+        try:
+            archive = f"{FASTAI}/{name}.tgz"
+            download_and_extract_archive(archive, root, md5=IMAGENETTES[name])
+        except (OSError, RuntimeError) as error:
+            raise DataError(f"cannot download {place}: {error}") from error
+    return open_image_folder(place, is_train)
 
 
 def _list_images(

@@ -16,6 +16,7 @@ from pipeline.sources.download import Cache
 from pipeline.sources.fine_grained import (
     open_cars,
     open_flowers,
+    open_imagenette,
     open_inat,
     open_inat2021,
     open_pets,
@@ -97,6 +98,8 @@ DATA_SETS = {
     "FLOWERS": DataSet(_at_path(open_flowers, "./dataset")),
     "CARS": DataSet(_at_path(open_cars, "./dataset")),
     "PETS": DataSet(_at_path(open_pets, "./dataset")),
+    "IMAGENETTE": DataSet(_at_path(open_imagenette, "./dataset", name="imagenette2")),
+    "IMAGEWOOF": DataSet(_at_path(open_imagenette, "./dataset", name="imagewoof2")),
     "WDS": DataSet(_open_wds),
 }
 

@@ -125,7 +125,7 @@ def test_every_attention_layer_sees_several_positions(path):
     args, _ = parse_args(["-c", str(path)])
     kwargs = keyword_arguments(args.model_kwargs)
     if timm.get_pretrained_cfg(args.model).fixed_input_size:
-        kwargs["img_size"] = args.input_size
+        kwargs["img_size"] = args.input_size or 224
     with torch.device("meta"):
         model = timm.create_model(args.model, **kwargs)
     positions = {}
@@ -140,7 +140,7 @@ def test_every_attention_layer_sees_several_positions(path):
     for name, module in model.named_modules():
         if isinstance(module, MultiHeadAttention | timm.layers.Attention):
             module.register_forward_pre_hook(note(name))
-    model.eval()(torch.zeros(1, 3, *models.height_and_width(args.input_size), device="meta"))
+    model.eval()(torch.zeros(1, 3, *models.height_and_width(args.input_size or 224), device="meta"))
     assert min(positions.values(), default=16) >= 16
 
 

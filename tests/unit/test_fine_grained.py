@@ -1,17 +1,20 @@
-"""iNaturalist, Flowers, Cars and Pets, in small but complete layouts of their files."""
+"""iNaturalist, Flowers, Cars, Pets and Imagenette, in small but complete layouts of their files."""
 
+import hashlib
 import json
 import os
+import tarfile
 from functools import partial
 
 import numpy as np
 import pytest
 import torchvision.datasets as tv
-from loading import refused
+from loading import flags, refused
 from PIL import Image
+from sources import web_server
 
 from pipeline.images import CorruptImageError
-from pipeline.sources import fine_grained
+from pipeline.sources import fine_grained, named
 
 savemat = pytest.importorskip("scipy.io", reason="writing .mat files needs scipy").savemat
 
@@ -329,3 +332,34 @@ def test_download_is_asked_for_and_may_fail(tmp_path, monkeypatch, open_it, cls)
     monkeypatch.setattr(fine_grained, cls, fetch)
     message = refused(partial(open_it, tmp_path, True, True), "no network")
     assert asked == [True] and "--download" not in message
+
+
+# --- Imagenette
+
+
+@pytest.mark.parametrize("name", ["IMAGENETTE", "IMAGEWOOF"])
+def test_imagenette_is_downloaded(tmp_path, monkeypatch, name):
+    folder = {"IMAGENETTE": "imagenette2", "IMAGEWOOF": "imagewoof2"}[name]
+    names = [f"{split}/{wnid}/1.JPEG" for split in ("train", "val") for wnid in ("n01", "n02")]
+    for index, image in enumerate(names):
+        write_image(tmp_path / "made" / folder / image, index)
+    served = tmp_path / "served"
+    served.mkdir()
+    archive = served / f"{folder}.tgz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(tmp_path / "made" / folder, folder)
+    digest = hashlib.md5(archive.read_bytes()).hexdigest()
+    monkeypatch.setitem(fine_grained.IMAGENETTES, folder, digest)
+
+    words = ("--data-set", name, "--data-path", tmp_path / "data")
+    opener = named.data_set_named(name).open
+    assert "--download" in refused(partial(opener, flags(*words), True), folder)
+    with web_server(served) as address:
+        monkeypatch.setattr(fine_grained, "FASTAI", address)
+        for is_train, expected in ((True, names[:2]), (False, names[2:])):
+            source = opener(flags(*words, "--download"), is_train)
+            paths = [(tmp_path / "data" / folder / image, i) for i, image in enumerate(expected)]
+            check(source, paths, ["n01", "n02"])
+        monkeypatch.setitem(fine_grained.IMAGENETTES, folder, "0" * 32)
+        other = flags("--data-set", name, "--data-path", tmp_path / "other", "--download")
+        refused(partial(opener, other, True), str(tmp_path / "other" / folder))
