@@ -214,6 +214,7 @@ def small(monkeypatch):
         if name not in our_models():
             return build(name, required, optional)
         less = {key: value for key, value in shrunk(name).items() if key != "img_size"}
+        required = {key: value for key, value in required.items() if key != "width"}
         return build(name, {**required, **less}, optional)
 
     monkeypatch.setattr(models, "build_model", build_small)
