@@ -4,7 +4,7 @@ import json
 import shlex
 
 import pytest
-from conftest import read_log
+from conftest import ROOT, read_log
 from validating import caller, refuses
 
 from tools.results import __main__ as results
@@ -42,8 +42,9 @@ def test_arms_parse_and_differ(name, tmp_path):
         assert differing - {"output_dir"} or pair.base.figure != pair.other.figure
 
 
-def test_names_belong_to_one_run_each():
-    arms = {arm for claim in CLAIMS.values() for arm in claim.arms}
+@pytest.mark.parametrize("suite", SUITES)
+def test_names_belong_to_one_run_each(suite):
+    arms = {arm for part in SUITES[suite].parts.values() for arm in part.arms}
     runs = {(arm.name, arm.flags, arm.share) for arm in arms}
     assert len({name for name, _, _ in runs}) == len(runs)
 
@@ -111,6 +112,35 @@ def test_the_page_is_made_of_the_results(tmp_path):
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n")
     assert "old" not in text and "deit: 20.00" in text
+
+
+def test_the_committed_page_is_that_of_the_committed_results(tmp_path):
+    page = ROOT / "docs" / "RESULTS.md"
+    copy = tmp_path / "page.md"
+    copy.write_text(page.read_text())
+    words = ["--results", str(ROOT / "docs" / "results"), "--no-train", "--page", str(copy)]
+    assert results.main(words) == 0
+    assert copy.read_text() == page.read_text()
+
+
+def test_boards_show_the_time_to_an_accuracy(tmp_path):
+    args = arguments(tmp_path, "--suite", "gpu", "--no-train", "cifar")
+    (arm, _) = SUITES["gpu"].boards["cifar"].arms
+    finish(args, arm, 0, test_acc1=95.5, seconds=1000, epoch=199, epochs_to_94=50)
+    text = "\n".join(results.tables(args, ["cifar"]))
+    assert "| cifar10_scratch | 95.50 | 1 |  | 94 %: 250 s |" in text
+    assert "| cifar100_scratch | not run |" in text
+
+
+@pytest.mark.parametrize("name", SUITES["gpu"].boards)
+def test_boards_parse(name, tmp_path):
+    args = arguments(tmp_path, "--suite", "gpu")
+    for arm in SUITES["gpu"].boards[name].arms:
+        flags, _ = parse_args(results.flags_of(args, arm, 0))
+        words = arm.name.split("_")
+        if words[0].startswith("image"):
+            assert flags.data_set == words[0].upper() and flags.data_path == "data"
+            assert (flags.input_size, flags.epochs) == tuple(map(int, words[1:]))
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from tools.files import folder_for
-from tools.results.claims import SUITES, Arm, Claim, Pair
+from tools.results.claims import SUITES, Arm, Board, Pair
 from tools.tables import markdown
 from training.files import write_atomically
 from training.flags import parse_args
@@ -34,6 +34,7 @@ from training.output import LOG
 from training.parser import Parser, usable_cpus
 from utils import UserError
 
+GOALS = (94, 95)  # top-1 in %
 ROOT = Path(__file__).resolve().parent.parent.parent
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 # Student's t of 95 % by the number of pairs: standard errors by which a difference is resolved
@@ -52,14 +53,16 @@ def result_of(args: Namespace, arm: Arm, seed: int) -> Path:
 
 def arms_of(args: Namespace) -> dict[str, Arm]:
     """Return the arms of the suite by name."""
-    return {arm.name: arm for claim in SUITES[args.suite].claims.values() for arm in claim.arms}
+    return {arm.name: arm for part in SUITES[args.suite].parts.values() for arm in part.arms}
 
 
 def flags_of(args: Namespace, arm: Arm, seed: int | str) -> list[str]:
     """Return the command line of a run of ``main.py``; ``seed`` may be a placeholder."""
-    config = SUITES[args.suite].config
-    flags = ["-c", config, *arm.flags, "--data-path", args.data_path]
-    recipe, _ = parse_args(["-c", str(ROOT / config)])
+    suite = SUITES[args.suite]
+    config = arm.config or suite.config
+    common = () if arm.config else suite.flags
+    flags = ["-c", config, "--data-path", args.data_path, *common, *arm.flags]
+    recipe, _ = parse_args(["-c", str(ROOT / config), *common])
     if args.epochs or arm.share < 1:
         flags += ["--epochs", str(round((args.epochs or recipe.epochs) / arm.share))]
     if arm.share < 1:
@@ -100,10 +103,17 @@ def train(args: Namespace, arm: Arm, seed: int) -> None:
     epochs = read_epochs(folder)
     if status or len(epochs) < parse_args(flags)[0].epochs:
         raise UserError(f"{arm.name} with seed {seed} failed: see {folder / 'stdout.txt'}")
+    accuracies = [epoch["test_acc1"] for epoch in epochs]
+    reached = {  # epochs to an accuracy
+        f"epochs_to_{goal}": next(i for i, value in enumerate(accuracies, 1) if value >= goal)
+        for goal in GOALS
+        if max(accuracies) >= goal
+    }
     line = {
         "run": arm.name,
         "seed": seed,
         **{key: value for key, value in epochs[-1].items() if isinstance(value, int | float)},
+        **reached,
         "seconds": round(time.monotonic() - started),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "threads": int(threads),
@@ -185,11 +195,34 @@ def tables(args: Namespace, names: Sequence[str]) -> Iterator[str]:
     """Yield a heading and a table in Markdown for each claim."""
     suite = SUITES[args.suite]
     for name in names:
-        claim: Claim = suite.claims[name]
+        if name in suite.boards:
+            yield from board_table(args, suite.boards[name])
+            continue
+        claim = suite.claims[name]
         yield f"### {claim.title}\n\n{claim.paper}.\n"
         heads = ["base", "claimed", "difference", "by seed", "published", "verdict"]
         rows = [row(args, pair, claim.is_better) for pair in claim.pairs]
         yield markdown(heads, rows) + "\n"
+
+
+def board_table(args: Namespace, board: Board) -> Iterator[str]:
+    """Yield a heading and a table in Markdown: mean accuracies beside the public ones."""
+    yield f"### {board.title}\n\n{board.rules}.\n"
+    rows = []
+    for arm, public in board.public.items():
+        lines = read_results(args, arm).values()
+        values = [line[arm.figure] for line in lines]
+        mean = f"{statistics.mean(values):.2f}" if values else "not run"
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        times = [
+            f"{goal} %: {line['seconds'] * line[f'epochs_to_{goal}'] / (line['epoch'] + 1):.0f} s"
+            for line in lines
+            for goal in GOALS
+            if f"epochs_to_{goal}" in line
+        ]
+        rows.append([arm.name, f"{mean}{spread}", str(len(values)), public, ", ".join(times)])
+    heads = ["run", "top-1 (%)", "seeds", "best public", "time to"]
+    yield markdown(heads, rows) + "\n"
 
 
 def commands(args: Namespace) -> Iterator[str]:
@@ -220,7 +253,7 @@ def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags."""
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    names = ", ".join(dict.fromkeys(name for suite in SUITES.values() for name in suite.claims))
+    names = ", ".join(dict.fromkeys(name for suite in SUITES.values() for name in suite.parts))
     add("claims", nargs="*", metavar="CLAIM", help=f"one of {names}; all if none")
     add("--suite", choices=SUITES, default="cpu", help="networks and recipe of the runs")
     add("--data-path", default="data/cifar10", help="image folder with train and val")
@@ -238,7 +271,7 @@ def get_parser() -> argparse.ArgumentParser:
 def start(argv: list[str]) -> int:
     """Train what is missing and print the tables."""
     args = get_parser().parse_args(argv)
-    claims = SUITES[args.suite].claims
+    claims = SUITES[args.suite].parts
     unknown = [name for name in args.claims if name not in claims]
     if unknown:
         raise UserError(f"unknown claim {unknown[0]}; choose one of {', '.join(claims)}")

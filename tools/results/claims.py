@@ -16,6 +16,7 @@ class Arm:
         share: Fraction of the training set. The number of epochs is divided by it, so that every
             arm sees as many images (ConViT, section 3).
         figure: Name of its accuracy in ``log.txt``.
+        config: Recipe instead of the suite's.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Arm:
     teacher: "Arm | None" = None
     share: float = 1.0
     figure: str = "test_acc1"
+    config: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,18 +64,46 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class Board:
+    """Runs beside the best public figures.
+
+    Attributes:
+        title: What is trained.
+        rules: How, and whose the public figures are.
+        public: The best public accuracy of each arm.
+    """
+
+    title: str
+    rules: str
+    public: dict[Arm, str]
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        """The arms in order."""
+        return tuple(self.public)
+
+
+@dataclass(frozen=True)
 class Suite:
-    """Claims with the networks that test them.
+    """Claims and boards, with the networks of them.
 
     Attributes:
         about: What is trained, for the page.
-        config: Recipe of all runs.
-        claims: By name.
+        config: Recipe of the runs.
+        claims, boards: By name.
+        flags: Of all runs, beside the recipe's.
     """
 
     about: str
     config: str
-    claims: dict[str, Claim] = field(default_factory=dict)
+    claims: dict[str, Claim]
+    boards: dict[str, Board] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> dict[str, Claim | Board]:
+        """Claims and boards by name."""
+        return {**self.claims, **self.boards}
 
 
 def _arm(name: str, model: str, *kwargs: str, flags: tuple[str, ...] = (), **options) -> Arm:
@@ -168,6 +198,37 @@ def _claims(nets: dict[str, tuple[str, ...]], halves: tuple[str, ...]) -> dict[s
     }
 
 
+# top-1 in % of github.com/fastai/imagenette's leaderboards, by pixels and epochs
+FASTAI = {
+    "IMAGENETTE": {128: ("87.4", "91.6", "93.6"), 256: ("86.9", "93.5", "94.9")},
+    "IMAGEWOOF": {128: ("", "", ""), 256: ("", "", "")},
+}
+
+
+def _imagenettes() -> dict[str, Board]:
+    boards = {}
+    for data_set, figures in FASTAI.items():
+        public = {}
+        for size, best in figures.items():
+            for epochs, figure in zip((5, 20, 80), best, strict=True):
+                flags = ("--data-set", data_set, "--data-path", "data", "--epochs", str(epochs))
+                name, config = f"{data_set.lower()}_{size}_{epochs}", f"imagenette_{size}.yaml"
+                public[Arm(name, flags, config=f"configs/{config}")] = figure
+        boards[data_set.lower()] = Board(
+            data_set.title(),
+            "Visformer-Ti from scratch by fastai's rules, at 128 and 256 pixels, 5, 20 and 80 "
+            "epochs",
+            public,
+        )
+    return boards
+
+
+CIFAR10 = Arm("cifar10_scratch", (), config="configs/cifar10_scratch.yaml")
+CIFAR100 = Arm(
+    "cifar100_scratch",
+    ("--data-set", "CIFAR100", "--data-path", "data"),
+    config="configs/cifar10_scratch.yaml",
+)
 SUITES = {
     "cpu": Suite(
         "Networks of the papers' designs, narrow and of few strides, so that images of 32 pixels "
@@ -190,5 +251,33 @@ SUITES = {
             },
             ("bfloat16",),
         ),
+    ),
+    "gpu": Suite(
+        "The papers' networks, of few strides, so that images of 32 pixels have 64 positions, and "
+        "100 epochs of all of CIFAR-10",
+        "configs/cifar10_claims.yaml",
+        _claims(
+            {
+                "deit": ("deit_tiny_patch16_224", "patch_size=4"),
+                "convit": ("convit_tiny", "patch_size=4"),
+                "visformer": ("visformer_tiny", "patch_sizes=[2,2,1]"),
+                "visformer_v2": (
+                    "swin_visformer_tiny_v2",
+                    "stem_stride=1",
+                    "patch_sizes=[2,2,2,1]",
+                ),
+                "fastvit": ("fastvit_t8", "stem_stride=2"),
+            },
+            ("bfloat16", "float16"),
+        ),
+        {
+            "cifar": Board(
+                "CIFAR-10 and CIFAR-100 from scratch",
+                "Visformer-Ti at 32 pixels by `configs/cifar10_scratch.yaml`",
+                {CIFAR10: "", CIFAR100: ""},
+            ),
+            **_imagenettes(),
+        },
+        ("--epochs", "100", "--warmup-epochs", "5"),
     ),
 }
