@@ -4,16 +4,16 @@ After ``import models``, ``timm.create_model("visformer_small")`` builds the mod
 repository, also where timm has one of that name.
 """
 
-from models import convit, fastvit, visformer, vit
-from models.checkpoint.apply import LoadReport, load_checkpoint, load_weights
-from models.checkpoint.read import read_checkpoint
-from models.data_config import DataConfig, height_and_width, size_text
-from models.detection_backbone import Backbone, SwinVisformer, VisionBackbone, load_backbone
-from models.errors import CheckpointError, ModelError, UnreadableFileError, UnsafeFileError
-from models.factory import build_model, check_input_size, is_own_model, pretrained_config
-from models.freezing import freeze_all_but_attention, freeze_all_but_classifier, freeze_stages
-from models.load import LoadedModel, find_model, from_checkpoint, load_model, read_weights
-from models.source import ModelSource
+from . import convit, fastvit, visformer, vit
+from .checkpoint.apply import LoadReport, load_checkpoint, load_weights
+from .checkpoint.read import read_checkpoint
+from .data_config import DataConfig, height_and_width, size_text
+from .detection_backbone import Backbone, SwinVisformer, VisionBackbone, load_backbone
+from .errors import CheckpointError, ModelError, UnreadableFileError, UnsafeFileError
+from .factory import build_model, check_input_size, is_own_model, pretrained_config
+from .freezing import freeze_all_but_attention, freeze_all_but_classifier, freeze_stages
+from .load import LoadedModel, find_model, from_checkpoint, load_model, read_weights
+from .source import ModelSource
 
 __all__ = [
     "Backbone",

@@ -6,7 +6,7 @@ import torch
 from timm.models._features import feature_take_indices as take_indices
 from torch import nn
 
-from models.layers.fuse import Fusible
+from .layers.fuse import Fusible
 
 
 class BaseModel(Fusible):

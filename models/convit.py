@@ -16,16 +16,16 @@ from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices as take_indices
 from torch import nn
 
-from models.base import BaseModel
-from models.factory import build_registered, register_model
-from models.layers import (
+from .base import BaseModel
+from .factory import build_registered, register_model
+from .layers import (
     SelfAttention,
     checkpoint_blocks,
     drop_path_rates,
     resample_tokens,
 )
-from models.layers.fuse import pack
-from models.layers.gpsa import GPSA, Block, joint_tables
+from .layers.fuse import pack
+from .layers.gpsa import GPSA, Block, joint_tables
 
 __all__ = ["ConViT"]
 

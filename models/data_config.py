@@ -9,7 +9,7 @@ from typing import Any
 from timm.data import resolve_data_config
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from models.errors import CheckpointError, ModelError, brief
+from .errors import CheckpointError, ModelError, brief
 
 SMALL_SIZE = 32  # pixels; images of at most this size are resized whole
 MAX_SIZE = 4096  # pixels that a file may ask for

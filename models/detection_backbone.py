@@ -18,13 +18,13 @@ from timm.layers import LayerNorm2d, trunc_normal_
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from models.checkpoint.apply import COMPUTED_KEYS, LoadReport, load_weights, to_own_names
-from models.errors import ModelError
-from models.factory import build_model
-from models.freezing import freeze_stages, is_frozen
-from models.layers import set_recompute_activations
-from models.load import read_weights
-from models.visformer import Stage, Visformer
+from .checkpoint.apply import COMPUTED_KEYS, LoadReport, load_weights, to_own_names
+from .errors import ModelError
+from .factory import build_model, is_own
+from .freezing import freeze_stages, is_frozen
+from .layers import set_recompute_activations
+from .load import read_weights
+from .visformer import Stage, Visformer
 
 NATIVE_SIZE = 224
 NORMS = {"BN": nn.BatchNorm2d, "LN": LayerNorm2d, "none": nn.Identity}
@@ -369,7 +369,7 @@ class VisionBackbone(Backbone):
             required["drop_path_rate"] = drop_path_rate
         net, _ = build_model(model, required, _detection_options(model))
         if level_norm is None:
-            ours = "BN" if type(net).__module__.startswith("models.") else "none"
+            ours = "BN" if is_own(type(net)) else "none"
             level_norm = "LN" if _is_plain(net) else ours
         super().__init__(net, out_indices, frozen_stages, norm_eval, with_cp, level_norm, init_cfg)
 

@@ -12,8 +12,8 @@ from timm.models import PretrainedCfg, build_model_with_cfg
 from timm.models import register_model as timm_register_model
 from torch import nn
 
-from models.data_config import height_and_width
-from models.errors import ModelError, nearest
+from .data_config import height_and_width
+from .errors import ModelError, nearest
 
 
 def register_model(entrypoint: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -64,7 +64,12 @@ def check_name(name: str) -> None:
 
 def is_own_model(name: str) -> bool:
     """Return True if a registered model, with or without a tag, is of this repository."""
-    return timm.models.model_entrypoint(name).__module__.startswith("models.")
+    return is_own(timm.models.model_entrypoint(name))
+
+
+def is_own(item: type | Callable) -> bool:
+    """Return True for a class or function of this package, whatever name it is imported by."""
+    return item.__module__.startswith(f"{__package__}.")
 
 
 def pretrained_config(name: str) -> PretrainedCfg | None:

@@ -17,16 +17,16 @@ from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices as take_indices
 from torch import nn
 
-from models.base import StagedModel
-from models.factory import build_registered, register_model
-from models.layers import (
+from .base import StagedModel
+from .factory import build_registered, register_model
+from .layers import (
     DropPath,
     SelfAttention,
     add_branch,
     checkpoint_blocks,
     drop_path_rates,
 )
-from models.layers.fuse import (
+from .layers.fuse import (
     fold_after,
     fold_before,
     is_foldable,
@@ -34,7 +34,7 @@ from models.layers.fuse import (
     pack_mlp,
     scale_outputs,
 )
-from models.layers.reparam import (
+from .layers.reparam import (
     LargeKernelConv,
     LayerScale2d,
     ReparamConv,

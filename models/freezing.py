@@ -3,7 +3,7 @@
 from timm.models._manipulate import group_with_matcher
 from torch import nn
 
-from models.errors import ModelError
+from .errors import ModelError
 
 
 def freeze_stages(model: nn.Module, stages: int) -> None:

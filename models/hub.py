@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from timm.models import PretrainedCfg
 
-from models.checkpoint.read import read_checkpoint
-from models.errors import CheckpointError, ModelError
+from .checkpoint.read import read_checkpoint
+from .errors import CheckpointError, ModelError
 
 HUB, FOLDER = "hf-hub:", "local-dir:"  # timm's prefixes
 CONFIG = "config.json"

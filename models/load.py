@@ -12,20 +12,20 @@ from typing import Any
 import timm
 from torch import nn
 
-from models.checkpoint.apply import LoadReport
-from models.checkpoint.contents import (
+from .checkpoint.apply import LoadReport
+from .checkpoint.contents import (
     class_names,
     num_classes_of,
     plain_arguments,
     settings_of,
     states_of,
 )
-from models.checkpoint.read import read_checkpoint
-from models.data_config import DataConfig, data_config_of
-from models.errors import CheckpointError, ModelError, brief
-from models.factory import check_name, pretrained_config
-from models.hub import FOLDER, HUB, read_hub
-from models.source import ModelSource
+from .checkpoint.read import read_checkpoint
+from .data_config import DataConfig, data_config_of
+from .errors import CheckpointError, ModelError, brief
+from .factory import check_name, pretrained_config
+from .hub import FOLDER, HUB, read_hub
+from .source import ModelSource
 
 
 @dataclass(frozen=True)

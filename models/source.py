@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from torch.nn.modules import module as hooks
 
-from models.checkpoint.apply import LoadReport, load_weights
-from models.checkpoint.contents import states_of
-from models.data_config import DataConfig
-from models.errors import CheckpointError, ModelError
-from models.factory import build_model, pretrained_config
-from models.hub import check_pretrained
+from .checkpoint.apply import LoadReport, load_weights
+from .checkpoint.contents import states_of
+from .data_config import DataConfig
+from .errors import CheckpointError, ModelError
+from .factory import build_model, pretrained_config
+from .hub import check_pretrained
 
 FREE_ELEMENTS, GROWTH = 1 << 24, 4  # a model may have so many, and so often those of its file
 FREE_TENSORS = 500  # parameters that a model may have beyond GROWTH times those of its file

@@ -25,9 +25,9 @@ from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices as take_indices
 from torch import nn
 
-from models.base import StagedModel
-from models.factory import build_registered, register_model
-from models.layers import (
+from .base import StagedModel
+from .factory import build_registered, register_model
+from .layers import (
     Attention2d,
     Block2d,
     WindowAttention2d,
@@ -36,7 +36,7 @@ from models.layers import (
     resample_bias_table,
     resample_position_map,
 )
-from models.layers.fuse import Affine2d, fold_after, is_foldable, pack
+from .layers.fuse import Affine2d, fold_after, is_foldable, pack
 
 __all__ = ["Stage", "Visformer"]
 

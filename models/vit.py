@@ -13,10 +13,10 @@ from timm.models import vision_transformer as timm_vit
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import nn
 
-from models.factory import build_registered, register_model
-from models.layers import attention, resample_tokens
-from models.layers.attention import fold_scale, split_heads
-from models.layers.fuse import Fusible, pack, pack_mlp
+from .factory import build_registered, register_model
+from .layers import attention, resample_tokens
+from .layers.attention import fold_scale, split_heads
+from .layers.fuse import Fusible, pack, pack_mlp
 
 __all__ = ["Attention", "ViT"]
 

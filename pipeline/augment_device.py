@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline import augment_host, augment_sampling
-from pipeline.augment_ops import ENCODED, Kind
-from pipeline.upload import upload
+from . import augment_host, augment_sampling
+from .augment_ops import ENCODED, Kind
+from .upload import upload
 
 # Kinds that are tables known on the host, and how many values they take
 TABLES = {Kind.INVERT: 0, Kind.SOLARIZE: 1, Kind.SOLARIZE_ADD: 2, Kind.POSTERIZE: 1}

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from pipeline.augment_ops import Kind, Operation
+from .augment_ops import Kind, Operation
 
 BLOCK = 64  # rows computed at once, so that intermediate results stay in the cache
 WHOLE = 2.0**-10  # added to sums, so that whole numbers are not rounded down to the next lower one

@@ -20,7 +20,7 @@ from timm.data.transforms import (
 from timm.layers import to_2tuple
 from torchvision import transforms
 
-from pipeline.images import RRC_RATIO, RRC_SCALE, CropLongSide, DataError, EnlargeTiny
+from .images import RRC_RATIO, RRC_SCALE, CropLongSide, DataError, EnlargeTiny
 
 PADDING = 4  # pixels around a small or resized image that is cropped at random
 KEEP_RATIO = {"rkrc": CenterCropOrPad, "rkrr": RandomCropOrPad}  # timm's crop modes

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from pipeline.augment_ops import Box
-from pipeline.images import allowed_memory, are_few_scans, count_scans
+from .augment_ops import Box
+from .images import allowed_memory, are_few_scans, count_scans
 
 BASELINE = (0xC0, 0xC1)  # Huffman-coded, the image in one pass
 PROGRESSIVE = 0xC2

@@ -16,8 +16,10 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 from torchvision import transforms
 
-from pipeline import augment_host
-from pipeline.augment_ops import (
+from samplers import SampleIndex, mix_seed
+
+from . import augment_host
+from .augment_ops import (
     ENCODED,
     Box,
     ErasingRecorder,
@@ -26,8 +28,8 @@ from pipeline.augment_ops import (
     UnsupportedPolicy,
     encode,
 )
-from pipeline.augmentation import PADDING, Augmentation
-from pipeline.crop import (
+from .augmentation import PADDING, Augmentation
+from .crop import (
     Header,
     crop_padded,
     crop_slices,
@@ -37,10 +39,9 @@ from pipeline.crop import (
     read_header,
     resize,
 )
-from pipeline.images import orientation_of, to_grey
-from pipeline.reference import LabelledImages, kept_random_numbers
-from pipeline.sources.base import Encoded, Pixels, Source
-from samplers import SampleIndex, mix_seed
+from .images import orientation_of, to_grey
+from .reference import LabelledImages, kept_random_numbers
+from .sources.base import Encoded, Pixels, Source
 
 
 class EncodedImages(NamedTuple):

@@ -2,7 +2,7 @@
 
 import re
 
-from pipeline.images import DataError
+from .images import DataError
 
 NUMBER = r"\d+(\.\d*)?(e[+]?\d+)?"
 # the parts of a name after its first, as patterns and as examples; timm ignores some others

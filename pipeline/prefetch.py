@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from pipeline.augment_device import augment, crop_padded, erase, flip, grey
-from pipeline.augmentation import PADDING, first_channel
-from pipeline.fast import EncodedImages, FastDataset, RawBatch, ResidentImages
-from pipeline.images import decode_image
-from pipeline.reference import Batch
+from .augment_device import augment, crop_padded, erase, flip, grey
+from .augmentation import PADDING, first_channel
+from .fast import EncodedImages, FastDataset, RawBatch, ResidentImages
+from .images import decode_image
+from .reference import Batch
 
 
 def _references(arrays: Sequence[np.ndarray], index: int) -> int:

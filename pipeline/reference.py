@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
-from pipeline.augmentation import Augmentation
-from pipeline.images import CorruptImageError, DataError
-from pipeline.sources.base import Source
 from samplers import SampleIndex, mix_seed
+
+from .augmentation import Augmentation
+from .images import CorruptImageError, DataError
+from .sources.base import Source
 
 Found = TypeVar("Found")
 

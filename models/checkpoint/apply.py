@@ -13,12 +13,12 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import adapt_input_conv
 from torch import nn
 
-from models.checkpoint.contents import settings_of, state_dict_of
-from models.checkpoint.mindcv_names import fill_missing_bias_tables
-from models.checkpoint.read import read_checkpoint
-from models.data_config import trained_size
-from models.errors import CheckpointError, printable
-from models.layers import set_gelu, set_qk_scale_factor
+from ..data_config import trained_size
+from ..errors import CheckpointError, printable
+from ..layers import set_gelu, set_qk_scale_factor
+from .contents import settings_of, state_dict_of
+from .mindcv_names import fill_missing_bias_tables
+from .read import read_checkpoint
 
 COMPUTED_KEYS = ("relative_position_index", "attn_mask", "rel_indices")
 SHOWN = 4

@@ -17,9 +17,9 @@ from typing import Any, BinaryIO
 
 import torch
 
-from models.checkpoint.checksum import COMMENT_BYTES, END_BYTES, END_MARK
-from models.checkpoint.numpy_scalars import DTYPE, SCALARS, NumberType
-from models.errors import UnsafeFileError
+from ..errors import UnsafeFileError
+from .checksum import COMMENT_BYTES, END_BYTES, END_MARK
+from .numpy_scalars import DTYPE, SCALARS, NumberType
 
 MAX_OPCODES = 1 << 20  # some 30 make a tensor and its place in a dict; one takes up to 216 bytes
 MAX_DIRECTORY = 1 << 24  # bytes, some 100 per tensor

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from models.errors import CheckpointError
+from ..errors import CheckpointError
 
 END_MARK = b"PK\5\6"  # of the record that ends an archive, whose last two bytes are a length
 END_BYTES = 22

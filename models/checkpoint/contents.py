@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import timm
 import torch
 
-from models.checkpoint.mindcv_names import to_original_names
-from models.errors import CheckpointError, UnsafeFileError, brief
+from ..errors import CheckpointError, UnsafeFileError, brief
+from .mindcv_names import to_original_names
 
 WEIGHT_KEYS = ("model", "state_dict", "model_state_dict", "net", "network", "module", "weights")
 EMA_KEYS = ("model_ema", "state_dict_ema", "ema_state_dict", "model_ema_state_dict", "ema")

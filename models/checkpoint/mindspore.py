@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 import torch
 
-from models.errors import CheckpointError
+from ..errors import CheckpointError
 
 __all__ = ["looks_like_mindspore", "read_mindspore"]
 

@@ -6,7 +6,7 @@ NumPy itself is not called: its dtypes may hold objects or fill memory.
 import struct
 from typing import Any
 
-from models.errors import UnsafeFileError
+from ..errors import UnsafeFileError
 
 DTYPE = "numpy.dtype"
 SCALARS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")  # of NumPy 1 and 2

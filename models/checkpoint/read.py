@@ -18,12 +18,12 @@ from urllib.parse import urlparse
 import safetensors
 import torch
 
-from models.checkpoint.address import open_address
-from models.checkpoint.archive import safe_names, verify_archive
-from models.checkpoint.checksum import file_digest, verify_checksum
-from models.checkpoint.mindspore import looks_like_mindspore, read_mindspore
-from models.checkpoint.numpy_scalars import DTYPE, NUMBER_GLOBALS
-from models.errors import CheckpointError, UnreadableFileError, UnsafeFileError
+from ..errors import CheckpointError, UnreadableFileError, UnsafeFileError
+from .address import open_address
+from .archive import safe_names, verify_archive
+from .checksum import file_digest, verify_checksum
+from .mindspore import looks_like_mindspore, read_mindspore
+from .numpy_scalars import DTYPE, NUMBER_GLOBALS
 
 JSON_METADATA = {
     "model_kwargs",

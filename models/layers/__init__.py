@@ -1,6 +1,6 @@
 """Layers that the model families share: one implementation of each."""
 
-from models.layers.attention import (
+from .attention import (
     Attention2d,
     SelfAttention,
     attention,
@@ -9,16 +9,16 @@ from models.layers.attention import (
     set_gelu,
     set_qk_scale_factor,
 )
-from models.layers.block import Block2d
-from models.layers.checkpointing import checkpoint_blocks, set_recompute_activations
-from models.layers.drop_path import DropPath, add_branch, drop_path_rates
-from models.layers.mlp import Mlp2d
-from models.layers.position import (
+from .block import Block2d
+from .checkpointing import checkpoint_blocks, set_recompute_activations
+from .drop_path import DropPath, add_branch, drop_path_rates
+from .mlp import Mlp2d
+from .position import (
     resample_bias_table,
     resample_position_map,
     resample_tokens,
 )
-from models.layers.window import WindowAttention2d
+from .window import WindowAttention2d
 
 __all__ = [
     "Attention2d",

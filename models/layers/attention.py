@@ -8,7 +8,7 @@ from timm.layers import use_fused_attn
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from models.layers.fuse import fold_before, pack, scale_outputs
+from .fuse import fold_before, pack, scale_outputs
 
 
 class AttentionParts(NamedTuple):

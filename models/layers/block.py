@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from models.layers.checkpointing import recomputed
-from models.layers.drop_path import DropPath, add_branch
-from models.layers.fuse import fold_before, is_foldable
-from models.layers.mlp import Mlp2d
+from .checkpointing import recomputed
+from .drop_path import DropPath, add_branch
+from .fuse import fold_before, is_foldable
+from .mlp import Mlp2d
 
 
 class Block2d(nn.Module):

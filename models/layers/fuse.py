@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import nn
 
-from models.layers.packed import PackedConv2d, PackedLinear
+from .packed import PackedConv2d, PackedLinear
 
 
 def is_foldable(norm: nn.Module) -> bool:

@@ -10,16 +10,16 @@ from timm.layers import Mlp
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models.layers.attention import (
+from .attention import (
     AttentionParts,
     MultiHeadAttention,
     attention,
     attention_weights,
     split_heads,
 )
-from models.layers.cache import EvalCache
-from models.layers.drop_path import DropPath, add_branch
-from models.layers.fuse import pack_mlp
+from .cache import EvalCache
+from .drop_path import DropPath, add_branch
+from .fuse import pack_mlp
 
 Tables = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from models.layers.checkpointing import recomputed
-from models.layers.fuse import pack
+from .checkpointing import recomputed
+from .fuse import pack
 
 
 class Mlp2d(nn.Module):

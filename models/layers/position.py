@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from models.layers.cache import may_keep
+from .cache import may_keep
 
 
 def _line_weights(size: int, target: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from timm.layers import SEModule
 from torch import nn
 
-from models.layers.fuse import norm_constants, pack
+from .fuse import norm_constants, pack
 
 
 def conv_norm(

@@ -9,7 +9,7 @@ from timm.layers import trunc_normal_
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from models.layers.attention import (
+from .attention import (
     Attention2d,
     AttentionParts,
     BiasedAttention,
@@ -17,7 +17,7 @@ from models.layers.attention import (
     attention_weights,
     split_heads,
 )
-from models.layers.cache import EvalCache, may_keep
+from .cache import EvalCache, may_keep
 
 MASKED = -100.0  # added to the scores between different regions, as in Swin
 

@@ -11,8 +11,8 @@ from typing import Self
 import numpy as np
 from PIL import Image
 
-from pipeline.images import DataError, decode_image, read_file, to_grey
-from pipeline.sources.listing import LeftOut, some_of
+from ..images import DataError, decode_image, read_file, to_grey
+from .listing import LeftOut, some_of
 
 
 class Source(ABC):

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from pipeline.images import DataError
-from pipeline.sources.base import Pixels
+from ..images import DataError
+from .base import Pixels
 
 
 def open_cifar10(root: Path, is_train: bool, download: bool) -> Pixels:

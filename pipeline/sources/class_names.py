@@ -3,7 +3,7 @@
 import codecs
 from pathlib import Path
 
-from pipeline.images import DataError
+from ..images import DataError
 
 ENCODINGS = {  # by byte order mark; UTF-8 without one
     codecs.BOM_UTF8: "utf-8-sig",

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from models.checkpoint.address import open_address
-from pipeline.images import DataError
+
+from ..images import DataError
 
 PIPE = "pipe:"
 REMOTE = ("http://", "https://", PIPE)

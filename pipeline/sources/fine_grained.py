@@ -15,10 +15,10 @@ from torch.utils.data import Dataset
 from torchvision.datasets import Flowers102, INaturalist, OxfordIIITPet, StanfordCars
 from torchvision.datasets.utils import download_and_extract_archive
 
-from pipeline.images import DataError
-from pipeline.sources.base import Files
-from pipeline.sources.folder import open_image_folder
-from pipeline.sources.listing import LeftOut, keep_images
+from ..images import DataError
+from .base import Files
+from .folder import open_image_folder
+from .listing import LeftOut, keep_images
 
 # --inat-category, as in DeiT
 INAT_CATEGORIES = (

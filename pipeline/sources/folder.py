@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.images import DataError
-from pipeline.sources.base import Files
-from pipeline.sources.listing import (
+from ..images import DataError
+from .base import Files
+from .listing import (
     STRAY,
     LeftOut,
     Row,
@@ -19,7 +19,7 @@ from pipeline.sources.listing import (
     some_of,
     walk,
 )
-from pipeline.sources.split import HoldOut
+from .split import HoldOut
 
 VALIDATION = ("val", "validation", "valid", "test")  # folders of the split, the first is taken
 IMAGES, FOLDERS = 100_000, 20_000  # counted at most, for a message

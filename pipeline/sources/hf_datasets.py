@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.images import CorruptImageError, DataError, read_file
-from pipeline.sources.base import Encoded, file_size
+from ..images import CorruptImageError, DataError, read_file
+from .base import Encoded, file_size
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.images import DataError
-from pipeline.sources.base import Files
-from pipeline.sources.class_names import read_text
-from pipeline.sources.folder import VALIDATION, check_folder, find_validation, open_image_folder
-from pipeline.sources.listing import LeftOut, list_images, some_of
-from pipeline.sources.split import HoldOut
+from ..images import DataError
+from .base import Files
+from .class_names import read_text
+from .folder import VALIDATION, check_folder, find_validation, open_image_folder
+from .listing import LeftOut, list_images, some_of
+from .split import HoldOut
 
 # names of columns, without spaces, dashes and underscores; the first that is there is taken
 FILE_COLUMNS = ("file", "filename", "image", "path", "name", "imageid", "id")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from pipeline.images import IMAGE_FORMATS, DataError, open_regular
+from ..images import IMAGE_FORMATS, DataError, open_regular
 
 PREFIX = 16  # bytes of a file by which Pillow recognises its format
 BINARY = re.compile(rb"[\0-\x08\x0e-\x1f]")  # bytes that no text has

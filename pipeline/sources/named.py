@@ -9,11 +9,12 @@ from typing import Any
 
 from models.data_config import SMALL_SIZE
 from models.errors import did_you_mean
-from pipeline.images import DataError
-from pipeline.sources.base import Source
-from pipeline.sources.cifar import open_cifar10, open_cifar100, open_digits
-from pipeline.sources.download import Cache
-from pipeline.sources.fine_grained import (
+
+from ..images import DataError
+from .base import Source
+from .cifar import open_cifar10, open_cifar100, open_digits
+from .download import Cache
+from .fine_grained import (
     open_cars,
     open_flowers,
     open_imagenette,
@@ -21,10 +22,10 @@ from pipeline.sources.fine_grained import (
     open_inat2021,
     open_pets,
 )
-from pipeline.sources.hf_datasets import open_hub
-from pipeline.sources.labels import open_images
-from pipeline.sources.shards import open_shards
-from pipeline.sources.split import HoldOut
+from .hf_datasets import open_hub
+from .labels import open_images
+from .shards import open_shards
+from .split import HoldOut
 
 HUB = "hfds/"  # prefix of names on the Hugging Face Hub, as in timm
 

@@ -14,10 +14,10 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand
 
-from pipeline.images import MAX_BYTES, DataError
-from pipeline.sources.base import Strings
-from pipeline.sources.download import PIPE, REMOTE
-from pipeline.sources.listing import image_suffixes
+from ..images import MAX_BYTES, DataError
+from .base import Strings
+from .download import PIPE, REMOTE
+from .listing import image_suffixes
 
 FORMAT = "packed shards 1"
 LABEL = "cls"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.images import CorruptImageError, DataError, open_regular
-from pipeline.sources.base import Encoded, Strings
-from pipeline.sources.download import (
+from ..images import CorruptImageError, DataError, open_regular
+from .base import Encoded, Strings
+from .download import (
     PIPE,
     REMOTE,
     Cache,
@@ -21,8 +21,8 @@ from pipeline.sources.download import (
     default_folder,
     without_query,
 )
-from pipeline.sources.listing import some_of
-from pipeline.sources.shard_index import (
+from .listing import some_of
+from .shard_index import (
     MAX_INDEX,
     Index,
     Members,

@@ -9,9 +9,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from pipeline.images import DataError
-from pipeline.sources.base import Files
-from pipeline.sources.listing import some_of
+from ..images import DataError
+from .base import Files
+from .listing import some_of
 
 FLAGS = ("val_split", "k_folds", "fold")
 LISTED = 10_000  # files of a validation set that are recorded by name; of more, the digest

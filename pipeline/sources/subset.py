@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pipeline.sources.base import Encoded, Pixels, Source
+from .base import Encoded, Pixels, Source
 
 SEED = 2103_10697  # of the choice, which depends on the dataset and not on the run
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.images import TURNED, DataError, orientation_of
-from pipeline.sources.base import Encoded, Source
+from ..images import TURNED, DataError, orientation_of
+from .base import Encoded, Source
 
 LOOKED_AT = 200  # images of a source whose orientation is read
 UNEQUAL = 2  # times as many images in the largest class as in the smallest are mentioned
