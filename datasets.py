@@ -97,23 +97,21 @@ def build_augmentation(
         images: Preprocessing; default: that of :func:`choose_images` without weights.
     """
     images = images or choose_images(args)
-    values = {"mean": images.mean, "std": images.std}
-    size = images.size
     if not is_train:
-        crop = (images.crop_mode, images.crop_pct, images.interpolation)
-        return Augmentation(size, *crop, **values)
+        return Augmentation.for_evaluation(images)
     small = max(images.input_size) <= SMALL_SIZE
     usual = "padded" if small else "reflected" if args.src else "rrc"
     hflip = data_set_named(data_set_name(args)).hflip
     plain = Augmentation(
-        size,
+        images.size,
         CROP_MODES.get(args.train_crop_mode or usual, usual),
         interpolation=args.train_interpolation,
         hflip=hflip if args.hflip is None else args.hflip,
         vflip=args.vflip,
         scale=tuple(args.scale) if args.scale else None,
         ratio=tuple(args.ratio) if args.ratio else None,
-        **values,
+        mean=images.mean,
+        std=images.std,
     )
     if args.std_aug:
         return plain

@@ -22,7 +22,7 @@ from torch import nn
 
 from object_detection import annotations
 from object_detection.pixels import check_size
-from pipeline.images import decode_image
+from pipeline.images import CorruptImageError, decode_image
 from utils import UserError, log
 
 FIGURES = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
@@ -159,7 +159,7 @@ def _upright(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             data = fileio.get(path, backend_args=self.backend_args)
             image = decode_image(data, path, is_upright=True)
-        except (OSError, UserError):
+        except (OSError, CorruptImageError):
             if self.ignore_empty:
                 return None
             raise

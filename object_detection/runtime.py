@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from models import ModelError
 from object_detection import annotations, checkpoints
-from training.launch import run_program
+from training.launch import USER_ERRORS, run_program
 from utils import UserError, printable
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ INSTALL = "pip install -r object_detection/requirements.txt"
 # what mmengine and mmdet raise for a config that they cannot build
 REFUSALS = (KeyError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError)
 DATA = ("/torch/utils/data/", "/mmdet/datasets/", "/mmengine/dataset/", "/pycocotools/")
-EXPECTED_ERRORS = (UserError, ModelError, OSError)  # reported as they are
+EXPECTED_ERRORS = (*USER_ERRORS, OSError)  # reported as they are
 
 
 def load_mmdet() -> None:
@@ -128,7 +127,7 @@ def run(command: Callable[[argparse.Namespace], None], args: argparse.Namespace)
         load_mmdet()
         try:
             command(args)
-        except (UserError, ModelError):
+        except USER_ERRORS:
             raise
         except OSError as error:
             raise UserError(last_line(error)) from error

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.data import create_transform
@@ -113,6 +113,12 @@ class Augmentation:
                     f" {self.size} pixels get a {self.crop} crop; --train-crop-mode rrc resizes"
                     f" random crops instead"
                 )
+
+    @classmethod
+    def for_evaluation(cls, images: Any) -> "Augmentation":
+        """Return the resize and crop of a ``models.DataConfig``."""
+        crop = (images.crop_mode, images.crop_pct, images.interpolation)
+        return cls(images.size, *crop, mean=images.mean, std=images.std)
 
     @property
     def is_grey(self) -> bool:

@@ -11,8 +11,6 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torchvision import transforms
 
-from utils import UserError
-
 MAX_ASPECT = 8
 # Pillow also reads formats that it recognises by guesswork, or by calling Ghostscript.
 IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
@@ -36,8 +34,11 @@ GREY_OF_16_BITS = ((np.arange(2**16) + 128) // 257).astype(np.uint8)  # 0..65535
 RRC_SCALE, RRC_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # timm's random resized crop
 
 
-class DataError(UserError):
-    """The data cannot be used as given; the message names the path and what would be right."""
+class DataError(Exception):
+    """The data cannot be used as given; the message names the path and what would be right.
+
+    Not a UserError, of which the package of models and images knows nothing.
+    """
 
 
 class CorruptImageError(DataError):

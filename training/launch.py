@@ -22,9 +22,12 @@ import torch
 import torch.distributed as dist
 
 from models import ModelError
+from pipeline.images import DataError
 from pipeline.workers import die_with_parent
 from utils import PeerError, UserError, printable, silence
 
+# that a user can fix; each message names the bad value and what would be right
+USER_ERRORS = (UserError, ModelError, DataError)
 SOCKET_ROOM = 70  # bytes of a folder's name: 104 of a socket's on macOS, less multiprocessing's own
 SHORT = "/tmp"
 ANSWER = 10.0  # seconds for a launcher to answer
@@ -312,7 +315,7 @@ def run_program(command: Callable[[], int | None], interrupted: str = "interrupt
             return status
         except PeerError:
             return 1  # the rank that it happened to reports it
-        except (UserError, ModelError) as error:
+        except USER_ERRORS as error:
             return fail(last_message(error))
         except BrokenPipeError as error:
             if loader_died(error):

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from models.errors import CheckpointError, ModelError, brief
-from utils import UserError
+from models.errors import CheckpointError, brief
+from training.launch import USER_ERRORS
 
 LARGEST = 1 << 53  # of a count; float64 holds all up to it
 
@@ -106,7 +106,7 @@ def restoring(part: str, source: str) -> Iterator[None]:
     """Raise CheckpointError for any error that the values of a part of a file cause."""
     try:
         yield
-    except (ModelError, UserError, MemoryError):
+    except (*USER_ERRORS, MemoryError):
         raise
     except Exception as error:  # values of any kind make restoring raise errors of any kind
         reason = " ".join(str(error).split())

@@ -72,7 +72,7 @@ class Watchdog:
         if error is not None:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise once more
         self._ended.set()
-        own = isinstance(error, UserError | MemoryError | torch.OutOfMemoryError)
+        own = isinstance(error, (*launch.USER_ERRORS, MemoryError, torch.OutOfMemoryError))
         if self._store and (own or (isinstance(error, RuntimeError) and launch.loader_died(error))):
             _within(ANSWER, lambda: self._store.set(FAILED, str(self.rank)))
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
