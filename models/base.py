@@ -3,13 +3,28 @@
 from collections.abc import Sequence
 
 import torch
+import torch.fx
 from timm.models._features import feature_take_indices as take_indices
 from torch import nn
 
 from .layers.fuse import Fusible
+from .layers.tracing import Scriptable
 
 
-class BaseModel(Fusible):
+@torch.fx.wrap
+def check_image_size(height: int, width: int, stride: int, strict: bool) -> None:
+    """Raise ValueError if an image of this size does not fit ``stride``."""
+    remainder = strict and (height % stride != 0 or width % stride != 0)
+    if remainder or height < stride or width < stride:
+        near_height = max((2 * height + stride) // (2 * stride), 1) * stride
+        near_width = max((2 * width + stride) // (2 * stride), 1) * stride
+        raise ValueError(
+            f"image size {height}x{width} does not fit: height and width must be multiples "
+            f"of {stride}, such as {near_height}x{near_width}"
+        )
+
+
+class BaseModel(Fusible, Scriptable):
     """Classifier with timm's interface.
 
     Subclasses define ``forward_features``, ``forward_head``, ``reset_classifier`` and
@@ -26,14 +41,7 @@ class BaseModel(Fusible):
 
     def check_size(self, height: int, width: int) -> None:
         """Raise ValueError if an image of this size does not fit ``total_stride``."""
-        stride = self.total_stride
-        remainder = (height % stride or width % stride) and self.strict_img_size
-        if remainder or height < stride or width < stride:
-            near = "x".join(str(max(round(s / stride), 1) * stride) for s in (height, width))
-            raise ValueError(
-                f"image size {height}x{width} does not fit: height and width must be multiples "
-                f"of {stride}, such as {near}"
-            )
+        check_image_size(height, width, self.total_stride, self.strict_img_size)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.fx
 from timm.layers import PatchEmbed, global_pool_nlc, to_2tuple, trunc_normal_
 from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices as take_indices
@@ -28,6 +29,8 @@ from .layers.fuse import pack
 from .layers.gpsa import GPSA, Block, joint_tables
 
 __all__ = ["ConViT"]
+
+torch.fx.wrap("resample_tokens")
 
 POOLS = ("token", "avg", "max", "avgmax", "")
 
@@ -180,10 +183,11 @@ class ConViT(BaseModel):
 
     def embed(self, x: torch.Tensor) -> torch.Tensor:
         """Image ``B 3 H W`` to patches with position embeddings, ``B H/p W/p C``."""
-        self.check_size(*x.shape[-2:])
+        height, width = x.shape[-2:]
+        self.check_size(height, width)
         x = self.patch_embed(x)
         if self.pos_embed is not None:
-            size = tuple(x.shape[1:3])
+            size = x.shape[1:3]
             position = resample_tokens(self.pos_embed, self.grid_size, size)
             x = x + position.unflatten(1, size)
         return self.pos_drop(x)
@@ -192,7 +196,9 @@ class ConViT(BaseModel):
         """Positional tables of all blocks for a grid ``B H W C``; empty for those without."""
         layers = [block.attn for block in self.blocks if isinstance(block.attn, GPSA)]
         found = []
-        if torch.is_grad_enabled() and layers:  # otherwise, each layer keeps its own
+        is_traced = torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy)
+        # otherwise, each layer keeps its own, or computes them in its own part of the graph
+        if torch.is_grad_enabled() and layers and not is_traced:
             kind, dtype = x.device.type, x.dtype
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
                 dtype = torch.get_autocast_dtype(kind)
@@ -212,7 +218,11 @@ class ConViT(BaseModel):
         x = self.embed(x)
         for index, tables in enumerate(self.tables(x)):
             x = self.forward_block(x, index, tables)
-        return self.norm(x if x.ndim == 3 else x.flatten(1, 2))
+        return self.norm(self.tokens(x, len(self.blocks)))
+
+    def tokens(self, x: torch.Tensor, count: int) -> torch.Tensor:
+        """Output of the first ``count`` blocks as tokens, ``B N C`` or ``B 1+N C``."""
+        return x if count > self.local_up_to_layer else x.flatten(1, 2)
 
     def forward_intermediates(
         self,
@@ -249,7 +259,7 @@ class ConViT(BaseModel):
             x = self.forward_block(x, index, tables)
             if index not in wanted:
                 continue
-            tokens = x if x.ndim == 3 else x.flatten(1, 2)
+            tokens = self.tokens(x, index + 1)
             tokens = self.norm(tokens) if norm else tokens
             prefix, patches = tokens.split([tokens.shape[1] - height * width, height * width], 1)
             if output_fmt == "NCHW":
@@ -257,7 +267,7 @@ class ConViT(BaseModel):
             intermediates.append((patches, prefix) if return_prefix_tokens else patches)
         if intermediates_only:
             return intermediates
-        return self.norm(x if x.ndim == 3 else x.flatten(1, 2)), intermediates
+        return self.norm(self.tokens(x, index + 1)), intermediates
 
     def prune_intermediate_layers(
         self,

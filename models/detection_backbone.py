@@ -8,7 +8,6 @@ embeddings, and windows that shift whatever the size of the feature map, as in t
 import copy
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import timm
@@ -381,7 +380,7 @@ def _detection_options(model: str) -> dict[str, Any]:
     with torch.device("meta"):
         net = timm.create_model(model)
     stages = tuple(
-        replace(stage, window=NATIVE_SIZE // level["reduction"])
+        stage._replace(window=NATIVE_SIZE // level["reduction"])
         if stage.num_heads and stage.window is None
         else stage
         for stage, level in zip(net.stages, net.feature_info, strict=True)

@@ -8,8 +8,8 @@ converts by :func:`checkpoint_filter_fn`.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from timm.layers import ClassifierHead, trunc_normal_
@@ -52,8 +52,7 @@ MIXERS = ("repmixer", "attention")
 STEM_STRIDES = {4: (2, 2), 2: (2, 1), 1: (1, 1)}  # of its two 3x3 convolutions
 
 
-@dataclass(frozen=True)
-class Stage:
+class Stage(NamedTuple):
     """One stage; all but the first start with a patch embedding of stride 2.
 
     Attributes:
@@ -105,9 +104,9 @@ class MapAttention(SelfAttention):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``B C H W -> B C H W``."""
-        height = x.shape[-2]
-        x = super().forward(x.flatten(2).transpose(1, 2))  # B N C
-        return x.unflatten(1, (height, -1)).permute(0, 3, 1, 2)  # B C y x
+        height, width = x.shape[-2:]
+        x = super().forward(x.flatten(2).transpose(1, 2)).transpose(1, 2)  # B C N
+        return x.view(-1, self.num_heads * self.head_dim, height, width)
 
     def attention_maps(self, x: torch.Tensor) -> torch.Tensor:
         """Attention weights of a map ``B C H W``, ``B h N N``, N = H * W in row order."""
@@ -309,7 +308,8 @@ class FastViT(StagedModel):
     """FastViT classifier and backbone, for images of any size.
 
     Args:
-        stages: Description of the stages.
+        stages: Description of the stages, each a :class:`Stage` or the sequence of its values, as
+            JSON has it.
         in_chans: Channels of the image.
         num_classes: Number of classes; 0 for no classifier, the output is then the pooled
             features.
@@ -349,6 +349,7 @@ class FastViT(StagedModel):
         overparameterize: bool = True,
     ):
         super().__init__()
+        stages = tuple(Stage(*stage) for stage in stages)
         _check_stages(stages, cls_ratio)
         self.num_classes = num_classes
         self.in_chans = in_chans

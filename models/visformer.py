@@ -9,10 +9,11 @@ Transformer (arXiv 2103.14030). Weights use timm's key layout; the original's
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
+import torch.fx
 from timm.layers import (
     LayerNorm2d,
     PatchEmbed,
@@ -40,9 +41,10 @@ from .layers.fuse import Affine2d, fold_after, is_foldable, pack
 
 __all__ = ["Stage", "Visformer"]
 
+torch.fx.wrap("resample_position_map")
 
-@dataclass(frozen=True)
-class Stage:
+
+class Stage(NamedTuple):
     """One stage: a patch embedding, a position embedding, and blocks of one kind.
 
     Attributes:
@@ -71,7 +73,8 @@ class Visformer(StagedModel):
     """Visformer classifier and backbone.
 
     Args:
-        stages: Description of the stages; the last is named ``stage3``.
+        stages: Description of the stages, each a :class:`Stage` or the sequence of its values, as
+            JSON has it; the last is named ``stage3``.
         init_channels: Channels of the 7x7 stem; ``None`` for no stem.
         width: Multiplies the channels of stem and stages.
         stem_stride: Stride of the stem; 1 for images of few pixels.
@@ -124,19 +127,20 @@ class Visformer(StagedModel):
         norm_layer: type[nn.Module] = nn.BatchNorm2d,
     ):
         super().__init__()
-        stages = [replace(stage, dim=round(stage.dim * width)) for stage in stages]
+        stages = [Stage(*stage) for stage in stages]
+        stages = [stage._replace(dim=round(stage.dim * width)) for stage in stages]
         if patch_sizes is not None:
             if len(patch_sizes) != len(stages):
                 raise ValueError(f"patch_sizes {patch_sizes} must be of {len(stages)} stages")
             sizes = zip(stages, patch_sizes, strict=True)
-            stages = [replace(stage, patch_size=size) for stage, size in sizes]
+            stages = [stage._replace(patch_size=size) for stage, size in sizes]
         if init_channels is None:
             stem_stride = 1
         else:
             init_channels = round(init_channels * width)
         if min(stem_stride, *(stage.patch_size for stage in stages)) < 1:
             raise ValueError(f"stem_stride {stem_stride} and patch_sizes must be positive")
-        self.stages = tuple(stages)
+        self.stages = stages = tuple(stages)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = stages[-1].dim
@@ -263,7 +267,8 @@ class Visformer(StagedModel):
 
     def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
         """Image ``B 3 H W`` to ``B C H/s W/s`` by the stem of stride s."""
-        self.check_size(*x.shape[-2:])
+        height, width = x.shape[-2:]
+        self.check_size(height, width)
         return self.stem(x)
 
     def forward_stage(self, x: torch.Tensor, index: int) -> torch.Tensor:

@@ -4,9 +4,11 @@ Only the scale of attention differs from timm's ``VisionTransformer``: its weigh
 fit. Entrypoints have the names of MindCV and of timm.
 """
 
+import math
 from dataclasses import replace
 
 import torch
+import torch.fx
 from timm.layers import Attention as TimmAttention
 from timm.models import DefaultCfg
 from timm.models import vision_transformer as timm_vit
@@ -17,8 +19,30 @@ from .factory import build_registered, register_model
 from .layers import attention, resample_tokens
 from .layers.attention import fold_scale, split_heads
 from .layers.fuse import Fusible, pack, pack_mlp
+from .layers.tracing import Scriptable
 
 __all__ = ["Attention", "ViT"]
+
+torch.fx.wrap("resample_tokens")
+
+
+@torch.fx.wrap
+def masked_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    fused: bool,
+) -> torch.Tensor:
+    """:func:`models.layers.attention` with timm's masks (see :meth:`Attention.forward`)."""
+    if is_causal:
+        raise ValueError("causal attention is not supported: pass it as attn_mask")
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -math.inf)
+    return attention(q, k, v, mask, scale, dropout_p, fused)
 
 
 class Attention(TimmAttention):
@@ -61,16 +85,11 @@ class Attention(TimmAttention):
         Raises:
             ValueError: ``is_causal`` is set.
         """
-        if is_causal:
-            raise ValueError("causal attention is not supported: pass it as attn_mask")
         q, k, v = split_heads(self.qkv(x), 3, self.num_heads)
         q, k = self.q_norm(q), self.k_norm(k)
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(
-                ~attn_mask, -torch.inf
-            )
         dropout_p = self.attn_drop.p if self.training else 0.0
-        x = attention(q, k, v, attn_mask, self.scale, dropout_p, self.fused_attn)
+        options = (self.scale, dropout_p, self.fused_attn)
+        x = masked_attention(q, k, v, attn_mask, is_causal, *options)
         x = self.norm(x.transpose(1, 2).flatten(2))  # B N C
         return self.proj_drop(self.proj(x))
 
@@ -82,7 +101,7 @@ class Attention(TimmAttention):
         self.qkv, self.proj = pack(self.qkv), pack(self.proj)
 
 
-class ViT(VisionTransformer, Fusible):
+class ViT(VisionTransformer, Fusible, Scriptable):
     """timm's Vision Transformer with :class:`Attention`.
 
     Args:
@@ -119,8 +138,8 @@ class ViT(VisionTransformer, Fusible):
         if self.pos_embed is None or not self.dynamic_img_size:
             return super()._pos_embed(x)
         prefix = 0 if self.no_embed_class else self.num_prefix_tokens
-        grid, size = self.patch_embed.grid_size, tuple(x.shape[1:3])
-        position = resample_tokens(self.pos_embed, grid, size, prefix)
+        grid = self.patch_embed.grid_size
+        position = resample_tokens(self.pos_embed, grid, x.shape[1:3], prefix)
         tokens = [token for token in (self.cls_token, self.reg_token) if token is not None]
         tokens = [token.expand(x.shape[0], -1, -1) for token in tokens]
         x = x.flatten(1, 2)

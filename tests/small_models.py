@@ -1,6 +1,5 @@
 """Small models of every registered name, and weights as after training."""
 
-from dataclasses import replace
 from functools import cache
 
 import timm
@@ -36,7 +35,7 @@ def shrunk(name):
         stages = [(1, 16), (2, 32), (1, 32)]
         return {"stages": (*(fastvit.Stage(*s) for s in stages), fastvit.Stage(2, 64, **last))}
     stages = [  # windows are smaller than the maps, so that they shift
-        replace(stage, depth=min(stage.depth, 2), dim=stage.dim // 4, window=stage.window and 2)
+        stage._replace(depth=min(stage.depth, 2), dim=stage.dim // 4, window=stage.window and 2)
         for stage in meta(name).stages
     ]
     return {"img_size": 64, "stages": stages}

@@ -149,13 +149,13 @@ class BiasedAttention(torch.autograd.Function):
         return grad_q, grad_k, grad_v, grad_bias, None, None
 
 
-def split_heads(tokens: torch.Tensor, parts: int, num_heads: int) -> tuple[torch.Tensor, ...]:
+def split_heads(tokens: torch.Tensor, parts: int, num_heads: int) -> list[torch.Tensor]:
     """Split projected tokens ``B N (parts h d)`` into views ``B h N d``, without a copy.
 
     In the order in which their gradients are stacked in the memory format of the tokens.
     """
-    split = tokens.unflatten(-1, (parts, num_heads, -1)).unbind(2)
-    return tuple(part.transpose(1, 2) for part in split)
+    split = tokens.unflatten(-1, [parts, num_heads, -1]).unbind(2)
+    return [split[i].transpose(1, 2) for i in range(parts)]  # by index, for symbolic tracing
 
 
 def fold_scale(layer: nn.Module, scale: float, count: int) -> None:
@@ -201,7 +201,7 @@ class MultiHeadAttention(nn.Module):
         """Dropout probability of the attention weights in the present mode."""
         return self.attn_drop if self.training else 0.0
 
-    def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def heads(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Queries, keys and values, each ``B h N d``."""
         raise NotImplementedError
 
@@ -248,7 +248,7 @@ class SelfAttention(MultiHeadAttention):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def heads(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Queries, keys and values of tokens ``B N C``, each ``B h N d``."""
         return split_heads(self.qkv(x), 3, self.num_heads)
 
@@ -291,7 +291,7 @@ class Attention2d(MultiHeadAttention):
         self.proj = nn.Conv2d(num_heads * head_dim, dim, 1, bias=False)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def heads(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Queries, keys and values of a map ``B C H W``, each ``B h N d``.
 
         In channels_last, a map is already laid out as tokens; otherwise it is copied once.
@@ -302,11 +302,13 @@ class Attention2d(MultiHeadAttention):
     def merge(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Outputs of the heads ``B h N d`` as a map ``B hd H W``, in channels_last."""
         tokens = x.transpose(1, 2).flatten(2)  # B N hd
-        return tokens.transpose(1, 2).unflatten(2, (height, width))
+        channels = self.num_heads * self.head_dim
+        return tokens.transpose(1, 2).view(-1, channels, height, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``B C H W -> B C H W``."""
-        return self.proj_drop(self.proj(self.merge(self.attend(x), *x.shape[-2:])))
+        height, width = x.shape[-2:]
+        return self.proj_drop(self.proj(self.merge(self.attend(x), height, width)))
 
     def fold_norm_(self, norm: nn.BatchNorm2d) -> None:
         """Fold the BatchNorm before this layer into its first projection."""

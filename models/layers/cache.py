@@ -6,6 +6,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from .tracing import is_captured
+
 T = TypeVar("T")
 
 
@@ -16,9 +18,7 @@ def _fingerprint(tensor: torch.Tensor) -> tuple:
 
 def may_keep(x: torch.Tensor) -> bool:
     """Return True if tensors made for ``x`` may be cached: real ones, in no captured graph."""
-    return type(x) in (torch.Tensor, nn.Parameter) and not (
-        torch.compiler.is_compiling() or torch.jit.is_tracing()
-    )
+    return type(x) in (torch.Tensor, nn.Parameter) and not is_captured()
 
 
 class EvalCache:
@@ -51,8 +51,7 @@ class EvalCache:
         if (
             module.training
             or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
+            or is_captured()
             or any(source.device.type == "meta" for source in sources)
         ):
             return make()

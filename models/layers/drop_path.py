@@ -42,14 +42,16 @@ class DropPath(timm.layers.DropPath):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Drop whole samples of ``B ...`` in training, and scale up the others."""
-        factors = self.factors(x)
-        return super().forward(x) if factors is None else x * factors
+        if not torch.jit.is_scripting():
+            factors = self.factors(x)
+            if factors is not None:
+                return x * factors
+        return timm.layers.drop_path(x, self.drop_prob, self.training, self.scale_by_keep)
 
 
 def add_branch(x: torch.Tensor, branch: torch.Tensor, drop_path: nn.Module) -> torch.Tensor:
     """Return ``x + drop_path(branch)``, both ``B ...``, in one pass if the factors are given."""
-    if isinstance(drop_path, DropPath) and x.dtype == branch.dtype:
-        factors = drop_path.factors(branch)
-        if factors is not None:
-            return torch.addcmul(x, branch, factors)
+    given = isinstance(drop_path, DropPath) and drop_path.factor is not None
+    if given and x.dtype == branch.dtype:
+        return torch.addcmul(x, branch, drop_path.factors(branch))
     return x + drop_path(branch)

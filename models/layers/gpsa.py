@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import nn
+from torch.fx import Proxy
 from torch.utils.checkpoint import checkpoint
 
 from .attention import (
@@ -20,6 +21,7 @@ from .attention import (
 from .cache import EvalCache
 from .drop_path import DropPath, add_branch
 from .fuse import pack_mlp
+from .tracing import is_captured, one_node
 
 Tables = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -47,7 +49,7 @@ def positional_tables(
         ``h H H`` and ``h W W``, in float32 at least; every row sums to one. Query (i, j) gives
         key (u, v) the weight ``rows[h, i, u] * columns[h, j, v]``.
     """
-    if weight.dtype in (torch.float16, torch.bfloat16):
+    if weight.dtype == torch.float16 or weight.dtype == torch.bfloat16:
         weight, bias = weight.float(), bias.float()
     along_x, along_y, squared = weight[:, :, None, None].unbind(1)  # h 1 1
     dx, dy = _offsets(width, weight), _offsets(height, weight)
@@ -100,8 +102,8 @@ def joint_tables(
         For each layer its tables of rows ``h H H`` and of columns ``h W W`` (see
         :func:`positional_tables`), and its gate ``h 1 1``.
     """
-    weight = torch.cat([layer.pos_proj.weight for layer in layers])
-    bias = torch.cat([layer.pos_proj.bias for layer in layers])
+    weights, biases = zip(*(layer.position() for layer in layers), strict=True)
+    weight, bias = torch.cat(weights), torch.cat(biases)
     gate = _gate(torch.cat([layer.gating_param for layer in layers]))
     parts = (*positional_tables(weight, bias, height, width), gate)
     chunks = [part.to(dtype).unflatten(0, (len(layers), -1)).unbind(0) for part in parts]
@@ -128,7 +130,12 @@ def mix(
     """
     positional = columns[:, None] @ v  # B h H W d
     positional = rows @ positional.flatten(3)  # B h H Wd
-    return content.lerp(positional.view(content.shape), gate)
+    return content.lerp(positional.unflatten(3, [-1, content.shape[-1]]).flatten(2, 3), gate)
+
+
+def recomputed_mix(*inputs: torch.Tensor) -> torch.Tensor:
+    """:func:`mix`: its inputs are saved anyway, and its other tensors are cheap to recompute."""
+    return checkpoint(mix, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def head_offsets(num_heads: int) -> torch.Tensor:
@@ -200,7 +207,7 @@ class GPSA(MultiHeadAttention):
         self._kept.clear()
         return super().train(mode)
 
-    def queries_and_keys(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def queries_and_keys(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Queries and keys of a grid ``B H W C``, each ``B h N d``."""
         return split_heads(self.qk(x).flatten(1, 2), 2, self.num_heads)
 
@@ -208,35 +215,59 @@ class GPSA(MultiHeadAttention):
         """Share of position in every head, ``h 1 1``, in float32 at least."""
         return _gate(self.gating_param)
 
+    def position(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias of the projection of relative features, ``h 3`` and ``h``.
+
+        A quantised layer has a packed weight, or a wrapped one: both then follow from its outputs
+        of unit vectors and zero.
+        """
+        layer = self.pos_proj
+        if isinstance(layer, nn.Linear) and not hasattr(layer.weight, "__tensor_flatten__"):
+            return layer.weight, layer.bias
+        vectors = torch.eye(4, 3, device=self.gating_param.device, dtype=self.gating_param.dtype)
+        outputs = layer(vectors)  # 4 h
+        return (outputs[:3] - outputs[3]).T, outputs[3]
+
     def tables(self, height: int, width: int, dtype: torch.dtype) -> Tables:
         """Tables of rows and columns of a grid, and the gate; see :func:`joint_tables`."""
-        sources = (self.pos_proj.weight, self.pos_proj.bias, self.gating_param)
-        key = (height, width, dtype)
+        if not torch.jit.is_scripting():
+            return self._kept_tables(height, width, dtype)
+        weight, bias = self.pos_proj.weight, self.pos_proj.bias
+        rows, columns = positional_tables(weight, bias, height, width)
+        return rows.to(dtype), columns.to(dtype), self.gate().to(dtype)
+
+    def _kept_tables(self, *key) -> Tables:
+        sources = (*self.position(), self.gating_param)
         return self._kept.get(self, sources, key, lambda: joint_tables([self], *key)[0])
 
     def forward(self, x: torch.Tensor, tables: Tables | None = None) -> torch.Tensor:
         """``B H W C -> B H W C``; ``tables`` are those of :func:`joint_tables`."""
-        height, width = x.shape[1:3]
-        if self.fused_attn and self.dropout_p == 0.0:
-            out = self.separable(x, tables)
-        else:
-            v = split_heads(self.v(x).flatten(1, 2), 1, self.num_heads)[0]
-            out = F.dropout(self.attention_maps(x), self.dropout_p) @ v
-        out = out.transpose(1, 2).flatten(2).unflatten(1, (height, width))  # B H W C
+        if not torch.jit.is_scripting():
+            if isinstance(x, Proxy):
+                return one_node(self, x)
+            if self.dropout_p > 0.0 or not self.fused_attn:
+                v = split_heads(self.v(x).flatten(1, 2), 1, self.num_heads)[0]
+                return self.merge(F.dropout(self.attention_maps(x), self.dropout_p) @ v, x)
+        return self.merge(self.separable(x, tables), x)
+
+    def merge(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Projected outputs of the heads, ``B h N d``, on the grid of ``x``, ``B H W C``."""
+        out = out.transpose(1, 2).flatten(2).unflatten(1, [x.shape[1], x.shape[2]])
         return self.proj_drop(self.proj(out))
 
     def separable(self, x: torch.Tensor, tables: Tables | None = None) -> torch.Tensor:
         """Outputs of the heads ``B h N d`` of a grid ``B H W C``, without a matrix ``N N``."""
-        height, width = x.shape[1:3]
         v = self.v(x)
-        tables = self.tables(height, width, v.dtype) if tables is None else tables
-        v = v.unflatten(-1, (self.num_heads, -1)).permute(0, 3, 1, 2, 4)  # B h H W d
-        content = attention(*self.queries_and_keys(x), v.flatten(2, 3), None, self.scale)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # its inputs are saved anyway; its intermediate results are cheap to recompute
-            options = {"use_reentrant": False, "preserve_rng_state": False}
-            return checkpoint(mix, content, v, *tables, **options)
-        return mix(content, v, *tables)
+        if tables is None:
+            tables = self.tables(x.shape[1], x.shape[2], v.dtype)
+        rows, columns, gate = tables
+        v = v.unflatten(-1, [self.num_heads, -1]).permute(0, 3, 1, 2, 4)  # B h H W d
+        q, k = self.queries_and_keys(x)
+        content = attention(q, k, v.flatten(2, 3), None, self.scale)
+        if torch.jit.is_scripting() or is_captured() or not torch.is_grad_enabled():
+            return mix(content, v, rows, columns, gate)
+        else:  # TorchScript leaves it out
+            return recomputed_mix(content, v, rows, columns, gate)
 
     def attention_maps(self, x: torch.Tensor) -> torch.Tensor:
         """Attention weights of a grid ``B H W C`` as ``B h N N``, N = H * W in row order."""
@@ -245,8 +276,7 @@ class GPSA(MultiHeadAttention):
     def attention_parts(self, x: torch.Tensor) -> AttentionParts:
         """:meth:`attention_maps` and the two terms that the gate mixes: ``B h N N`` each."""
         content = attention_weights(*self.queries_and_keys(x), self.scale)
-        position = self.pos_proj
-        positional = positional_attention(position.weight, position.bias, *x.shape[1:3])
+        positional = positional_attention(*self.position(), *x.shape[1:3])
         positional = positional.to(content.dtype)
         full = content.lerp(positional, self.gate().to(content.dtype))
         return AttentionParts(full, content, positional.expand_as(full))

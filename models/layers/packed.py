@@ -6,7 +6,11 @@ while a graph is captured, they run the plain layer followed by its activation.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.fx import Proxy
+
+from .tracing import is_captured, one_node
 
 ACTIVATIONS = {nn.ReLU: "relu", nn.GELU: "gelu", nn.Identity: "none"}
 
@@ -31,7 +35,6 @@ class _Packed:
         packed._kept = None
         return packed
 
-    @property
     def _algorithm(self) -> str:
         return getattr(self.act, "approximate", "none") if self.kind == "gelu" else ""
 
@@ -41,8 +44,7 @@ class _Packed:
             and x.device.type == "cpu"
             and x.dtype == self.weight.dtype == torch.float32
             and not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-            and not torch.jit.is_tracing()
+            and not is_captured()
             and not torch.is_autocast_enabled("cpu")
             and torch.backends.mkldnn.enabled
             and _onednn()
@@ -74,8 +76,15 @@ class PackedConv2d(_Packed, nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``B C H W -> B D H' W'``."""
-        if self.padding_mode != "zeros" or isinstance(self.padding, str) or not self._applies(x):
-            return self.act(super().forward(x))
+        if not torch.jit.is_scripting():
+            if isinstance(x, Proxy):
+                return one_node(self, x)
+            is_plain = self.padding_mode == "zeros" and not isinstance(self.padding, str)
+            if is_plain and self._applies(x):
+                return self._pointwise(x)
+        return self.act(self._conv_forward(x, self.weight, self.bias))
+
+    def _pointwise(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._convolution_pointwise(
             x.contiguous(memory_format=torch.channels_last),
             self._packed_weight(x),
@@ -86,7 +95,7 @@ class PackedConv2d(_Packed, nn.Conv2d):
             self.groups,
             self.kind,
             [],
-            self._algorithm,
+            self._algorithm(),
         )
 
 
@@ -102,8 +111,14 @@ class PackedLinear(_Packed, nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``... C -> ... D``."""
-        if not self._applies(x):
-            return self.act(super().forward(x))
+        if not torch.jit.is_scripting():
+            if isinstance(x, Proxy):
+                return one_node(self, x)
+            if self._applies(x):
+                return self._pointwise(x)
+        return self.act(F.linear(x, self.weight, self.bias))
+
+    def _pointwise(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(
-            x, self._packed_weight(x), self.bias, self.kind, [], self._algorithm
+            x, self._packed_weight(x), self.bias, self.kind, [], self._algorithm()
         )

@@ -27,7 +27,7 @@ def _without_autocast(device: str) -> contextlib.AbstractContextManager:
     return torch.autocast(device, enabled=False) if enabled else contextlib.nullcontext()
 
 
-def resample_position_map(embedding: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def resample_position_map(embedding: torch.Tensor, size: list[int]) -> torch.Tensor:
     """Resample a position embedding to another size.
 
     Bicubic with antialiasing, computed in float32 at least, as a product with a matrix for each
@@ -44,19 +44,24 @@ def resample_position_map(embedding: torch.Tensor, size: tuple[int, int]) -> tor
     if embedding.shape[-2:] == size:
         return embedding
     dtype, device = embedding.dtype, embedding.device
-    make = _kept_line_weights if may_keep(embedding) else _line_weights
-    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-    rows, columns = (
-        make(n, target, wide, device) for n, target in zip(embedding.shape[-2:], size, strict=True)
-    )
-    grid = embedding.to(wide)[0].permute(1, 2, 0)  # H W C
-    with _without_autocast(device.type):
-        grid = columns @ (rows @ grid.flatten(1)).unflatten(1, grid.shape[1:])
-    return grid.permute(2, 0, 1)[None].to(dtype)
+    is_half = dtype == torch.float16 or dtype == torch.bfloat16
+    wide = embedding.float() if is_half else embedding
+    if torch.jit.is_scripting():
+        return F.interpolate(wide, size, mode="bicubic", antialias=True).to(dtype)
+    else:  # TorchScript leaves it out
+        make = _kept_line_weights if may_keep(embedding) else _line_weights
+        rows, columns = (
+            make(n, target, wide.dtype, device)
+            for n, target in zip(embedding.shape[-2:], size, strict=True)
+        )
+        grid = wide[0].permute(1, 2, 0)  # H W C
+        with _without_autocast(device.type):
+            grid = columns @ (rows @ grid.flatten(1)).unflatten(1, grid.shape[1:])
+        return grid.permute(2, 0, 1)[None].to(dtype)
 
 
 def resample_tokens(
-    embedding: torch.Tensor, grid: tuple[int, int], size: tuple[int, int], prefix: int = 0
+    embedding: torch.Tensor, grid: tuple[int, int], size: list[int], prefix: int = 0
 ) -> torch.Tensor:
     """Resample position embeddings ``1 P+N C`` of a grid to ``1 P+N' C`` of another size.
 
@@ -65,12 +70,13 @@ def resample_tokens(
         grid, size: Height and width before and after.
         prefix: Number P of tokens that stay as they are.
     """
-    if grid == size:
+    height, width = grid
+    if height == size[0] and width == size[1]:
         return embedding
     kept, moved = embedding[:, :prefix], embedding[:, prefix:]
-    moved = moved.unflatten(1, grid).permute(0, 3, 1, 2)  # 1 C y x
+    moved = moved.unflatten(1, [height, width]).permute(0, 3, 1, 2)  # 1 C y x
     moved = resample_position_map(moved, size).flatten(2).transpose(1, 2)
-    return torch.cat([kept, moved], dim=1) if prefix else moved
+    return torch.cat([kept, moved], dim=1) if prefix > 0 else moved
 
 
 def resample_bias_table(table: torch.Tensor, rows: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ of FastViT (arXiv 2303.14189, section 3).
 from collections import OrderedDict
 
 import torch
+import torch.fx
 from timm.layers import SEModule
 from torch import nn
 
@@ -24,11 +25,13 @@ def conv_norm(
     return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_chans)))
 
 
+@torch.fx.wrap
 def lowered(x: torch.Tensor) -> torch.Tensor:
     """Cast ``x`` once, where autocast would do so for each of the convolutions that get it."""
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return x.to(torch.get_autocast_dtype(kind))
+    if not torch.jit.is_scripting():
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            return x.to(torch.get_autocast_dtype(kind))
     return x
 
 

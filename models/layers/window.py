@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.fx import Proxy
 
 from .attention import (
     Attention2d,
@@ -18,8 +19,7 @@ from .attention import (
     split_heads,
 )
 from .cache import EvalCache, may_keep
-
-MASKED = -100.0  # added to the scores between different regions, as in Swin
+from .tracing import one_node
 
 
 def relative_position_index(window: int) -> torch.Tensor:
@@ -39,7 +39,13 @@ def relative_position_index(window: int) -> torch.Tensor:
 
 def _in_windows(x: torch.Tensor, window: int) -> torch.Tensor:
     """Positions ``H W`` as ``ny nx wy wx``, of windows ``ny nx``."""
-    return x.unflatten(1, (-1, window)).unflatten(0, (-1, window)).transpose(1, 2)
+    return x.unflatten(1, [-1, window]).unflatten(0, [-1, window]).transpose(1, 2)
+
+
+def _regions(size: int, window: int, shift: int, device: torch.device) -> torch.Tensor:
+    """Region of every position along a side: 0, or 1 and 2 in the last window of a shifted map."""
+    position = torch.arange(size, device=device)
+    return (position >= size - window).long() + (position >= size - shift).long()
 
 
 def shift_mask(
@@ -55,15 +61,12 @@ def shift_mask(
     Returns:
         ``W N N`` for W windows in row order, 0 within a region and -100 between regions.
     """
-
-    def regions(size: int) -> torch.Tensor:
-        position = torch.arange(size, device=device)
-        return (position >= size - window).long() + (position >= size - shift).long()
-
-    region = regions(height)[:, None] * 3 + regions(width)[None, :]
+    rows = _regions(height, window, shift, device)
+    columns = _regions(width, window, shift, device)
+    region = rows[:, None] * 3 + columns[None, :]
     region = _in_windows(region, window).flatten(2).flatten(0, 1)
     across = region[:, :, None] != region[:, None, :]
-    return across.to(dtype) * MASKED
+    return across.to(dtype) * -100.0  # as in Swin
 
 
 class Windows(NamedTuple):
@@ -83,11 +86,11 @@ class Windows(NamedTuple):
 def _windows(height: int, width: int, window: int, shift: int, device: torch.device) -> Windows:
     count = height * width
     position = torch.arange(count, device=device).view(1, 1, height, width)
-    position = F.pad(position, (0, -width % window, 0, -height % window), value=-1)
-    position = torch.roll(position, (-shift, -shift), dims=(2, 3))
+    position = F.pad(position, [0, -width % window, 0, -height % window], value=-1.0)
+    position = torch.roll(position, [-shift, -shift], dims=[2, 3])
     position = _in_windows(position[0, 0], window).flatten()
     # sorted, padding (-1) comes first, then the positions of the map in row order
-    padding, target = position.argsort().tensor_split([len(position) - count])
+    padding, target = position.argsort().split([len(position) - count, count])
     return Windows(position.clamp(min=0), target, padding)
 
 
@@ -252,8 +255,8 @@ class WindowAttention2d(Attention2d):
     def geometry(self, height: int, width: int) -> tuple[int, int, int]:
         """Return height and width of a map after padding, and the step of its shift."""
         covered = self.clamp_shift and min(height, width) <= self.window
-        padded = (size + -size % self.window for size in (height, width))
-        return *padded, 0 if covered else self.shift
+        height, width = height + -height % self.window, width + -width % self.window
+        return height, width, 0 if covered else self.shift
 
     def mask(self, height: int, width: int, like: torch.Tensor) -> torch.Tensor | None:
         """Mask of a shifted map of this size, ``W 1 N N``; None without a shift."""
@@ -282,7 +285,7 @@ class WindowAttention2d(Attention2d):
         make = _kept_windows if may_keep(like) else _windows
         return make(height, width, self.window, shift, like.device)
 
-    def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def heads(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Queries, keys and values of a map ``B C H W``, each ``B W h N d``.
 
         Padding is projected to the bias of the unfused projection.
@@ -291,13 +294,13 @@ class WindowAttention2d(Attention2d):
         windows = self.windows(*x.shape[-2:], tokens)
         if windows is None:
             heads = split_heads(tokens.contiguous(), 3, self.num_heads)
-            return tuple(part[:, None] for part in heads)
+            return [part[:, None] for part in heads]
         fill = self.qkv.bias if self.outside is None else self.outside
         source, target, padding = windows
         tokens = Arrange.apply(tokens, fill, source, padding, target, None)  # B WN 3hd
         tokens = tokens.unflatten(1, (-1, self.window**2)).flatten(0, 1)  # (B W) N 3hd
         heads = split_heads(tokens, 3, self.num_heads)
-        return tuple(part.unflatten(0, (x.shape[0], -1)) for part in heads)
+        return [part.unflatten(0, (x.shape[0], -1)) for part in heads]
 
     def merge(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Outputs of the heads ``B W h N d`` as a map ``B hd H W``, in channels_last."""
@@ -307,6 +310,42 @@ class WindowAttention2d(Attention2d):
             source, target, padding = windows
             tokens = Arrange.apply(tokens, None, target, None, source, padding)  # B HW hd
         return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``B C H W -> B C H W``."""
+        if not torch.jit.is_scripting():
+            if isinstance(x, Proxy):
+                return one_node(self, x)
+            if not torch.jit.is_tracing():
+                return self.proj_drop(self.proj(self.merge(self.attend(x), *x.shape[-2:])))
+        return self.proj_drop(self.proj(self.traced(x)))
+
+    def traced(self, x: torch.Tensor) -> torch.Tensor:
+        """Merged outputs of the heads, ``B hd H W``, by operations that TorchScript and ONNX know.
+
+        For any batch, and while tracing for one size.
+        """
+        height, width = int(x.shape[-2]), int(x.shape[-1])
+        high, wide, shift = self.geometry(height, width)
+        tokens = self.qkv(x).flatten(2).transpose(1, 2)  # B HW 3hd
+        source, target, padding = _windows(height, width, self.window, shift, x.device)
+        bias = self.table()[None]
+        if shift > 0:
+            mask = shift_mask(high, wide, self.window, shift, bias.dtype, bias.device)
+            bias = bias + mask[:, None]  # W h N N
+        fill = self.qkv.bias if self.outside is None else self.outside
+        if len(padding) > 0:
+            empty = torch.zeros_like(tokens[:, :1])
+            tokens = torch.cat([tokens, empty if fill is None else empty + fill], dim=1)
+            source = source.index_fill(0, padding, height * width)
+        tokens = tokens.index_select(1, source)  # B WN 3hd
+        area = self.window * self.window
+        tokens = tokens.view(-1, high * wide // area, area, 3, self.num_heads, self.head_dim)
+        q, k, v = tokens.permute(3, 0, 1, 4, 2, 5).unbind(0)  # B W h N d
+        weights = attention_weights(q, k, self.scale, bias.to(q.dtype))
+        out = F.dropout(weights, self.attn_drop, self.training) @ v
+        out = out.transpose(2, 3).flatten(3).flatten(1, 2).index_select(1, target)  # B HW hd
+        return out.transpose(1, 2).view(-1, self.num_heads * self.head_dim, height, width)
 
     def attend(self, x: torch.Tensor) -> torch.Tensor:
         """Outputs of the heads within the windows of a map ``B C H W``, ``B W h N d``."""
