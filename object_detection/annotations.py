@@ -116,8 +116,8 @@ class Annotations:
         return {
             "images": self.images,
             "categories": [{"id": key, "name": name} for key, name in self.categories.items()],
-            "annotations": [
-                entry
+            "annotations": [  # copies, as the API writes into them
+                dict(entry)
                 if entry["segmentation"] is not None
                 else _without_mask(entry, sizes[entry["image_id"]], maskless)
                 for entry in self
@@ -130,7 +130,9 @@ def _without_mask(entry: Object, size: list[int], maskless: str) -> Object:
         return entry | {"segmentation": {"size": size, "counts": [math.prod(size)]}}
     if maskless == "crowd":
         x, y, width, height = entry["bbox"]
-        corners = [x, y, x + width, y, x + width, y + height, x, y + height]
+        left, right = math.floor(x), math.ceil(x + width)  # so that a mask of the box is within
+        top, bottom = math.floor(y), math.ceil(y + height)
+        corners = [left, top, right, top, right, bottom, left, bottom]
         return entry | {"segmentation": [corners], "iscrowd": 1}
     return {key: value for key, value in entry.items() if key != "segmentation"}
 
