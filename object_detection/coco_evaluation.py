@@ -1,4 +1,4 @@
-"""COCO's average precision by pycocotools, on one process or several."""
+"""COCO's average precision by faster-coco-eval or pycocotools, on one process or several."""
 
 import contextlib
 import io
@@ -13,11 +13,13 @@ from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 
 from engine import Precision
-from object_detection.coco import Annotations, to_input, to_rle
+from object_detection.annotations import Annotations, use_coco_api
 from training.progress import shown
-from utils import is_main_process
+from utils import all_or_none, broadcast_value, is_main_process
 
 FIGURES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+# of each evaluation, the key of its results, and what an object without a mask is
+KINDS = {"bbox": ("bbox", ""), "segm": ("segmentation", "crowd")}
 
 
 def to_results(
@@ -36,107 +38,76 @@ def to_results(
     masks = (detections["masks"][:, 0] >= 0.5).permute(1, 2, 0)  # H W N
     encoded = rle.encode(np.asfortranarray(masks.byte().cpu().numpy()))
     boxes = box_convert(detections["boxes"], "xyxy", "xywh").tolist()
-    columns = (detections["labels"].tolist(), detections["scores"].tolist(), boxes, encoded)
-    return [
-        {
-            "image_id": image_id,
-            "category_id": categories[label - 1],
-            "score": score,
-            "bbox": box,
-            "segmentation": mask,
-        }
-        for label, score, box, mask in zip(*columns, strict=True)
-    ]
+    ids = [categories[label - 1] for label in detections["labels"].tolist()]
+    columns = zip(ids, detections["scores"].tolist(), boxes, encoded, strict=True)
+    keys = ("category_id", "score", "bbox", "segmentation")
+    return [{"image_id": image_id, **dict(zip(keys, row, strict=True))} for row in columns]
 
 
 def score(truth: Annotations, results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return COCO's average precision of boxes and masks.
 
-    Crowds count as in COCO: a detection within one is neither right nor wrong. Objects without a
-    mask count for boxes only.
+    A detection within a crowd counts neither as right nor as wrong (COCO's rule). For masks, the
+    same holds for one within the box of an object without a mask.
 
     Returns:
-        ``bbox_AP``, ``bbox_AP50``, ... and ``segm_AP``, ..., in 0..1; -1 where there is no object
-        (COCO's convention).
+        ``bbox_AP``, ``bbox_AP50``, ... and ``segm_AP``, ..., in 0..1: 0 without any detection, -1
+        where there is no object (COCO's convention).
     """
-    from pycocotools import mask as rle
+    if not results:
+        return {f"{kind}_{name}": 0.0 for kind in KINDS for name in FIGURES}
+    use_coco_api()
+    from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    objects = [
-        (entry, image) for image in truth.images for entry in truth.objects.get(image["id"], ())
-    ]
-    known = {
-        "bbox": [dict(entry) for entry, _ in objects],
-        "segm": [
-            {**entry, "segmentation": to_rle(entry, image)}
-            for entry, image in objects
-            if entry["segmentation"] is not None
-        ],
-    }
-    areas = {
-        "bbox": lambda result: result["bbox"][2] * result["bbox"][3],
-        "segm": lambda result: float(rle.area(result["segmentation"])),
-    }
     stats = {}
-    for kind, area in areas.items():
-        detected = [
-            {**result, "id": number, "area": area(result), "iscrowd": 0}
-            for number, result in enumerate(results, start=1)
-        ]
+    for kind, (key, maskless) in KINDS.items():
+        keys = ("image_id", "category_id", "score", key)
         with contextlib.redirect_stdout(io.StringIO()):
-            evaluation = COCOeval(_to_coco(truth, known[kind]), _to_coco(truth, detected), kind)
+            coco = COCO()
+            coco.dataset = truth.content(maskless)
+            coco.createIndex()
+            found = coco.loadRes([{name: result[name] for name in keys} for result in results])
+            evaluation = COCOeval(coco, found, kind)
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
-        figures = evaluation.stats[: len(FIGURES)].tolist()
-        stats |= {f"{kind}_{name}": x for name, x in zip(FIGURES, figures, strict=True)}
+        figures = zip(FIGURES, evaluation.stats, strict=False)  # recalls follow
+        stats |= {f"{kind}_{name}": float(figure) for name, figure in figures}
     return stats
 
 
-def _to_coco(truth: Annotations, entries: list[dict[str, Any]]) -> Any:
-    """Return pycocotools' object of some entries; its own reader fails on an empty list."""
-    from pycocotools.coco import COCO
-
-    coco = COCO()
-    coco.dataset = {
-        "images": truth.images,
-        "categories": [{"id": key, "name": name} for key, name in truth.categories.items()],
-        "annotations": entries,
-    }
-    coco.createIndex()
-    return coco
-
-
-def score_together(truth: Annotations, results: list[dict[str, Any]]) -> dict[str, float]:
-    """Return :func:`score` of the results of all processes, on all of them."""
-    if not dist.is_initialized():
+def score_together(
+    truth: Annotations, results: list[dict[str, Any]], group: dist.ProcessGroup | None
+) -> dict[str, float]:
+    """Return :func:`score` of the results of all ranks of a CPU process group, on all of them."""
+    if group is None:
         return score(truth, results)
     parts = [None] * dist.get_world_size() if is_main_process() else None
-    dist.gather_object(results, parts)
-    stats = [None]
-    if is_main_process():
-        stats = [score(truth, [result for part in parts for result in part])]
-    dist.broadcast_object_list(stats)
-    return stats[0]
+    dist.gather_object(results, parts, group=group)
+    everything = [result for part in parts or () for result in part]
+    stats = all_or_none(lambda: score(truth, everything) if parts else None, group)
+    return broadcast_value(stats, group)
 
 
 @torch.inference_mode()
 def evaluate(
-    loader: DataLoader, model: nn.Module, precision: Precision, categories: Sequence[int]
+    loader: DataLoader, model: nn.Module, precision: Precision, group: dist.ProcessGroup | None
 ) -> dict[str, float]:
     """Return the average precision of a detector, see :func:`score`.
 
     Args:
-        loader: This process's part of a :class:`CocoDataset` for evaluation.
+        loader: This process's part of a :class:`DetectionDataset` for evaluation.
         model: Detector of torchvision's interface, not distributed.
         precision: Device and autocast.
-        categories: Id of each class, without the background.
+        group: CPU process group; None for a single process.
     """
     model.eval()
-    results = []
-    for images, targets in shown(loader, "evaluation", len(loader)):
+    truth, results = loader.dataset.found, []
+    for samples, *_ in shown(loader, "evaluation", len(loader)):
+        images = [image.to(precision.device, non_blocking=True) for image, _ in samples]
         with precision.autocast():
-            detections = model([to_input(image, precision.device) for image in images])
-        for target, found in zip(targets, detections, strict=True):
-            results += to_results(target["image_id"], found, categories)
-    return score_together(loader.dataset.annotations, results)
+            found = model(images)
+        for (_, target), detections in zip(samples, found, strict=True):
+            results += to_results(target["image_id"], detections, list(truth.categories))
+    return score_together(truth, results, group)

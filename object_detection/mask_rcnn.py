@@ -13,6 +13,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_loss
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import LevelMapper
@@ -64,6 +65,41 @@ class LevelAnchors(AnchorGenerator):
         strides = [(stride, stride) for stride in self.strides]
         anchors = torch.cat(self.grid_anchors([x.shape[-2:] for x in maps], strides))
         return [anchors] * len(images.image_sizes)
+
+
+class MaskHeads(RoIHeads):
+    """Heads whose mask loss leaves out objects with an empty mask: those train the box part alone.
+
+    The rest is torchvision's, whose ``forward`` computes no masks in training.
+    """
+
+    def has_mask(self) -> bool:
+        """Return True if torchvision's ``forward`` is to compute masks."""
+        return not self.training
+
+    def select_training_samples(self, proposals: list, targets: list) -> tuple[list, ...]:
+        """Return torchvision's selection, and keep it for the mask loss."""
+        self.selected = super().select_training_samples(proposals, targets)
+        return self.selected
+
+    def forward(
+        self, features: dict, proposals: list, image_shapes: list, targets: list | None = None
+    ) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+        """Return the detections, in training none, and the losses."""
+        result, losses = super().forward(features, proposals, image_shapes, targets)
+        if self.training:
+            boxes, matched = [], []
+            for chosen, index, labels, target in zip(*self.selected[:3], targets, strict=True):
+                positive = torch.where(labels > 0)[0]
+                has_mask = target["masks"].flatten(1).any(1).bool()[index[positive]]
+                boxes.append(chosen[positive[has_mask]])
+                matched.append(index[positive[has_mask]])
+            self.selected = None
+            pooled = self.mask_roi_pool(features, boxes, image_shapes)
+            logits = self.mask_predictor(self.mask_head(pooled))
+            masks, labels = ([target[key] for target in targets] for key in ("masks", "labels"))
+            losses["loss_mask"] = maskrcnn_loss(logits, boxes, masks, labels, matched)
+        return result, losses
 
 
 def _pooler(strides: Sequence[int], output_size: int) -> MultiScaleRoIAlign:
@@ -144,6 +180,7 @@ def build_mask_rcnn(
         size_divisible=math.lcm(strides[-1], body.patch),
     )
     heads = detector.roi_heads
+    heads.__class__ = MaskHeads  # torchvision's detector builds no other heads than its own
     for module in (detector.rpn.head, heads.box_predictor, heads.mask_predictor):
         module.register_forward_hook(_in_float32)
     return detector

@@ -1,6 +1,6 @@
 """The images of an annotation file, read alike in training, evaluation and inference."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +44,31 @@ def check_files(found: Annotations, folder: Path) -> None:
     """Raise DataError unless every image of the annotations can be decoded; name the first."""
     for entry in shown(found.images, "images", len(found.images)):
         load_checked(folder / entry["file_name"], entry, found.path)
+
+
+def find_images(found: Annotations, folders: Sequence[Path]) -> Path:
+    """Return the first of ``folders`` that contains the images of the annotations.
+
+    Raises:
+        DataError: None does.
+    """
+    name = found.images[0]["file_name"]
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder
+    looked = ", ".join(map(str, dict.fromkeys(folders)))
+    raise DataError(f"image {name} of {found.path} is not in {looked} (--images FOLDER)")
+
+
+def listing(found: Annotations, folder: Path) -> Iterator[str]:
+    """Yield a line per image: its name and bytes.
+
+    Raises:
+        DataError: It cannot be found.
+    """
+    for image in found.images:
+        path = folder / image["file_name"]
+        try:
+            yield f"{image['file_name']}, {path.stat().st_size} bytes"
+        except OSError as error:
+            raise DataError(f"cannot read image {path}: {error.strerror}") from error

@@ -2,7 +2,6 @@
 
 import argparse
 from argparse import BooleanOptionalAction as OnOff
-from argparse import Namespace
 from collections.abc import Sequence
 
 from object_detection.mask_rcnn import CHANNELS, MAX_SIZE, MIN_SIZE
@@ -23,16 +22,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    _add_run(parser.add_argument_group("run"))
-    _add_model(parser.add_argument_group("model"))
-    _add_optimisation(parser.add_argument_group("optimisation"))
-    _add_data(parser.add_argument_group("data"))
-    add_processes(parser.add_argument_group("processes"))
-    return parser
-
-
-def _add_run(group: argparse._ArgumentGroup) -> None:
-    add = flags_of(group)
+    add = flags_of(parser.add_argument_group("run"))
     add("--batch-size", type=int, default=2, help="images per process and step")
     add("--epochs", type=int, default=12)
     add("--output_dir", default="", help="folder of checkpoints and logs; empty for none")
@@ -44,38 +34,22 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     add("--seed", type=int, default=0)
     add("--log-interval", type=int, default=50, help="steps between log lines")
 
-
-def _add_model(group: argparse._ArgumentGroup) -> None:
-    add = flags_of(group)
-    add("--model", help=f"any timm model name; the checkpoint's, or {MODEL}, if not given")
-    add(
-        "--min-size",
-        type=int,
-        nargs="+",
-        metavar="PIXELS",
-        help="shorter side of images: training samples one, evaluation takes the last; the "
-        f"checkpoint's, or {MIN_SIZE}, if not given",
-    )
-    add(
-        "--max-size",
-        type=int,
-        metavar="PIXELS",
-        help=f"maximum of the longer side; the checkpoint's, or {MAX_SIZE}, if not given",
-    )
-    add("--channels", type=int, help=f"of pyramid and heads; checkpoint's, or {CHANNELS}")
+    add = flags_of(parser.add_argument_group("model"))
+    given = "the checkpoint's if not given, or"
+    add("--model", help=f"any timm model name; {given} {MODEL}")
+    sizes = "shorter side of images: training samples one, evaluation takes the last"
+    add("--min-size", type=int, nargs="+", metavar="PIXELS", help=f"{sizes}; {given} {MIN_SIZE}")
+    longest = f"maximum of the longer side; {given} {MAX_SIZE}"
+    add("--max-size", type=int, metavar="PIXELS", help=longest)
+    add("--channels", type=int, help=f"of pyramid and heads; {given} {CHANNELS}")
     add("--drop-path", type=float, default=0.0, metavar="RATE", help="stochastic depth")
     add("--qk-scale-factor", type=float, metavar="EXPONENT", help="as in main.py")
     add("--frozen-stages", type=int, default=-1, help="0: freeze the stem, 1: stem and stage 1")
-    add(
-        "--norm-eval",
-        action=OnOff,
-        default=False,
-        help="freeze the backbone's BatchNorm statistics",
-    )
+    frozen = "freeze the backbone's BatchNorm statistics"
+    add("--norm-eval", action=OnOff, default=False, help=frozen)
     add("--grad-checkpointing", action="store_true", help="recompute blocks to save memory")
 
-
-def _add_optimisation(group: argparse._ArgumentGroup) -> None:
+    group = parser.add_argument_group("optimisation")
     add = flags_of(group)
     add("--lr", type=float, default=1e-4, help="of AdamW; not scaled by the batch size")
     add("--weight-decay", type=float, default=0.05)
@@ -83,21 +57,20 @@ def _add_optimisation(group: argparse._ArgumentGroup) -> None:
     add("--warmup-iters", type=int, help=f"{WARMUP_ITERS}, or a shorter first epoch, if not given")
     add_precision(group)
 
-
-def _add_data(group: argparse._ArgumentGroup) -> None:
-    add = flags_of(group)
+    add = flags_of(parser.add_argument_group("data"))
     add("--data-path", metavar="FOLDER")
     for split in ("train", "val"):
         default = f"FOLDER/annotations/instances_{split}.json or instances_{split}2017.json"
         add(f"--{split}-annotations", metavar="FILE", help=f"default: {default}")
     add("--images", help="folder of the images, if not images, train2017 ... in --data-path")
     add("--limit", type=int, metavar="N", help="use only the first N training images")
-    add(
-        "--num_workers", type=int, default=min(10, usable_cpus()), help="loader workers per process"
-    )
+    workers = min(10, usable_cpus())
+    add("--num_workers", type=int, default=workers, help="loader workers per process")
+    add_processes(parser.add_argument_group("processes"))
+    return parser
 
 
-def parse_args(argv: Sequence[str]) -> Namespace:
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Parse a command line.
 
     Raises:

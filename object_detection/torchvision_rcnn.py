@@ -7,15 +7,17 @@ import contextlib
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from timm.optim import param_groups_weight_decay
+from timm.scheduler import MultiStepLRScheduler
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.models.detection import MaskRCNN
@@ -23,35 +25,24 @@ from torchvision.models.detection import MaskRCNN
 import engine
 import models
 import utils
-from object_detection import coco, coco_evaluation
+from models.checkpoint.contents import class_names
+from object_detection import annotations, coco_evaluation, data, pixels
 from object_detection.mask_rcnn import CHANNELS, MAX_SIZE, MIN_SIZE, build_mask_rcnn
 from object_detection.rcnn_flags import MODEL, WARMUP_ITERS, parse_args
-from training import agreement, launch, optimizers, progress
+from training import agreement, launch, optimizers
 from training.checkpoints import read_resume, was_restarted
 from training.ddp import distribute
 from training.existing_run import treatment
-from training.launch import DistInfo
-from training.network import choose_precision, with_amp_dtype
+from training.network import choose_precision, count_parameters, with_amp_dtype
 from training.output import Output
+from training.progress import Progress
 from training.trainer import finished
 from utils import log
 
-__all__ = ["build_mask_rcnn", "main"]
-
 WARMUP_START = 0.001  # of the learning rate
-MAX_NONFINITE = 10
 DECAYS = (8, 11)  # twelfths of the training after which the learning rate falls to a tenth
-
-
-def lr_factor(update: int, updates: int, warmup: int) -> float:
-    """Return the learning rate of an update, relative to ``--lr``.
-
-    It rises linearly over the first ``warmup`` of all ``updates``, and falls to a tenth after 8
-    and after 11 twelfths of them.
-    """
-    rise = min(update / warmup, 1.0) if warmup else 1.0
-    falls = sum(12 * update >= twelfths * updates for twelfths in DECAYS)
-    return (WARMUP_START + (1 - WARMUP_START) * rise) * 0.1**falls
+DEFAULTS = {"model_name": MODEL, "min_size": [MIN_SIZE]}
+DEFAULTS |= {"max_size": MAX_SIZE, "channels": CHANNELS}
 
 
 def build_optimizer(model: MaskRCNN, lr: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -63,217 +54,211 @@ def build_optimizer(model: MaskRCNN, lr: float, weight_decay: float) -> torch.op
     return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
 
 
-def train_one_epoch(
-    model: nn.Module,
-    loader: progress.Progress,
-    optimizer: torch.optim.Optimizer,
-    lr_of: Callable[[int], float],
-    precision: engine.Precision,
-    epoch: int,
-    max_norm: float | None = None,
-    log_interval: int = 50,
-) -> dict[str, float]:
-    """Train for one epoch.
+def build_schedule(
+    optimizer: torch.optim.Optimizer, updates: int, warmup: int
+) -> MultiStepLRScheduler:
+    """Return the learning rate's rise over ``warmup`` of all ``updates``, and its two falls."""
+    decays = [-(-part * updates // 12) + 1 for part in DECAYS]  # timm counts from 1
+    start = WARMUP_START * optimizer.defaults["lr"]
+    return MultiStepLRScheduler(
+        optimizer, decays, 0.1, warmup, start, warmup_prefix=False, t_in_epochs=False
+    )
+
+
+class SampleLosses(nn.Module):
+    """Loss of a detector as a function of samples, as the training loop calls a model.
 
     Args:
-        model: Detector, possibly wrapped in DistributedDataParallel.
-        loader: Yields lists of images ``3 H W`` of bytes and of targets.
-        optimizer: Optimizer, stepped at every batch.
-        lr_of: Maps an update, counted from the start of the run, to its learning rate.
-        precision: Device, autocast and loss scaling.
-        epoch: Number of the epoch, from 0.
-        max_norm: Maximum norm of the unscaled gradient.
-        log_interval: Steps between log lines.
-
-    Returns:
-        ``loss`` and its parts, averaged over steps and processes, ``lr`` of the last step, and
-        ``images_per_second`` over all processes.
-
-    Raises:
-        UserError: The loss is not finite; in float16 ten times in a row, as the loss scaler skips
-            such updates.
+        detector: Of torchvision's interface, on its device.
     """
-    model.train()
-    body = engine.unwrap(model).backbone.body
-    meter = engine.Meter()
-    limit = MAX_NONFINITE if precision.scaler.is_enabled() else 1
-    device, steps, images_seen, total = precision.device, len(loader), 0, 0.0
-    started = time.perf_counter()
-    for step, (images, targets) in enumerate(loader):
-        lr = lr_of(epoch * steps + step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        images = [coco.to_input(image, device) for image in images]
+
+    def __init__(self, detector: MaskRCNN):
+        super().__init__()
+        self.detector, self.totals = detector, Counter()
+        self.qk_scale_factor = getattr(detector.backbone.body.net, "qk_scale_factor", None)
+
+    def forward(self, samples: Sequence[tuple[torch.Tensor, dict]]) -> torch.Tensor:
+        """Return the sum of the losses of images ``3 H W`` with their targets."""
+        device = next(self.parameters()).device
+        images = [image.to(device, non_blocking=True) for image, _ in samples]
         targets = [
             {key: value.to(device, non_blocking=True) for key, value in target.items()}
-            for target in targets
+            for _, target in samples
         ]
-        with precision.autocast():
-            losses = model(images, targets)
-        parts = torch.stack([part.float() for part in losses.values()])
-        loss = parts.sum()
-        meter.lr = lr
-        meter.add(loss.detach())
-        meter.read()  # torchvision's sampling waits for the device anyway: this costs nothing
-        engine.check_finite(meter, limit, epoch, precision, body)
-        optimizer.zero_grad()
-        precision.scaler.scale(loss).backward()
-        if max_norm is not None:
-            precision.scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-        precision.scaler.step(optimizer)
-        precision.scaler.update()
-        total = total + parts.detach().double().nan_to_num(0.0, 0.0, 0.0)
-        images_seen += len(images)
-        if (step + 1) % log_interval == 0 or step + 1 == steps:
-            rate = images_seen / (time.perf_counter() - started)
-            loader.report(step + 1, total.sum().item() / (step + 1), lr, rate)
-    sums = torch.tensor([*total.tolist(), steps, rate], dtype=torch.float64)
-    *sums, steps, rate = utils.sum_over_processes(sums, device).tolist()
-    means = {name: value / steps for name, value in zip(losses, sums, strict=True)}
-    return {"loss": sum(means.values())} | means | {"lr": lr, "images_per_second": round(rate, 1)}
+        losses = self.detector(images, targets)
+        for name, loss in losses.items():
+            self.totals[name] += loss.detach().double().nan_to_num(0.0, 0.0, 0.0)
+        return sum(loss.float() for loss in losses.values())
+
+    def means(self, steps: int) -> dict[str, float]:
+        """Return the mean of each loss over steps and ranks, and start to sum anew."""
+        totals, self.totals = self.totals, Counter()
+        sums = torch.stack(list(totals.values()))
+        sums = torch.cat([sums, sums.new_tensor([steps])])
+        *sums, steps = utils.sum_over_processes(sums, sums.device).tolist()
+        return {name: value / steps for name, value in zip(totals, sums, strict=True)}
 
 
-class Run:
-    """State in a checkpoint: model, optimizer, scaler, progress.
+def classes_of(checkpoint: Mapping[str, Any], source: str) -> list[str]:
+    """Return the class names of a checkpoint; older ones have ``categories``, names by id.
 
-    Args:
-        args: Parsed flags.
-        model: Detector, on its device.
-        settings: From :func:`choose_settings`.
-        precision: Mixed precision.
+    Raises:
+        CheckpointError: This program did not write it; names what is missing.
     """
-
-    def __init__(
-        self,
-        args: Namespace,
-        model: MaskRCNN,
-        settings: Mapping[str, Any],
-        precision: engine.Precision,
-    ):
-        self.args, self.model, self.settings, self.precision = args, model, settings, precision
-        self.optimizer = build_optimizer(model, args.lr, args.weight_decay)
-        self.epoch, self.best_ap = -1, 0.0
-
-    def state(self) -> dict[str, Any]:
-        """Return the content of a checkpoint."""
-        gelus = (module for module in self.model.modules() if isinstance(module, nn.GELU))
-        body = self.model.backbone.body
-        return {
-            **self.settings,
-            "qk_scale_factor": getattr(body, "qk_scale_factor", None),
-            "gelu": next((gelu.approximate for gelu in gelus), "none"),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.precision.scaler.state_dict(),
-            "epoch": self.epoch,
-            "best_ap": self.best_ap,
-            "args": vars(self.args),
-        }
-
-    def restore(self, checkpoint: Mapping[str, Any], source: str) -> None:
-        """Load a checkpoint."""
-        log(str(models.load_weights(self.model, checkpoint, source)))
-        optimizers.restore(self.optimizer, checkpoint["optimizer"], source)
-        if checkpoint["scaler"]:  # empty unless the run used float16
-            self.precision.scaler.load_state_dict(checkpoint["scaler"])
-        self.epoch, self.best_ap = checkpoint["epoch"], checkpoint["best_ap"]
-
-
-def check_resume(checkpoint: Mapping[str, Any], source: str) -> None:
-    """Raise CheckpointError, naming missing keys, unless this program wrote a checkpoint."""
-    missing = {"model", "optimizer", "scaler", "epoch", "best_ap", "categories"} - set(checkpoint)
-    if checkpoint and missing:
+    keys = {"model", *DEFAULTS, "qk_scale_factor", "optimizer", "scaler", "epoch", "best_ap"}
+    missing = keys - checkpoint.keys()
+    names = class_names(checkpoint, source)
+    if not names and isinstance(checkpoint.get("categories"), Mapping):
+        names = list(map(str, checkpoint["categories"].values()))
+    if missing or not names:
+        what = ", ".join(sorted(missing)) or "classes"
         raise models.CheckpointError(
-            f"{source} is not a checkpoint of this program: it does not have "
-            f"{', '.join(sorted(missing))}; --finetune loads the weights of a classifier"
+            f"{source} is not a checkpoint of this program: it does not have {what}; --finetune "
+            f"loads the weights of a classifier"
         )
+    return names
 
 
 def annotation_file(args: Namespace, split: str) -> Path:
     """Return the file of ``"train"`` or ``"val"``: the flag's, else that in ``--data-path``."""
-    given = getattr(args, f"{split}_annotations")
-    if given:
-        return Path(given).resolve()
-    folder = Path(args.data_path, "annotations").resolve()
+    folder = Path(args.data_path, "annotations")
     files = [folder / f"instances_{split}{year}.json" for year in ("", "2017")]
-    return next((file for file in files if file.is_file()), files[0])
+    found = next((file for file in files if file.is_file()), files[0])
+    return Path(getattr(args, f"{split}_annotations") or found).resolve()
 
 
-def read_split(args: Namespace, split: str) -> tuple[coco.Annotations, Path]:
+def read_split(
+    args: Namespace, split: str, classes: Sequence[str] | None
+) -> tuple[annotations.Annotations, Path]:
     """Return the annotations of ``"train"`` or ``"val"``, and the folder of their images."""
     file = annotation_file(args, split)
-    annotations = coco.read_annotations(file)
+    found = annotations.read(file, classes, is_training=split == "train")
     if file == annotation_file(args, "train"):
-        annotations = annotations.first(args.limit)
+        found = found.first(args.limit)
+    log(found.summary(split))
     # the images of either split, as --val-annotations may name the training file
     names = ("images", "train2017", "val2017", "images/train2017", "images/val2017", split, "")
-    root = Path(args.data_path)
-    folders = [Path(args.images)] if args.images else [root / name for name in names]
-    return annotations, coco.find_images(annotations, folders)
+    folders = [args.images] if args.images else [Path(args.data_path, name) for name in names]
+    return found, pixels.find_images(found, [Path(folder) for folder in folders])
 
 
 def choose_settings(
-    args: Namespace, checkpoint: Mapping[str, Any], categories: Mapping[int, str]
+    args: Namespace, checkpoint: Mapping[str, Any], classes: Sequence[str]
 ) -> dict[str, Any]:
     """Return the detector's settings: given flags, else the checkpoint's, else the defaults.
 
     The exponent of attention is always the checkpoint's if it has the same model, since another
     would change its function.
     """
-    chosen = {
-        key: getattr(args, flag) or checkpoint.get(key) or default
-        for key, flag, default in (
-            ("model_name", "model", MODEL),
-            ("min_size", "min_size", [MIN_SIZE]),
-            ("max_size", "max_size", MAX_SIZE),
-            ("channels", "channels", CHANNELS),
-        )
-    }
+    flags = {**vars(args), "model_name": args.model}
+    chosen = {key: flags[key] or checkpoint.get(key) or DEFAULTS[key] for key in DEFAULTS}
     same = chosen["model_name"] == checkpoint.get("model_name")
     exponent = checkpoint["qk_scale_factor"] if same else args.qk_scale_factor
-    return chosen | {"qk_scale_factor": exponent, "categories": dict(categories)}
+    return chosen | {"qk_scale_factor": exponent, "classes": list(classes)}
 
 
-def build_detector(args: Namespace, settings: Mapping[str, Any]) -> MaskRCNN:
-    """Return the detector of ``settings``; these flags do not change its function."""
+def build_detector(settings: Mapping[str, Any], **backbone_options: Any) -> MaskRCNN:
+    """Return the detector of :func:`choose_settings`; the options do not change its function."""
     exponent = settings["qk_scale_factor"]
     return build_mask_rcnn(
         settings["model_name"],
-        len(settings["categories"]),
-        settings["min_size"],
-        settings["max_size"],
-        settings["channels"],
+        len(settings["classes"]),
+        *(settings[key] for key in ("min_size", "max_size", "channels")),
+        model_kwargs=None if exponent is None else {"qk_scale_factor": exponent},
+        **backbone_options,
+    )
+
+
+class Job(NamedTuple):
+    """What evaluation and training share: the detector, and loaders of ``val`` and ``train``."""
+
+    args: Namespace
+    info: launch.DistInfo
+    group: dist.ProcessGroup | None
+    resumed: tuple[str, Mapping[str, Any]]  # name and content of --resume, or empty
+    settings: dict[str, Any]
+    model: MaskRCNN
+    precision: engine.Precision
+    loaders: dict[str, DataLoader]
+
+    def state(self) -> dict[str, Any]:
+        """Return the detector's part of a checkpoint."""
+        gelus = [part for part in self.model.modules() if isinstance(part, nn.GELU)]
+        return {
+            **self.settings,
+            "qk_scale_factor": getattr(self.model.backbone.body, "qk_scale_factor", None),
+            "gelu": gelus[0].approximate if gelus else "none",
+            "model": self.model.state_dict(),
+        }
+
+
+def build_job(
+    args: Namespace, info: launch.DistInfo, device: torch.device, group: Any, resumed: tuple
+) -> Job:
+    """Read the annotations and build the detector, with the weights that it starts from."""
+    source, checkpoint = resumed
+    classes = classes_of(checkpoint, source) if checkpoint else None
+    loaders = {}
+    for split in ("val",) if args.eval else ("train", "val"):
+        found, folder = read_split(args, split, classes)
+        classes = list(found.categories.values())
+        dataset = data.DetectionDataset(found, folder, split == "train", args.seed)
+        share = (args.batch_size, args.num_workers, info.world_size, info.rank)
+        loaders[split] = data.build_loader(dataset, *share)
+    settings = choose_settings(args, checkpoint, classes)
+    utils.seed_everything(args.seed)
+    engine.select_kernels(device, args.tf32, search=False)  # images of many sizes
+    model = build_detector(
+        settings,
         drop_path_rate=args.drop_path,
         frozen_stages=args.frozen_stages,
         norm_eval=args.norm_eval,
         with_cp=args.grad_checkpointing,
-        model_kwargs=None if exponent is None else {"qk_scale_factor": exponent},
     )
+    precision = choose_precision(args, model.backbone.body.net, device)
+    precision.place(model)
+    log(
+        f"Mask R-CNN on {settings['model_name']}, {len(classes)} classes, sizes "
+        f"{settings['min_size']} to {settings['max_size']}: "
+        f"{count_parameters(model) / 1e6:.2f} M parameters, {precision}"
+    )
+    if checkpoint:
+        log(str(models.load_weights(model, checkpoint, source)))
+    elif args.finetune:
+        log(str(models.load_backbone(model.backbone.body, args.finetune)))
+    return Job(args, info, group, resumed, settings, model, precision, loaders)
 
 
-def evaluate(
-    loader: DataLoader,
-    model: MaskRCNN,
-    precision: engine.Precision,
-    categories: Mapping[int, str],
-) -> dict[str, float]:
+def facts_of(job: Job) -> agreement.Facts:
+    """Return what must be the same on all ranks."""
+
+    def lines(dataset: data.DetectionDataset) -> Iterator[str]:
+        yield agreement.file_line(dataset.found.path, "annotations")
+        yield from pixels.listing(dataset.found, dataset.samples.root)
+
+    facts = {f"{split} images": partial(lines, job.loaders[split].dataset) for split in job.loaders}
+    return facts | {
+        "weights": lambda: agreement.contents(job.model.state_dict()),
+        "checkpoint": lambda: agreement.contents(job.resumed[1]),
+    }
+
+
+def evaluate(job: Job) -> dict[str, float]:
     """Evaluate, print a line, and return the average precisions."""
-    utils.broadcast_buffers(model)
-    stats = coco_evaluation.evaluate(loader, model, precision, list(categories))
-    lines = (
-        f"{kind} AP {stats[f'{key}_AP']:.4f} AP50 {stats[f'{key}_AP50']:.4f} "
-        f"AP75 {stats[f'{key}_AP75']:.4f}"
-        for kind, key in (("box", "bbox"), ("mask", "segm"))
-    )
+    utils.broadcast_buffers(job.model)
+    loader = job.loaders["val"]
+    stats = coco_evaluation.evaluate(loader, job.model, job.precision, job.group)
+    lines = []
+    for kind, key in (("box", "bbox"), ("mask", "segm")):
+        figures = (f"{name} {stats[f'{key}_{name}']:.4f}" for name in ("AP", "AP50", "AP75"))
+        lines.append(f"{kind} {' '.join(figures)}")
     log(f"* {', '.join(lines)} on {len(loader.dataset)} images")
     return stats
 
 
-def run(args: Namespace, info: DistInfo, device: torch.device) -> None:
+def run(args: Namespace, info: launch.DistInfo, device: torch.device) -> None:
     """Run: lock the output folder, build everything, then evaluate or train."""
     log(f"device {device}, {info.world_size} process(es) started by {info.launcher}")
-    coco.require_pycocotools()
     group = utils.control_group(args.dist_timeout)
     agreement.agree(agreement.start_facts(args, device), group)
     folder = "" if args.eval else args.output_dir  # evaluation locks and writes nothing there
@@ -281,140 +266,77 @@ def run(args: Namespace, info: DistInfo, device: torch.device) -> None:
     with contextlib.closing(
         utils.all_or_none(lambda: Output(folder, existing=existing), group)
     ) as output:
-        run_in(output, args, info, device, group)
+        resumed = read_resume(args, info, group)
+        args = with_amp_dtype(args, device, {} if args.eval else resumed[1])
+        job = utils.all_or_none(lambda: build_job(args, info, device, group, resumed), group)
+        agreement.agree(facts_of(job), group)
+        if args.eval:
+            evaluate(job)
+        else:
+            train(job, output)
 
 
-def run_in(
-    output: Output,
-    args: Namespace,
-    info: DistInfo,
-    device: torch.device,
-    group: dist.ProcessGroup | None,
-) -> None:
-    """Build everything, then evaluate or train."""
-    source, checkpoint = read_resume(args, info, group)
-    check_resume(checkpoint, source)
-    args = with_amp_dtype(args, device, {} if args.eval else checkpoint)
-    utils.seed_everything(args.seed)
-    engine.select_kernels(device, args.tf32, search=False)  # images of many sizes
-    share = (args.batch_size, args.num_workers, info.world_size, info.rank)
-
-    val, val_folder = read_split(args, "val")
-    if args.eval:
-        categories = checkpoint["categories"]
-    else:
-        train, train_folder = read_split(args, "train")
-        categories = train.categories
-        if checkpoint:
-            coco.check_categories(train, checkpoint["categories"], source)
-            categories = checkpoint["categories"]
-    coco.check_categories(val, categories, source if args.eval else train.path)
-    labels = {key: label for label, key in enumerate(categories, start=1)}
-    val_set = coco.CocoDataset(val, val_folder, labels, is_train=False)
-    val_loader = coco.build_loader(val_set, *share)
-
-    settings = choose_settings(args, checkpoint, categories)
-    model = build_detector(args, settings)
-    precision = choose_precision(args, model.backbone.body.net, device)
-    precision.place(model)
-    n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    log(
-        f"Mask R-CNN on {settings['model_name']}, {len(categories)} categories, sizes "
-        f"{settings['min_size']} to {settings['max_size']}: {n_parameters / 1e6:.2f} M "
-        f"parameters, {precision}"
-    )
-    facts = {
-        "annotations": lambda: (
-            [agreement.file_line(val.path, "validation annotations")]
-            + ([] if args.eval else [agreement.file_line(train.path, "training annotations")])
-        ),
-        "weights": lambda: agreement.contents(model.state_dict()),
-        "checkpoint": lambda: agreement.contents(checkpoint),
-    }
-    folders = {"validation": (val, val_folder)}
-    folders |= {} if args.eval else {"training": (train, train_folder)}
-    facts |= {f"{split} images": partial(coco.listing, *where) for split, where in folders.items()}
-    agreement.agree(facts, group)
-    if args.eval:
-        log(str(models.load_weights(model, checkpoint, source)))
-        evaluate(val_loader, model, precision, categories)
-        return
-
-    train_set = coco.CocoDataset(train, train_folder, labels, is_train=True, seed=args.seed)
-    train_loader = coco.build_loader(train_set, *share)
-    if args.finetune and not checkpoint:
-        log(str(models.load_backbone(model.backbone.body, args.finetune)))
-    state = Run(args, model, settings, precision)
-    if checkpoint:
-        state.restore(checkpoint, source)
-    utils.all_or_none(lambda: output.begin(args, state.epoch + 1), group)
-    train_epochs(state, output, train_loader, val_loader, info, n_parameters)
-
-
-def train_epochs(
-    state: Run,
-    output: Output,
-    train_loader: DataLoader,
-    val_loader: DataLoader,
-    info: DistInfo,
-    n_parameters: int,
-) -> None:
+def train(job: Job, output: Output) -> None:
     """Train, evaluate, log and save epochs up to ``--epochs`` or ``--stop-epoch``."""
-    args, model, precision = state.args, state.model, state.precision
-    stop = args.epochs if args.stop_epoch is None else min(args.epochs, args.stop_epoch)
-    if state.epoch + 1 >= stop:
-        log(finished(state.epoch + 1, args))
-        return
-    wrapped = model
-    if info.world_size > 1:
-        wrapped = distribute(model, precision.device, static=False)
-    steps = len(train_loader)
+    args, info, (source, checkpoint) = job.args, job.info, job.resumed
+    loader, device, scaler = job.loaders["train"], job.precision.device, job.precision.scaler
+    steps = len(loader)
     warmup = min(WARMUP_ITERS, steps) if args.warmup_iters is None else args.warmup_iters
-    log(
-        f"training epochs {state.epoch + 1} to {stop - 1} of {args.epochs}: "
-        f"{len(train_loader.dataset)} images, {steps} steps, {warmup} of them to warm up"
-    )
-    started = time.time()
-    for epoch in range(state.epoch + 1, stop):
+    optimizer = build_optimizer(job.model, args.lr, args.weight_decay)
+    schedule = build_schedule(optimizer, args.epochs * steps, warmup)
+    start, best = 0, 0.0
+    if checkpoint:
+        optimizers.restore(optimizer, checkpoint["optimizer"], source)
+        if checkpoint["scaler"]:  # empty unless the run used float16
+            scaler.load_state_dict(checkpoint["scaler"])
+        start, best = checkpoint["epoch"] + 1, checkpoint["best_ap"]
+    schedule.step_update(start * steps)
+    utils.all_or_none(lambda: output.begin(args, start), job.group)
+    stop = args.epochs if args.stop_epoch is None else min(args.epochs, args.stop_epoch)
+    if start >= stop:
+        log(finished(start, args))
+        return
+    losses = SampleLosses(job.model)
+    model = distribute(losses, device, static=False) if info.world_size > 1 else losses
+    log(f"training epochs {start} to {stop - 1}: {steps} steps each, {warmup} in all to warm up")
+    began = time.time()
+    for epoch in range(start, stop):
         utils.seed_everything(args.seed, epoch, info.rank)
-        train_loader.sampler.set_epoch(epoch)
-        shown = progress.Progress(train_loader, epoch, stop, info.world_size)
-        train_stats = train_one_epoch(
-            wrapped,
-            shown,
-            state.optimizer,
-            lambda update: args.lr * lr_factor(update, args.epochs * steps, warmup),
-            precision,
-            epoch,
-            args.clip_grad,
-            shown.interval(args.log_interval),
+        loader.sampler.set_epoch(epoch)
+        progress = Progress(loader, epoch, stop, info.world_size)
+        stats = engine.train_one_epoch(
+            *(model, lambda loss, _: loss, progress, optimizer, device, epoch, job.precision),
+            max_norm=args.clip_grad,
+            lr_scheduler=schedule,
+            log_interval=progress.interval(args.log_interval),
+            report=progress.report,
         )
-        test_stats = evaluate(val_loader, model, precision, state.settings["categories"])
-        state.epoch = epoch
-        is_best = test_stats["bbox_AP"] > state.best_ap
-        state.best_ap = max(test_stats["bbox_AP"], state.best_ap)
-        stats = {f"train_{key}": value for key, value in train_stats.items()}
-        stats |= {f"test_{key}": value for key, value in test_stats.items()}
-        output.log_epoch(stats | {"epoch": epoch, "n_parameters": n_parameters}, epoch)
+        found = evaluate(job)
+        is_best, best = found["bbox_AP"] > best, max(found["bbox_AP"], best)
+        stats = {f"train_{key}": value for key, value in (stats | losses.means(steps)).items()}
+        stats |= {f"test_{key}": value for key, value in found.items()}
+        stats |= {"epoch": epoch, "n_parameters": count_parameters(job.model)}
+        output.log_epoch(stats, epoch)
         if info.rank == 0:
-            output.save(state.state(), is_best)
+            state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            state |= {"epoch": epoch, "best_ap": best, "args": vars(args)}
+            output.save(job.state() | state, is_best)
     output.finish_saving()
-    log(f"Max box AP {state.best_ap:.4f}")
-    if state.epoch + 1 < args.epochs:
+    log(f"Max box AP {best:.4f}")
+    if stop < args.epochs:
         log(f"stopped before epoch {stop} of {args.epochs} (--stop-epoch)")
-    log(f"Training time {timedelta(seconds=int(time.time() - started))}")
-
-
-def start(argv: list[str]) -> None:
-    """Run with the flags ``argv``."""
-    args = parse_args(argv)
-    with launch.process_group(args) as (info, device):
-        run(args, info, device)
+    log(f"Training time {timedelta(seconds=int(time.time() - began))}")
 
 
 def main(argv: list[str]) -> int:
     """Run with the flags ``argv``; return the exit status."""
-    return launch.run_program(lambda: start(argv), launch.RESUMES)
+
+    def start() -> None:
+        args = parse_args(argv)
+        with launch.process_group(args) as (info, device):
+            run(args, info, device)
+
+    return launch.run_program(start, launch.RESUMES)
 
 
 if __name__ == "__main__":

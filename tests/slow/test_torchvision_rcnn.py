@@ -18,17 +18,20 @@ from conftest import (
 from PIL import Image
 from test_coco import tampered
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops.poolers import _setup_scales
 
 import models
+from pipeline.images import DataError
 from samplers import RASampler
 from tests.crash.compare import compare
 
-pytest.importorskip("pycocotools.mask")
+pytest.importorskip("faster_coco_eval")
 
-from object_detection import torchvision_rcnn
-from object_detection.coco import read_annotations
-from object_detection.mask_rcnn import LevelAnchors, build_mask_rcnn
+from object_detection import annotations, torchvision_rcnn
+from object_detection.mask_rcnn import LevelAnchors
+from object_detection.rcnn_flags import parse_args
+from object_detection.torchvision_rcnn import build_mask_rcnn
 
 MODULE = "object_detection.torchvision_rcnn"
 TINY = ["--model", "visformer_tiny", "--min-size", 64, "--max-size", 96, "--channels", 8]
@@ -149,12 +152,91 @@ def test_what_does_not_decay():
 
 
 def test_learning_rate_rises_and_falls():
-    factors = [torchvision_rcnn.lr_factor(update, 1200, 100) for update in range(1200)]
-    assert factors[0] == pytest.approx(0.001)
-    assert factors[50] == pytest.approx(0.5005)
-    assert factors[100] == factors[799] == 1
-    assert factors[800] == factors[1099] == pytest.approx(0.1)
-    assert factors[1100] == factors[1199] == pytest.approx(0.01)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    schedule = torchvision_rcnn.build_schedule(optimizer, 1200, 100)
+    rates = []
+    for update in range(1200):
+        schedule.step_update(update)
+        rates.append(optimizer.param_groups[0]["lr"] / 2)
+    assert rates[0] == pytest.approx(0.001)
+    assert rates[50] == pytest.approx(0.5005)
+    assert rates[100] == rates[799] == 1
+    assert rates[800] == rates[1099] == pytest.approx(0.1)
+    assert rates[1100] == rates[1199] == pytest.approx(0.01)
+
+
+# --- objects without a mask -----------------------------------------------------------------
+
+
+def losses_and_gradients(model, images, targets, plain=False):
+    """Losses of one batch, and gradients of the mask predictor; ``plain``: by torchvision's own."""
+    heads, kind = model.roi_heads, type(model.roi_heads)
+    torch.manual_seed(3)
+    model.zero_grad()
+    if plain:
+        heads.__class__ = RoIHeads
+    losses = model.train()(images, targets)
+    heads.__class__ = kind
+    losses["loss_mask"].backward(retain_graph=True)
+    gradients = [p.grad.clone() for p in heads.mask_predictor.parameters()]
+    return losses, gradients
+
+
+@pytest.fixture
+def crowded():
+    """A small detector, and a batch of three objects in two images and of none in another."""
+    torch.manual_seed(0)
+    model = build_mask_rcnn("resnet18", 3, min_size=96, max_size=160, channels=8)
+    images, targets = make_targets()
+    other = {key: value[:1].clone() for key, value in targets[0].items()}
+    return model, [*images, images[0].flip(0)], [*targets, other]
+
+
+def test_with_all_masks_the_losses_are_those_of_torchvision(crowded):
+    losses, gradients = losses_and_gradients(*crowded)
+    expected, others = losses_and_gradients(*crowded, plain=True)
+    assert losses.keys() == expected.keys()
+    assert all(torch.equal(losses[key], expected[key]) for key in losses)
+    assert all(map(torch.equal, gradients, others))
+    assert losses["loss_mask"] > 0 and any(g.abs().sum() > 0 for g in gradients)
+
+
+@pytest.mark.parametrize("missing", [[(0, 0)], [(0, 1), (2, 0)]])
+def test_objects_without_a_mask_train_the_box_part_alone(crowded, monkeypatch, missing):
+    *_, targets = crowded
+    whole, _ = losses_and_gradients(*crowded)
+    select = RoIHeads.select_training_samples
+
+    def without(self, proposals, targets):
+        """torchvision's selection without the positives of those objects."""
+        boxes, matched, labels, regression = map(list, select(self, proposals, targets))
+        for image, index in missing:
+            kept = ~((labels[image] > 0) & (matched[image] == index))
+            boxes[image], matched[image] = boxes[image][kept], matched[image][kept]
+            labels[image], regression[image] = labels[image][kept], regression[image][kept]
+        return boxes, matched, labels, regression
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RoIHeads, "select_training_samples", without)
+        expected, gradients = losses_and_gradients(*crowded, plain=True)
+    for image, index in missing:
+        targets[image]["masks"][index] = 0
+    losses, found = losses_and_gradients(*crowded)
+    torch.testing.assert_close(losses["loss_mask"], expected["loss_mask"])
+    assert losses["loss_mask"] != whole["loss_mask"]
+    for one, other in zip(found, gradients, strict=True):
+        torch.testing.assert_close(one, other)
+    boxes = [key for key in losses if key != "loss_mask"]
+    assert len(boxes) == 4 and all(torch.equal(losses[key], whole[key]) for key in boxes)
+    assert all(losses[key] != expected[key] for key in ("loss_classifier", "loss_box_reg"))
+
+
+def test_a_batch_without_any_mask_trains(crowded):
+    for target in crowded[2]:
+        target["masks"].zero_()
+    losses, gradients = losses_and_gradients(*crowded)
+    assert losses["loss_mask"] == 0 and losses["loss_box_reg"] > 0
+    assert all((gradient == 0).all() for gradient in gradients)
 
 
 # --- runs -----------------------------------------------------------------------------------
@@ -230,6 +312,7 @@ def test_two_processes_train(few, tmp_path):
     codes, trained, errors = together(2, [*flags, "--output_dir", tmp_path], program=["-m", MODULE])
     assert codes == [0, 0], errors
     assert "strides" not in errors[0]
+    assert trained.count("train: 5 images") == trained.count("val: 5 images") == 1
     assert processes_and_launcher(trained) == ("2", "torchrun")
     (line,) = read_log(tmp_path)
     assert line["train_loss"] > 0 and line["test_bbox_AP50"] > 1e-3
@@ -249,7 +332,7 @@ def test_fine_tuning_keeps_what_the_classifier_says_of_its_function(few, tmp_pat
     output = detected(*flags, "--finetune", tmp_path / "classifier.pth")
     assert figures(output)[0].endswith("on 1 images")  # of the training file
     saved = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
-    assert (saved["qk_scale_factor"], saved["gelu"]) == (-0.5, "tanh")
+    assert (saved["qk_scale_factor"], saved["gelu"], saved["classes"]) == (-0.5, "tanh", ["person"])
     name = "stage2.0.attn.qkv.weight"
     assert torch.equal(saved["model"][f"backbone.body.net.{name}"], weights["model"][name])
     evaluation = ["--eval", "--resume", tmp_path / "checkpoint.pth", *one]
@@ -274,21 +357,55 @@ def test_a_loss_that_is_not_finite_ends_the_run(few):
 
 
 TRAIN, VAL = "--train-annotations", "--val-annotations"
+
+
+def of_all(**values):
+    return lambda c: [a.update(values) for a in c["annotations"]]
+
+
+def normalise(content):
+    for entry in content["annotations"]:
+        entry["bbox"] = [value / 600 for value in entry["bbox"]]
+
+
+RLE = {"size": [536, 559], "counts": "PYg9>nh01O2N"}
 CHANGES = {
-    "size": lambda c: c["images"][0].update(width=560),
+    "size": lambda c: c["images"][0].update(width=600),
     "mask": lambda c: c["annotations"][0].update(segmentation=[["a"] * 6]),
+    "pairs": lambda c: c["annotations"][0].update(segmentation=[[[1, 2], [30, 2], [30, 40]]]),
+    "rectangle": of_all(segmentation=[[10, 10, 50, 50]]),
+    "RLE": lambda c: c["annotations"][0].update(segmentation=RLE),
     "file": lambda c: c["images"][1].update(file_name="lost.png"),
-    "class": lambda c: c["categories"].append({"id": 2, "name": "dog"}),
+    "images": lambda c: c["images"].append({**c["images"][0], "file_name": "other.png"}),
+    "class": lambda c: c["categories"][0].update(name="Person"),
+    "classes": lambda c: c.update(categories=[{"id": 1, "name": "dog"}]),
+    "none": lambda c: c.update(annotations=[]),
+    "crowd": of_all(iscrowd=1),
+    "masks": of_all(segmentation=[]),
+    "null": of_all(segmentation=None),
+    "absent": lambda c: [a.pop("segmentation") for a in c["annotations"]],
+    "normalised": normalise,
 }
 BAD = [  # flags, a change of the annotations, and what the message must name
     (["--data-path", ""], None, "--data-path"),
-    (["--data-path", "TMP"], None, r"instances_val\.json"),
+    (["--data-path", "TMP"], None, r"instances_train\.json"),
     ([TRAIN, "TMP/broken.json"], None, r"broken\.json"),
-    (["--images", "TMP"], None, r"FudanPed00005\.png.*--images"),
-    ([TRAIN, "TMP/tampered.json"], "size", r"FudanPed00001\.png.*\(536, 559\).*\(536, 560\)"),
+    (["--images", "TMP"], None, r"FudanPed00001\.png.*--images"),
+    ([TRAIN, "TMP/tampered.json"], "size", r"FudanPed00001\.png.*559x536.*600x536"),
     ([TRAIN, "TMP/tampered.json"], "mask", r"annotation 1 .*FudanPed00001\.png"),
+    ([TRAIN, "TMP/tampered.json"], "pairs", r"annotation 1 .*FudanPed00001\.png.*\[\[1, 2\]"),
+    ([TRAIN, "TMP/tampered.json"], "rectangle", r"no object has a mask.* 8 .*annotation 1 "),
+    ([TRAIN, "TMP/tampered.json"], "RLE", r"annotation 1 .*FudanPed00001\.png.*RLE"),
     ([TRAIN, "TMP/tampered.json"], "file", r"lost\.png"),
-    ([VAL, "TMP/tampered.json"], "class", "2 'dog'"),
+    ([TRAIN, "TMP/tampered.json"], "images", r"other\.png.*FudanPed00001\.png"),
+    ([TRAIN, "TMP/tampered.json"], "none", "no object"),
+    ([TRAIN, "TMP/tampered.json"], "crowd", "crowd.*annotation 1 "),
+    ([TRAIN, "TMP/tampered.json"], "masks", "no object has a mask"),
+    ([TRAIN, "TMP/tampered.json"], "null", "no object has a mask"),
+    ([TRAIN, "TMP/tampered.json"], "absent", "no object has a mask"),
+    ([TRAIN, "TMP/tampered.json"], "normalised", r"annotation 1 .*0\.\.1"),
+    ([VAL, "TMP/tampered.json"], "class", "'person'.*'Person'"),
+    ([VAL, "TMP/tampered.json"], "classes", "'person'.*'dog'"),
     (["--model", "visformer_tinny"], None, "visformer_tinny.* visformer_tiny"),
     (["--epochs", 0], None, "--epochs 0"),
     (["--min-size", 0], None, "min_size"),
@@ -296,7 +413,7 @@ BAD = [  # flags, a change of the annotations, and what the message must name
     (["--resume", "auto"], None, "--resume auto.*--output_dir"),
     (["--resume", "TMP/none.pth"], None, r"none\.pth"),
     (["--resume", "TMP/empty.pth"], None, r"empty\.pth"),
-    (["--resume", "TMP/other.pth"], None, r"other\.pth.* best_ap, categories, epoch"),
+    (["--resume", "TMP/other.pth"], None, r"other\.pth.* best_ap, channels, epoch"),
     (["--finetune", "TMP/other.pth"], None, r"other\.pth"),
     (["--device", "cuda:99"], None, "--device cuda:99"),
 ]
@@ -320,19 +437,65 @@ def test_a_checkpoint_of_another_detector(whole, few, tmp_path):
 
     renamed = tampered(few, tmp_path, lambda c: c["categories"][0].update(name="dog"))
     error = refused(*checkpoint, TRAIN, renamed)
-    assert "tampered.json" in error and "1 'dog'" in error
+    assert "tampered.json" in error and "'person'" in error and "'dog'" in error
 
 
-def test_without_pycocotools(few, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pycocotools", None)
-    assert "pycocotools" in refused("--data-path", few)
+def test_half_of_the_masks_are_enough(few, tmp_path):
+    def change(content):
+        for number, entry in enumerate(content["annotations"]):
+            entry["segmentation"] = (entry["segmentation"], [], None, [[9, 9, 50, 50]])[number % 4]
+
+    flags = [TRAIN, tampered(few, tmp_path, change), "--output_dir", tmp_path / "run"]
+    output = detected(*RUN, "--data-path", few, *flags, "--epochs", 1)
+    assert re.search(r"^train: 5 images, 8 objects.* 6 without a mask", output, re.M)
+    (line,) = read_log(tmp_path / "run")
+    assert line["train_loss_mask"] > 0
+
+
+def test_classes_are_matched_by_name(whole, few, tmp_path):
+    """In another order, under other ids, and among others; old checkpoints have names by id."""
+
+    def change(content):
+        names = {5: "dog", 9: "person"}
+        content["categories"] = [{"id": key, "name": name} for key, name in names.items()]
+        for entry in content["annotations"]:
+            entry["category_id"] = 9
+        content["annotations"][0]["category_id"] = 5
+
+    path = tampered(few, tmp_path, change, split="val")
+    _, folder, _ = whole
+    saved = torch.load(folder / "checkpoint.pth", weights_only=True)
+    saved["categories"] = dict(enumerate(saved.pop("classes"), start=3))
+    torch.save(saved, tmp_path / "old.pth")
+    flags = ["--eval", "--data-path", few, VAL, path, *RUN[-6:], "--amp"]
+    new, old = (
+        detected(*flags, "--resume", checkpoint)
+        for checkpoint in (folder / "checkpoint.pth", tmp_path / "old.pth")
+    )
+    assert figures(new) == figures(old) and len(figures(new)) == 1
+    assert "1 of other categories" in new
+
+
+def test_validation_may_lack_classes_that_training_may_not(few):
+    args = parse_args(["--data-path", str(few)])
+    found, _ = torchvision_rcnn.read_split(args, "val", ["dog", "person"])
+    assert list(found.categories.values()) == ["dog", "person"]
+    assert found.per_class()["dog"] == 0 < found.per_class()["person"]
+    with pytest.raises(DataError, match="'dog'"):
+        torchvision_rcnn.read_split(args, "train", ["dog", "person"])
+
+
+def test_without_the_coco_api(few, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
+    assert "faster-coco-eval" in refused("--data-path", few)
 
 
 def test_an_image_that_is_no_image(few, tmp_path):
-    annotations = read_annotations(few / "annotations" / "instances_train.json")
-    for image in annotations.images:
+    found = annotations.read(few / "annotations" / "instances_train.json")
+    for image in found.images:
         Image.new("RGB", (image["width"], image["height"])).save(tmp_path / image["file_name"])
-    (tmp_path / annotations.images[2]["file_name"]).write_bytes(b"no image")
+    (tmp_path / found.images[2]["file_name"]).write_bytes(b"no image")
     path = few / "annotations" / "instances_train.json"
     flags = ["--data-path", few, "--images", tmp_path, VAL, path]
     assert "FudanPed00003.png" in refused(*flags, "--num_workers", 1)

@@ -1,0 +1,121 @@
+"""Images and targets of torchvision's detectors, from checked annotations."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import CocoDetection, VisionDataset, wrap_dataset_for_transforms_v2
+from torchvision.transforms import v2
+
+from object_detection.annotations import Annotations, Object, use_coco_api
+from object_detection.pixels import load_checked
+from samplers import EvalBatchSampler, RASampler, SampleIndex, mix_seed
+
+
+class CheckedCoco(CocoDetection):
+    """torchvision's COCO dataset on checked annotations, without crowds.
+
+    ``category_id`` is the label of torchvision's detectors, the class + 1; an object without a mask
+    gets an empty one.
+
+    Args:
+        found: Images and objects.
+        folder: Root of every ``file_name``.
+    """
+
+    def __init__(self, found: Annotations, folder: Path):
+        VisionDataset.__init__(self, folder)  # CocoDetection's own would read a file
+        self.found = found
+        self.entries = {entry["id"]: entry for entry in found.images}
+        self.ids = list(self.entries)
+
+    def _load_image(self, id: int) -> Image.Image:
+        entry = self.entries[id]
+        return load_checked(Path(self.root, entry["file_name"]), entry, self.found.path)
+
+    def _load_target(self, id: int) -> list[Object]:
+        use_coco_api()  # in this loader worker, which may be a new process
+        height, width = (self.entries[id][side] for side in ("height", "width"))
+        empty = {"size": [height, width], "counts": [height * width]}
+        return [
+            {
+                **entry,
+                "category_id": self.found.labels[entry["category_id"]] + 1,
+                "segmentation": entry["segmentation"] or empty,
+            }
+            for entry in self.found.objects.get(id, ())
+            if not entry["iscrowd"]
+        ]
+
+
+class DetectionDataset(Dataset):
+    """Images in 0..1, with targets for training and else with their ids.
+
+    A target has ``boxes`` ``N 4`` (x1, y1, x2, y2 in pixels), ``labels`` ``N`` from 1 and ``masks``
+    ``N H W`` of uint8, empty for objects without one. Half of the images that a
+    :class:`samplers.SampleIndex` selects are mirrored.
+
+    Args:
+        found: Images and objects.
+        folder: Root of every ``file_name``.
+        is_training: Return targets.
+        seed: Seed of the run.
+    """
+
+    def __init__(self, found: Annotations, folder: Path, is_training: bool, seed: int = 0):
+        self.found, self.is_training, self.seed = found, is_training, seed
+        keys = ("boxes", "labels", "masks") if is_training else ("image_id",)
+        dataset = CheckedCoco(found, folder)
+        self.samples = wrap_dataset_for_transforms_v2(dataset, target_keys=keys)
+        self.augmentation = v2.RandomHorizontalFlip()
+        to_tensors = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()]
+        self.to_tensors = v2.Compose(to_tensors)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Return an image ``3 H W``, and its target or ``image_id``."""
+        sample = self.samples[index]
+        if isinstance(index, SampleIndex):
+            with torch.random.fork_rng(devices=[]):
+                # not torch.manual_seed(), which would seed the GPUs of a loader in this process
+                torch.default_generator.manual_seed(
+                    mix_seed(self.seed, index.epoch, index, index.copy)
+                )
+                sample = self.augmentation(*sample)
+        image, target = self.to_tensors(*sample)
+        if self.is_training and "boxes" not in target:  # torchvision's wrapper leaves them out
+            masks = torch.zeros(0, *image.shape[1:], dtype=torch.uint8)
+            labels = torch.zeros(0, dtype=torch.int64)
+            target = {"boxes": torch.zeros(0, 4), "labels": labels, "masks": masks}
+        return image, target
+
+
+def collate(samples: list[tuple]) -> tuple[list[tuple], None, list[str]]:
+    """Return a batch as :func:`engine.train_one_epoch` takes it: not stacked, as sizes differ."""
+    return samples, None, []
+
+
+def build_loader(
+    dataset: DetectionDataset, batch_size: int, num_workers: int, num_replicas: int, rank: int
+) -> DataLoader:
+    """Return the loader of this rank's part, in training shuffled by ``loader.sampler``.
+
+    In evaluation every image comes exactly once, in the batches that one process would form.
+    """
+    options: dict[str, Any] = {
+        "num_workers": num_workers,
+        "persistent_workers": num_workers > 0,
+        "pin_memory": torch.cuda.is_available(),
+        "collate_fn": collate,
+        # so that the number of workers does not change the run's random numbers
+        "generator": torch.Generator(),
+    }
+    if dataset.is_training:
+        sampler = RASampler(len(dataset), num_replicas, rank, batch_size, 1, dataset.seed)
+        return DataLoader(dataset, batch_size=batch_size, sampler=sampler, **options)
+    batches = EvalBatchSampler(len(dataset), batch_size, num_replicas, rank)
+    return DataLoader(dataset, batch_sampler=batches, **options)
