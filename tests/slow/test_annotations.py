@@ -10,6 +10,7 @@ from annotation_files import BOXES, CASES, CLASSES, HEIGHT, WIDTH, compressed, c
 
 from datasets import DataError
 from object_detection import annotations
+from object_detection.data import DetectionDataset
 
 pytest.importorskip("pycocotools")
 RIGHT = [name for name, case in CASES.items() if case.objects is not None]
@@ -64,6 +65,10 @@ def test_what_is_used(tmp_path, mmdet_set, name):
     used = [entry for entry in found if not entry["iscrowd"]]
     masks = [entry for entry in used if entry["segmentation"] is not None]
     assert (len(used), len(masks)) == expected(name)
+
+    targets = [target for _, target in DetectionDataset(found, tmp_path, is_training=True)]
+    masks = sum(int(target["masks"].flatten(1).any(1).sum()) for target in targets)
+    assert (sum(len(target["boxes"]) for target in targets), masks) == expected(name)
 
     samples = [sample["data_samples"].gt_instances for sample in mmdet_set(file, CLASSES)]
     masks = sum(int(each.masks.to_ndarray().any((1, 2)).sum()) for each in samples if len(each))
