@@ -33,7 +33,7 @@ LONGEST = ("docs", "torchvision_rcnn", "mmdet_commands", "main", "crash", "attac
 LONGEST += ("watchdog", "submit", "benchmark", "distributed", "mmdet", "recipes")
 MARKED = {
     "distributed": ("agreement", "distributed", "fsdp", "nodes"),
-    "detection": ("coco", "mmdet", "mmdet_commands", "torchvision_rcnn"),
+    "detection": ("coco", "export_detector", "mmdet", "mmdet_commands", "torchvision_rcnn"),
 }
 
 
