@@ -85,7 +85,8 @@ def export(args: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Export with the flags ``argv``; return the exit status."""
-    parser = Parser(prog="python -m object_detection.export", description=__doc__.splitlines()[0])
+    what = "Export a detector or a backbone to ONNX, for images of one size."
+    parser = Parser(prog="python -m object_detection.export", description=what)
     add = parser.add_argument
     add("checkpoint", nargs="?", metavar="CHECKPOINT", help="of object_detection.torchvision_rcnn")
     add("--output", required=True, type=Path, metavar="FILE.onnx")
