@@ -7,6 +7,7 @@ from argparse import Namespace
 import torch
 import torch.distributed as dist
 
+import models
 import utils
 from training import agreement, launch, schedules
 from training.checkpoints import read_resume, was_restarted
@@ -14,7 +15,7 @@ from training.existing_run import check_resumed, treatment
 from training.flags import parse_args
 from training.job import Job, build_job
 from training.launch import DistInfo
-from training.network import fused, with_amp_dtype
+from training.network import with_amp_dtype
 from training.output import Output
 from training.run_state import RunState
 from training.tracking import Tracking
@@ -54,7 +55,7 @@ def evaluate(job: Job) -> int:
         report = source.load(network.model, weights)
         if weights == "model":
             log(str(report or source.label))
-        model = fused(network.model, network.name) if job.args.fuse else network.model
+        model = models.fused(network.model, network.name) if job.args.fuse else network.model
         job.evaluation(model, "EMA " if weights == "ema" else "")
     return 0
 

@@ -12,6 +12,7 @@ from .detection_backbone import Backbone, SwinVisformer, VisionBackbone, load_ba
 from .errors import CheckpointError, ModelError, UnreadableFileError, UnsafeFileError
 from .factory import build_model, check_input_size, is_own_model, pretrained_config
 from .freezing import freeze_all_but_attention, freeze_all_but_classifier, freeze_stages
+from .layers.fuse import fused, is_fusible
 from .load import LoadedModel, find_model, from_checkpoint, load_model, read_weights
 from .source import ModelSource
 
@@ -36,7 +37,9 @@ __all__ = [
     "freeze_all_but_classifier",
     "freeze_stages",
     "from_checkpoint",
+    "fused",
     "height_and_width",
+    "is_fusible",
     "is_own_model",
     "load_backbone",
     "load_checkpoint",

@@ -22,6 +22,7 @@ from .errors import ModelError
 from .factory import build_model, is_own
 from .freezing import freeze_stages, is_frozen
 from .layers import set_recompute_activations
+from .layers.fuse import fused
 from .load import read_weights
 from .visformer import Stage, Visformer
 
@@ -185,13 +186,9 @@ class Backbone(nn.Module):
         Raises:
             ModelError: The model cannot be fused.
         """
-        if not hasattr(self.net, "fuse"):
-            raise ModelError(
-                f"{type(self.net).__name__} cannot be fused: only models of this repository can"
-            )
-        fused = copy.deepcopy(self).eval()
-        fused.net = fused.net.fuse()
-        return fused
+        copied = copy.deepcopy(self).eval()
+        copied.net = fused(self.net, type(self.net).__name__)
+        return copied
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Image ``B 3 H W`` to the feature maps of ``out_indices``, ``B C H/s W/s`` each."""

@@ -1,4 +1,4 @@
-"""FastViT, "A Fast Hybrid Vision Transformer" (arXiv 2303.14189).
+"""FastViT, "A Fast Hybrid Vision Transformer" (arXiv 2303.14189), and MobileCLIP's image encoders.
 
 Convolutions mix tokens on the large feature maps, convolutions or attention on the smallest. For
 training, a convolution has several branches; :meth:`FastViT.reparameterize` folds them into one.
@@ -8,11 +8,13 @@ converts by :func:`checkpoint_filter_fn`.
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
 import torch
-from timm.layers import ClassifierHead, trunc_normal_
+from timm.layers import ClassifierHead, LayerNorm2d, trunc_normal_
+from timm.models import fastvit as timm_fastvit
 from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices as take_indices
 from torch import nn
@@ -61,6 +63,7 @@ class Stage(NamedTuple):
         mlp_ratio: Hidden channels of the feed-forward part, in multiples of ``dim``.
         mixer: Token mixer of the blocks, "repmixer" or "attention".
         position_encoding: Add a conditional position encoding before the blocks.
+        patch_se: Squeeze and excitation in the patch embedding.
     """
 
     depth: int
@@ -68,6 +71,7 @@ class Stage(NamedTuple):
     mlp_ratio: float = 4.0
     mixer: str = "repmixer"
     position_encoding: bool = False
+    patch_se: bool = False
 
 
 class ConvFfn(nn.Module):
@@ -165,7 +169,7 @@ class RepMixerBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Attention after BatchNorm, then the feed-forward part (section 3.3).
+    """Attention after a norm, then the feed-forward part (section 3.3).
 
     Args:
         dim: Channels, a multiple of 32.
@@ -174,6 +178,7 @@ class AttentionBlock(nn.Module):
         attn_drop, proj_drop, drop_path: Dropout of attention weights and after projections,
             and stochastic depth.
         layer_scale_init_value: Initial scale of both branches, 0 or ``None`` for none.
+        norm_layer: Norm before attention.
     """
 
     def __init__(
@@ -185,11 +190,12 @@ class AttentionBlock(nn.Module):
         proj_drop: float = 0.0,
         drop_path: float = 0.0,
         layer_scale_init_value: float | None = 1e-5,
+        norm_layer: type[nn.Module] = nn.BatchNorm2d,
     ):
         super().__init__()
         if dim % HEAD_DIM:
             raise ValueError(f"dim {dim} of an attention stage is not a multiple of {HEAD_DIM}")
-        self.norm = nn.BatchNorm2d(dim)
+        self.norm = norm_layer(dim)
         self.token_mixer = MapAttention(
             dim,
             dim // HEAD_DIM,
@@ -217,29 +223,38 @@ class AttentionBlock(nn.Module):
         self.layer_scale_2 = _fold_layer_scale(self.mlp.fc2, self.layer_scale_2)
 
 
-def convolutional_stem(
-    in_chans: int, dim: int, stride: int = 4, inference_mode: bool = False
-) -> nn.Sequential:
-    """Three MobileOne blocks, ``B in_chans H W -> B dim H/s W/s`` (section 3.2: s = 4)."""
+def convolutional_stem(in_chans: int, dim: int, stride: int = 4, **options) -> nn.Sequential:
+    """Three MobileOne blocks, ``B in_chans H W -> B dim H/s W/s`` (section 3.2: s = 4).
+
+    Args:
+        in_chans, dim: Channels of the input and the output.
+        stride: 4, 2 or 1.
+        options: ``use_scale`` and ``inference_mode`` of :class:`ReparamConv`.
+    """
     if stride not in STEM_STRIDES:
         raise ValueError(f"stem_stride {stride} must be one of {', '.join(map(str, STEM_STRIDES))}")
     first, second = STEM_STRIDES[stride]
     return nn.Sequential(
-        ReparamConv(in_chans, dim, 3, stride=first, inference_mode=inference_mode),
-        ReparamConv(dim, dim, 3, stride=second, groups=dim, inference_mode=inference_mode),
-        ReparamConv(dim, dim, 1, inference_mode=inference_mode),
+        ReparamConv(in_chans, dim, 3, stride=first, **options),
+        ReparamConv(dim, dim, 3, stride=second, groups=dim, **options),
+        ReparamConv(dim, dim, 1, **options),
     )
 
 
 class PatchEmbed(nn.Module):
-    """7x7 convolution of stride 2, by groups, and a pointwise one (sections 3.2 and 3.3)."""
+    """7x7 convolution of stride 2, by groups, and a pointwise one (sections 3.2 and 3.3).
 
-    def __init__(self, in_chans: int, dim: int, inference_mode: bool = False):
+    Args:
+        in_chans, dim: Channels of the input and the output.
+        inference_mode: Build the reparameterised form.
+        options: ``use_se`` and ``use_act`` of :class:`LargeKernelConv`.
+    """
+
+    def __init__(self, in_chans: int, dim: int, inference_mode: bool = False, **options):
         super().__init__()
+        large = {"stride": 2, "groups": in_chans, "inference_mode": inference_mode, **options}
         self.proj = nn.Sequential(
-            LargeKernelConv(
-                in_chans, dim, 7, stride=2, groups=in_chans, inference_mode=inference_mode
-            ),
+            LargeKernelConv(in_chans, dim, 7, **large),
             ReparamConv(dim, dim, 1, inference_mode=inference_mode),
         )
 
@@ -257,6 +272,7 @@ class FastViTStage(nn.Module):
         rates: Stochastic depth of the blocks.
         attention: Further arguments of attention blocks.
         common: Further arguments of blocks of either kind.
+        patch_act: Activation within the patch embedding.
         inference_mode: Build the reparameterised form.
     """
 
@@ -267,12 +283,16 @@ class FastViTStage(nn.Module):
         rates: Sequence[float],
         attention: dict,
         common: dict,
+        patch_act: bool = False,
         inference_mode: bool = False,
     ):
         super().__init__()
         self.grad_checkpointing = False
         dim, fused = stage.dim, {"inference_mode": inference_mode}
-        self.downsample = nn.Identity() if in_chans is None else PatchEmbed(in_chans, dim, **fused)
+        self.downsample = nn.Identity()
+        if in_chans is not None:
+            options = {"use_se": stage.patch_se, "use_act": patch_act}
+            self.downsample = PatchEmbed(in_chans, dim, **fused, **options)
         self.pos_emb = (
             RepConditionalPosEnc(dim, **fused) if stage.position_encoding else nn.Identity()
         )
@@ -323,6 +343,9 @@ class FastViT(StagedModel):
         drop_rate, proj_drop_rate, attn_drop_rate: Dropout before the classifier, after
             projections, of attention weights.
         drop_path_rate: Stochastic depth of the last block, growing linearly from 0.
+        norm_layer: Norm before attention.
+        patch_act: Activation within patch embeddings (see :class:`LargeKernelConv`).
+        stem_scale: Give convolutions of the stem a 1x1 branch in training.
         inference_mode: Build the reparameterised form, for weights that are reparameterised.
         overparameterize: If False, stem, patch embeddings and final convolution have one branch
             each in training (the ablation of section 3.2.2).
@@ -345,6 +368,9 @@ class FastViT(StagedModel):
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        norm_layer: type[nn.Module] = nn.BatchNorm2d,
+        patch_act: bool = False,
+        stem_scale: bool = True,
         inference_mode: bool = False,
         overparameterize: bool = True,
     ):
@@ -355,13 +381,17 @@ class FastViT(StagedModel):
         self.in_chans = in_chans
         self.qk_scale_factor = qk_scale_factor
         attention = {"qk_scale_factor": qk_scale_factor, "attn_drop": attn_drop_rate}
+        attention["norm_layer"] = norm_layer
         common = {"proj_drop": proj_drop_rate, "layer_scale_init_value": layer_scale_init_value}
-        self.stem = convolutional_stem(in_chans, stages[0].dim, stem_stride, inference_mode)
+        fused = {"inference_mode": inference_mode}
+        self.stem = convolutional_stem(
+            in_chans, stages[0].dim, stem_stride, use_scale=stem_scale, **fused
+        )
         self.feature_info = []
         built, dim = [], None
         all_rates = drop_path_rates(drop_path_rate, [stage.depth for stage in stages])
         for index, (stage, rates) in enumerate(zip(stages, all_rates, strict=True)):
-            built.append(FastViTStage(stage, dim, rates, attention, common, inference_mode))
+            built.append(FastViTStage(stage, dim, rates, attention, common, patch_act, **fused))
             dim = stage.dim
             self.feature_info.append(
                 {"num_chs": dim, "reduction": stem_stride * 2**index, "module": f"stages.{index}"}
@@ -494,14 +524,26 @@ RENAMED = (
 )
 
 
+# of the image encoder in weights of MobileCLIP and of open_clip
+ENCODERS = ("image_encoder.model.", "module.visual.trunk.", "visual.trunk.")
+
+
 def checkpoint_filter_fn(
     state_dict: dict[str, torch.Tensor], model: FastViT
 ) -> dict[str, torch.Tensor]:
     """Convert weights in the layout of the original or of timm to the layout of ``model``.
 
     The original numbers patch embeddings, position encodings and the blocks of each stage in one
-    sequence, ``network``. Reparameterised weights fit only a reparameterised model.
+    sequence, ``network``. MobileCLIP's image encoder is taken out of weights of both encoders, its
+    projection without a bias. Reparameterised weights fit only a reparameterised model.
     """
+    prefix = next((p for p in ENCODERS if any(key.startswith(p) for key in state_dict)), "")
+    if prefix:
+        state_dict = {
+            key.removeprefix(prefix): value
+            for key, value in state_dict.items()
+            if key.startswith(prefix)
+        }
     places = []
     for index, stage in enumerate(model.stages):
         parts = {"downsample": stage.downsample, "pos_emb": stage.pos_emb, "blocks": stage.blocks}
@@ -512,6 +554,9 @@ def checkpoint_filter_fn(
         ]
     converted = {}
     for key, value in state_dict.items():
+        if key == "head.proj":
+            converted["head.fc.bias"] = value.new_zeros(value.shape[1])
+            key, value = "head.fc.weight", value.T
         if found := re.match(r"network\.(\d+)\b", key):
             number = int(found[1])
             if number < len(places):
@@ -523,7 +568,7 @@ def checkpoint_filter_fn(
 
 
 def _create_fastvit(name: str, pretrained: bool, **kwargs) -> FastViT:
-    indices = tuple(range(len(kwargs["stages"])))
+    indices = tuple(range(min(len(kwargs["stages"]), 4)))  # timm's, also of the five of MCi3
     return build_registered(FastViT, name, pretrained, checkpoint_filter_fn, indices, **kwargs)
 
 
@@ -547,6 +592,9 @@ default_cfgs = generate_default_cfgs(
         for size in ("t8", "t12", "s12", "sa12", "sa24", "sa36", "ma36")
     }
 )
+default_cfgs |= {
+    name: timm_fastvit.default_cfgs[name] for name in (f"fastvit_mci{i}" for i in range(5))
+}
 
 
 def _net(depths: Sequence[int], dim: int, mlp_ratio: float = 4.0, attention: bool = False) -> dict:
@@ -558,6 +606,22 @@ def _net(depths: Sequence[int], dim: int, mlp_ratio: float = 4.0, attention: boo
     if attention:
         stages[-1] = Stage(depths[-1], stages[-1].dim, mlp_ratio, "attention", True)
     return {"stages": tuple(stages)}
+
+
+def _mci(depths: Sequence[int], dim: int) -> dict:
+    """MobileCLIP's small image encoders."""
+    stages = _net(depths, dim, 3.0, attention=True)["stages"]
+    embedded = tuple(stage._replace(patch_se=True) for stage in stages[2:])
+    return {"stages": stages[:2] + embedded, "patch_act": True}
+
+
+def _mci_large(depths: Sequence[int], dim: int) -> dict:
+    """MobileCLIP2's large image encoders: five stages, the last two with attention."""
+    stages = _net(depths, dim, 4.0)["stages"]
+    attention = {"mixer": "attention", "position_encoding": True}
+    stages = stages[:3] + tuple(stage._replace(**attention) for stage in stages[3:])
+    norm = partial(LayerNorm2d, eps=1e-5)
+    return {"stages": stages, "patch_act": True, "norm_layer": norm, "stem_scale": False}
 
 
 @register_model
@@ -604,3 +668,35 @@ def fastvit_ma36(pretrained: bool = False, **kwargs) -> FastViT:
     """FastViT-MA36: 44.1 M parameters (42.7 in the paper), 7.9 GMACs, 83.9 % on ImageNet."""
     defaults = _net((6, 6, 18, 6), 76, attention=True)
     return _create_fastvit("fastvit_ma36", pretrained, **defaults | kwargs)
+
+
+@register_model
+def fastvit_mci0(pretrained: bool = False, **kwargs) -> FastViT:
+    """MCi0, the image encoder of MobileCLIP-S0 (arXiv 2311.17049): 512 embeddings for classes."""
+    return _create_fastvit("fastvit_mci0", pretrained, **_mci((2, 6, 10, 2), 64) | kwargs)
+
+
+@register_model
+def fastvit_mci1(pretrained: bool = False, **kwargs) -> FastViT:
+    """MCi1, the image encoder of MobileCLIP-S1."""
+    return _create_fastvit("fastvit_mci1", pretrained, **_mci((4, 12, 20, 4), 64) | kwargs)
+
+
+@register_model
+def fastvit_mci2(pretrained: bool = False, **kwargs) -> FastViT:
+    """MCi2, the image encoder of MobileCLIP-S2."""
+    return _create_fastvit("fastvit_mci2", pretrained, **_mci((4, 12, 24, 4), 80) | kwargs)
+
+
+@register_model
+def fastvit_mci3(pretrained: bool = False, **kwargs) -> FastViT:
+    """MCi3, the image encoder of MobileCLIP2-S3: 768 embeddings for classes."""
+    defaults = _mci_large((2, 12, 24, 4, 2), 96)
+    return _create_fastvit("fastvit_mci3", pretrained, **defaults | kwargs)
+
+
+@register_model
+def fastvit_mci4(pretrained: bool = False, **kwargs) -> FastViT:
+    """MCi4, the image encoder of MobileCLIP2-S4."""
+    defaults = _mci_large((2, 12, 24, 4, 4), 128)
+    return _create_fastvit("fastvit_mci4", pretrained, **defaults | kwargs)

@@ -30,8 +30,9 @@ def shrunk(name):
         width = {"num_heads": heads, "embed_dim": 4 * heads}
         return {"img_size": 64, "depth": 3, "local_up_to_layer": 2, **width}
     if family == "fastvit":
-        attends = variant.startswith(("sa", "ma"))
+        attends = variant.startswith(("sa", "ma", "mci"))
         last = {"mixer": "attention", "position_encoding": True} if attends else {}
+        last["patch_se"] = variant in ("mci0", "mci1", "mci2")
         stages = [(1, 16), (2, 32), (1, 32)]
         return {"stages": (*(fastvit.Stage(*s) for s in stages), fastvit.Stage(2, 64, **last))}
     stages = [  # windows are smaller than the maps, so that they shift

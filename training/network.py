@@ -171,17 +171,6 @@ def choose_precision(args: Namespace, model: nn.Module, device: torch.device) ->
     return engine.Precision(device, dtype, torch.channels_last if last else torch.contiguous_format)
 
 
-def fused(model: nn.Module, name: str) -> nn.Module:
-    """Return the fused model for inference.
-
-    Raises:
-        ModelError: The model cannot be fused.
-    """
-    if not hasattr(model, "fuse"):
-        raise models.ModelError(f"{name} cannot be fused: leave --fuse out")
-    return model.fuse()
-
-
 def recompute_blocks(model: nn.Module, name: str) -> None:
     """Recompute the blocks of a model in the backward pass."""
     try:

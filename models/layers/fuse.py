@@ -3,8 +3,10 @@
 import copy
 
 import torch
+from timm.models import reparameterize_model
 from torch import nn
 
+from ..errors import ModelError
 from .packed import PackedConv2d, PackedLinear
 
 
@@ -114,6 +116,33 @@ class Fusible(nn.Module):
         with torch.no_grad():
             _fuse(fused)
         return fused.requires_grad_(False)
+
+
+def is_fusible(model: nn.Module) -> bool:
+    """Return True if :func:`fused` has something to do."""
+    own = ("fuse", "reparameterize", "switch_to_deploy")  # what reparameterize_model calls
+    layers = (module for module in model.modules() if module is not model)
+    return hasattr(model, "fuse") or any(hasattr(layer, name) for layer in layers for name in own)
+
+
+@torch.no_grad()
+def fused(model: nn.Module, name: str) -> nn.Module:
+    """Return a copy of a model for inference that computes the same function.
+
+    timm's models are reparameterised by timm, ours are fused (see :class:`Fusible`).
+
+    Args:
+        model: Model, of this repository or of timm.
+        name: Name of the model, for the message.
+
+    Raises:
+        ModelError: The model has nothing to fold.
+    """
+    if not is_fusible(model):
+        raise ModelError(f"{name} has no branches to fuse: leave --fuse out")
+    if hasattr(model, "fuse"):
+        return model.fuse()
+    return reparameterize_model(model).eval().requires_grad_(False)
 
 
 def _fuse(module: nn.Module) -> None:

@@ -137,7 +137,23 @@ class ReparamModule(nn.Module):
         return self.forward_branches(x) if self.reparam_conv is None else self.reparam_conv(x)
 
 
-class ReparamConv(ReparamModule):
+class _ActivatedConv(ReparamModule):
+    """Branches, then squeeze and excitation of their sum, then GELU; either may be left out."""
+
+    se: nn.Module
+    act: nn.Module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``B C H W -> B D H/stride W/stride``."""
+        return self.act(self.se(super().forward(x)))
+
+    def fuse_(self) -> None:
+        """Join convolution and activation (see :class:`models.layers.fuse.Fusible`)."""
+        if isinstance(self.se, nn.Identity):
+            self.reparam_conv, self.act = pack(self.reparam_conv, self.act), nn.Identity()
+
+
+class ReparamConv(_ActivatedConv):
     """MobileOne block: sum of convolutions, a 1x1 one and BatchNorm alone; SE; GELU.
 
     MobileOne, arXiv 2206.04040, section 3.2. BatchNorm alone is a branch if input and output have
@@ -210,21 +226,16 @@ class ReparamConv(ReparamModule):
             parts["identity"] = fuse_norm(eye, self.identity, size)
         return parts
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``B C H W -> B D H/stride W/stride``."""
-        return self.act(self.se(super().forward(x)))
 
-    def fuse_(self) -> None:
-        """Join convolution and activation (see :class:`models.layers.fuse.Fusible`)."""
-        if isinstance(self.se, nn.Identity):
-            self.reparam_conv, self.act = pack(self.reparam_conv, self.act), nn.Identity()
-
-
-class LargeKernelConv(ReparamModule):
+class LargeKernelConv(_ActivatedConv):
     """Large-kernel convolution plus a 3x3 one (section 3.3; RepLKNet, arXiv 2203.06717).
 
-    No activation follows: the released code computes one and discards it, and the released
-    weights were trained that way.
+    Args:
+        in_chans, out_chans, kernel_size, stride, groups, inference_mode: See
+            :class:`ReparamModule`.
+        use_se: Squeeze and excitation of the sum, with channels / 4.
+        use_act: GELU at the end. The released code of FastViT computes one and discards it, and
+            its weights were trained that way; those of MobileCLIP were trained with it.
     """
 
     branches = ("large_conv", "small_conv")
@@ -237,8 +248,12 @@ class LargeKernelConv(ReparamModule):
         stride: int = 1,
         groups: int = 1,
         inference_mode: bool = False,
+        use_se: bool = False,
+        use_act: bool = False,
     ):
         super().__init__(in_chans, out_chans, kernel_size, stride, groups, inference_mode)
+        self.se = SEModule(out_chans, rd_ratio=0.25) if use_se else nn.Identity()
+        self.act = nn.GELU() if use_act else nn.Identity()
         if not inference_mode:
             self.large_conv = conv_norm(in_chans, out_chans, kernel_size, stride, groups)
             self.small_conv = conv_norm(in_chans, out_chans, 3, stride, groups)

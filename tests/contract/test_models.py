@@ -26,7 +26,7 @@ KINDS += ["swin_visformer_tiny_v2", "convit_tiny", "fastvit_t8", "fastvit_sa12",
 # one of every layout that small models have
 LAYOUTS = [*KINDS, *(f"visformer_net{i}" for i in (2, 4, 5, 6)), "visformer_small", "convit_small"]
 LAYOUTS += ["swin_visformer_small", "swin_visformer_small_v2", "swin_visformer_medium_v2"]
-LAYOUTS += ["vit_b_16_224", "vit_l_16_224", "vit_l_32_224"]
+LAYOUTS += ["vit_b_16_224", "vit_l_16_224", "vit_l_32_224", "fastvit_mci0", "fastvit_mci3"]
 SPECIAL = {"convit", "vit"}  # families that spare these from weight decay
 SPARED = ("pos_embed", "cls_token")
 

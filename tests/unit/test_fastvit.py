@@ -10,7 +10,7 @@ import timm
 import timm.models.fastvit
 import torch
 from loading import refused
-from small_models import stir
+from small_models import relative, stir
 from timm.utils.model import reparameterize_model
 from torch import nn
 
@@ -34,6 +34,11 @@ NAMES = {
     "fastvit_sa24": 21.6,
     "fastvit_sa36": 31.5,
     "fastvit_ma36": 44.1,
+    "fastvit_mci0": 11.4,
+    "fastvit_mci1": 21.5,
+    "fastvit_mci2": 35.8,
+    "fastvit_mci3": 125.2,
+    "fastvit_mci4": 321.8,
 }
 TINY = (
     Stage(1, 16, 2.0),
@@ -103,13 +108,62 @@ def test_facts_are_timms(name):
     assert count(fused) < count(ours)
     assert (ours.num_features, ours.head_hidden_size) == (theirs.num_features,) * 2
     assert ours.feature_info == theirs.feature_info
-    for tag in ("apple_in1k", "apple_dist_in1k"):
+    assert ours.num_classes == theirs.num_classes
+    tags = timm.models.fastvit.default_cfgs[name].cfgs
+    facts = ("input_size", "crop_pct", "pool_size", "first_conv", "classifier", "license")
+    for tag, known in tags.items():
         cfg = timm.get_pretrained_cfg(f"{name}.{tag}")
-        known = timm.models.fastvit.default_cfgs[name].cfgs[tag]
-        assert cfg.hf_hub_id == f"timm/{name}.{tag}"
-        for fact in ("input_size", "crop_pct", "pool_size", "first_conv", "classifier", "license"):
+        assert cfg.hf_hub_id in (f"timm/{name}.{tag}", known.hf_hub_id)
+        for fact in (*facts, "num_classes", "mean", "std"):
             assert getattr(cfg, fact) == getattr(known, fact), fact
-    assert ours.pretrained_cfg["tag"] == "apple_in1k"
+    assert ours.pretrained_cfg["tag"] == next(iter(tags))
+
+
+ENCODER = (
+    Stage(1, 32, 3.0),
+    Stage(2, 64, 3.0),
+    Stage(1, 128, 3.0, patch_se=True),
+    Stage(1, 256, 3.0, "attention", True, patch_se=True),
+)
+LARGE_ENCODER = (
+    *(Stage(1, dim) for dim in (32, 64, 128)),
+    *(Stage(1, dim, 4.0, "attention", True) for dim in (256, 512)),
+)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "mci" in name])
+def test_image_encoders_equal_timms(name):
+    stages = LARGE_ENCODER if name in ("fastvit_mci3", "fastvit_mci4") else ENCODER
+    ours = stir(timm.create_model(name, stages=stages)).double()
+    sizes = {"layers": [s.depth for s in stages], "embed_dims": [s.dim for s in stages]}
+    theirs = getattr(timm.models.fastvit, name)(**sizes).eval().double()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    with torch.no_grad():
+        expected = theirs(x)
+        folded = reparameterize_model(theirs)
+        fitting = timm.create_model(name, stages=stages, inference_mode=True).eval().double()
+        fitting.load_state_dict(folded.state_dict())
+        for net in (ours, ours.fuse(), copy.deepcopy(ours).reparameterize(), fitting):
+            assert relative(net(x), expected) < 1e-12
+        maps = [net.forward_intermediates(x, intermediates_only=True) for net in (ours, theirs)]
+        for found, wanted in zip(*maps, strict=True):
+            assert relative(found, wanted) < 1e-12
+        for net in (ours, theirs):
+            net.reset_classifier(0)
+        assert relative(ours(x), theirs(x)) < 1e-12
+
+
+def test_the_image_encoder_of_a_checkpoint_of_two_encoders():
+    stages = [Stage(1, 32), Stage(1, 32, 2.0, patch_se=True)]
+    model = timm.create_model("fastvit_mci0", stages=stages, num_classes=5)
+    state = model.state_dict()
+    weight = torch.randn(64, 5)
+    content = {f"image_encoder.model.{k}": v for k, v in state.items() if "head" not in k}
+    content |= {"image_encoder.model.head.proj": weight, "text_encoder.weight": torch.ones(1)}
+    found = checkpoint_filter_fn(content, model)
+    assert found.keys() == state.keys()
+    assert torch.equal(found["head.fc.weight"], weight.T) and not found["head.fc.bias"].any()
 
 
 LAYERS = {
@@ -123,6 +177,7 @@ LAYERS = {
     "mixer": lambda: RepMixer(6),
     "mixer without scale": lambda: RepMixer(6, 5, layer_scale_init_value=None),
     "large": lambda: LargeKernelConv(6, 12, 7, stride=2, groups=6),
+    "large and more": lambda: LargeKernelConv(6, 12, 7, groups=6, use_se=True, use_act=True),
     "position": lambda: RepConditionalPosEnc(6),
 }
 

@@ -3,11 +3,13 @@
 import copy
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from small_models import relative, small, stir
 from torch import nn
 
+import models
 from models.layers import Block2d, Mlp2d, WindowAttention2d
 from models.layers.fuse import fold_before, pack
 from models.layers.gpsa import GPSA
@@ -120,3 +122,24 @@ def test_what_is_kept_in_evaluation_follows_the_weights(make, shape, name):
     module.double()
     with torch.no_grad():
         assert module(x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["mobileone_s0", "repvgg_a0"])
+def test_timms_branches_are_folded(name):
+    model = stir(timm.create_model(name, num_classes=3)).double()
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    before = sum(parameter.numel() for parameter in model.parameters())
+    with torch.no_grad():
+        expected = model(x)
+        folded = models.fused(model, name)
+        assert relative(folded(x), expected) < 1e-10
+        assert torch.equal(model(x), expected)
+    assert sum(parameter.numel() for parameter in folded.parameters()) < before
+    assert not folded.training and not any(p.requires_grad for p in folded.parameters())
+
+
+def test_a_model_without_branches_is_named():
+    model = timm.create_model("test_vit")
+    assert not models.is_fusible(model)
+    with pytest.raises(models.ModelError, match="test_vit"):
+        models.fused(model, "test_vit")

@@ -17,11 +17,11 @@ from unittest import mock
 import timm
 import torch
 import torch.nn.functional as F
-from timm.utils.model import reparameterize_model
 from torch import nn
 
 import engine
-from models import height_and_width, vit
+import models
+from models import vit
 from models.layers import set_fused_attention
 from tools.benchmark import measure
 from tools.flops import size_options
@@ -93,7 +93,7 @@ class Case:
             join_kernels(model)
         model = configure(model if train else model.to(dtype), self.side, self.config)
         last = "channels_last" in self.config
-        image = torch.randn(self.batch, 3, *height_and_width(self.size), device=self.device)
+        image = torch.randn(self.batch, 3, *models.height_and_width(self.size), device=self.device)
         image = image.to(memory_format=torch.channels_last if last else torch.contiguous_format)
         if not train:
             image = image.to(dtype)
@@ -237,17 +237,14 @@ def is_possible(side: str, config: str, model: nn.Module) -> bool:
             model.set_grad_checkpointing(True)
         except (AttributeError, AssertionError):
             return False
-    if "deploy" not in config or side == "ours":
-        return True
-    methods = ("reparameterize", "fuse", "switch_to_deploy")
-    return side != "explicit" and any(hasattr(m, f) for m in model.modules() for f in methods)
+    return "deploy" not in config or (side != "explicit" and models.is_fusible(model))
 
 
 def configure(model: nn.Module, side: str, config: str) -> nn.Module:
     """Return ``model`` in a configuration."""
     for transform in config.split("+"):
         if transform == "deploy":
-            model = model.fuse() if side == "ours" else reparameterize_model(model.eval())
+            model = models.fused(model, side)
         elif transform == "channels_last":
             model = model.to(memory_format=torch.channels_last)
         elif transform == "checkpoint":

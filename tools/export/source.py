@@ -10,7 +10,6 @@ from torch import nn
 import datasets
 import models
 from models import DataConfig
-from models.layers.fuse import Fusible
 from utils import UserError
 
 PROJECT = "visformer"
@@ -157,10 +156,10 @@ def load_source(args: argparse.Namespace, device: torch.device) -> ExportSource:
         )
     models.check_input_size(model, source.name, size, images.in_chans)
     exported = model
-    if args.fuse and isinstance(model, Fusible):
-        exported = model.fuse()
+    if args.fuse and models.is_fusible(model):
+        exported = models.fused(model, source.name)
     elif args.fuse:
-        notes.append(f"{source.name} has no fuse(): exported as it is")
+        notes.append(f"{source.name} has nothing to fuse: exported as it is")
     if args.with_preprocessing:
         exported, model = (
             Preprocessed(m, images.mean, images.std).to(device) for m in (exported, model)

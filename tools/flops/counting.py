@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import models
 from models import ModelSource
 from models.layers import set_fused_attention
-from models.layers.fuse import Fusible
 
 LAYERS = {
     F.linear,
@@ -189,9 +188,7 @@ class Request:
         model = model.to(device).eval().requires_grad_(False)
         set_fused_attention(model, self.fused_attention)
         if self.fuse:
-            if not isinstance(model, Fusible):
-                raise models.ModelError(f"--fuse: {self.name} has no fuse(); leave it out")
-            model = model.fuse()
+            model = models.fused(model, self.name)
         return model, models.height_and_width(size)
 
 

@@ -15,7 +15,7 @@ from models import DataConfig, ModelSource, size_text
 from tools.cli import shown
 from tools.validate.classes import ClassMap, match_classes
 from training.compilation import compiled
-from training.network import check_exponent, choose_precision, fused, of_channels
+from training.network import check_exponent, choose_precision, of_channels
 from utils import UserError
 
 
@@ -95,6 +95,6 @@ def eval_models(
             precision.place(model)
             for name in weights:
                 source.load(model, name)
-                net = fused(model, source.name) if args.fuse else model
+                net = models.fused(model, source.name) if args.fuse else model
                 net = compiled(net, args.compile, args.compile_mode, args.compile_blocks)
                 yield EvalModel(source, name, args, images, net, precision)
