@@ -46,9 +46,11 @@ DEFAULTS |= {"max_size": MAX_SIZE, "channels": CHANNELS}
 
 
 def build_optimizer(model: MaskRCNN, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """Return AdamW without decay of norms, biases and the backbone's ``no_weight_decay``."""
+    """Return AdamW without decay of norms, biases, their tables and ``no_weight_decay``."""
     net = model.backbone.body.net
-    spared = net.no_weight_decay() if hasattr(net, "no_weight_decay") else ()
+    spared = set(net.no_weight_decay()) if hasattr(net, "no_weight_decay") else set()
+    # as the original detector's recipes
+    spared |= {name for name, _ in net.named_parameters() if name.endswith("bias_table")}
     names = [f"backbone.body.net.{name}" for name in spared]
     groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=names)
     return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)

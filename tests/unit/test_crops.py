@@ -15,7 +15,7 @@ from models import DataConfig
 from pipeline.fast import EncodedImages, FastDataset, ResidentImages
 from pipeline.reference import AugmentedDataset, seed_generators
 from pipeline.sources.base import Pixels
-from utils import UserError
+from training.launch import USER_ERRORS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PLAIN = ("--std-aug", "--hflip", 0)
@@ -232,4 +232,4 @@ BAD = {
 @pytest.mark.parametrize("words", BAD)
 def test_bad_values_are_named(words):
     named = BAD[words]
-    refused(lambda: augmentation(*words.split()), named, kind=UserError)
+    refused(lambda: augmentation(*words.split()), named, kind=USER_ERRORS)

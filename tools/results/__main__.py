@@ -95,7 +95,6 @@ def train(args: Namespace, arm: Arm, seed: int) -> None:
     with (folder / "stdout.txt").open("a") as output:
         status = subprocess.run(
             [sys.executable, str(ROOT / "main.py"), *flags, "--resume", "auto"],
-            cwd=ROOT,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | {"OMP_NUM_THREADS": threads},
