@@ -85,7 +85,7 @@ class Case:
         change: Changes the content in place.
         objects, masks: Objects to train on, and those with a mask; None if the file is refused.
         names: What the refusal must name.
-        total: Classes of the detector.
+        classes: Of the detector.
     """
 
     change: Any
