@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import engine
-from tests.nullcuda.programs import DEVICE, get_parser, on_device
+from tests.nullcuda.programs import DEVICE, finish, get_parser, on_device
 from training import losses, optimizers
 from training.compilation import compiled
 from training.flags import parse_args
@@ -102,3 +102,5 @@ for name in args.models:
     )
     for count, kernel in kernels[: args.kernels]:
         print(f"  {count / args.steps:8.1f}  {kernel[:160]}")
+
+finish()

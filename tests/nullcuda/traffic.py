@@ -8,7 +8,7 @@ import json
 
 import torch
 
-from tests.nullcuda.programs import DEVICE, Traffic, get_parser, on_device
+from tests.nullcuda.programs import DEVICE, Traffic, finish, get_parser, on_device
 
 parser = get_parser(__doc__.splitlines()[0])
 parser.add_argument("--rows", type=int, default=0, metavar="N")
@@ -27,3 +27,5 @@ for name in args.models:
     print(json.dumps({"model": name, "gigabytes": round(moved, 2), "casts": traffic.casts}))
     for key, number in traffic.bytes.most_common(args.rows):
         print(f"  {key:50} {traffic.calls[key]:6} calls {number / 1e9:7.2f} GB")
+
+finish()
