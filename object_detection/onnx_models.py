@@ -158,7 +158,7 @@ def margin(expected: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def lost(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> int:
-    """Return how many detections one has and the other has not; each has the ``OUTPUTS``."""
+    """Return the number of detections that only one of two ``OUTPUTS`` contains."""
     boxes, labels, scores, masks = zip(found, expected, strict=True)
     longest = max(masks[1].shape[-2:])
     near = torch.cdist(*boxes, p=math.inf) < TOLERANCE * max(1, longest / 10)  # pixels

@@ -93,7 +93,7 @@ class SampleLosses(nn.Module):
         return sum(loss.float() for loss in losses.values())
 
     def means(self, steps: int) -> dict[str, float]:
-        """Return the mean of each loss over steps and ranks, and start to sum anew."""
+        """Return the mean of each loss over steps and ranks, and reset the sums."""
         totals, self.totals = self.totals, Counter()
         sums = torch.stack(list(totals.values()))
         sums = torch.cat([sums, sums.new_tensor([steps])])
