@@ -4,7 +4,7 @@ After ``import models``, ``timm.create_model("visformer_small")`` builds the mod
 repository, also where timm has one of that name.
 """
 
-from . import convit, fastvit, visformer, vit
+from . import convit, fastvit, mobileclip, visformer, vit
 from .checkpoint.apply import LoadReport, load_checkpoint, load_weights
 from .checkpoint.read import read_checkpoint
 from .data_config import DataConfig, height_and_width, size_text
@@ -45,6 +45,7 @@ __all__ = [
     "load_checkpoint",
     "load_model",
     "load_weights",
+    "mobileclip",
     "pretrained_config",
     "read_checkpoint",
     "read_weights",

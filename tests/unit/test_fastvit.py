@@ -15,7 +15,8 @@ from timm.utils.model import reparameterize_model
 from torch import nn
 
 from models import CheckpointError, load_checkpoint
-from models.fastvit import AttentionBlock, FastViT, Stage, checkpoint_filter_fn
+from models.fastvit import FastViT, Stage, checkpoint_filter_fn
+from models.layers.fastvit import AttentionBlock
 from models.layers.reparam import (
     LargeKernelConv,
     ReparamConv,

@@ -11,8 +11,8 @@ from torch import nn
 from visualizing import TINY, randomize
 
 from models import vit
-from models.fastvit import MapAttention
 from models.layers import Attention2d, SelfAttention, WindowAttention2d, set_fused_attention
+from models.layers.fastvit import MapAttention
 from models.layers.gpsa import GPSA, head_offsets
 from models.layers.reparam import (
     LargeKernelConv,
