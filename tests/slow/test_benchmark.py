@@ -13,6 +13,7 @@ import torch
 from conftest import call, error_of
 
 import models
+from tools import benchmark_loop
 from tools.benchmark import __main__ as command
 from tools.benchmark import backbone, saving
 from tools.benchmark.candidates import (
@@ -197,3 +198,14 @@ def test_the_cost_of_saving(tmp_path, monkeypatch):
     assert quotient == pytest.approx(safe / bare, rel=0.01)
     assert first.startswith("test_vit ") and last.endswith("32 pixels, batch 2")
     assert not list(tmp_path.iterdir())  # the checkpoints are removed
+
+
+def test_main_beside_a_plain_loop(image_folder):
+    """Images of an epoch are counted on both sides, and too few are refused."""
+    words = ["--data-path", image_folder, "--input-size", 32, "--batch-size", 4]
+    words += ["--num_workers", 0, "--rounds", 1, "--images"]
+    status, output, errors = call(benchmark_loop.main, *words, 8)
+    assert status == 0, errors
+    figures = [float(cell) for cell in output.splitlines()[-1].strip("| ").split(" | ")]
+    assert len(figures) == 3 and figures[2] == pytest.approx(figures[1] / figures[0], rel=0.1)
+    assert "--images 5000" in error_of(benchmark_loop.main, *words, 5000)
