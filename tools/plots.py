@@ -8,12 +8,29 @@ from typing import Any
 from training.files import write_atomically
 
 DPI = 120
+# one style for all figures: opaque, so that pages of any background show them
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.grid": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.facecolor": "white",
+    "font.size": 10.0,
+    "grid.color": "#e4e4e4",
+    "legend.frameon": False,
+    "savefig.facecolor": "white",
+}
 
 
 def new_figure(width: float, height: float, layout: str | None = "constrained") -> Any:
-    """Return an empty ``matplotlib.figure.Figure`` of a size in inches; it needs no display."""
-    from matplotlib.figure import Figure  # takes a second to import
+    """Return an empty ``matplotlib.figure.Figure`` of a size in inches; it needs no display.
 
+    Sets the style of what is drawn into it.
+    """
+    import matplotlib  # takes a second to import
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams.update(STYLE)
     return Figure(figsize=(width, height), layout=layout)
 
 

@@ -81,7 +81,13 @@ def test_inference_with_timm_and_an_original_as_peers(original, tmp_path, benchm
     assert all(float(row["rate"]) > 0 and float(row["share"]) > 0 for row in rows)
     assert float(rows[2]["difference"]) < 1e-9
     assert float(rows[3]["difference"]) < 1e-9
-    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    drawn = (tmp_path / "out.png").read_bytes()
+    assert drawn.startswith(b"\x89PNG")
+    again = ["--read", tmp_path / "out.csv", "--plot", tmp_path / "again.png"]
+    status, _, errors = benchmark(*again, "--plot-accuracy", tmp_path / "accuracy.png")
+    assert status == 0, errors
+    assert (tmp_path / "again.png").read_bytes() == drawn
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert all(sys.modules[name] is module for name, module in before.items())
     assert timm.create_model("visformer_tiny").__module__ == "models.visformer"
 
@@ -99,6 +105,13 @@ def test_training_with_memory(benchmark, monkeypatch):
     assert last[2:] == expected
     (row,) = (line for line in lines if " | ours | " in line)
     assert row.endswith(" | 91 | 0.50 |")
+
+
+def test_a_model_that_is_timms_alone(benchmark):
+    words = ["resnet18", "--mode", "infer", "--input-size", 32, "--configs", "eager"]
+    status, output, errors = benchmark(*words)
+    assert status == 0, errors
+    assert " | resnet18 | " in output and " | timm | " in output and " | ours | " not in output
 
 
 def test_memory_is_compared_with_the_best_case_of_a_peer():
@@ -158,7 +171,10 @@ def test_memory_grows_with_the_batch():
 
 def test_bad_input(tmp_path, original):
     error = partial(error_of, command.main, "--mode", "infer", "--device", "cpu", *QUICK)
-    assert re.search("'resnet50'.*convit_base, ", error("resnet50"))
+    assert re.search("'convit_bse'.*convit_base", error("convit_bse"))
+    (tmp_path / "no.csv").write_text("mode,model\ninfer,convit_base\n")
+    for file in ("no.csv", "absent.csv"):
+        assert file in error("--read", tmp_path / file)
     for flag in ("--csv", "--plot"):
         assert f"{flag} {tmp_path}/none/x" in error("resnet50", flag, tmp_path / "none" / "x")
     assert "--peer-path /none" in error("visformer_tiny", "--peer-path", "/none")

@@ -16,10 +16,11 @@ import torch
 import yaml
 
 import models
-from tools import cli, files, plots, tables
-from tools.benchmark import candidates, measure
+from models.factory import check_name
+from tools import cli, files, tables
+from tools.benchmark import candidates, measure, pictures
 from tools.benchmark.candidates import Case, Peer
-from tools.flops import count, our_models
+from tools.flops import count
 from training import launch
 from training.parser import Parser, add_input_size
 from utils import UserError
@@ -120,7 +121,8 @@ def compare(args: argparse.Namespace, mode: str, name: str, peer: Peer | None) -
             row["share"] = work / time / matrix_rate
         if peer_times:
             row["ratio"] = measure.ratio(times[case.label], peer_times)
-        if mode == "infer" and row["best"] and case.side not in ("ours", "ViT", "explicit"):
+        is_equal = "ours" in best and case.side not in ("ours", "ViT", "explicit")
+        if mode == "infer" and row["best"] and is_equal:
             row["difference"] = difference(case)
         if args.memory and row["best"]:
             row["peak"] = peak(case)
@@ -169,28 +171,13 @@ def markdown(rows: list[dict]) -> str:
     return tables.markdown([COLUMNS[key] for key in keys], lines)
 
 
-def plot(rows: list[dict], path: Path) -> None:
-    """Plot bars of ours over the best peer, by model and mode."""
-    chosen = [r for r in rows if r["side"] == "ours" and r["best"] and "ratio" in r]
-    figure = plots.new_figure(8, 1 + 0.4 * len(chosen))
-    axes = figure.add_subplot()
-    labels = [f"{row['model']} {row['mode']}" for row in chosen]
-    colours = ["tab:blue" if row["mode"] == "infer" else "tab:orange" for row in chosen]
-    bars = axes.barh(labels, [row["ratio"] for row in chosen], color=colours)
-    axes.bar_label(bars, fmt="%.2f", padding=3)
-    axes.axvline(1.0, color="black", linewidth=1)
-    axes.set_xlabel("images/s, ours / best peer")
-    axes.margins(x=0.1)
-    axes.invert_yaxis()
-    plots.save(figure, path, dpi=150)
-
-
 @cli.program
 def main(argv: list[str]) -> None:
     """Run with the flags ``argv``."""
     parser = Parser("tools.benchmark", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("names", nargs="*", metavar="NAME", help=f"our models; default: {', '.join(NAMES)}")
+    default = ", ".join(NAMES)
+    add("names", nargs="*", metavar="NAME", help=f"any of timm's models; default: {default}")
     add("--mode", nargs="+", choices=["infer", "train"], default=["infer", "train"])
     measure.add_flags(parser, batch_size=8, rounds=10, timing=True)
     add_input_size(parser)
@@ -198,15 +185,29 @@ def main(argv: list[str]) -> None:
     add("--peer-path", type=Path, metavar="FOLDER", help="checkout of an original repository")
     add("--peer-args", nargs="*", default=[], metavar="KEY=VALUE", help="for its model functions")
     add("--memory", action="store_true", help="also measure memory, in separate processes")
-    add("--csv", type=Path, metavar="FILE")
-    add("--plot", type=Path, metavar="FILE.png")
+    add("--csv", type=Path, metavar="FILE", help="write the table")
+    add("--read", type=Path, metavar="FILE", help="a table of --csv to draw, without measuring")
+    add("--plot", type=Path, metavar="FILE.png", help="picture of ours over the best peer")
+    about = "picture of published accuracy and images/s of inference"
+    add("--plot-accuracy", type=Path, metavar="FILE.png", help=about)
     args = parser.parse_args(argv)
-    files.check_files({"--csv": args.csv, "--plot": args.plot})
+    outputs = {name: getattr(args, name) for name in ("csv", "plot", "plot_accuracy")}
+    flags = {f"--{name.replace('_', '-')}": path for name, path in outputs.items()}
+    files.check_files(flags, [args.read])
+    rows = pictures.read(args.read) if args.read else measured(args)
+    if args.csv:
+        tables.write_csv(args.csv, [*COLUMNS, "best", "cost"], rows)
+    if args.plot:
+        pictures.ratios(rows, args.plot)
+    if args.plot_accuracy:
+        pictures.accuracies(rows, args.plot_accuracy)
+
+
+def measured(args: argparse.Namespace) -> list[dict]:
+    """Measure and print a table; return its rows."""
     args.device = launch.select_device(args.device).type
-    known = our_models()
     for name in args.names:
-        if name not in known:
-            raise UserError(f"unknown model {name!r}; choose of {', '.join(known)}")
+        check_name(name)
     peer = None
     if args.peer_path is not None:
         pairs = (word.partition("=") for word in args.peer_args)
@@ -218,10 +219,7 @@ def main(argv: list[str]) -> None:
             rows += found
             print(*verdicts(found), sep="\n", flush=True)
     print("", measure.machine(args.device), "", markdown(rows), "", *verdicts(rows), sep="\n")
-    if args.csv:
-        tables.write_csv(args.csv, [*COLUMNS, "best", "cost"], rows)
-    if args.plot:
-        plot(rows, args.plot)
+    return rows
 
 
 if __name__ == "__main__":

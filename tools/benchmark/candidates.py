@@ -119,7 +119,9 @@ class Case:
 
 
 def timm_entrypoint(name: str) -> Callable[..., nn.Module] | None:
-    """Return timm's own function, which this repository's replaces in the registry, or None."""
+    """Return timm's own function, also where this repository's replaces it, or None."""
+    if not models.is_own_model(name):
+        return timm.model_entrypoint(name)
     name = vit.NAMES.get(name, name)
     own = timm.models
     modules = (own.visformer, own.convit, own.fastvit, own.vision_transformer)
@@ -215,13 +217,13 @@ def build(
 
 
 def sides_of(name: str, peer: Peer | None) -> list[str]:
-    """Return the implementations of ``name``: ours first, then the peers.
+    """Return the implementations of ``name``: ours first, if it is ours, then the peers.
 
     V2 (not in timm) is compared with itself, its attention written out; a ConViT also with a
     plain Vision Transformer of its width, depth and heads.
     """
     candidates = {
-        "ours": True,
+        "ours": models.is_own_model(name),
         "timm": timm_entrypoint(name) is not None,
         "explicit": name.startswith("swin_visformer"),
         peer.side if peer else "": peer is not None,

@@ -25,30 +25,11 @@ from pathlib import Path
 import models
 from tools import cli, files
 from tools.flops.counting import PartCost, Request, our_models, run, total
+from tools.flops.paper import PAPER
 from tools.flops.stages import by_stage
 from tools.tables import markdown, write_csv
 from training.parser import Parser, add_input_size, positive
 
-# name: (parameters in M, GMACs, ImageNet top-1 in %) as printed in the paper
-PAPER = {
-    "visformer_tiny": ("10.3", "1.3", "78.6"),
-    "visformer_small": ("40.2", "4.9", "82.2"),
-    "swin_visformer_tiny_v2": ("9.4", "1.3", "79.6"),
-    "swin_visformer_small_v2": ("23.6", "4.3", "83.0"),
-    "convit_tiny": ("6", "1", "73.1"),
-    "convit_tiny_plus": ("10", "2", "76.7"),
-    "convit_small": ("27", "5.4", "81.3"),
-    "convit_small_plus": ("48", "10", "82.2"),
-    "convit_base": ("86", "17", "82.4"),
-    "convit_base_plus": ("152", "30", "82.5"),
-    "fastvit_t8": ("3.6", "0.7", "75.6"),
-    "fastvit_t12": ("6.8", "1.4", "79.1"),
-    "fastvit_s12": ("8.8", "1.8", "79.8"),
-    "fastvit_sa12": ("10.9", "1.9", "80.6"),
-    "fastvit_sa24": ("20.6", "3.8", "82.6"),
-    "fastvit_sa36": ("30.4", "5.6", "83.6"),
-    "fastvit_ma36": ("42.7", "7.9", "83.9"),
-}
 NOTES = """\
 ConViT's paper leaves the two attention products out of its GMACs, and cuts millions of parameters
 to whole ones.

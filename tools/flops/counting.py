@@ -59,8 +59,9 @@ def our_models() -> list[str]:
 
 def size_options(name: str, size: int | tuple[int, int] | None) -> dict[str, int | tuple]:
     """Return the keyword arguments of our or timm's model of a name, for an image size."""
-    native = timm.get_pretrained_cfg(name).input_size[-1]
-    if size in (None, native, (native, native)) or name.startswith("fastvit"):
+    config = timm.get_pretrained_cfg(name)
+    native = config.input_size[-1]
+    if size in (None, native, (native, native)) or not config.fixed_input_size:
         return {}
     return {"img_size": size}
 

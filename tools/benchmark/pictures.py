@@ -1,0 +1,115 @@
+"""Pictures of measurements: ours over the best peer, and accuracy against speed."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+from tools import plots
+from tools.flops.paper import PAPER
+from utils import UserError
+
+MODES = {"infer": "inference", "train": "training"}
+FAMILIES = {
+    "visformer": "tab:blue",
+    "swin_visformer": "tab:purple",
+    "convit": "tab:orange",
+    "fastvit": "tab:green",
+}
+
+
+def read(path: Path) -> list[dict]:
+    """Return the rows of a table that ``--csv`` wrote.
+
+    Raises:
+        UserError: The file cannot be read as such a table.
+    """
+    try:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            row["rate"] = float(row["rate"])
+            row["ratio"] = float(row["ratio"]) if row["ratio"] else None
+            row["best"] = row["best"] == "True"
+    except (OSError, UnicodeDecodeError, KeyError, ValueError, TypeError) as error:
+        raise UserError(
+            f"--read {path} is not a table of tools.benchmark --csv: {error}"
+        ) from error
+    return rows
+
+
+def ratios(rows: Sequence[dict], path: Path) -> None:
+    """Plot images per second of ours over the best peer's, a panel for each mode."""
+    chosen = [row for row in rows if row["side"] == "ours" and row["best"] and row.get("ratio")]
+    modes = [mode for mode in MODES if any(row["mode"] == mode for row in chosen)]
+    names = list(dict.fromkeys(row["model"] for row in chosen))
+    figure = plots.new_figure(2.2 + 3.2 * len(modes), 1 + 0.3 * len(names))
+    panels = figure.subplots(1, max(1, len(modes)), sharey=True, sharex=True, squeeze=False)[0]
+    for axes, mode in zip(panels, modes, strict=False):
+        found = {row["model"]: row["ratio"] for row in chosen if row["mode"] == mode}
+        places = [names.index(name) for name in found]
+        gains = [ratio - 1 for ratio in found.values()]
+        colours = ["tab:blue" if gain >= 0 else "tab:red" for gain in gains]
+        axes.barh(places, gains, left=1, color=colours, height=0.6)
+        axes.axvline(1.0, color="black", linewidth=1)
+        for place, ratio in zip(places, found.values(), strict=True):
+            axes.annotate(
+                f"{ratio:.2f}",
+                (max(ratio, 1), place),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+            )
+        axes.set_title(MODES[mode])
+        axes.set_xlabel("images/s, ours / best peer")
+        axes.margins(x=0.15)
+        axes.grid(axis="x")
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].invert_yaxis()
+    plots.save(figure, path, dpi=150)
+
+
+def accuracies(rows: Sequence[dict], path: Path) -> None:
+    """Plot published top-1 against images per second of inference, of ours and of timm's classes.
+
+    Models without a published accuracy are left out.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    figure = plots.new_figure(8, 4.6)
+    axes = figure.add_subplot(xscale="log")
+    rates: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["best"] and row["mode"] == "infer" and row["model"] in PAPER:
+            rates.setdefault(row["model"], {})[row["side"]] = row["rate"]
+    for name, by_side in rates.items():
+        top1 = float(PAPER[name][2])
+        family = next((family for family in FAMILIES if name.startswith(family)), None)
+        colour = FAMILIES.get(family, "dimgray")
+        places = [by_side[side] for side in ("timm", "ours") if side in by_side]
+        axes.plot(places, [top1] * len(places), color=colour, linewidth=1.5)
+        if "timm" in by_side:
+            axes.plot(by_side["timm"], top1, "o", color=colour, markerfacecolor="white")
+        if "ours" in by_side:
+            axes.plot(by_side["ours"], top1, "o", color=colour, markersize=8)
+        axes.annotate(
+            name.split("_patch")[0],
+            (places[-1], top1),
+            xytext=(7 if "ours" in by_side else -7, 0),
+            textcoords="offset points",
+            ha="left" if "ours" in by_side else "right",
+            va="center",
+            fontsize=9,
+            color=colour,
+            weight="bold" if "ours" in by_side else "normal",
+        )
+    axes.plot([], [], "o", color="black", markersize=8, label="this repository, fused")
+    axes.plot([], [], "o", color="black", markerfacecolor="white", label="timm, its best form")
+    axes.legend(loc="lower left")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("images/s of inference")
+    axes.set_ylabel("published ImageNet top-1 (%)")
+    axes.margins(x=0.12)
+    axes.grid()
+    plots.save(figure, path, dpi=150)
