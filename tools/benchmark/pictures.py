@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tools import plots
-from tools.flops.paper import PAPER
+from tools.flops.paper import TOP1
 from utils import UserError
 
 MODES = {"infer": "inference", "train": "training"}
@@ -79,10 +79,10 @@ def accuracies(rows: Sequence[dict], path: Path) -> None:
     axes = figure.add_subplot(xscale="log")
     rates: dict[str, dict[str, float]] = {}
     for row in rows:
-        if row["best"] and row["mode"] == "infer" and row["model"] in PAPER:
+        if row["best"] and row["mode"] == "infer" and row["model"] in TOP1:
             rates.setdefault(row["model"], {})[row["side"]] = row["rate"]
     for name, by_side in rates.items():
-        top1 = float(PAPER[name][2])
+        top1 = TOP1[name]
         family = next((family for family in FAMILIES if name.startswith(family)), None)
         colour = FAMILIES.get(family, "dimgray")
         places = [by_side[side] for side in ("timm", "ours") if side in by_side]
