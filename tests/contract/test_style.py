@@ -7,6 +7,9 @@ from graphlib import TopologicalSorter
 import pytest
 from conftest import ROOT, run_python
 
+from tools import rooms
+from tools.rooms import files, room_of
+
 GROUND = {"models", "samplers", "utils"}
 FLOORS = GROUND | {"pipeline", "engine", "datasets", "training"}
 ALLOWED = {  # rooms that a room may import from, itself apart
@@ -26,47 +29,31 @@ RELATIVE = {"models", "pipeline"}  # their files import each other so, as they h
 MODELS_USE = {"torch", "timm", "safetensors", "huggingface_hub", "models"}
 
 
-def files():
-    rooms = [ROOT / f"{name}.py" for name in ALLOWED] + [ROOT / name for name in ALLOWED]
-    return sorted(
-        path for room in rooms for path in ([room] if room.is_file() else room.rglob("*.py"))
-    )
-
-
-def imports(path):
-    room = room_of(path)
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name.split(".")[0] for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert all(alias.name != "*" for alias in node.names), f"{path}: star import"
-            names = [room] if node.level else [node.module.split(".")[0]]
-            assert (node.level > 0) == (names == [room] and room in RELATIVE), f"{path}: {names}"
-        yield from names
-
-
-def room_of(path):
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
-
-
 @pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_keep_to_the_rooms(path):
-    room = room_of(path)
-    used = set(imports(path))
+    room, used = room_of(path), rooms.imported(path)
+    for node in rooms.import_statements(path):
+        assert all(alias.name != "*" for alias in node.names), "star import"
+        if isinstance(node, ast.ImportFrom):
+            is_own = node.level > 0 or node.module.split(".")[0] == room
+            assert (node.level > 0) == (is_own and room in RELATIVE)
     assert used & {*ALLOWED, "tests"} <= ALLOWED[room] | {room}
     if room == "models":
         assert used - MODELS_USE <= set(sys.stdlib_module_names)
 
 
 def test_rooms_stand_on_five_floors_without_a_circle():
-    used = {room: set() for room in ALLOWED}
-    for path in files():
-        used[room_of(path)] |= set(imports(path)) & {*ALLOWED} - {room_of(path)}
+    used = rooms.used_rooms()
     floors = {}
     for room in TopologicalSorter(used).static_order():  # raises CycleError
         floors[room] = 1 + max((floors[below] for below in used[room]), default=0)
-    assert floors.keys() == used.keys() and max(floors.values()) <= 5
+    assert floors.keys() == {*ALLOWED} and max(floors.values()) <= 5
+
+
+def test_the_page_of_the_house_is_true():
+    """``python -m tools.rooms`` writes it."""
+    assert rooms.flowchart() in rooms.PAGE.read_text()
+    assert "training --> engine" in rooms.flowchart()
 
 
 def test_every_room_was_looked_at():

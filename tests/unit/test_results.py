@@ -105,7 +105,7 @@ def test_the_table_pairs_runs_by_seed(tmp_path):
 def test_the_page_is_made_of_the_results(tmp_path):
     args = arguments(tmp_path, "--no-train", "visformer", "--page", tmp_path / "page.md")
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{results.BEGIN}\nold\n{results.END}\nafter\n")
+    page.write_text("before\n<!-- results -->\nold\n<!-- end of results -->\nafter\n")
     finish(args, DEIT, 0, test_acc1=20.0)
     words = ["--output_dir", args.output_dir, "--results", args.results, "--no-train"]
     assert results.main([*words, "visformer", "--page", str(page)]) == 0

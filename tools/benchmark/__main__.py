@@ -18,9 +18,10 @@ import yaml
 import models
 from models.factory import check_name
 from tools import cli, files, tables
-from tools.benchmark import candidates, measure, pictures
+from tools.benchmark import candidates, measure, report
 from tools.benchmark.candidates import Case, Peer
 from tools.flops import count
+from tools.pages import write_between
 from training import launch
 from training.parser import Parser, add_input_size
 from utils import UserError
@@ -190,17 +191,20 @@ def main(argv: list[str]) -> None:
     add("--plot", type=Path, metavar="FILE.png", help="picture of ours over the best peer")
     about = "picture of published accuracy and images/s of inference"
     add("--plot-accuracy", type=Path, metavar="FILE.png", help=about)
+    add("--page", type=Path, metavar="FILE.md", help="write a table of models into this page")
     args = parser.parse_args(argv)
     outputs = {name: getattr(args, name) for name in ("csv", "plot", "plot_accuracy")}
     flags = {f"--{name.replace('_', '-')}": path for name, path in outputs.items()}
     files.check_files(flags, [args.read])
-    rows = pictures.read(args.read) if args.read else measured(args)
+    rows = report.read(args.read) if args.read else measured(args)
     if args.csv:
         tables.write_csv(args.csv, [*COLUMNS, "best", "cost"], rows)
     if args.plot:
-        pictures.ratios(rows, args.plot)
+        report.ratios(rows, args.plot)
     if args.plot_accuracy:
-        pictures.accuracies(rows, args.plot_accuracy)
+        report.accuracies(rows, args.plot_accuracy)
+    if args.page:
+        write_between(args.page, "models", report.model_table(rows))
 
 
 def measured(args: argparse.Namespace) -> list[dict]:

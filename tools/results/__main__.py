@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from tools.files import folder_for
+from tools.pages import write_between
 from tools.results.claims import SUITES, Arm, Board, Pair
 from tools.tables import markdown
 from training.files import write_atomically
@@ -36,7 +37,6 @@ from utils import UserError
 
 GOALS = (94, 95)  # top-1 in %
 ROOT = Path(__file__).resolve().parent.parent.parent
-BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 # Student's t of 95 % by the number of pairs: standard errors by which a difference is resolved
 T95 = (math.inf, math.inf, 12.71, 4.303, 3.182, 2.776, 2.571)
 
@@ -237,17 +237,6 @@ def commands(args: Namespace) -> Iterator[str]:
     yield markdown(["run", "seed", "top-1 (%)", "seconds", "versions", "command"], rows) + "\n"
 
 
-def write_page(path: Path, text: str) -> None:
-    """Replace what a page has between the two marks."""
-    page = path.read_text()
-    if page.count(BEGIN) != 1 or page.count(END) != 1:
-        raise UserError(f"{path} must have {BEGIN} and {END} once each")
-    head, _, rest = page.partition(BEGIN)
-    foot = rest.partition(END)[2]
-    content = f"{head}{BEGIN}\n\n{text}\n{END}{foot}"
-    write_atomically(path, lambda file: file.write(content.encode()))
-
-
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags."""
     parser = Parser(description=__doc__.splitlines()[0])
@@ -282,7 +271,7 @@ def start(argv: list[str]) -> int:
             train_all(args, [arm for name in names for arm in claims[name].arms])
     text = "\n".join([f"{SUITES[args.suite].about}.\n", *tables(args, names), *commands(args)])
     if args.page:
-        write_page(Path(args.page), text)
+        write_between(Path(args.page), "results", text)
     else:
         print(text)
     return 0

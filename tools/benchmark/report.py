@@ -1,11 +1,14 @@
-"""Pictures of measurements: ours over the best peer, and accuracy against speed."""
+"""Reports of measurements: pictures, and the table of models in the README."""
 
 import csv
 from collections.abc import Sequence
 from pathlib import Path
 
+import models
 from tools import plots
+from tools.flops import count
 from tools.flops.paper import TOP1
+from tools.tables import markdown
 from utils import UserError
 
 MODES = {"infer": "inference", "train": "training"}
@@ -113,3 +116,45 @@ def accuracies(rows: Sequence[dict], path: Path) -> None:
     axes.margins(x=0.12)
     axes.grid()
     plots.save(figure, path, dpi=150)
+
+
+def model_table(rows: Sequence[dict]) -> str:
+    """Return a table of the measured models of ours: size, accuracy, weights, speed beside timm's.
+
+    Accuracies are published ones; rates are of inference, in the best configuration of either side.
+    """
+    rates: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        if row["best"] and row["mode"] == "infer":
+            rates.setdefault(row["model"], {})[row["side"]] = row
+    heads = [
+        "model",
+        "parameters (M)",
+        "GMACs",
+        "top-1 (%)",
+        "weights",
+        "images/s",
+        "timm's",
+        "ratio",
+    ]
+    lines = []
+    for name, by_side in rates.items():
+        if "ours" not in by_side:
+            continue
+        parameters, gmacs, _ = count(name)
+        tag = models.pretrained_config(name)
+        weights = f"`{name}.{tag.tag}`" if tag.has_weights else "[files](docs/WEIGHTS.md)"
+        peer = by_side.get("timm")
+        lines.append(
+            [
+                f"`{name}`",
+                f"{parameters:.1f}",
+                f"{gmacs:.1f}",
+                str(TOP1.get(name, "")),
+                weights,
+                f"{by_side['ours']['rate']:.1f}",
+                f"{peer['rate']:.1f}" if peer else "",
+                f"{by_side['ours']['ratio']:.2f}" if peer else "",
+            ]
+        )
+    return markdown(heads, lines)
