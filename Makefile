@@ -31,9 +31,9 @@ constraints: $(VENV)/.installed-tests
 
 $(VENV)/.installed: requirements.txt package/requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --requirement requirements.txt
 	touch $@
 
 $(VENV)/.installed-tests: $(VENV)/.installed tests/requirements.txt object_detection/requirements.txt
-	$(BIN)/python -m pip install --quiet --requirement tests/requirements.txt
+	$(BIN)/python -m pip install --requirement tests/requirements.txt
 	touch $@

@@ -11,6 +11,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = "output/demo"
+RECIPE = "configs/digits.yaml"
+PICTURE = "demo.png"  # in the output folder
 STOP_EPOCH = "8"
 INTERRUPT = (signal.SIGINT,)
 
@@ -47,12 +49,13 @@ def accuracies(lines: list[str]) -> list[str]:
 
 def demo(argv: list[str]) -> int:
     """Run with the flags ``argv``; return 1 if evaluation and training differ in accuracy."""
+    from tools import demo_picture
     from training.parser import Parser
 
     parser = Parser("tools.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", default=OUTPUT)
     output = parser.parse_args(argv).output_dir
-    train = ["-c", "configs/digits.yaml", "--output_dir", output]
+    train = ["-c", RECIPE, "--output_dir", output]
     checkpoint = f"{output}/checkpoint.pth"
     again = ["--overwrite"] if output == OUTPUT else []  # nobody keeps a run there
     run_main(*train, "--stop-epoch", STOP_EPOCH, *again)
@@ -60,7 +63,9 @@ def demo(argv: list[str]) -> int:
     evaluated = accuracies(run_main("--eval", "--resume", checkpoint))
     print("\nat the end of training:", *trained, sep="\n  ")
     print(f"evaluating {checkpoint}:", *evaluated, sep="\n  ")
-    print(f"curves and pictures: tensorboard --logdir {output}")
+    demo_picture.draw(output, RECIPE, Path(output, PICTURE))
+    print(f"curves, predictions and attention: {Path(output, PICTURE)}")
+    print(f"more: tensorboard --logdir {output}")
     if trained != evaluated:
         print("error: the two differ", file=sys.stderr)
         return 1
