@@ -45,7 +45,7 @@ def draw(run: str, config: str, path: Path) -> None:
         right.subplots(ROWS, COLUMNS).flat, pixels, targets, probabilities, strict=True
     ):
         guess = int(row.argmax())
-        axes.imshow(image.mean(0), cmap="gray_r", interpolation="nearest")
+        axes.imshow(image.mean(0).numpy(), cmap="gray_r", interpolation="nearest")
         colour = "tab:green" if guess == target else "tab:red"
         axes.set_title(f"{guess}, {row[guess]:.0%}", color=colour, fontsize=9)
         axes.set_axis_off()
@@ -83,13 +83,13 @@ def draw_attention(
     height, width = pixels.shape[-2:]
     extent = (0, width, height, 0)
     for axes in panels:
-        axes.imshow(pixels.mean(0), cmap="gray_r", extent=extent)
+        axes.imshow(pixels.mean(0).numpy(), cmap="gray_r", extent=extent)
         axes.set_axis_off()
     panels[0].set_title("image", fontsize=9)
     for number, (axes, found) in enumerate(
         zip(panels[1:], capture(model, layers, image), strict=True)
     ):
         received = found.parts().full[0].mean((0, 1)).unflatten(0, found.grid)
-        axes.imshow(received, cmap=MAGNITUDE, alpha=0.6, extent=extent)
+        axes.imshow(received.numpy(), cmap=MAGNITUDE, alpha=0.6, extent=extent)
         axes.set_title(f"layer {number}", fontsize=9)
     figure.suptitle("attention that each position gets, layer by layer", fontsize=10)

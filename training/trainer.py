@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from timm.data import Mixup
 from torch import nn
 from torchvision.utils import make_grid
@@ -329,6 +330,11 @@ def finished(epochs: int, args: Namespace) -> str:
 def example_images(
     feed: Prefetcher, num_images: int, config: DataConfig, count: int = 32
 ) -> torch.Tensor:
-    """Return a grid ``3 H W`` of augmented training images, spread over the classes."""
+    """Return a grid ``3 H W`` of augmented training images, spread over the classes.
+
+    Small images are enlarged by a whole factor, to about 128 pixels.
+    """
     images = feed.batch([SampleIndex(i * num_images // count) for i in range(count)]).images
-    return make_grid(datasets.denormalize(images.float().cpu(), config), nrow=8)
+    images = datasets.denormalize(images.float().cpu(), config)
+    factor = max(1, 128 // max(images.shape[-2:]))
+    return make_grid(F.interpolate(images, scale_factor=factor), nrow=8)
