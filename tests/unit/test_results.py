@@ -102,6 +102,24 @@ def test_the_table_pairs_runs_by_seed(tmp_path):
     assert "not run" in "\n".join(results.tables(args, ["v2"]))
 
 
+def test_pictures_show_the_finished_runs(tmp_path, monkeypatch):
+    args = arguments(tmp_path)
+    for seed in (0, 1):
+        finish(args, DEIT, seed, test_acc1=20.0, test_acc1_by_epoch=[10.0, 20.0])
+        finish(args, VISFORMER, seed, test_acc1=30.0 + seed, test_acc1_by_epoch=[5.0, 30.0 + seed])
+    results.draw(args, ["visformer", "half"], tmp_path)
+    for name in ("curves", "differences"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    drawn = {}
+    for name in ("curves", "differences"):
+        monkeypatch.setattr(results.pictures, name, lambda found, path: drawn.update({path: found}))
+    results.draw(args, ["visformer", "half"], tmp_path)
+    (claim,) = drawn[tmp_path / "curves.png"].values()
+    assert claim == {"deit": [[10.0, 20.0]] * 2, "visformer": [[5.0, 30.0], [5.0, 31.0]]}
+    ((label, mean, error),) = drawn[tmp_path / "differences.png"]
+    assert "visformer" in label and (mean, error) == (10.5, 0.5)
+
+
 def test_the_page_is_made_of_the_results(tmp_path):
     args = arguments(tmp_path, "--no-train", "visformer", "--page", tmp_path / "page.md")
     page = tmp_path / "page.md"

@@ -26,6 +26,7 @@ import torch
 
 from tools.files import folder_for
 from tools.pages import write_between
+from tools.results import pictures
 from tools.results.claims import SUITES, Arm, Board, Pair
 from tools.tables import markdown
 from training.files import write_atomically
@@ -113,6 +114,7 @@ def train(args: Namespace, arm: Arm, seed: int) -> None:
         "seed": seed,
         **{key: value for key, value in epochs[-1].items() if isinstance(value, int | float)},
         **reached,
+        "test_acc1_by_epoch": [round(accuracy, 4) for accuracy in accuracies],
         "seconds": round(time.monotonic() - started),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "threads": int(threads),
@@ -174,15 +176,13 @@ def verdict(differences: Sequence[float], is_better: bool) -> str:
 
 def row(args: Namespace, pair: Pair, is_better: bool) -> list[str]:
     """Return one line of a claim's table."""
-    base, other = (read_results(args, arm) for arm in (pair.base, pair.other))
-    cells, values = [], []
-    for arm, results in ((pair.base, base), (pair.other, other)):
-        figures = {seed: results[seed][arm.figure] for seed in sorted(results)}
-        values.append(figures)
-        mean = f"{statistics.mean(figures.values()):.2f}" if figures else "not run"
+    cells = []
+    for arm in (pair.base, pair.other):
+        figures = [line[arm.figure] for line in read_results(args, arm).values()]
+        mean = f"{statistics.mean(figures):.2f}" if figures else "not run"
         name = arm.name + ("" if arm.figure == "test_acc1" else ", averaged")
         cells.append(f"{name}: {mean}")
-    differences = [values[1][seed] - values[0][seed] for seed in values[0] if seed in values[1]]
+    differences = paired(args, pair)
     mean, error = mean_and_error(differences) if differences else (math.nan, math.inf)
     shown = f"{mean:+.2f}" if differences else ""
     shown += f" ± {error:.2f}" if len(differences) > 1 else ""
@@ -224,6 +224,40 @@ def board_table(args: Namespace, board: Board) -> Iterator[str]:
     yield markdown(heads, rows) + "\n"
 
 
+def paired(args: Namespace, pair: Pair) -> list[float]:
+    """Return the differences of a pair, claimed better minus base, by seed."""
+    base, other = (read_results(args, arm) for arm in (pair.base, pair.other))
+    seeds = sorted(base.keys() & other.keys())
+    return [other[seed][pair.other.figure] - base[seed][pair.base.figure] for seed in seeds]
+
+
+def draw(args: Namespace, names: Sequence[str], folder: Path) -> None:
+    """Write ``curves.png`` and ``differences.png`` of the finished runs into a folder."""
+    suite = SUITES[args.suite]
+    claims = [suite.claims[name] for name in names if name in suite.claims]
+    by_epoch, bars = {}, []
+    for claim in claims:
+        found = {arm.name: read_results(args, arm).values() for arm in claim.arms}
+        lines = {
+            name: [line["test_acc1_by_epoch"] for line in results]
+            for name, results in found.items()
+            if results
+        }
+        if lines:
+            by_epoch[claim.title] = lines
+        for pair in claim.pairs:
+            values = paired(args, pair)
+            if len(values) > 1:
+                label = f"{pair.other.name} - {pair.base.name}"
+                bars.append((label, *mean_and_error(values)))
+    for draw_one, found, name in (
+        (pictures.curves, by_epoch, "curves.png"),
+        (pictures.differences, bars, "differences.png"),
+    ):
+        if found:
+            draw_one(found, folder / name)
+
+
 def commands(args: Namespace) -> Iterator[str]:
     """Yield a table of the runs: images seen, seconds, command, versions."""
     rows = []
@@ -252,6 +286,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--jobs", type=int, default=1, help="runs at a time, which share the cores")
     add("--no-train", action="store_true", help="only tabulate finished runs")
     add("--page", metavar="FILE", help="write the tables into this page")
+    add("--plot", metavar="FOLDER", help="write curves.png and differences.png of finished runs")
     add("--flags", default="", help="further flags of main.py, as one argument")
     return parser
 
@@ -269,6 +304,8 @@ def start(argv: list[str]) -> int:
     if not args.no_train:
         with folder_for("--output_dir", Path(args.output_dir)):
             train_all(args, [arm for name in names for arm in claims[name].arms])
+    if args.plot:
+        draw(args, names, Path(args.plot))
     text = "\n".join([f"{SUITES[args.suite].about}.\n", *tables(args, names), *commands(args)])
     if args.page:
         write_between(Path(args.page), "results", text)
