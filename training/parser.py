@@ -13,11 +13,29 @@ from utils import printable
 
 FLAG = re.compile(r"--?[^\W\d]")  # the start of a flag, unlike that of a negative number
 NUMBER = re.compile(r"-?[0-9]+(\.[0-9]*)?")
-PIXELS = "pixels: a side, or height and width"
+PIXELS = "image size in pixels: one side, or height and width"
+
+
+class DefaultsFormatter(argparse.HelpFormatter):
+    """Adds defaults to help texts that do not state them, as they are given on a command line."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        # before Python 3.13, argparse adds it to switches with a --no- form
+        text = action.help.removesuffix(" (default: %(default)s)")
+        value = action.default
+        if isinstance(action, argparse.BooleanOptionalAction) and value is not None:
+            value = "on" if value else "off"
+        elif action.nargs == 0 or value in (None, "", [], argparse.SUPPRESS):
+            return text
+        words = value if isinstance(value, list | tuple) else [value]
+        default = " ".join(map(str, words)).replace("%", "%%")
+        return text if "default" in text else f"{text} (default: {default})"
 
 
 class Parser(argparse.ArgumentParser):
     """Accepts every long flag with dashes and with underscores; its errors are one line.
+
+    Its help shows defaults, see :class:`DefaultsFormatter`.
 
     Numbers after a flag of type :func:`image_size` are one value, so that what follows them can be
     positional.
@@ -28,6 +46,9 @@ class Parser(argparse.ArgumentParser):
     """
 
     answers: Mapping[str, str] = {}
+
+    def __init__(self, *args, formatter_class: Any = DefaultsFormatter, **kwargs):
+        super().__init__(*args, formatter_class=formatter_class, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {printable(message)}\n")
@@ -94,7 +115,7 @@ def takes_image_size(action: argparse.Action) -> bool:
 INPUT_SIZE: dict[str, Any] = {
     "type": image_size,
     "metavar": "H W",
-    "help": f"{PIXELS}; the checkpoint's or model's if not given",
+    "help": f"{PIXELS}; default: that of the checkpoint or model",
 }
 
 

@@ -274,3 +274,16 @@ def test_flags_keep_their_first_spelling():
         if isinstance(action, argparse._HelpAction):
             continue
         assert action.option_strings[0].startswith("--") or action.dest == "config"
+
+
+def test_every_flag_has_a_help_text():
+    missing = [a.dest for a in get_args_parser()._actions if not a.help or a.help[:7] == "default"]
+    assert not missing
+
+
+def test_help_shows_defaults_as_they_are_given():
+    text = get_args_parser().format_help()
+    for default in ("300", "on", "off", "90 180 270", "rand-m9-mstd0.5-inc1"):
+        assert f"(default: {default})" in " ".join(text.split())
+    for value in ("None", "True", "False", "[]", ""):
+        assert f"(default: {value})" not in text
