@@ -1,4 +1,4 @@
-"""Images per second of ``main.py``, from files to weights, next to a plain loop of timm's parts.
+"""Compare the training speed of main.py with that of a plain loop of timm's parts.
 
 ``python -m tools.benchmark_loop --data-path FOLDER`` trains a model on the images of
 ``FOLDER/train`` by DeiT's recipe, in turn with ``main.py`` and with the loop below: timm's dataset,
@@ -96,15 +96,20 @@ def by_main(args: Namespace, found: int) -> float:
 
 def get_parser() -> Parser:
     """Return the parser of the flags."""
-    parser = Parser("tools.benchmark_loop", description=__doc__.splitlines()[0])
+    parser = Parser("python -m tools.benchmark_loop", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--data-path", required=True, help="image folder with train and val")
-    add("--model", default="visformer_tiny", help="a name of ours that timm has as well")
-    add("--images", type=positive, default=2000, help="training images of an epoch")
-    add("--input-size", type=positive, default=64)
-    add("--batch-size", type=positive, default=50)
-    add("--num_workers", type=int, default=1, help="processes that load images")
-    add("--rounds", type=positive, default=5, help="trainings of each; the median counts")
+    folder = "image folder with train/CLASS/* and val/CLASS/*"
+    add("--data-path", required=True, metavar="FOLDER", help=folder)
+    model = "model of this repository that timm has as well"
+    add("--model", default="visformer_tiny", metavar="NAME", help=model)
+    images = "training images per epoch"
+    add("--images", type=positive, default=2000, metavar="N", help=images)
+    side = "side of the images"
+    add("--input-size", type=positive, default=64, metavar="PIXELS", help=side)
+    add("--batch-size", type=positive, default=50, metavar="N", help="images per step")
+    add("--num_workers", type=int, default=1, metavar="N", help="loader workers")
+    rounds = "trainings by each loop, in turn; the median counts"
+    add("--rounds", type=positive, default=5, metavar="N", help=rounds)
     return parser
 
 

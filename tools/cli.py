@@ -15,6 +15,8 @@ from training.flags import get_args_parser
 from utils import UserError
 
 SURROGATES = re.compile("[\ud800-\udfff]")  # Python's code points for bytes that are not UTF-8
+SOURCES = "file, URL, hf-hub:ORG/NAME, local-dir:FOLDER or name of published weights"
+WEIGHTS = "use the weights, or their moving average (ema)"
 DATA = "data"  # main.py's group of flags for datasets
 # flags of that group which tools lack
 TRAINING_ONLY = ("balanced_sampling", "sampling_ratio", "decode_on_device", "dist_eval")

@@ -1,4 +1,4 @@
-"""Convert weights from any source to ours, timm's or the Hub's layout, or a detector's backbone.
+"""Convert weights to the layout of this repository, timm, the Hub or a detector's backbone.
 
 ``python -m tools.convert_checkpoint IN OUT --model NAME`` prints which keys are loaded, renamed,
 resampled and dropped. OUT ends in ``.safetensors`` or ``.pth``; with ``--to hub``, it is a folder.
@@ -20,7 +20,7 @@ from tools import cli, files
 from tools.hub_folder import push_folder, write_folder
 from training import checkpoints
 from training.files import OutputError, write_atomically
-from training.parser import Parser, add_input_size
+from training.parser import PIXELS, Parser, add_input_size
 from utils import UserError
 
 SUFFIXES = (".safetensors", ".pth")
@@ -148,17 +148,22 @@ def convert_for_detection(
 @cli.program
 def main(argv: list[str]) -> None:
     """Run with the flags ``argv``."""
-    parser = Parser("tools.convert_checkpoint", description=__doc__.splitlines()[0])
+    parser = Parser("python -m tools.convert_checkpoint", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("input", help="file, address, hf-hub:ORG/NAME, local-dir:FOLDER or published model name")
-    add("output", type=Path, help="file to write, .safetensors or .pth; for hub a folder")
-    add("--model", help="model name, unless the checkpoint contains it")
+    add("input", help=f"weights to read: {cli.SOURCES}")
+    output = "file to write, .safetensors or .pth; with --to hub, a new folder"
+    add("output", type=Path, help=output)
+    add("--model", metavar="NAME", help="model name, if the file does not contain it")
     layouts = ["ours", "timm", "hub", "detection"]
     add("--to", choices=layouts, default="ours", help="layout to write")
-    add("--push", metavar="ORG/NAME", help="with --to hub: upload the folder")
-    add("--ema", action="store_true", help="convert the moving average")
-    add_input_size(parser, help="pixels: a side, or height and width to resample to")
-    add("--qk-scale-factor", type=float, help="exponent of the training")
+    push = "with --to hub: upload the folder to this repository of the Hugging Face Hub"
+    add("--push", metavar="ORG/NAME", help=push)
+    ema = "convert the moving average instead of the weights"
+    add("--ema", action="store_true", help=ema)
+    size = f"resample the weights to this {PIXELS}; default: as they are"
+    add_input_size(parser, help=size)
+    exponent = "--qk-scale-factor of the training, if the file does not contain it"
+    add("--qk-scale-factor", type=float, metavar="EXPONENT", help=exponent)
     print(convert(parser.parse_args(argv)))
 
 

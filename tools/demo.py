@@ -1,6 +1,6 @@
-"""Train a Visformer, stop, resume and evaluate it: ``python -m tools.demo``.
+"""Train a Visformer on handwritten digits, stop, resume and evaluate it.
 
-Every command is printed and runs in its own process.
+``python -m tools.demo``: every command is printed and runs in its own process.
 """
 
 import shlex
@@ -52,8 +52,9 @@ def demo(argv: list[str]) -> int:
     from tools import demo_picture
     from training.parser import Parser
 
-    parser = Parser("tools.demo", description=__doc__.splitlines()[0])
-    parser.add_argument("--output_dir", default=OUTPUT)
+    parser = Parser("python -m tools.demo", description=__doc__.splitlines()[0])
+    folder = "folder for checkpoints, logs and a picture"
+    parser.add_argument("--output_dir", default=OUTPUT, metavar="FOLDER", help=folder)
     output = parser.parse_args(argv).output_dir
     train = ["-c", RECIPE, "--output_dir", output]
     checkpoint = f"{output}/checkpoint.pth"

@@ -307,26 +307,33 @@ def index_shards(args: argparse.Namespace) -> None:
 @cli.program
 def main(argv: list[str]) -> None:
     """Run with the flags ``argv``; pack or index."""
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser("python -m tools.pack_dataset", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--data-path", type=Path, help="image folder with train/ and val/, or with the flags below")
-    add("--output", type=Path, help="folder of the shards")
-    add("--splits", nargs="+", choices=["train", "val"], default=["train", "val"])
-    add("--short-side", type=int, metavar="S", help="resize images to this short side, in pixels")
-    add("--quality", type=int, default=90, help="JPEG quality of resized images")
+    folder = "folder of train/CLASS/* and val/CLASS/*, or with --val-split, --k-folds or --labels"
+    add("--data-path", type=Path, metavar="FOLDER", help=folder)
+    add("--output", type=Path, metavar="FOLDER", help="folder for shards and index")
+    splits = ["train", "val"]
+    add("--splits", nargs="+", choices=splits, default=splits, help="splits to pack")
+    short = "resize images whose short side is longer to S pixels; default: no resizing"
+    add("--short-side", type=int, metavar="S", help=short)
+    quality = "JPEG quality of resized images, from 1 to 100"
+    add("--quality", type=int, default=90, metavar="Q", help=quality)
     turned = "turn resized images by their EXIF orientation; the others keep their bytes and tags"
     add("--exif", action=argparse.BooleanOptionalAction, default=False, help=turned)
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument(
-        "--shard-size", type=float, default=256, metavar="MB", help="bytes per shard, 10^6"
-    )
-    size.add_argument("--shard-images", type=int, metavar="N", help="images per shard instead")
-    add("--num_workers", "--num-workers", type=int, default=usable_cpus())
-    add("--on-corrupt", choices=["error", "skip"], default="error", help="skip: omit them")
-    add("--seed", type=int, default=0, help="seed of the order")
-    add("--index", metavar="PATTERN", help="only write the index of these shards")
-    add("--classes", type=Path, metavar="FILE", help="with --index: class names, one per line")
-    add("--shard-cache", type=Path, help="with --index: folder for remote shards")
+    size = parser.add_mutually_exclusive_group().add_argument
+    size("--shard-size", type=float, default=256, metavar="MB", help="size of a shard, 10^6 bytes")
+    size("--shard-images", type=int, metavar="N", help="images per shard, instead of --shard-size")
+    names, workers = ("--num_workers", "--num-workers"), "processes that decode images"
+    add(*names, type=int, default=usable_cpus(), metavar="N", help=workers)
+    corrupt = "error: stop at an unreadable image; skip: leave it out and list it in the index"
+    add("--on-corrupt", choices=["error", "skip"], default="error", help=corrupt)
+    add("--seed", type=int, default=0, metavar="N", help="seed of the order of the images")
+    index = "only write the index of these shards, such as 'train-{000000..000146}.tar'"
+    add("--index", metavar="PATTERN", help=index)
+    classes = "with --index: class names, one per line"
+    add("--classes", type=Path, metavar="FILE", help=classes)
+    cache = "with --index: cache of remote shards; default: a folder among the temporary files"
+    add("--shard-cache", type=Path, metavar="FOLDER", help=cache)
     cli.add_flags(parser, [*FLAGS, "labels"])
     args = parser.parse_args(argv)
     HoldOut.of(vars(args))  # raises an error

@@ -1,7 +1,7 @@
-"""Classify images: ``python -m tools.predict IMAGE ... --checkpoint CKPT``.
+"""Classify images: print the most likely classes of each and their probabilities.
 
-Print the most likely classes of every image and their probabilities, and write them as pictures or
-a CSV file. Images are preprocessed as in the evaluation of ``main.py``.
+``python -m tools.predict IMAGE ... --checkpoint CKPT`` also writes them as pictures or a CSV file.
+Images are preprocessed as in the evaluation of ``main.py``.
 """
 
 import argparse
@@ -191,20 +191,25 @@ def picture_paths(output: Path, images: Sequence[Path]) -> list[Path]:
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags."""
-    parser = Parser("tools.predict", description=__doc__.split("\n\n")[1], allow_abbrev=False)
+    description = __doc__.splitlines()[0]
+    parser = Parser("python -m tools.predict", description=description, allow_abbrev=False)
     add = parser.add_argument
-    add("images", nargs="+", metavar="IMAGE", help="files, or folders of them")
-    where = "file, address, hf-hub:ORG/NAME, local-dir:FOLDER, or name of published weights"
-    add("--checkpoint", metavar="CKPT", help=where)
-    add("--model", metavar="NAME", help="for a file that does not contain its model's name")
-    add("--pretrained", action="store_true", help="published weights of --model, instead of a file")
-    add("--weights", choices=["model", "ema"], default="model", help="ema: the moving average")
+    add("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
+    add("--checkpoint", metavar="CKPT", help=f"weights: {cli.SOURCES}")
+    name = "model name, for a file that does not contain it or for --pretrained"
+    add("--model", metavar="NAME", help=name)
+    published = "use the published weights of --model instead of --checkpoint"
+    add("--pretrained", action="store_true", help=published)
+    add("--weights", choices=["model", "ema"], default="model", help=cli.WEIGHTS)
     add_input_size(parser)
     add("--topk", type=positive, default=5, metavar="K", help="number of classes to print")
-    add("--classes", type=Path, metavar="FILE", help="class names, one per line")
-    add("--class", dest="asked", metavar="NAME_OR_INDEX", help="also print its probability")
-    add("--output", type=Path, metavar="PLACE", help="pictures: FILE.png for one image, or folder")
-    add("--csv", type=Path, metavar="FILE")
+    names = "class names, one per line; default: those of the checkpoint, or ImageNet's"
+    add("--classes", type=Path, metavar="FILE", help=names)
+    asked = "also print the probability of this class"
+    add("--class", dest="asked", metavar="NAME_OR_INDEX", help=asked)
+    pictures = "write pictures with the predictions: FILE.png for one image, or a folder"
+    add("--output", type=Path, metavar="PLACE", help=pictures)
+    add("--csv", type=Path, metavar="FILE.csv", help="write the predictions as a table")
     cli.add_flags(parser, (*FLAGS, "device"))
     return parser
 

@@ -1,8 +1,8 @@
-"""Compare the speed of models with their peers: ``python -m tools.benchmark [NAME ...]``.
+"""Compare the speed of models with that of other implementations of the same models.
 
-Every model runs as implemented here and by its peers (timm's own classes; with --peer-path, an
-original repository), in several configurations, in turn, in one process. The last lines compare
-the best configuration of ours with the best of the peers'.
+``python -m tools.benchmark [NAME ...]``: every model runs as implemented here and by its peers
+(timm's own classes; with --peer-path, an original repository), in several configurations, in turn,
+in one process. The last lines compare the best configuration of ours with the best of the peers'.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from tools.benchmark.candidates import Case, Peer
 from tools.flops import count
 from tools.pages import write_between
 from training import launch
-from training.parser import Parser, add_input_size
+from training.parser import PIXELS, Parser, add_input_size
 from utils import UserError
 
 NAMES = ("visformer_tiny", "visformer_small", "swin_visformer_tiny_v2", "swin_visformer_small_v2")
@@ -175,23 +175,32 @@ def markdown(rows: list[dict]) -> str:
 @cli.program
 def main(argv: list[str]) -> None:
     """Run with the flags ``argv``."""
-    parser = Parser("tools.benchmark", description=__doc__.splitlines()[0])
+    parser = Parser("python -m tools.benchmark", description=__doc__.splitlines()[0])
     add = parser.add_argument
     default = ", ".join(NAMES)
-    add("names", nargs="*", metavar="NAME", help=f"any of timm's models; default: {default}")
-    add("--mode", nargs="+", choices=["infer", "train"], default=["infer", "train"])
+    add("names", nargs="*", metavar="NAME", help=f"timm model names; default: {default}")
+    modes, measured = ["infer", "train"], "measure inference, training or both"
+    add("--mode", nargs="+", choices=modes, default=modes, help=measured)
     measure.add_flags(parser, batch_size=8, rounds=10, timing=True)
-    add_input_size(parser)
-    add("--configs", nargs="+", metavar="CONFIG", help="for example deploy+channels_last+compile")
-    add("--peer-path", type=Path, metavar="FOLDER", help="checkout of an original repository")
-    add("--peer-args", nargs="*", default=[], metavar="KEY=VALUE", help="for its model functions")
-    add("--memory", action="store_true", help="also measure memory, in separate processes")
-    add("--csv", type=Path, metavar="FILE", help="write the table")
-    add("--read", type=Path, metavar="FILE", help="a table of --csv to draw, without measuring")
-    add("--plot", type=Path, metavar="FILE.png", help="picture of ours over the best peer")
-    about = "picture of published accuracy and images/s of inference"
-    add("--plot-accuracy", type=Path, metavar="FILE.png", help=about)
-    add("--page", type=Path, metavar="FILE.md", help="write a table of models into this page")
+    add_input_size(parser, help=f"{PIXELS}; default: that of the model")
+    parts = f"eager, or some of {', '.join(candidates.TRANSFORMS)} joined by +"
+    configs = f"configurations: {parts}; default: all without checkpoint, on CUDA with compile"
+    add("--configs", nargs="+", metavar="CONFIG", help=configs)
+    peer = "checkout of an original repository, to compare with as well"
+    add("--peer-path", type=Path, metavar="FOLDER", help=peer)
+    kwargs = "arguments of the model functions in --peer-path"
+    add("--peer-args", nargs="*", default=[], metavar="KEY=VALUE", help=kwargs)
+    memory = "also measure peak memory, in separate processes"
+    add("--memory", action="store_true", help=memory)
+    add("--csv", type=Path, metavar="FILE.csv", help="write the table")
+    table = "use a table of --csv instead of measuring"
+    add("--read", type=Path, metavar="FILE.csv", help=table)
+    bars = "draw images per second relative to the best other implementation"
+    add("--plot", type=Path, metavar="FILE.png", help=bars)
+    points = "draw published accuracy against images per second of inference"
+    add("--plot-accuracy", type=Path, metavar="FILE.png", help=points)
+    page = "replace the table between the marks of models in this page"
+    add("--page", type=Path, metavar="FILE.md", help=page)
     args = parser.parse_args(argv)
     outputs = {name: getattr(args, name) for name in ("csv", "plot", "plot_accuracy")}
     flags = {f"--{name.replace('_', '-')}": path for name, path in outputs.items()}

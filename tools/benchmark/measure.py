@@ -26,17 +26,25 @@ Step = Callable[[], object]
 
 
 def add_flags(
-    parser: argparse.ArgumentParser, batch_size: int, rounds: int = 7, timing: bool = False
+    parser: argparse.ArgumentParser,
+    batch_size: int,
+    rounds: int = 7,
+    timing: bool = False,
+    device: str = "device to measure on",
 ) -> None:
     """Add the flags of every benchmark; with ``timing``, those of a number of steps by time."""
     add = parser.add_argument
-    add("--batch-size", type=int, default=batch_size)
-    add("--device", choices=["cpu", "cuda"], help="cuda if available, if not given")
-    add("--rounds", type=int, default=rounds, help="measurements of each; the median counts")
+    add("--batch-size", type=int, default=batch_size, metavar="N", help="images per step")
+    where = f"{device}; default: cuda if available, else cpu"
+    add("--device", choices=["cpu", "cuda"], help=where)
+    turns = "measurements of each candidate, in turn; the median counts"
+    add("--rounds", type=int, default=rounds, metavar="N", help=turns)
     if timing:
-        add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+        dtypes = ["float32", "bfloat16", "float16"]
+        add("--dtype", choices=dtypes, default="float32", help="data type to compute in")
         add("--tf32", action=OnOff, default=True, help="on CUDA, multiply float32 in TF32")
-        add("--min-time", type=float, default=0.5, help="seconds of a measurement")
+        shortest = "shortest time of a measurement"
+        add("--min-time", type=float, default=0.5, metavar="SECONDS", help=shortest)
 
 
 def in_turn(

@@ -1,4 +1,4 @@
-"""Measure the cost of fault tolerance: steps per second with what resumption needs, and without.
+"""Measure the cost of fault tolerance: steps per second of training with it and without.
 
 ``python -m tools.benchmark.saving`` trains on one batch from memory, in turn with signal handling,
 watchdog and background checkpoints, and without; under
@@ -30,7 +30,7 @@ from training import launch
 from training.launch import DistInfo
 from training.network import Network, choose_precision, with_amp_dtype
 from training.output import Output
-from training.parser import Parser, add_input_size
+from training.parser import PIXELS, Parser, add_input_size
 from training.run_state import RunState
 from training.schedules import Rates
 from training.tracking import Tracking
@@ -113,14 +113,15 @@ def compare(args: Namespace, place: DistInfo) -> None:
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags."""
-    parser = Parser("tools.benchmark.saving", description=__doc__.splitlines()[0])
+    parser = Parser("python -m tools.benchmark.saving", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("model", nargs="?", default="visformer_tiny")
+    add("model", nargs="?", default="visformer_tiny", metavar="MODEL", help="timm model name")
     measure.add_flags(parser, batch_size=32)
-    add_input_size(parser, default=64)
-    add("--steps", type=int, default=100, help="steps of a measurement")
-    add("--save-every-steps", type=int, default=50)
-    add("--amp", action="store_true", help="automatic mixed precision")
+    add_input_size(parser, default=64, help=PIXELS)
+    add("--steps", type=int, default=100, metavar="N", help="training steps of a measurement")
+    every = "steps between checkpoints"
+    add("--save-every-steps", type=int, default=50, metavar="N", help=every)
+    add("--amp", action="store_true", help="train in automatic mixed precision")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Images per second of the input pipeline next to DeiT's, by stage and in total.
+"""Measure the speed of the input pipeline next to DeiT's, by stage and in total.
 
 ``python -m tools.benchmark_data --data-path FOLDER_OF_CLASSES`` reads real images, as they are and
 packed into shards with a short side of ``--short-side`` pixels, with DeiT's pipeline (timm's
@@ -29,7 +29,7 @@ from tools.benchmark_data.pipelines import Training, in_memory, pipelines
 from tools.tables import markdown, write_csv
 from training.launch import select_device
 from training.network import with_amp_dtype
-from training.parser import Parser, add_input_size
+from training.parser import PIXELS, Parser, add_input_size
 
 
 def open_folder(path: Path, count: int) -> Files:
@@ -124,20 +124,28 @@ def plot(rows: Sequence[dict], path: Path) -> None:
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags."""
-    parser = Parser("tools.benchmark_data", description=__doc__.splitlines()[0])
+    parser = Parser("python -m tools.benchmark_data", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--data-path", type=Path, required=True, help="folder with a folder of images per class")
-    add("--images", type=int, default=512, help="largest number of images")
-    add_input_size(parser, default=224)
-    add("--short-side", type=int, default=256, help="of packed images, in pixels")
-    add("--quality", type=int, default=90, help="of packed images")
-    add_flags(parser, batch_size=64)
-    add("--num_workers", type=int, default=os.cpu_count(), help="0 skips this part")
-    add("--model", help="instead, train this model on the images, and on a batch in memory")
-    add("--steps", type=int, default=20, help="of a measurement with --model")
-    add("--amp", action="store_true", help="for --model: automatic mixed precision")
-    add("--csv", type=Path, metavar="FILE", help="of the stages")
-    add("--plot", type=Path, metavar="FILE.png", help="of the stages")
+    folder = "folder with a folder of images for each class"
+    add("--data-path", type=Path, required=True, metavar="FOLDER", help=folder)
+    most = "maximum number of images to use"
+    add("--images", type=int, default=512, metavar="N", help=most)
+    add_input_size(parser, default=224, help=PIXELS)
+    short = "short side of packed images"
+    add("--short-side", type=int, default=256, metavar="PIXELS", help=short)
+    quality = "JPEG quality of packed images, from 1 to 100"
+    add("--quality", type=int, default=90, metavar="Q", help=quality)
+    add_flags(parser, batch_size=64, device="with --model: device to train on")
+    workers = "loader workers; 0: do not measure with workers"
+    add("--num_workers", type=int, default=os.cpu_count(), metavar="N", help=workers)
+    model = "train this model instead, on the images and on one batch in memory"
+    add("--model", metavar="NAME", help=model)
+    steps = "with --model: training steps of a measurement"
+    add("--steps", type=int, default=20, metavar="N", help=steps)
+    amp = "with --model: train in automatic mixed precision"
+    add("--amp", action="store_true", help=amp)
+    add("--csv", type=Path, metavar="FILE.csv", help="write the times of the stages")
+    add("--plot", type=Path, metavar="FILE.png", help="draw the times of the stages")
     return parser
 
 

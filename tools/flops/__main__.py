@@ -1,8 +1,8 @@
-"""Cost of models: ``python -m tools.flops [NAME ...]``.
+"""Count parameters, multiply-accumulates and activations of models.
 
-Without names, a table of this repository's models next to the figures of their papers; with names
-(any of timm's), a table of these; with --stages, a table by stage for each. Models are not
-allocated if they can run on PyTorch's meta device.
+``python -m tools.flops [NAME ...]``: without names, a table of this repository's models next to the
+figures of their papers; with names (any of timm's), a table of these; with --stages, a table by
+stage for each. Models are not allocated if they can run on PyTorch's meta device.
 
 The forward pass is counted as it runs: attention in PyTorch's fused kernels as two matrix products,
 and ConViT's positional attention as two small products, over rows and over columns.
@@ -28,7 +28,7 @@ from tools.flops.counting import PartCost, Request, our_models, run, total
 from tools.flops.paper import PAPER
 from tools.flops.stages import by_stage
 from tools.tables import markdown, write_csv
-from training.parser import Parser, add_input_size, positive
+from training.parser import PIXELS, Parser, add_input_size, positive
 
 NOTES = """\
 ConViT's paper leaves the two attention products out of its GMACs, and cuts millions of parameters
@@ -80,18 +80,21 @@ def requests(args: argparse.Namespace) -> list[Request]:
 @cli.program
 def main(argv: list[str]) -> None:
     """Run with the flags ``argv``; count, print and write."""
-    parser = Parser("tools.flops", description=__doc__.splitlines()[0])
+    parser = Parser("python -m tools.flops", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("names", nargs="*", metavar="NAME", help="models, any of timm's; ours if none")
-    add_input_size(parser)
-    add("--batch", type=positive, default=1, help="batch size (1)")
-    add("--stages", action="store_true", help="a table by stage for each model")
-    add("--blocks", action="store_true", help="the same, with plain transformers by block")
-    add("--fuse", action="store_true", help="count the models after fuse()")
+    names = "timm model names; default: all models of this repository"
+    add("names", nargs="*", metavar="NAME", help=names)
+    add_input_size(parser, help=f"{PIXELS}; default: that of the model")
+    add("--batch", type=positive, default=1, metavar="N", help="images per batch")
+    add("--stages", action="store_true", help="print a table by stage for each model")
+    blocks = "as --stages, with plain transformers by block"
+    add("--blocks", action="store_true", help=blocks)
+    fused = "count the models fused for inference"
+    add("--fuse", action="store_true", help=fused)
     explicit = {"dest": "fused_attention", "action": "store_false"}
-    add("--no-fused-attention", help="count attention written out", **explicit)
-    add("--checkpoint", help="file, address, hf-hub:ORG/NAME or local-dir:FOLDER of a model")
-    add("--csv", type=Path, help="file for exact counts")
+    add("--no-fused-attention", help="count attention written out, not fused", **explicit)
+    add("--checkpoint", metavar="CKPT", help=f"count the model of these weights: {cli.SOURCES}")
+    add("--csv", type=Path, metavar="FILE.csv", help="write exact counts")
     args = parser.parse_args(argv)
     files.check_files({"--csv": args.csv}, [args.checkpoint])
     by_part = args.stages or args.blocks

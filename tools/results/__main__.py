@@ -1,9 +1,9 @@
-"""Claims of the papers on a small dataset: ``python -m tools.results [CLAIM ...]``.
+"""Test claims of the papers by trainings on a small dataset.
 
-Every arm is a run of ``main.py`` with the recipe of its suite. A finished run leaves one line of
-JSON in the folder of results, and is not repeated; interrupted ones resume. The page of results is
-made from these files: pairs of runs with the same seed, the mean of their differences and its
-standard error.
+``python -m tools.results [CLAIM ...]``: every arm is a run of ``main.py`` with the recipe of its
+suite. A finished run leaves one line of JSON in the folder of results, and is not repeated;
+interrupted ones resume. The page of results is made from these files: pairs of runs with the same
+seed, the mean of their differences and its standard error.
 """
 
 import argparse
@@ -273,21 +273,29 @@ def commands(args: Namespace) -> Iterator[str]:
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags."""
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser("python -m tools.results", description=__doc__.splitlines()[0])
     add = parser.add_argument
     names = ", ".join(dict.fromkeys(name for suite in SUITES.values() for name in suite.parts))
-    add("claims", nargs="*", metavar="CLAIM", help=f"one of {names}; all if none")
-    add("--suite", choices=SUITES, default="cpu", help="networks and recipe of the runs")
-    add("--data-path", default="data/cifar10", help="image folder with train and val")
-    add("--output_dir", default="output/results", help="one folder per run")
-    add("--results", default="docs/results", help="folder of the finished runs' results")
-    add("--epochs", type=int, help="epochs of the whole dataset, instead of the recipe's")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--jobs", type=int, default=1, help="runs at a time, which share the cores")
-    add("--no-train", action="store_true", help="only tabulate finished runs")
-    add("--page", metavar="FILE", help="write the tables into this page")
-    add("--plot", metavar="FOLDER", help="write curves.png and differences.png of finished runs")
-    add("--flags", default="", help="further flags of main.py, as one argument")
+    add("claims", nargs="*", metavar="CLAIM", help=f"claims to test; default: all of {names}")
+    add("--suite", choices=SUITES, default="cpu", help="models and recipe of the runs")
+    data = "image folder with train/CLASS/* and val/CLASS/*"
+    add("--data-path", default="data/cifar10", metavar="FOLDER", help=data)
+    output = "folder with a folder for each run"
+    add("--output_dir", default="output/results", metavar="FOLDER", help=output)
+    results = "folder with a file of results for each finished run"
+    add("--results", default="docs/results", metavar="FOLDER", help=results)
+    epochs = "epochs of a run on the whole dataset; default: the recipe's"
+    add("--epochs", type=int, metavar="N", help=epochs)
+    seeds = "seeds; every training runs once with each"
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help=seeds)
+    jobs = "runs at a time, which share the CPU cores"
+    add("--jobs", type=int, default=1, metavar="N", help=jobs)
+    add("--no-train", action="store_true", help="only print tables of finished runs")
+    page = "write the tables into this page instead of printing them"
+    add("--page", metavar="FILE.md", help=page)
+    plot = "write curves.png and differences.png of the finished runs into this folder"
+    add("--plot", metavar="FOLDER", help=plot)
+    add("--flags", default="", help="further flags of main.py, quoted as one argument")
     return parser
 
 

@@ -1,8 +1,9 @@
-"""Submit a run to Slurm: ``python -m tools.submit --nodes 2 --ngpus 8 -- --model NAME ...``.
+"""Submit a training run to a Slurm cluster.
 
-Flags after ``--`` are those of ``main.py``. Every process is a Slurm task with its own logs. Before
-the job's time is up (``--signal-delay``) the run saves, stops and is requeued, and then resumes by
-``--resume auto``. Needs submitit (``pip install submitit``).
+``python -m tools.submit --nodes 2 --ngpus 8 -- --model NAME ...``: flags after ``--`` are those of
+``main.py``. Every process is a Slurm task with its own logs. Before the job's time is up
+(``--signal-delay``) the run saves, stops and is requeued, and then resumes by ``--resume auto``.
+Needs submitit (``pip install submitit``).
 """
 
 import argparse
@@ -16,30 +17,42 @@ from training.flags import parse_args
 from training.parser import Parser
 from utils import UserError
 
-SHARED = ("partition", "constraint", "account", "qos", "comment", "exclude")
+SHARED = {  # flags of sbatch
+    "partition": "partition to submit to",
+    "constraint": "features that machines must have",
+    "account": "account to charge",
+    "qos": "quality of service",
+    "comment": "comment of the job",
+    "exclude": "machines not to use",
+}
 
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags before ``--``."""
     parser = Parser(
         "python -m tools.submit",
-        description=__doc__.partition("\n")[0],
+        description=__doc__.splitlines()[0],
         usage="%(prog)s [options] -- FLAGS OF main.py",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--nodes", type=int, default=1, help="number of machines")
-    add("--ngpus", type=int, default=8, help="processes per machine, with one GPU each")
+    add("--nodes", type=int, default=1, metavar="N", help="number of machines")
+    processes = "processes per machine, with one GPU each"
+    add("--ngpus", type=int, default=8, metavar="N", help=processes)
     add("--timeout", type=int, default=2800, metavar="MINUTES", help="time limit of a job")
-    add("--max-timeouts", type=int, default=100, metavar="N", help="maximum number of requeues")
-    add("--signal-delay", type=int, default=120, metavar="SECONDS", help="time to save, at the end")
-    add("--job-dir", default="output/%j", help="logs and checkpoints; %%j: the job's number")
+    requeues = "maximum number of requeues after a time limit"
+    add("--max-timeouts", type=int, default=100, metavar="N", help=requeues)
+    delay = "time before the limit at which the run saves and stops"
+    add("--signal-delay", type=int, default=120, metavar="SECONDS", help=delay)
+    folder = "folder for logs and checkpoints; %%j: the job's number"
+    add("--job-dir", default="output/%j", metavar="FOLDER", help=folder)
     add("--name", default="main", help="name of the job")
-    add("--cpus-per-task", type=int, help="CPU cores per process")
-    add("--mem", type=float, metavar="GB", help="memory per machine")
-    for name in SHARED:
-        add(f"--{name}", help=f"sbatch --{name}")
+    cores = "CPU cores per process; default: the cluster's"
+    add("--cpus-per-task", type=int, metavar="N", help=cores)
+    memory = "memory per machine; default: the cluster's"
+    add("--mem", type=float, metavar="GB", help=memory)
+    for name, what in SHARED.items():
+        add(f"--{name}", help=f"{what}, as for sbatch")
     add("--local", action="store_true", help="run on this machine, without Slurm")
     return parser
 

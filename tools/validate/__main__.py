@@ -1,7 +1,7 @@
-"""Evaluate checkpoints: ``python -m tools.validate CHECKPOINT [CHECKPOINT ...]``.
+"""Evaluate checkpoints: print accuracy, likelihood, calibration and speed of each.
 
-Every checkpoint, at every size, with its weights and their moving average, is a row: accuracy,
-likelihood, calibration and speed, from one pass over the images.
+``python -m tools.validate CHECKPOINT ...`` prints a row for every checkpoint, at every size, with
+its weights and with their moving average, from one pass over the images.
 """
 
 import argparse
@@ -108,23 +108,32 @@ SetKey = tuple[DataConfig, HoldOut | None, str | None]  # preprocessing, split a
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags."""
-    parser = Parser("tools.validate", description=__doc__.split("\n\n")[1], allow_abbrev=False)
+    description = __doc__.splitlines()[0]
+    parser = Parser("python -m tools.validate", description=description, allow_abbrev=False)
     add = parser.add_argument
-    where = "files, addresses, hf-hub:ORG/NAME, local-dir:FOLDER, or names of published weights"
-    add("checkpoints", nargs="*", metavar="CHECKPOINT", help=where)
-    add("--model", metavar="NAME", help="for files that do not contain their model's name")
-    add("--pretrained", action="store_true", help="published weights of --model, instead of files")
-    sizes = "sides in pixels, or HxW for height and width, such as 224 224x160; the checkpoint's"
+    add("checkpoints", nargs="*", metavar="CHECKPOINT", help=f"weights to evaluate: {cli.SOURCES}")
+    name = "model name, for files that do not contain it or for --pretrained"
+    add("--model", metavar="NAME", help=name)
+    published = "evaluate the published weights of --model instead of a CHECKPOINT"
+    add("--pretrained", action="store_true", help=published)
+    sizes = "image sizes in pixels, as 224 or 224x160 (HxW); default: that of the checkpoint"
     add("--input-size", type=image_size, nargs="+", metavar="SIZE", help=sizes)
-    add("--weights", choices=["model", "ema", "both"], default="both", help="both, if both exist")
-    add("--fuse", action="store_true", help="fuse the model for inference first")
-    add("--classes", choices=RULES, default="auto", help="how class names match outputs")
-    add("--csv", type=Path, metavar="FILE", help="the table; with --corruptions, errors")
-    add("--per-class", type=Path, metavar="FILE.csv", help="recall, precision and confusion")
-    add("--confusion", type=Path, metavar="FILE.png", help="picture of the confusion matrix")
-    add("--reliability", type=Path, metavar="FILE.png", help="accuracy by confidence")
-    add("--real-labels", metavar="FILE", help="real.json of ImageNet-ReaL; timm: timm's copy")
-    add("--corruptions", type=Path, metavar="FOLDER", help="ImageNet-C: CORRUPTION/SEVERITY/CLASS")
+    weights = "evaluate the weights, their moving average (ema), or both if there are both"
+    add("--weights", choices=["model", "ema", "both"], default="both", help=weights)
+    add("--fuse", action="store_true", help="fuse norms and branches for inference first")
+    rules = "match class folders to outputs by position, ImageNet wnid or number; auto: by name"
+    add("--classes", choices=RULES, default="auto", help=rules)
+    table = "write the table; with --corruptions, that of errors"
+    add("--csv", type=Path, metavar="FILE.csv", help=table)
+    classes = "write recall, precision and confusion of each class"
+    add("--per-class", type=Path, metavar="FILE.csv", help=classes)
+    add("--confusion", type=Path, metavar="FILE.png", help="draw the confusion matrix")
+    bins = "draw the reliability diagram: accuracy by confidence"
+    add("--reliability", type=Path, metavar="FILE.png", help=bins)
+    real = "also count by ImageNet-ReaL's labels: its real.json, or timm for timm's copy"
+    add("--real-labels", metavar="FILE", help=real)
+    corruptions = "evaluate on ImageNet-C, a folder of CORRUPTION/SEVERITY/CLASS/*, instead"
+    add("--corruptions", type=Path, metavar="FOLDER", help=corruptions)
     cli.add_flags(parser, [*NETWORK, *cli.data_flags(), "device"])
     return parser
 

@@ -1,7 +1,7 @@
-"""Visualize the inside of a model: ``python -m tools.visualize KIND ...``.
+"""Draw attention, feature maps, kernels and other parts of a model, or training curves.
 
-Attention, positions, gates, kernels and feature maps of a checkpoint or a registered model, and
-training curves. Every kind has its own ``--help``.
+``python -m tools.visualize KIND ...``: attention, positions, gates, kernels and feature maps of a
+checkpoint or a registered model, and training curves. Every kind has its own ``--help``.
 """
 
 import argparse
@@ -17,48 +17,58 @@ from training.parser import INPUT_SIZE, Parser, positive
 
 NUMBERS = {"type": int, "nargs": "+"}
 IMAGES = {"--image": {"nargs": "+", "metavar": "IMG", "help": "images to average over"}}
+DEVICE = "device to compute on; default: cuda if available, else cpu"
+SOURCE = "file, URL, hf-hub:ORG/NAME, local-dir:FOLDER or model name"
 FLAGS: dict[str, dict[str, Any]] = {
-    "source": {"metavar": "CKPT_OR_MODEL", "help": "checkpoint file or model name"},
-    "checkpoints": {"nargs": "+", "metavar": "CKPT", "help": "checkpoint files or model names"},
-    "runs": {"nargs": "+", "metavar": "RUN_OR_LOG", "help": "run folders or log.txt files"},
-    "--checkpoint": {"metavar": "CKPT", "help": "checkpoint file; else --model NAME"},
+    "source": {"metavar": "CKPT_OR_MODEL", "help": SOURCE},
+    "checkpoints": {"nargs": "+", "metavar": "CKPT", "help": SOURCE},
+    "runs": {"nargs": "+", "metavar": "RUN_OR_LOG", "help": "folders of runs, or log.txt files"},
+    "--checkpoint": {"metavar": "CKPT", "help": f"{SOURCE}; default: the name in --model"},
     "--image": {"required": True, "metavar": "FILE", "help": "image, or folder for its first one"},
-    "--data-path": {"metavar": "FOLDER", "help": "or images from a folder"},
-    "--count": {"type": positive, "default": 16, "help": "images of the folder (16)"},
+    "--data-path": {"metavar": "FOLDER", "help": "average over images of this folder instead"},
+    "--count": {"type": positive, "default": 16, "help": "number of images of --data-path"},
     "--query": {
         "default": "centre",
         "metavar": "X,Y",
-        "help": "pixel of the model's input, 0,0 at the upper left; or centre, or class",
+        "help": "pixel of the model's input, 0,0 at the upper left; or centre, or class (token)",
     },
-    "--part": {"choices": [*PARTS, "all"], "default": "full"},
+    "--part": {
+        "choices": [*PARTS, "all"],
+        "default": "full",
+        "help": "attention as a whole, by content, by position, or all three",
+    },
     "--show": {
         "choices": list(positions.SHOWN),
-        "help": "bias tables, GPSA's positional attention or position embeddings; the first of "
-        "these that the model has if not given",
+        "help": "bias tables, GPSA's positional attention or position embeddings; default: the "
+        "first of these that the model has",
     },
-    "--layers": NUMBERS | {"help": "layers, stages or blocks by number, from 0"},
-    "--heads": NUMBERS | {"help": "heads by number, from 0"},
-    "--layer": {"metavar": "NAME", "help": "layer name; the first RepMixer if not given"},
-    "--channels": {"type": positive, "default": 6, "help": "number of channels (6)"},
-    "--scale": {"choices": ["row", "panel"], "default": "row", "help": "of colours (row)"},
+    "--layers": NUMBERS | {"help": "layers, stages or blocks by number, from 0; default: all"},
+    "--heads": NUMBERS | {"help": "heads by number, from 0; default: all"},
+    "--layer": {"metavar": "NAME", "help": "name of the layer; default: the first RepMixer"},
+    "--channels": {"type": positive, "default": 6, "metavar": "N", "help": "number of channels"},
+    "--scale": {
+        "choices": ["row", "panel"],
+        "default": "row",
+        "help": "give each row or each panel its own scale of colours",
+    },
     "--pick": {
         "choices": ["first", "variance"],
         "default": "first",
-        "help": "the first channels, or those of the largest variance over the image",
+        "help": "show the first channels, or those of the largest variance over the image",
     },
     "--model": {"metavar": "NAME", "help": "model name, for checkpoints that do not contain it"},
-    "--pretrained": {"action": "store_true", "help": "timm's weights instead of random ones"},
-    "--weights": {"choices": ["model", "ema"], "default": "model", "help": "or the EMA weights"},
+    "--pretrained": {"action": "store_true", "help": "load published weights, not random ones"},
+    "--weights": {"choices": ["model", "ema"], "default": "model", "help": cli.WEIGHTS},
     "--input-size": INPUT_SIZE,
     "--exif": {
         "action": argparse.BooleanOptionalAction,
-        "help": "turn images by their EXIF orientation; as the weights if not given",
+        "help": "turn images by their EXIF orientation; default: as for the weights",
     },
-    "--seed": {"type": int, "default": 0, "help": "seed of random weights (0)"},
-    "--device": {"choices": ["cpu", "cuda"], "help": "cuda if available, else cpu"},
-    "--output": {"type": Path, "metavar": "FILE.png", "help": "figure to write"},
-    "--tensorboard": {"type": Path, "metavar": "DIR", "help": "folder for the figure as an event"},
-    "--csv": {"type": Path, "metavar": "FILE.csv", "help": "the values in the figure"},
+    "--seed": {"type": int, "default": 0, "metavar": "N", "help": "seed of random weights"},
+    "--device": {"choices": ["cpu", "cuda"], "help": DEVICE},
+    "--output": {"type": Path, "metavar": "FILE.png", "help": "write the figure"},
+    "--tensorboard": {"type": Path, "metavar": "DIR", "help": "log the figure to TensorBoard"},
+    "--csv": {"type": Path, "metavar": "FILE.csv", "help": "write the values in the figure"},
 }
 MODELS = "--model --pretrained --weights --input-size --seed --device"
 PHOTOS = f"{MODELS} --exif"  # of kinds that read images
@@ -84,7 +94,7 @@ KINDS = {  # kind: (function from flags to Picture, flags ...)
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of all kinds."""
-    parser = Parser("tools.visualize", description=__doc__.splitlines()[0])
+    parser = Parser("python -m tools.visualize", description=__doc__.splitlines()[0])
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     for name, (make, *flags) in KINDS.items():
         what = make.__doc__.splitlines()[0]

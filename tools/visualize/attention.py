@@ -24,7 +24,7 @@ class LayerMaps(NamedTuple):
 
 
 def make(args: Namespace) -> figures.Picture:
-    """What a patch, or the class token, attends to, over the image."""
+    """Attention of a patch, or of the class token, over an image."""
     if args.checkpoint:
         model = load_model(args.checkpoint, args)
     elif args.model:

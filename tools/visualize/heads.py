@@ -25,12 +25,12 @@ Values = dict[str, torch.Tensor]  # one per head, h, by layer
 
 
 def make_gates(args: Namespace) -> Picture:
-    """ConViT's gates by layer, or over the epochs of several checkpoints."""
+    """ConViT's gates (share of position) by layer, or over the epochs of checkpoints."""
     return _make(args, lambda model: gates(model.module), "gate", GATE, (-0.03, 1.03))
 
 
 def make_nonlocality(args: Namespace) -> Picture:
-    """How far the heads of each layer look, in patches."""
+    """Mean distance at which the heads of each layer attend, in patches."""
     if bool(args.image) == bool(args.data_path):
         raise UserError("give either --image IMG ... or --data-path FOLDER")
     paths = args.image or find_images(args.data_path, args.count)
