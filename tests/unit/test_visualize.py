@@ -89,7 +89,7 @@ def rows_of(files, tmp_path, capsys):
     [
         ["gates", "@0.pth", "@1.pth"],
         ["nonlocality", "@0.pth", "--image", IMAGE],
-        ["attention", "--checkpoint", "@1.pth", "--image", IMAGE, "--heads", "0"],
+        ["attention", "@1.pth", "--image", IMAGE, "--heads", "0"],
         ["bias", "@1.pth", "--layers", "0"],
         ["kernels", "drawn_fastvit", "--channels", "1"],
         ["features", "@1.pth", "--image", IMAGE, "--channels", "1"],
@@ -158,7 +158,7 @@ def test_nonlocality_command(rows_of):
 
 
 def test_attention_command(rows_of):
-    words = ["attention", "--checkpoint", "@1.pth", "--image", IMAGE]
+    words = ["attention", "@1.pth", "--image", IMAGE]
     rows = rows_of(*words, "--part", "all", "--heads", "0", "3")
     assert list(rows[0]) == ["layer", "head", "part", "y", "x", "weight"]
     parts = {(row["layer"], row["part"]) for row in rows}
@@ -174,7 +174,7 @@ def test_attention_command(rows_of):
         else:
             assert total == pytest.approx(1.0, abs=1e-5)
     assert {row["layer"] for row in rows_of(*words, *CLASS)} == {"blocks.2.attn"}
-    words = ["attention", "--model", "drawn_visformer", "--image", IMAGE, "--heads", "1"]
+    words = ["attention", "drawn_visformer", "--image", IMAGE, "--heads", "1"]
     found = {(row["layer"], row["head"]) for row in rows_of(*words, "--query", "31,0")}
     assert found == {("stage2.0.attn", "1"), ("stage3.0.attn", "1")}
 
@@ -246,9 +246,9 @@ def test_branches_of_a_reparameterised_model_are_gone(tmp_path, capsys):
     assert not out.exists()
 
 
-OF_VIT = ["--model", "test_vit", "--image", IMAGE]
-OF_CONVIT = ["--checkpoint", "@0.pth", "--image", IMAGE]
-OF_V2 = ["--model", "drawn_visformer", "--image", IMAGE]
+OF_VIT = ["test_vit", "--image", IMAGE]
+OF_CONVIT = ["@0.pth", "--image", IMAGE]
+OF_V2 = ["drawn_visformer", "--image", IMAGE]
 WRONG = [  # words, and what the message must name
     (["gates", "test_vit"], "VisionTransformer"),
     (["gates", "@none.pth"], "none.pth"),
@@ -266,10 +266,9 @@ WRONG = [  # words, and what the message must name
     (["nonlocality", "@0.pth", "--data-path", "@images", "--count", "99"], "99"),
     (["nonlocality", "@0.pth", "--data-path", "@nowhere"], "nowhere"),
     (["nonlocality", "test_convnext", "--image", IMAGE], "ConvNeXt"),
-    (["attention", "--image", IMAGE], "--checkpoint"),
-    (["attention", "--model", "test_vit", "--image", "@broken.jpg"], "broken.jpg"),
-    (["attention", "--model", "test_vit", "--image", "@some run"], "some run"),
-    (["attention", "--checkpoint", "@no_class.pth", "--image", IMAGE, *CLASS], "no_class.pth"),
+    (["attention", "test_vit", "--image", "@broken.jpg"], "broken.jpg"),
+    (["attention", "test_vit", "--image", "@some run"], "some run"),
+    (["attention", "@no_class.pth", "--image", IMAGE, *CLASS], "no_class.pth"),
     (["attention", *OF_V2, "--heads", "7"], "stage2.0.attn"),
     (["attention", *OF_VIT, "--query", "160,0"], "160x160"),
     (["attention", *OF_VIT, "--query", "a"], "--query a"),
@@ -330,7 +329,7 @@ def test_what_is_read_is_not_overwritten(files, tmp_path, capsys):
     photo = tmp_path / "photo.png"
     Image.new("RGB", (16, 16)).save(photo)
     before = photo.read_bytes()
-    words = ["attention", "--checkpoint", files / "0.pth", "--image", photo, "--output", photo]
+    words = ["attention", files / "0.pth", "--image", photo, "--output", photo]
     refuses(caller(capsys, visualize, more=())(*words), f"--output {photo}")
     assert photo.read_bytes() == before
 

@@ -23,7 +23,6 @@ FLAGS: dict[str, dict[str, Any]] = {
     "source": {"metavar": "CKPT_OR_MODEL", "help": SOURCE},
     "checkpoints": {"nargs": "+", "metavar": "CKPT", "help": SOURCE},
     "runs": {"nargs": "+", "metavar": "RUN_OR_LOG", "help": "folders of runs, or log.txt files"},
-    "--checkpoint": {"metavar": "CKPT", "help": f"{SOURCE}; default: the name in --model"},
     "--image": {"required": True, "metavar": "FILE", "help": "image, or folder for its first one"},
     "--data-path": {"metavar": "FOLDER", "help": "average over images of this folder instead"},
     "--count": {"type": positive, "default": 16, "help": "number of images of --data-path"},
@@ -78,12 +77,12 @@ KINDS = {  # kind: (function from flags to Picture, flags ...)
     "nonlocality": (
         heads.make_nonlocality,
         "checkpoints --image --data-path --count",
-        MODELS,
+        PHOTOS,
     ),
     "attention": (
         attention.make,
-        "--checkpoint --image --query --layers --heads --part",
-        MODELS,
+        "source --image --query --layers --heads --part",
+        PHOTOS,
     ),
     "bias": (positions.make, "source --show --layers", MODELS),
     "kernels": (kernels.make, "source --layer --channels --scale", MODELS),

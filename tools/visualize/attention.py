@@ -25,12 +25,7 @@ class LayerMaps(NamedTuple):
 
 def make(args: Namespace) -> figures.Picture:
     """Attention of a patch, or of the class token, over an image."""
-    if args.checkpoint:
-        model = load_model(args.checkpoint, args)
-    elif args.model:
-        model = load_model(args.model, Namespace(**vars(args) | {"model": None}))
-    else:
-        raise UserError("give --checkpoint CKPT or --model NAME")
+    model = load_model(args.source, args)
     query = parse_query(args.query, model.size)
     image = load_images(model, [args.image])
     parts = PARTS if args.part == "all" else (args.part,)
