@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 
 from engine import Precision
-from object_detection.annotations import Annotations, use_coco_api
+from object_detection.annotations import Annotations
+from object_detection.masks import use_coco_api
 from training.progress import shown
 from utils import all_or_none, broadcast_value, is_main_process
 
@@ -100,14 +101,22 @@ def evaluate(
         loader: This process's part of a :class:`DetectionDataset` for evaluation.
         model: Detector of torchvision's interface, not distributed.
         precision: Device and autocast.
-        group: CPU process group; None for a single process.
+        group: CPU process group, by which an error of one rank ends all; None for a single process.
+
+    Raises:
+        PeerError: Another rank failed.
     """
-    model.eval()
-    truth, results = loader.dataset.found, []
-    for samples, *_ in shown(loader, "evaluation", len(loader)):
-        images = [image.to(precision.device, non_blocking=True) for image, _ in samples]
-        with precision.autocast():
-            found = model(images)
-        for (_, target), detections in zip(samples, found, strict=True):
-            results += to_results(target["image_id"], detections, list(truth.categories))
-    return score_together(truth, results, group)
+    truth = loader.dataset.found
+
+    def detect() -> list[dict[str, Any]]:
+        model.eval()
+        results = []
+        for samples, *_ in shown(loader, "evaluation", len(loader)):
+            images = [image.to(precision.device, non_blocking=True) for image, _ in samples]
+            with precision.autocast():
+                found = model(images)
+            for (_, target), detections in zip(samples, found, strict=True):
+                results += to_results(target["image_id"], detections, list(truth.categories))
+        return results
+
+    return score_together(truth, all_or_none(detect, group), group)

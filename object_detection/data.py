@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CocoDetection, VisionDataset, wrap_dataset_for_transforms_v2
 from torchvision.transforms import v2
 
-from object_detection.annotations import Annotations, Object, use_coco_api
+from object_detection.annotations import Annotations, Object
+from object_detection.masks import use_coco_api
 from object_detection.pixels import load_checked
 from samplers import EvalBatchSampler, RASampler, SampleIndex, mix_seed
 
@@ -45,7 +46,7 @@ class CheckedCoco(CocoDetection):
                 "category_id": self.found.labels[entry["category_id"]] + 1,
                 "segmentation": entry["segmentation"] or empty,
             }
-            for entry in self.found.objects.get(id, ())
+            for entry in self.found.objects[id]
             if not entry["iscrowd"]
         ]
 

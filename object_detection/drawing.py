@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from PIL import Image, ImageFont
+from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
@@ -11,22 +11,12 @@ COLOURS = ("red", "lime", "blue", "yellow", "magenta", "cyan", "orange", "purple
 CELL, COLUMNS = 320, 4  # pixels of an image's longer side in a contact sheet, and images in a row
 
 
-def is_drawable(text: str) -> bool:
-    """Return True if Pillow's font has all characters of a text; others become equal boxes."""
-    font = ImageFont.load_default()
-    try:
-        missing = bytes(font.getmask("\uffff"))
-        return all(char == " " or bytes(font.getmask(char)) != missing for char in text)
-    except UnicodeError:  # the bitmap font of a Pillow without FreeType
-        return False
-
-
 def drawn_names(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return a text to draw for each class, its number where the font cannot show its name.
+    """Return a text to draw for each class: its number if Pillow's font may not have its name.
 
     Also returns the lines of a legend of those numbers.
     """
-    shown = [name if is_drawable(name) else str(number) for number, name in enumerate(names)]
+    shown = [name if name.isascii() else str(number) for number, name in enumerate(names)]
     pairs = zip(shown, names, strict=True)
     return shown, [f"{number} is {name}" for number, name in pairs if number != name]
 
@@ -51,17 +41,8 @@ def draw(
     colours = [COLOURS[index % len(COLOURS)] for index in range(len(boxes))]
     if masks is not None:
         canvas = draw_segmentation_masks(canvas, masks, alpha=0.4, colors=colours)
-    canvas = draw_bounding_boxes(
-        canvas,
-        boxes,
-        list(labels),
-        colours,
-        width=2,
-        label_colors="black",
-        label_background_colors=colours,
-        fill_labels=True,
-    )
-    return to_pil_image(canvas)
+    style = {"label_colors": "black", "label_background_colors": colours, "fill_labels": True}
+    return to_pil_image(draw_bounding_boxes(canvas, boxes, [*labels], colours, width=2, **style))
 
 
 def contact_sheet(samples: Sequence[Mapping[str, object]]) -> Image.Image:

@@ -134,9 +134,8 @@ def read_split(
 ) -> tuple[annotations.Annotations, Path]:
     """Return the annotations of ``"train"`` or ``"val"``, and the folder of their images."""
     file = annotation_file(args, split)
-    found = annotations.read(file, classes, is_training=split == "train")
-    if file == annotation_file(args, "train"):
-        found = found.first(args.limit)
+    limit = args.limit if file == annotation_file(args, "train") else None
+    found = annotations.read(file, classes, is_training=split == "train", limit=limit)
     log(found.summary(split))
     # the images of either split, as --val-annotations may name the training file
     names = ("images", "train2017", "val2017", "images/train2017", "images/val2017", split, "")

@@ -9,7 +9,7 @@ import torch
 from annotation_files import BOXES, CASES, CLASSES, HEIGHT, WIDTH, compressed, content, rle, write
 
 from datasets import DataError
-from object_detection import annotations
+from object_detection import annotations, masks
 from object_detection.data import DetectionDataset
 
 pytest.importorskip("pycocotools")
@@ -143,6 +143,22 @@ def test_the_summary_counts(tmp_path):
     assert "1 images without objects" in line
 
 
+def test_only_the_images_of_a_limit_are_used_and_counted(tmp_path):
+    made = content()
+    made["annotations"][2]["iscrowd"] = 1  # of the second image
+    made["annotations"][4]["iscrowd"] = 1  # of the third
+    del made["annotations"][7]["segmentation"]
+    found = annotations.read(write(tmp_path, made), limit=2)
+    assert [image["id"] for image in found.images] == list(found.objects) == [1, 2]
+    assert found.per_class() == {"cat": 1, "dog": 2} and found.counts == {"crowd": 1}
+    line = found.summary("train")
+    for text in ("2 images", "3 objects", "1 crowd"):
+        assert text in line
+    made["annotations"][0]["iscrowd"] = made["annotations"][1]["iscrowd"] = 1
+    with pytest.raises(DataError, match="2 crowd"):
+        annotations.read(write(tmp_path, made), limit=1)
+
+
 def test_run_lengths_are_decoded_as_pycocotools_does():
     from pycocotools import mask
 
@@ -153,11 +169,11 @@ def test_run_lengths_are_decoded_as_pycocotools_does():
             np.uint8
         )
         encoded = mask.encode(np.asfortranarray(bits))
-        runs = annotations.decode_runs(encoded["counts"].decode())
+        runs = masks.decode_runs(encoded["counts"].decode())
         changes = np.flatnonzero(np.diff(bits.T.ravel(), prepend=0))
-        assert runs.tolist() == np.diff([0, *changes, bits.size]).tolist()
+        assert runs == np.diff([0, *changes, bits.size]).tolist()
     runs = rle(*BOXES[0])["counts"]
-    assert annotations.decode_runs(compressed(runs)).tolist() == runs
+    assert masks.decode_runs(compressed(runs)) == runs
 
 
 def test_damaged_files_are_read_or_refused(tmp_path):

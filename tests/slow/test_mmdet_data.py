@@ -10,6 +10,7 @@ from PIL import Image
 
 from datasets import DataError
 from object_detection import annotations, mmdet_data, runtime
+from object_detection.masks import to_rle
 from utils import UserError
 
 try:
@@ -31,11 +32,11 @@ def own_targets(found):
     """The objects of a file as if a detector had found them; the box where there is no mask."""
     samples = []
     for image in found.images:
-        objects = found.objects.get(image["id"], [])
+        objects = found.objects[image["id"]]
         masks = []
         for entry in objects:
             form = entry["segmentation"] or [polygon(*entry["bbox"])]
-            masks.append(coding.decode(annotations.to_rle(form, image)).astype(bool))
+            masks.append(coding.decode(to_rle(form, image)).astype(bool))
         boxes = torch.tensor([entry["bbox"] for entry in objects]).reshape(-1, 4).float()
         boxes[:, 2:] += boxes[:, :2]
         pred = {

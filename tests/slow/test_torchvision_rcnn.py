@@ -2,6 +2,7 @@
 
 import functools
 import re
+import shutil
 import sys
 
 import pytest
@@ -347,6 +348,7 @@ def test_cocos_own_layout(few, tmp_path):
         (tmp_path / f"{split}2017").symlink_to(few / "images")
     output = detected(*RUN, "--data-path", tmp_path, "--epochs", 1, "--limit", 1)
     assert len(figures(output)) == 1
+    assert re.search("^train: 1 images, 2 objects", output, re.M)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(few):
@@ -499,3 +501,15 @@ def test_an_image_that_is_no_image(few, tmp_path):
     path = few / "annotations" / "instances_train.json"
     flags = ["--data-path", few, "--images", tmp_path, VAL, path]
     assert "FudanPed00003.png" in refused(*flags, "--num_workers", 1)
+
+
+def test_an_image_error_of_one_rank_ends_all(few, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(few / "images", images)
+    broken = annotations.read(few / "annotations" / "instances_val.json").images[0]["file_name"]
+    (images / broken).write_bytes(b"no image")
+    flags = [*RUN, "--data-path", few, "--images", images, "--epochs", 1]
+    codes, _, errors = together(2, flags, program=["-m", MODULE])
+    assert codes == [1, 1]
+    one, other = sorted(errors, key=lambda text: broken in text)
+    assert broken in other and "error" not in one
