@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from models import CheckpointError
-from object_detection import checkpoints, recipe, runtime
-from utils import UserError
+from object_detection import checkpoints, runtime
+from utils import UserError, log
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -20,46 +20,38 @@ LAUNCHERS = ("none", "pytorch", "slurm", "mpi")
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the flags of a run."""
-    recipe.add_options(parser)
+    runtime.add_options(parser)
     parser.add_argument("--data-root", help="data folder; replaces the config's")
     parser.add_argument("--work-dir", help="folder for logs and checkpoints; output/NAME")
     parser.add_argument(
         "--launcher", choices=LAUNCHERS, default="none", help="what started the processes"
     )
-    # what torch.distributed.launch adds
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
-def prepare(args: argparse.Namespace, amp: bool | None = None) -> "Config":
-    """Return the config of a run on this machine; print what had to be changed."""
-    config = recipe.read_config(args.config, args.cfg_options, args.data_root)
-    if args.local_rank is not None:
-        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+def prepare(args: argparse.Namespace) -> "Config":
+    """Return the config of a run."""
+    config = runtime.read_config(args.config, args.cfg_options, args.data_root)
     config.launcher = args.launcher
     config.work_dir = args.work_dir or config.get("work_dir") or f"output/{Path(args.config).stem}"
-    for split in ("val", "test"):
-        recipe.name_annotations(config, split)
-    if changes := recipe.adapt_to_machine(config, amp):
-        runtime.say(f"no CUDA: {', '.join(changes)}")
     if args.launcher == "pytorch" and "RANK" not in os.environ:
         raise UserError("--launcher pytorch needs processes started by torchrun")
-    if args.launcher != "none" and not torch.cuda.is_available():
-        _join_on_cpu(config)
     return config
 
 
-def _join_on_cpu(config: "Config") -> None:
-    """Join the processes of a machine without GPUs, which mmengine would require."""
-    if config.launcher != "pytorch":
-        raise UserError(
-            f"--launcher {config.launcher} needs GPUs; without, use torchrun and pytorch"
-        )
-    torch.distributed.init_process_group("gloo")
-    config.model_wrapper_cfg = {
-        "type": "MMDistributedDataParallel",
-        "device_ids": None,
-        "broadcast_buffers": False,
-    }
+def choose_precision(config: "Config", amp: bool | None) -> None:
+    """Switch mixed precision in place: as requested, else as the config has it; on a GPU only."""
+    wrapper = config.get("optim_wrapper") or {}
+    if amp is None:
+        amp = wrapper.get("type") == "AmpOptimWrapper"
+    if amp and not torch.cuda.is_available():
+        log("no CUDA: float32 instead of mixed precision")
+        amp = False
+    if amp:
+        wrapper |= {"type": "AmpOptimWrapper", "loss_scale": wrapper.get("loss_scale", "dynamic")}
+    elif wrapper.get("type") == "AmpOptimWrapper":
+        wrapper["type"] = "OptimWrapper"
+        for key in ("loss_scale", "dtype", "use_fsdp"):
+            wrapper.pop(key, None)
 
 
 def build_runner(config: "Config", path: str, evaluating: bool = False) -> "Runner":
@@ -108,18 +100,9 @@ def load_data(runner: "Runner", split: str, path: str) -> None:
 
     from object_detection import mmdet_data
 
-    settings = (runner.cfg.get(f"{split}_dataloader") or {}).get("dataset") or {}
-    file = os.path.join(settings.get("data_root") or "", settings.get("ann_file") or "")
     model = getattr(runner.model, "module", runner.model)
-    try:
+    with runtime.understood(f"{path} cannot load its {split} data"):
         dataset = getattr(runner, f"{split}_dataloader").dataset
-    except runtime.EXPECTED_ERRORS:
-        raise
-    except runtime.REFUSALS as error:
-        # an empty list is the first thing that mmengine stumbles on
-        is_empty = "at least one array" in str(error)
-        reason = "its filter_cfg leaves no image" if is_empty else runtime.last_line(error)
-        raise UserError(f"{path} cannot load {file or split}: {reason}") from error
     classes, known = dataset.metainfo.get("classes", ()), runtime.number_of_classes(model)
     if known != len(classes):
         raise UserError(

@@ -6,7 +6,7 @@ checked, too. Class names are the config's in its order; mmdet by itself takes t
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,64 +30,57 @@ FIGURES = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
 
 def install() -> None:
     """Replace the reading of annotations and images in mmdet's and mmcv's classes."""
-    if CocoDataset.load_data_list is not load_data_list:
-        load_data_list.original = CocoDataset.load_data_list
-        CocoDataset.load_data_list = load_data_list
+    if not hasattr(CocoDataset.load_data_list, "__wrapped__"):
+        CocoDataset.load_data_list = _of_checked(CocoDataset.load_data_list)
         CocoMetric.__init__ = _with_file(CocoMetric.__init__)
         CocoMetric.compute_metrics = _checked(CocoMetric.compute_metrics)
         LoadImageFromFile.transform = _upright(LoadImageFromFile.transform)
 
 
-def load_data_list(dataset: CocoDataset) -> list[dict[str, Any]]:
-    """Return what ``CocoDataset.load_data_list`` does, of checked annotations."""
-    if dataset.COCOAPI is not COCO:  # panoptic annotations
-        return load_data_list.original(dataset)
-    steps = getattr(dataset.pipeline, "transforms", [])
-    masks = any(getattr(step, "with_mask", False) for step in steps)
-    found = annotations.read(
-        dataset.ann_file,
-        dataset.metainfo["classes"],
-        is_training=not dataset.test_mode,
-        masks=masks and not dataset.test_mode,
-        is_empty=dataset.test_mode,
-    )
-    log(found.summary("test or validation" if dataset.test_mode else "training"))
-    dataset.cat_ids, dataset.cat2label = list(found.categories), found.labels
-    dataset.cat_img_map = {
-        key: [number for number, objects in found.objects.items() if _has(objects, key)]
-        for key in found.categories
-    }
-    dataset.without_mask = ""
-    if masks and not dataset.test_mode:
-        dataset.without_mask = next(_partly_masked(found, steps), "")
-    objects: dict[int, list[annotations.Object]] = {image["id"]: [] for image in found.images}
-    for entry in found.content("empty")["annotations"]:
-        objects[entry["image_id"]].append(entry)
-    return [
-        dataset.parse_data_info(
-            {
-                "raw_img_info": {**image, "img_id": image["id"]},
-                "raw_ann_info": objects[image["id"]],
-            }
+def _of_checked(original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """Let the data set take its data from checked annotations."""
+
+    @functools.wraps(original)
+    def load_data_list(self: CocoDataset) -> list[dict[str, Any]]:
+        if self.COCOAPI is not COCO:  # panoptic annotations
+            return original(self)
+        steps = getattr(self.pipeline, "transforms", [])
+        masks = not self.test_mode and any(getattr(step, "with_mask", False) for step in steps)
+        found = annotations.read(
+            self.ann_file,
+            self.metainfo["classes"],
+            is_training=not self.test_mode,
+            masks=masks,
+            is_empty=self.test_mode,
         )
-        for image in found.images
-    ]
+        log(found.summary("test or validation" if self.test_mode else "training"))
+        self.without_mask = _check_masks(found, steps) if masks else ""
+        self.COCOAPI = lambda path: _to_coco(found.content("empty"))
+        data = original(self)
+        del self.COCOAPI  # the class has its own
+        return data
+
+    return load_data_list
 
 
-def _has(objects: Sequence[annotations.Object], category: int) -> bool:
-    return any(entry["category_id"] == category for entry in objects)
+def _check_masks(found: annotations.Annotations, steps: Sequence[Any]) -> str:
+    """Return the name of an object without a mask, if there is one.
 
-
-def _partly_masked(found: annotations.Annotations, steps: Sequence[Any]) -> Iterator[str]:
-    """Yield the objects without a mask, for messages."""
-    for image in found.images:
-        for entry in found.objects.get(image["id"], ()):
-            where = f"annotation {entry['source_id']} of image {image['file_name']} in {found.path}"
-            if entry["segmentation"] is None and not entry["iscrowd"]:
-                yield where
-            is_rle = isinstance(entry["segmentation"], Mapping) and not entry["iscrowd"]
-            if is_rle and any(getattr(step, "poly2mask", None) is False for step in steps):
-                raise UserError(f"{where} has an RLE, which needs poly2mask=True")
+    Raises:
+        UserError: An object has an RLE, and the pipeline takes polygons only.
+    """
+    names = {image["id"]: image["file_name"] for image in found.images}
+    polygons = any(getattr(step, "poly2mask", None) is False for step in steps)
+    without = ""
+    for entry in found:
+        where = f"annotation {entry['source_id']} of image {names[entry['image_id']]}"
+        if entry["iscrowd"]:
+            continue
+        if entry["segmentation"] is None:
+            without = without or f"{where} in {found.path}"
+        elif polygons and isinstance(entry["segmentation"], dict):
+            raise UserError(f"{where} in {found.path} has an RLE, which needs poly2mask=True")
+    return without
 
 
 def _with_file(original: Callable[..., None]) -> Callable[..., None]:
@@ -132,7 +125,8 @@ def _checked(original: Callable[..., dict[str, float]]) -> Callable[..., dict[st
             for kind in metrics:
                 self.metrics = [kind]
                 self._coco_api = _to_coco(found.content("crowd" if kind == "segm" else ""))
-                self.cat_ids, self.img_ids = list(found.categories), self._coco_api.get_img_ids()
+                self.cat_ids = list(found.categories)
+                self.img_ids = [result["img_id"] for _, result in results]  # indices may be given
                 stats |= original(self, results)
         finally:
             self.metrics = metrics
@@ -145,6 +139,7 @@ def _to_coco(content: dict[str, Any]) -> COCO:
     coco = COCO()
     coco.dataset = content
     coco.createIndex()
+    coco.cat_img_map = coco.catToImgs  # mmdet's names
     return coco
 
 

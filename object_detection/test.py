@@ -5,6 +5,7 @@ import sys
 
 from object_detection import launch, runtime
 from training.parser import Parser
+from utils import log
 
 
 def test(args: argparse.Namespace) -> None:
@@ -15,7 +16,7 @@ def test(args: argparse.Namespace) -> None:
     launch.load_data(runner, "test", args.config)
     metrics = runner.test()
     for name, value in metrics.items():
-        runtime.say(f"{name} {value:.3f}")
+        log(f"{name} {value:.3f}")
 
 
 def main(argv: list[str]) -> int:

@@ -9,13 +9,15 @@ from pathlib import Path
 
 from object_detection import launch, runtime
 from training.parser import Parser
+from utils import log
 
 
 def train(args: argparse.Namespace) -> None:
     """Train ``args.config``, as changed by the flags."""
-    config = launch.prepare(args, amp=args.amp)
+    config = launch.prepare(args)
+    launch.choose_precision(config, args.amp)
     if args.resume == "auto" and not Path(config.work_dir, "last_checkpoint").is_file():
-        runtime.say(f"--resume: no checkpoint in {config.work_dir} yet, starting from scratch")
+        log(f"--resume: no checkpoint in {config.work_dir} yet, starting from scratch")
     elif args.resume is not None:
         config.resume = True
         config.load_from = None if args.resume == "auto" else args.resume

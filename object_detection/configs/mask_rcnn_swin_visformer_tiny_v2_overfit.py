@@ -23,6 +23,8 @@ val_dataloader = dict(
     dataset=dict(ann_file="annotations/instances_train.json", indices=4, pipeline=test_pipeline),
 )
 test_dataloader = val_dataloader
+val_evaluator = dict(ann_file=_base_.data_root + "annotations/instances_train.json")
+test_evaluator = val_evaluator
 
 train_cfg = dict(max_iters=200, val_interval=200)
 optim_wrapper = dict(optimizer=dict(lr=5e-4))

@@ -26,8 +26,6 @@ model = dict(
 
 train_pipeline, test_pipeline = _base_.train_pipeline, _base_.test_pipeline
 train_pipeline[2].scale = test_pipeline[1].scale = (512, 512)
-# the annotations as they are, from which the metric is computed
-test_pipeline[-1].meta_keys += ("instances",)
 # an endless sampler: a loader that starts again waits for two seconds, longer than an epoch takes
 train_dataloader = dict(
     batch_size=4,
@@ -53,7 +51,7 @@ val_dataloader = dict(
     ),
 )
 test_dataloader = val_dataloader
-val_evaluator = dict(ann_file=None)
+val_evaluator = dict(ann_file=data_root + "annotations/instances_val.json")
 test_evaluator = val_evaluator
 
 # 35 times through 136 images

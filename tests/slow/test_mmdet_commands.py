@@ -121,8 +121,10 @@ def test_train_resume_test_infer(dataset, tmp_path):
         assert 0 <= float(metrics[f"coco/{name}_mAP_50"]) <= 1
 
     image = data / "images" / "0.png"
-    out = tmp_path / "found.png"
-    found = output_of(infer, checkpoint, image, "--out", out, "--score-thr", 0)
+    out = tmp_path / "found" / "0_objects.png"
+    found = output_of(
+        infer, run / CONFIG.name, checkpoint, image, "--out", out.parent, "--score-thr", 0
+    )
     assert "person 0." in found and str(out) in found
     with Image.open(image) as before, Image.open(out) as after:
         assert (after.format, after.size) == ("PNG", before.size)
@@ -130,9 +132,16 @@ def test_train_resume_test_infer(dataset, tmp_path):
 
 
 def test_two_processes_train(dataset, tmp_path):
+    """On a CPU, where mmengine joins no processes by itself."""
     words = [CONFIG, "--launcher", "pytorch", "--data-root", dataset(), "--work-dir", tmp_path]
     words += ["--cfg-options", *OPTIONS, "train_cfg.val_begin=2"]
-    output = run_ranks(2, words, program=("-m", "object_detection.train"))
+    words += ["model_wrapper_cfg.device_ids=None"]
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys, torch; torch.distributed.init_process_group('gloo')\n"
+        "from object_detection.train import main; sys.exit(main(sys.argv[1:]))"
+    )
+    output = run_ranks(2, words, program=(program,))
     assert output.count("Iter(train) [1/1]") == 1
 
 
@@ -141,7 +150,7 @@ def test_flops_prints_every_part():
     assert "1280x800" in lines[0]  # whole strides
     parts = {line.split()[0]: float(line.split()[-2]) for line in lines[1:]}
     assert parts.pop("detector") == pytest.approx(sum(parts.values()), abs=0.03)
-    assert set(parts) == set(flops.PARTS)
+    assert set(parts) == {"backbone", "neck", "rpn_head", "roi_head"}
 
 
 # --- images and annotations
@@ -224,7 +233,7 @@ def test_unusable_options(option, expected):
     [
         ("model = dict(", "config.py"),
         ("_base_ = 'nowhere.py'", "nowhere.py"),
-        ("data_root = ''", "config.py .*model"),
+        ("data_root = ''", "config.py.*model"),
         ("model = dict(type='RetinaNet')", "config.py: .*backbone"),
     ],
 )
@@ -254,9 +263,8 @@ def test_unusable_checkpoints(dataset, tmp_path):
         (test, none, [CONFIG, none, *words]),
         (train, other, [CONFIG, *words, f"load_from={other}"]),
         (train, other, [CONFIG, "--resume", other, *words]),
-        (infer, "--config", [other, image]),
-        (infer, other, [other, image, "--config", CONFIG]),
-        (infer, other, [other, other]),
+        (infer, other, [CONFIG, other, image]),
+        (infer, other, [CONFIG, other, other]),
     ):
         assert str(path) in error_of(command, *flags)
 
