@@ -38,10 +38,10 @@ class Annotations:
         path: The file.
         images: Entries with ``id``, ``file_name``, ``height`` and ``width``, in the file's order.
         categories: Names by id, in the order of the classes: class 0 is the first.
-        objects: Of each image id, entries with ``id`` (from 1, in the file's order), ``source_id``
-            (the file's), ``image_id``, ``category_id``, ``bbox`` (x, y, width and height in pixels,
-            within the image), ``area`` in pixels, ``iscrowd``, and ``segmentation`` as polygons or
-            RLE, None where there is no mask.
+        objects: Of each image id, in the order of images: entries with ``id`` (from 1, in the
+            file's order), ``source_id`` (the file's), ``image_id``, ``category_id``, ``bbox`` (x,
+            y, width and height in pixels, within the image), ``area`` in pixels, ``iscrowd``, and
+            ``segmentation`` as polygons or RLE, None where there is no mask.
         counts: What was left out or corrected, by kind.
     """
 
@@ -58,7 +58,7 @@ class Annotations:
 
     def __iter__(self) -> Iterator[Object]:
         """Iterate over the objects in the order of images."""
-        return itertools.chain.from_iterable(self.objects[image["id"]] for image in self.images)
+        return itertools.chain.from_iterable(self.objects.values())
 
     def per_class(self) -> dict[str, int]:
         """Return the number of objects of each class that are no crowds."""
@@ -75,37 +75,42 @@ class Annotations:
         parts = [f"{count} {kind}" for kind, count in kinds.items() if count]
         return f"{text}; left out or corrected: {', '.join(parts)}" if parts else text
 
-    def content(self, maskless: str = "") -> dict[str, Any]:
-        """Return the file as COCO's API takes it, categories in the order of the classes.
+    def of_image(self, key: int, as_crowd: bool = False) -> list[Object]:
+        """Return copies of an image's objects, all with a mask.
 
         Args:
-            maskless: What an object without a mask becomes: ``"empty"`` for an object with an empty
-                mask; ``"crowd"`` for a crowd that fills its box, in which COCO's evaluation counts
-                a detection neither as right nor as wrong; ``""`` for one without the key.
+            key: Id of the image.
+            as_crowd: An object without a mask becomes a crowd that fills its box, in which COCO's
+                evaluation counts a detection neither as right nor as wrong; else its mask is empty.
         """
-        sizes = {image["id"]: [image["height"], image["width"]] for image in self.images}
+        size = self._sizes[key]
+        return [_with_mask(entry, size, as_crowd) for entry in self.objects[key]]
+
+    @cached_property
+    def _sizes(self) -> dict[int, list[int]]:
+        return {image["id"]: [image["height"], image["width"]] for image in self.images}
+
+    def content(self, as_crowd: bool = False) -> dict[str, Any]:
+        """Return the file as COCO's API takes it, categories in the order of the classes."""
         return {
             "images": self.images,
             "categories": [{"id": key, "name": name} for key, name in self.categories.items()],
-            "annotations": [  # copies, as the API writes into them
-                dict(entry)
-                if entry["segmentation"] is not None
-                else _without_mask(entry, sizes[entry["image_id"]], maskless)
-                for entry in self
+            "annotations": [
+                entry for key in self.objects for entry in self.of_image(key, as_crowd)
             ],
         }
 
 
-def _without_mask(entry: Object, size: list[int], maskless: str) -> Object:
-    if maskless == "empty":
-        return entry | {"segmentation": {"size": size, "counts": [math.prod(size)]}}
-    if maskless == "crowd":
-        x, y, width, height = entry["bbox"]
-        left, right = math.floor(x), math.ceil(x + width)  # so that a mask of the box is within
-        top, bottom = math.floor(y), math.ceil(y + height)
-        corners = [left, top, right, top, right, bottom, left, bottom]
-        return entry | {"segmentation": [corners], "iscrowd": 1}
-    return {key: value for key, value in entry.items() if key != "segmentation"}
+def _with_mask(entry: Object, size: list[int], as_crowd: bool) -> Object:
+    if entry["segmentation"] is not None:
+        return dict(entry)
+    if not as_crowd:
+        return {**entry, "segmentation": {"size": size, "counts": [math.prod(size)]}}
+    x, y, width, height = entry["bbox"]
+    left, right = math.floor(x), math.ceil(x + width)  # so that a mask of the box is within
+    top, bottom = math.floor(y), math.ceil(y + height)
+    corners = [left, top, right, top, right, bottom, left, bottom]
+    return {**entry, "segmentation": [corners], "iscrowd": 1}
 
 
 def read(

@@ -14,9 +14,8 @@ from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
 from object_detection import annotations
-from object_detection.data import DetectionDataset
+from object_detection.data import DetectionDataset, check_files
 from object_detection.drawing import contact_sheet, drawn_names
-from object_detection.pixels import check_files
 from training.launch import run_program
 from training.parser import Parser
 from utils import UserError, log, printable

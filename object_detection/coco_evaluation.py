@@ -19,8 +19,7 @@ from training.progress import shown
 from utils import all_or_none, broadcast_value, is_main_process
 
 FIGURES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
-# of each evaluation, the key of its results, and what an object without a mask is
-KINDS = {"bbox": ("bbox", ""), "segm": ("segmentation", "crowd")}
+KINDS = {"bbox": "bbox", "segm": "segmentation"}  # evaluations, and the keys of their results
 
 
 def to_results(
@@ -62,11 +61,11 @@ def score(truth: Annotations, results: Sequence[Mapping[str, Any]]) -> dict[str,
     from pycocotools.cocoeval import COCOeval
 
     stats = {}
-    for kind, (key, maskless) in KINDS.items():
+    for kind, key in KINDS.items():
         keys = ("image_id", "category_id", "score", key)
         with contextlib.redirect_stdout(io.StringIO()):
             coco = COCO()
-            coco.dataset = truth.content(maskless)
+            coco.dataset = truth.content(as_crowd=kind == "segm")
             coco.createIndex()
             found = coco.loadRes([{name: result[name] for name in keys} for result in results])
             evaluation = COCOeval(coco, found, kind)

@@ -1,5 +1,6 @@
-"""Images and targets of torchvision's detectors, from checked annotations."""
+"""Images and targets of checked annotations, read alike in training, evaluation and inference."""
 
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,72 @@ from torchvision.transforms import v2
 
 from object_detection.annotations import Annotations, Object
 from object_detection.masks import use_coco_api
-from object_detection.pixels import load_checked
+from pipeline.images import DataError, load_image
 from samplers import EvalBatchSampler, RASampler, SampleIndex, mix_seed
+from training.progress import shown
+
+
+def load_checked(path: Path, entry: Mapping[str, Any], source: Path) -> Image.Image:
+    """Return an image as RGB of 8 bits, upright as EXIF says, of the size of its annotations.
+
+    Args:
+        path: Image file.
+        entry: ``height`` and ``width``.
+        source: Annotation file, for messages.
+
+    Raises:
+        DataError: It cannot be decoded, or is of another size.
+    """
+    image = load_image(path, is_upright=True)
+    check_size(image, path, entry, source)
+    return image
+
+
+def check_size(
+    image: Image.Image, path: str | Path, entry: Mapping[str, Any], source: str | Path
+) -> None:
+    """Raise DataError if an image is not of the size that its annotations say."""
+    expected = (entry["width"], entry["height"])
+    if image.size != expected:
+        turned = " (EXIF turns it)" if image.size == expected[::-1] else ""
+        raise DataError(
+            f"image {path} has {image.width}x{image.height} pixels{turned}, but {source} says "
+            f"{expected[0]}x{expected[1]}"
+        )
+
+
+def check_files(found: Annotations, folder: Path) -> None:
+    """Raise DataError unless every image of the annotations can be decoded; name the first."""
+    for entry in shown(found.images, "images", len(found.images)):
+        load_checked(folder / entry["file_name"], entry, found.path)
+
+
+def find_images(found: Annotations, folders: Sequence[Path]) -> Path:
+    """Return the first of ``folders`` that contains the images of the annotations.
+
+    Raises:
+        DataError: None does.
+    """
+    name = found.images[0]["file_name"]
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder
+    looked = ", ".join(map(str, dict.fromkeys(folders)))
+    raise DataError(f"image {name} of {found.path} is not in {looked} (--images FOLDER)")
+
+
+def listing(found: Annotations, folder: Path) -> Iterator[str]:
+    """Yield a line per image: its name and bytes.
+
+    Raises:
+        DataError: It cannot be found.
+    """
+    for image in found.images:
+        path = folder / image["file_name"]
+        try:
+            yield f"{image['file_name']}, {path.stat().st_size} bytes"
+        except OSError as error:
+            raise DataError(f"cannot read image {path}: {error.strerror}") from error
 
 
 class CheckedCoco(CocoDetection):
@@ -38,15 +103,9 @@ class CheckedCoco(CocoDetection):
 
     def _load_target(self, id: int) -> list[Object]:
         use_coco_api()  # in this loader worker, which may be a new process
-        height, width = (self.entries[id][side] for side in ("height", "width"))
-        empty = {"size": [height, width], "counts": [height * width]}
         return [
-            {
-                **entry,
-                "category_id": self.found.labels[entry["category_id"]] + 1,
-                "segmentation": entry["segmentation"] or empty,
-            }
-            for entry in self.found.objects[id]
+            {**entry, "category_id": self.found.labels[entry["category_id"]] + 1}
+            for entry in self.found.of_image(id)
             if not entry["iscrowd"]
         ]
 

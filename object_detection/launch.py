@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from engine import unwrap
 from models import CheckpointError
 from object_detection import checkpoints, runtime
 from utils import UserError, log
@@ -80,12 +81,12 @@ def build_runner(config: "Config", path: str, evaluating: bool = False) -> "Runn
                     f"{source} holds weights, and no state of a run to resume: "
                     f"--cfg-options load_from={source} starts from them"
                 )
-            model = getattr(runner.model, "module", runner.model)
-            checkpoints.check_fit(model, checkpoint, source, whole=resuming or evaluating)
+            whole = resuming or evaluating
+            checkpoints.check_fit(unwrap(runner.model), checkpoint, source, whole)
 
     with runtime.understood(f"cannot run {path}"):
         runner = Runner.from_cfg(config)
-    runtime.check_channels(getattr(runner.model, "module", runner.model))
+    runtime.check_channels(unwrap(runner.model))
     runner.register_hook(Fit())
     return runner
 
@@ -100,7 +101,7 @@ def load_data(runner: "Runner", split: str, path: str) -> None:
 
     from object_detection import mmdet_data
 
-    model = getattr(runner.model, "module", runner.model)
+    model = unwrap(runner.model)
     with runtime.understood(f"{path} cannot load its {split} data"):
         dataset = getattr(runner, f"{split}_dataloader").dataset
     classes, known = dataset.metainfo.get("classes", ()), runtime.number_of_classes(model)

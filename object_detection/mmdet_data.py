@@ -21,7 +21,7 @@ from mmengine import fileio
 from torch import nn
 
 from object_detection import annotations
-from object_detection.pixels import check_size
+from object_detection.data import check_size
 from pipeline.images import CorruptImageError, decode_image
 from utils import UserError, log
 
@@ -55,7 +55,7 @@ def _of_checked(original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
         )
         log(found.summary("test or validation" if self.test_mode else "training"))
         self.without_mask = _check_masks(found, steps) if masks else ""
-        self.COCOAPI = lambda path: _to_coco(found.content("empty"))
+        self.COCOAPI = lambda path: _to_coco(found.content())
         data = original(self)
         del self.COCOAPI  # the class has its own
         return data
@@ -124,7 +124,7 @@ def _checked(original: Callable[..., dict[str, float]]) -> Callable[..., dict[st
         try:
             for kind in metrics:
                 self.metrics = [kind]
-                self._coco_api = _to_coco(found.content("crowd" if kind == "segm" else ""))
+                self._coco_api = _to_coco(found.content(as_crowd=kind == "segm"))
                 self.cat_ids = list(found.categories)
                 self.img_ids = [result["img_id"] for _, result in results]  # indices may be given
                 stats |= original(self, results)

@@ -26,7 +26,7 @@ import engine
 import models
 import utils
 from models.checkpoint.contents import class_names
-from object_detection import annotations, coco_evaluation, data, pixels
+from object_detection import annotations, coco_evaluation, data
 from object_detection.mask_rcnn import CHANNELS, MAX_SIZE, MIN_SIZE, build_mask_rcnn
 from object_detection.rcnn_flags import MODEL, WARMUP_ITERS, parse_args
 from training import agreement, launch, optimizers
@@ -140,7 +140,7 @@ def read_split(
     # the images of either split, as --val-annotations may name the training file
     names = ("images", "train2017", "val2017", "images/train2017", "images/val2017", split, "")
     folders = [args.images] if args.images else [Path(args.data_path, name) for name in names]
-    return found, pixels.find_images(found, [Path(folder) for folder in folders])
+    return found, data.find_images(found, [Path(folder) for folder in folders])
 
 
 def choose_settings(
@@ -235,7 +235,7 @@ def facts_of(job: Job) -> agreement.Facts:
 
     def lines(dataset: data.DetectionDataset) -> Iterator[str]:
         yield agreement.file_line(dataset.found.path, "annotations")
-        yield from pixels.listing(dataset.found, dataset.samples.root)
+        yield from data.listing(dataset.found, dataset.samples.root)
 
     facts = {f"{split} images": partial(lines, job.loaders[split].dataset) for split in job.loaders}
     return facts | {

@@ -200,7 +200,7 @@ def test_damaged_files_are_read_or_refused(tmp_path):
         file = tmp_path / "damaged.json"
         file.write_text(json.dumps(damaged))
         try:
-            annotations.read(file, CLASSES).content("crowd")
+            annotations.read(file, CLASSES).content(as_crowd=True)
             outcomes[True] += 1
         except DataError as error:
             assert str(file) in str(error)

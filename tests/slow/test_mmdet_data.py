@@ -77,6 +77,13 @@ def test_classes_follow_the_config_in_evaluation(tmp_path):
     assert scores(file, samples, CLASSES)["coco/bbox_mAP"] == 0.0  # cats taken for dogs
 
 
+def test_a_part_of_the_images_is_compared_with_their_objects(tmp_path):
+    file = write(tmp_path)
+    samples = own_targets(annotations.read(file, CLASSES))
+    stats = scores(file, samples[1:3])  # as a data set's ``indices`` leaves
+    assert stats["coco/bbox_mAP"] == stats["coco/segm_mAP"] == 1.0
+
+
 def test_no_detection_has_figures(tmp_path):
     file = write(tmp_path)
     samples = own_targets(annotations.read(file, CLASSES))
