@@ -27,15 +27,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--launcher", choices=LAUNCHERS, default="none", help="what started the processes"
     )
+    # what torch.distributed.launch adds without --use_env
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
 def prepare(args: argparse.Namespace) -> "Config":
     """Return the config of a run."""
     config = runtime.read_config(args.config, args.cfg_options, args.data_root)
+    if args.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     config.launcher = args.launcher
     config.work_dir = args.work_dir or config.get("work_dir") or f"output/{Path(args.config).stem}"
     if args.launcher == "pytorch" and "RANK" not in os.environ:
         raise UserError("--launcher pytorch needs processes started by torchrun")
+    if args.launcher == "pytorch" and not torch.cuda.is_available():
+        torch.distributed.init_process_group("gloo")  # mmengine joins processes of GPUs alone
+        config.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None}
     return config
 
 

@@ -135,13 +135,7 @@ def test_two_processes_train(dataset, tmp_path):
     """On a CPU, where mmengine joins no processes by itself."""
     words = [CONFIG, "--launcher", "pytorch", "--data-root", dataset(), "--work-dir", tmp_path]
     words += ["--cfg-options", *OPTIONS, "train_cfg.val_begin=2"]
-    words += ["model_wrapper_cfg.device_ids=None"]
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import sys, torch; torch.distributed.init_process_group('gloo')\n"
-        "from object_detection.train import main; sys.exit(main(sys.argv[1:]))"
-    )
-    output = run_ranks(2, words, program=(program,))
+    output = run_ranks(2, words, program=("-m", "object_detection.train"))
     assert output.count("Iter(train) [1/1]") == 1
 
 
