@@ -60,7 +60,10 @@ def check(args: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Check with the flags ``argv``; return the exit status."""
-    parser = Parser(prog="python -m object_detection.check", description=__doc__.splitlines()[0])
+    parser = Parser(
+        prog="python -m object_detection.check",
+        description="Check an annotation file of COCO's format.",
+    )
     add = parser.add_argument
     add("annotations", metavar="FILE", help="instances_*.json of COCO's format")
     add("--images", metavar="FOLDER", help="folder of the images")

@@ -75,10 +75,13 @@ def flops(args: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Count with the flags ``argv``; return the exit status."""
-    parser = Parser(prog="python -m object_detection.flops", description=__doc__.splitlines()[0])
+    parser = Parser(
+        prog="python -m object_detection.flops",
+        description="Count a detector's parameters and operations.",
+    )
     runtime.add_options(parser)
     size = {"nargs": 2, "type": positive, "metavar": ("WIDTH", "HEIGHT"), "default": (1280, 800)}
-    parser.add_argument("--size", **size, help="pixels of the image; 1280 800")
+    parser.add_argument("--size", **size, help="width and height of the image in pixels")
     return runtime.run(flops, parser.parse_args(argv))
 
 

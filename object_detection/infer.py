@@ -81,13 +81,13 @@ def infer(args: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Find objects with the flags ``argv``; return the exit status."""
-    parser = Parser(prog="python -m object_detection.infer", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m object_detection.infer", description="Find objects in images.")
     parser.add_argument("config", help="config file of mmdet 3")
     parser.add_argument("checkpoint", help="file that training wrote, or an address")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, or folders of them")
-    parser.add_argument("--out", default=".", metavar="FOLDER", help="of the pictures; here")
+    parser.add_argument("--out", default=".", metavar="FOLDER", help="folder of the pictures")
     parser.add_argument("--score-thr", type=float, default=0.3, help="lowest score to show")
-    parser.add_argument("--device", help="cuda or cpu")
+    parser.add_argument("--device", help="cuda or cpu; default: cuda if available")
     return runtime.run(infer, parser.parse_args(argv))
 
 

@@ -19,19 +19,18 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(
         "python -m object_detection.torchvision_rcnn",
         description="Train and evaluate Mask R-CNN.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     add = flags_of(parser.add_argument_group("run"))
     add("--batch-size", type=int, default=2, help="images per process and step")
-    add("--epochs", type=int, default=12)
+    add("--epochs", type=int, default=12, help="number of training epochs")
     add("--output_dir", default="", help="folder of checkpoints and logs; empty for none")
     add("--resume", default="", help="checkpoint of a detector, or auto: of --output_dir")
     add("--overwrite", action="store_true", help="remove a run that --output_dir holds")
     add("--finetune", default="", help="weights of a classifier, for the backbone")
     add("--stop-epoch", type=int, help="stop before this epoch of the schedule for --epochs")
     add("--eval", action="store_true", help="evaluate the checkpoint of --resume and exit")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="seed of the random numbers")
     add("--log-interval", type=int, default=50, help="steps between log lines")
 
     add = flags_of(parser.add_argument_group("model"))
@@ -41,9 +40,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--min-size", type=int, nargs="+", metavar="PIXELS", help=f"{sizes}; {given} {MIN_SIZE}")
     longest = f"maximum of the longer side; {given} {MAX_SIZE}"
     add("--max-size", type=int, metavar="PIXELS", help=longest)
-    add("--channels", type=int, help=f"of pyramid and heads; {given} {CHANNELS}")
-    add("--drop-path", type=float, default=0.0, metavar="RATE", help="stochastic depth")
-    add("--qk-scale-factor", type=float, metavar="EXPONENT", help="as in main.py")
+    add("--channels", type=int, help=f"channels of pyramid and heads; {given} {CHANNELS}")
+    add("--drop-path", type=float, default=0.0, metavar="RATE", help="stochastic depth rate")
+    add(
+        "--qk-scale-factor",
+        type=float,
+        metavar="EXPONENT",
+        help="scale queries and keys by head_dim ** EXPONENT each",
+    )
     add("--frozen-stages", type=int, default=-1, help="0: freeze the stem, 1: stem and stage 1")
     frozen = "freeze the backbone's BatchNorm statistics"
     add("--norm-eval", action=OnOff, default=False, help=frozen)
@@ -51,14 +55,23 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("optimisation")
     add = flags_of(group)
-    add("--lr", type=float, default=1e-4, help="of AdamW; not scaled by the batch size")
-    add("--weight-decay", type=float, default=0.05)
+    add(
+        "--lr",
+        type=float,
+        default=1e-4,
+        help="learning rate of AdamW; not scaled by the batch size",
+    )
+    add("--weight-decay", type=float, default=0.05, help="weight decay of AdamW")
     add("--clip-grad", type=float, metavar="NORM", help="maximum norm of the gradient")
-    add("--warmup-iters", type=int, help=f"{WARMUP_ITERS}, or a shorter first epoch, if not given")
+    add(
+        "--warmup-iters",
+        type=int,
+        help=f"steps of the warm-up; default: {WARMUP_ITERS}, or a shorter first epoch",
+    )
     add_precision(group)
 
     add = flags_of(parser.add_argument_group("data"))
-    add("--data-path", metavar="FOLDER")
+    add("--data-path", metavar="FOLDER", help="folder with annotations/ and images; required")
     for split in ("train", "val"):
         default = f"FOLDER/annotations/instances_{split}.json or instances_{split}2017.json"
         add(f"--{split}-annotations", metavar="FILE", help=f"default: {default}")

@@ -21,7 +21,9 @@ def test(args: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Evaluate with the flags ``argv``; return the exit status."""
-    parser = Parser(prog="python -m object_detection.test", description=__doc__.splitlines()[0])
+    parser = Parser(
+        prog="python -m object_detection.test", description="Evaluate a detector by mmdet."
+    )
     launch.add_options(parser)
     parser.add_argument("checkpoint", help="file that training wrote, or an address")
     return runtime.run(test, parser.parse_args(argv))

@@ -32,7 +32,9 @@ def train(args: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Train with the flags ``argv``; return the exit status."""
-    parser = Parser(prog="python -m object_detection.train", description=__doc__.splitlines()[0])
+    parser = Parser(
+        prog="python -m object_detection.train", description="Train a detector by mmdet."
+    )
     launch.add_options(parser)
     parser.add_argument(
         "--resume",
