@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from training.files import TEMPORARY, OutputError
@@ -77,6 +77,43 @@ def folder_beside(path: Path) -> Iterator[Path]:
             yield Path(folder)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def move_into_place(written: Sequence[Path], folder: Path) -> None:
+    """Sync the content of a hidden folder and move it to ``folder``, replacing what is there.
+
+    A single file replaces another atomically. Before folders, or several files, the previous ones
+    move to the hidden folder; they come back if a new one cannot be moved.
+
+    Raises:
+        OSError: The disk is full, or ``folder`` cannot be written.
+    """
+    for path in written:
+        for file in [path, *path.rglob("*")]:
+            if file.is_file():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+    if len(written) == 1 and written[0].is_file():
+        written[0].replace(folder / written[0].name)
+        return
+    before = Path(tempfile.mkdtemp(dir=written[0].parent))
+    renamed: list[tuple[Path, Path]] = []
+
+    def rename(path: Path, new: Path) -> None:
+        renamed.append((path, new))
+        path.rename(new)
+
+    try:
+        for path in written:
+            if os.path.lexists(folder / path.name):
+                rename(folder / path.name, before / path.name)
+        for path in written:
+            rename(path, folder / path.name)
+    except BaseException:
+        for path, new in reversed(renamed):
+            with contextlib.suppress(FileNotFoundError):  # the one that failed
+                new.rename(path)
+        raise
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from tools.export import __main__ as program
 from tools.export import formats
 from tools.export.__main__ import get_parser, main
 from tools.export.check import compare, speed
+from tools.export.formats import pytorch
 from tools.export.source import load_source
 from utils import UserError
 
@@ -75,7 +76,7 @@ def test_shifted_windows_in_any_batch(fuse, tmp_path):
     assert [block.attn.shift for block in model.stage3] == [2, 0]
     assert all(block.attn.windows(8, 6, torch.zeros(1)) is not None for block in model.stage3)
     source = source_of(model, size, exported=model.fuse() if fuse else model)
-    formats.write("onnx", tmp_path / "out.onnx", source, None, None)
+    formats.write("onnx", source, tmp_path / "out.onnx", formats.Job())
     session = session_of(tmp_path / "out.onnx")
     for batch in (1, 3):
         image = torch.randn(batch, 3, *size)
@@ -153,10 +154,10 @@ def test_models_without_fuse_and_their_speed(tmp_path, capsys, monkeypatch):
         r"batch 2, .*: torch.export [\d.]+, torch eager [\d.]+ \(torch.export ", printed
     )
     assert "torch fused" not in printed
-    files = {formats.METADATA_FILE: ""}
+    files = {pytorch.METADATA_FILE: ""}
     program = torch.export.load(out, extra_files=files).module()
     assert program(torch.zeros(2, 3, 160, 160)).shape == (2, 4)
-    assert json.loads(files[formats.METADATA_FILE])["model"] == "test_vit"
+    assert json.loads(files[pytorch.METADATA_FILE])["model"] == "test_vit"
 
 
 def test_branches_of_timms_models_are_folded():
@@ -170,7 +171,7 @@ def test_branches_of_timms_models_are_folded():
 def test_speed_is_measured_as_printed(monkeypatch):
     times = {"onnxruntime": [1.0, 2.0, 4.0], "torch eager": [2.0, 8.0, 4.0]}
     monkeypatch.setattr("tools.export.check.alternate", lambda *_: times)
-    text = speed(lambda x: x, "onnxruntime", source_of(nn.Conv2d(3, 1, 1)), 3)
+    text = speed({"onnxruntime": lambda x: x}, source_of(nn.Conv2d(3, 1, 1)), 3)
     assert "onnxruntime 1.5, torch eager 0.8 (onnxruntime 2.00x)" in text
 
 
@@ -180,14 +181,14 @@ def test_a_wrong_program_is_not_kept(vit, tmp_path, capsys, monkeypatch):
     out = tmp_path / "folder" / "out.pt2"
     out.parent.mkdir()
     out.write_bytes(b"what was there")
-    capture = formats.capture
+    capture = pytorch.capture
 
-    def broken(source, batch):
-        program = capture(source, batch)
+    def broken(source, job):
+        program = capture(source, job)
         program.state_dict["head.bias"].add_(0.1)
         return program
 
-    monkeypatch.setattr(formats, "capture", broken)
+    monkeypatch.setattr(pytorch, "capture", broken)
     assert export("--checkpoint", path, "--output", out) == 1
     assert capsys.readouterr().err.startswith("error: ")
     assert [p.name for p in out.parent.iterdir()] == ["out.pt2"]
@@ -306,12 +307,12 @@ def test_an_export_that_is_stopped_leaves_nothing(number, status, vit, tmp_path)
     # the exporter stops where the folder is made and nothing is written yet
     script = f"""
 import os, signal, sys, time
-from tools.export import formats
+from tools.export.formats import onnx
 from tools.export.__main__ import main
 def write(*_):
     print(os.listdir({str(out.parent)!r}), flush=True)
     time.sleep(60)
-formats.capture = write
+onnx.capture = write
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 sys.exit(main({["--checkpoint", str(path), "--output", str(out), "--device", "cpu"]!r}))
 """

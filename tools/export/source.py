@@ -1,6 +1,7 @@
 """A model to export: its weights, size and preprocessing."""
 
 import argparse
+import copy
 import json
 from dataclasses import dataclass
 
@@ -33,6 +34,27 @@ class Preprocessed(nn.Module):
         """Pixels ``B H W C`` of uint8 to logits ``B num_classes``."""
         image = (pixels.to(self.mean.dtype) - self.mean) * self.factor
         return self.model(image.permute(0, 3, 1, 2))
+
+
+class Half(nn.Module):
+    """A model in float16, from float32 images to float32 logits."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = copy.deepcopy(model).half()
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """``B C H W`` to logits ``B num_classes``."""
+        return self.model(image.half()).float()
+
+
+def in_half(model: nn.Module) -> nn.Module:
+    """Return a copy that computes in float16; pixels are normalized in float32."""
+    if not isinstance(model, Preprocessed):
+        return Half(model)
+    half = copy.deepcopy(model)
+    half.model = Half(half.model)
+    return half
 
 
 @dataclass(frozen=True)
@@ -68,6 +90,11 @@ class ExportSource:
         cover an input that is not square."""
         is_cropped = self.images.crop_mode == "center" and self.size[0] == self.size[1]
         return int(max(self.size) / self.images.crop_pct) if is_cropped else 0
+
+    @property
+    def num_classes(self) -> int:
+        """Number of logits."""
+        return (self.eager.model if self.preprocessing else self.eager).num_classes
 
     @property
     def device(self) -> torch.device:
@@ -129,8 +156,12 @@ def _model_source(args: argparse.Namespace) -> models.ModelSource:
     return source
 
 
-def load_source(args: argparse.Namespace, device: torch.device) -> ExportSource:
+def load_source(
+    args: argparse.Namespace, device: torch.device, takes_pixels: bool = False
+) -> ExportSource:
     """Build the model that the flags name, on a device.
+
+    With ``takes_pixels`` it normalizes them itself, as by ``--with-preprocessing``.
 
     Raises:
         UserError, ModelError, CheckpointError: Flags contradict each other, the model is
@@ -160,7 +191,8 @@ def load_source(args: argparse.Namespace, device: torch.device) -> ExportSource:
         exported = models.fused(model, source.name)
     elif args.fuse:
         notes.append(f"{source.name} has nothing to fuse: exported as it is")
-    if args.with_preprocessing:
+    takes_pixels = takes_pixels or args.with_preprocessing
+    if takes_pixels:
         exported, model = (
             Preprocessed(m, images.mean, images.std).to(device) for m in (exported, model)
         )
@@ -170,6 +202,6 @@ def load_source(args: argparse.Namespace, device: torch.device) -> ExportSource:
         name=source.name,
         images=images,
         classes=source.classes or (),
-        preprocessing=args.with_preprocessing,
+        preprocessing=takes_pixels,
         notes=tuple(notes),
     )
