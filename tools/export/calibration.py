@@ -12,7 +12,7 @@ from pipeline.augmentation import Augmentation
 from pipeline.images import DataError
 from pipeline.sources.base import Files
 from pipeline.sources.folder import open_folder_of_classes
-from pipeline.sources.listing import find_images, list_folders
+from pipeline.sources.listing import list_folders, list_images
 from tools.export.source import ExportSource
 from tools.validate.classes import match_classes
 
@@ -42,7 +42,9 @@ class CalibrationSet:
         if has_classes:
             files = open_folder_of_classes(folder)
         else:
-            paths = find_images([folder], "").paths
+            paths = list_images(folder, recursive=False).paths
+            if not paths:
+                raise DataError(f"--calibration {folder} has no images")
             files = Files(paths, [0] * len(paths), [""], folder)
         spaced = np.linspace(0, len(files) - 1, min(len(files), MOST)).round().astype(int)
         files = files.select(spaced)

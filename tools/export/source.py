@@ -94,7 +94,8 @@ class ExportSource:
     @property
     def num_classes(self) -> int:
         """Number of logits."""
-        return (self.eager.model if self.preprocessing else self.eager).num_classes
+        is_wrapped = isinstance(self.eager, Preprocessed)
+        return (self.eager.model if is_wrapped else self.eager).num_classes
 
     @property
     def device(self) -> torch.device:
