@@ -124,6 +124,7 @@ IMAGES = ["--calibration", "images/val"]
         (["o.mlpackage", *IMAGES], ["Core ML"]),
         (["o.onnx", *IMAGES, "--no-check"], ["--no-check"]),
         (["o.onnx", "--max-drop", "2"], ["--max-drop 2"]),
+        (["o.onnx", "--max-drop", "nan", *IMAGES], ["--max-drop nan"]),
         (["o.onnx", "--calibration", "none"], ["none"]),
         (["o.xml", "--format", "onnx"], [".onnx"]),
         (["in.xml", "--checkpoint", "in.bin"], ["in.bin"]),

@@ -97,6 +97,8 @@ def check_flags(args: argparse.Namespace, format_name: str, precision: str) -> N
         raise UserError(f"--calibration {args.calibration} runs the program: {why}")
     if args.max_drop is not None and args.calibration is None:
         raise UserError(f"--max-drop {args.max_drop:g} has no effect without --calibration")
+    if args.max_drop is not None and not 0 <= args.max_drop <= 100:
+        raise UserError(f"--max-drop {args.max_drop:g} must be from 0 to 100 points")
 
 
 def check(
@@ -108,7 +110,7 @@ def check(
         UserError: It is wrong, or loses more accuracy than allowed.
     """
     target = FORMATS[format_name]
-    program = target.load(written, source.device, job.precision)
+    program = target.load(written, source.device)
     lines = []
     if job.precision != INT8:
         agreement = compare(program, source, job.batch, job.precision)
@@ -129,7 +131,7 @@ def check(
             wide.parent.mkdir()
             write(format_name, source, wide, replace(job, precision=FLOAT32))
             lines.append(f"the same in float32: {size_of(target.files(wide)):.1f} MiB")
-            programs[FLOAT32] = target.load(wide, source.device, FLOAT32)
+            programs[FLOAT32] = target.load(wide, source.device)
         lines.append(speed(programs, source, job.batch))
     return lines
 

@@ -74,7 +74,7 @@ class Format(NamedTuple):
     packages: tuple[str, ...]
     precisions: tuple[str, ...]
     write: Callable[[ExportSource, Path, Job], None]
-    load: Callable[[Path, torch.device, str], Program] | None
+    load: Callable[[Path, torch.device], Program] | None
     runs: tuple[str, ...] = ()
     quantizes: tuple[str, ...] = ()
     cuda: Callable[[], str] = lambda: "it runs on the CPU"

@@ -48,7 +48,7 @@ def _quantized(program: torch.export.ExportedProgram, job: Job) -> torch.nn.Modu
     return pt2e.convert_pt2e(prepared)
 
 
-def load_executorch(path: Path, device: torch.device, precision: str) -> Program:
+def load_executorch(path: Path, device: torch.device) -> Program:
     """Load a program in the runtime of the Python package, which has XNNPACK."""
     runtime = import_package("executorch.runtime").Runtime.get()
     method = runtime.load_program(path).load_method("forward")

@@ -87,7 +87,7 @@ class _Reader:
         return next(self._inputs, None)
 
 
-def load_onnx(path: Path, device: torch.device, precision: str) -> Program:
+def load_onnx(path: Path, device: torch.device) -> Program:
     """Load an ONNX file in onnxruntime, with PyTorch's number of threads."""
     onnxruntime = import_package("onnxruntime")
     options = onnxruntime.SessionOptions()

@@ -58,12 +58,13 @@ def _quantized(model: Any, images: CalibrationSet, batch: int) -> Any:
     )
 
 
-def load_openvino(path: Path, device: torch.device, precision: str) -> Program:
+def load_openvino(path: Path, device: torch.device) -> Program:
     """Load a program on the CPU, with PyTorch's number of threads."""
     openvino = import_package("openvino")
-    options = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    if precision != FLOAT16:  # its default is bfloat16 where the processor has it
-        options["INFERENCE_PRECISION_HINT"] = "f32"
+    options = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": "f32",  # its default is bfloat16 where the processor has it
+    }
     model = openvino.Core().compile_model(path, "CPU", options)
 
     def run(images: torch.Tensor) -> torch.Tensor:

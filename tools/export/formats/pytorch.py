@@ -22,7 +22,7 @@ def write_exported(source: ExportSource, path: Path, job: Job) -> None:
     path.write_bytes(content.getbuffer())
 
 
-def load_exported(path: Path, device: torch.device, precision: str) -> Program:
+def load_exported(path: Path, device: torch.device) -> Program:
     """Load a ``torch.export`` program."""
     return torch.export.load(path).module()
 
@@ -38,7 +38,7 @@ def write_aot(source: ExportSource, path: Path, job: Job) -> None:
         )
 
 
-def load_aot(path: Path, device: torch.device, precision: str) -> Program:
+def load_aot(path: Path, device: torch.device) -> Program:
     """Load an AOTInductor package."""
     return torch._inductor.aoti_load_package(str(path))
 
