@@ -179,8 +179,8 @@ def main(argv: list[str]) -> None:
     add = parser.add_argument
     default = ", ".join(NAMES)
     add("names", nargs="*", metavar="NAME", help=f"timm model names; default: {default}")
-    modes, measured = ["infer", "train"], "measure inference, training or both"
-    add("--mode", nargs="+", choices=modes, default=modes, help=measured)
+    modes, about = ["infer", "train"], "measure inference, training or both"
+    add("--mode", nargs="+", choices=modes, default=modes, help=about)
     measure.add_flags(parser, batch_size=8, rounds=10, timing=True)
     add_input_size(parser, help=f"{PIXELS}; default: that of the model")
     parts = f"eager, or some of {', '.join(candidates.TRANSFORMS)} joined by +"
