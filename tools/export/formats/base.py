@@ -95,6 +95,7 @@ class Format(NamedTuple):
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence the converters' logs, warnings and progress; errors are raised."""
+    before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
         with open(os.devnull, "w") as nothing, warnings.catch_warnings():
@@ -102,7 +103,7 @@ def quiet() -> Iterator[None]:
             with contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
                 yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 def import_package(name: str) -> ModuleType:

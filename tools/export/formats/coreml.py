@@ -61,9 +61,7 @@ def write_coreml(source: ExportSource, path: Path, job: Job) -> None:
     program = graph_of(model, sample, source.name, False).run_decompositions(DECOMPOSED)
     colours = coremltools.colorlayout
     layout = colours.GRAYSCALE if source.images.is_grey else colours.RGB
-    labels = None
-    if source.classes:
-        labels = coremltools.ClassifierConfig(list(source.classes))
+    labels = coremltools.ClassifierConfig(list(source.classes)) if source.classes else None
     precisions = {
         FLOAT16: coremltools.precision.FLOAT16,
         FLOAT32: coremltools.precision.FLOAT32,
@@ -87,7 +85,7 @@ def inspect_coreml(source: ExportSource, path: Path) -> str:
     """Read a package again, which cannot run here, and describe it.
 
     Raises:
-        UserError: Its image, outputs, class names or type are not those that were asked for.
+        UserError: Its image, outputs, class names or metadata are not those of the model.
     """
     spec = import_package("coremltools").utils.load_spec(str(path))
     described = spec.description
@@ -99,17 +97,17 @@ def inspect_coreml(source: ExportSource, path: Path) -> str:
         "image": (described.input[0].name, colours, (image.height, image.width)),
         "outputs": [output.name for output in described.output],
         "classes": _classes(operations[-1]),
-        "metadata": dict(described.metadata.userDefined.items()) | source.metadata,
+        "metadata": {key: described.metadata.userDefined.get(key) for key in source.metadata},
     }
     expected = {
         "image": (INPUT, "GRAYSCALE" if source.images.is_grey else "RGB", source.size),
         "outputs": LABELLED if source.classes else [OUTPUT],
         "classes": list(source.classes),
-        "metadata": dict(described.metadata.userDefined.items()),
+        "metadata": source.metadata,
     }
     for key, value in expected.items():
         if found[key] != value:
-            raise UserError(f"the package is wrong: its {key} are {found[key]}, not {value}")
+            raise UserError(f"the package is wrong: {key} {found[key]}, not {value}")
     kinds = {operation.type for operation in operations} - {"const"}
     count = sum(operation.type != "const" for operation in operations)
     return (
