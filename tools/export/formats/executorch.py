@@ -61,7 +61,7 @@ def load_executorch(path: Path, device: torch.device) -> Program:
 
 EXECUTORCH = Format(
     suffix=".pte",
-    runtime="ExecuTorch",
+    runtime="ExecuTorch (all cores)",
     packages=("executorch",),
     precisions=(FLOAT32, INT8),  # XNNPACK keeps weights of float16 in float32, and is slower
     write=write_executorch,
