@@ -13,9 +13,10 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
         if item.name not in {"output", "data", ".git"}:
             (tmp_path / item.name).symlink_to(item)
     monkeypatch.setenv("PYDEVD_DISABLE_FILE_VALIDATION", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # other tests run beside it
     notebook = nbformat.read(ROOT / "docs" / "tour.ipynb", as_version=4)
     client.NotebookClient(
-        notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}
+        notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}
     ).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     printed = "".join(output.get("text", "") for output in outputs)

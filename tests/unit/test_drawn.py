@@ -51,7 +51,7 @@ def as_map(rows, value, **chosen):
 
 
 def test_attention_panels(draw):
-    words = ["attention", "--checkpoint", "@1.pth", "--image", "@images/val", "--part", "all"]
+    words = ["attention", "@1.pth", "--image", "@images/val", "--part", "all"]
     picture = draw(*words, "--layers", "0", "--heads", "1", "3", "--query", "13,6")
     found = panels(picture)
     assert sorted(found) == [(0, column) for column in range(7)]

@@ -251,11 +251,9 @@ def test_programs_after_a_run(run, images, tmp_path):
     np.testing.assert_allclose(rows[:, -1], odds, rtol=1e-4)
     status, *_ = call(validate.main, run, *DATA, images, "--weights", "model", "--csv", table)
     assert status == 0
-    for kind in ("features --checkpoint", "attention --checkpoint"):
-        name, *_ = kind.split()
-        source = [run] if name == "features" else ["--checkpoint", run]
-        picture = tmp_path / f"{name}.png"
-        words = [name, *source, "--image", image, "--output", picture, "--device", "cpu"]
+    for kind in ("features", "attention"):
+        picture = tmp_path / f"{kind}.png"
+        words = [kind, run, "--image", image, "--output", picture, "--device", "cpu"]
         status, _, errors = call(visualize, *words)
         assert (status, picture.exists()) == (0, True), errors
 
