@@ -49,7 +49,7 @@ def draw(run: str, config: str, path: Path) -> None:
         colour = "tab:green" if guess == target else "tab:red"
         axes.set_title(f"{guess}, {row[guess]:.0%}", color=colour, fontsize=9)
         axes.set_axis_off()
-    right.suptitle("predictions for digits it has not seen", fontsize=10)
+    right.suptitle("predictions on validation images", fontsize=10)
     draw_attention(lower, found.model, images[:1], pixels[0])
     plots.save(figure, path, dpi=130)
 
